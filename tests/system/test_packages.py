@@ -34,7 +34,8 @@ def test_papers_are_there(name):
 @pytest.mark.parametrize("name", PACKAGES)
 def test_every_dependency_has_a_lower_bound_and_siblings_a_range(name):
     metadata = project(name)
-    for dependency in metadata["dependencies"] + sum(metadata.get("optional-dependencies", {}).values(), []):
+    optional = [dependency for extra in metadata.get("optional-dependencies", {}).values() for dependency in extra]
+    for dependency in metadata["dependencies"] + optional:
         assert ">=" in dependency, f"{dependency} has no lower bound"
         if dependency.startswith("eagle-"):
             assert re.search(r">=[\d.]+,<[\d.]+", dependency), f"{dependency} states no range"
