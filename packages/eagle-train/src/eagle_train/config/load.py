@@ -1,0 +1,250 @@
+"""From a file and `--set a.b=c` to a checked `Config`, with errors that name the place and the nearest right key."""
+
+import copy
+import difflib
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .schema import Config, Source
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used: says which file, which key, why, and the nearest right key."""
+
+
+class Default(NamedTuple):
+    """One value that nobody wrote down."""
+
+    path: str
+    value: Any
+    description: str
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML refuses nothing when a key is written twice; the first one would silently be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML or JSON file; raises ConfigError with the line when it can't be read."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror or error}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read, override, check and complete a configuration.
+
+    Args:
+        path: YAML file; None starts from an empty one. Relative paths inside are relative to the file's folder.
+        overrides: `a.b=c` in order, values as in YAML; a list is indexed by number or by its items' name (`stages.long.lr=1e-5`).
+
+    Raises:
+        ConfigError: naming the file, the key and what would be right.
+    """
+    if path is None:
+        return parse_config({}, overrides, base=Path.cwd(), origin="configuration")
+    path = Path(path)
+    content = read_yaml(path)
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__} where sections (run:, model:, data:, ...) are expected")
+    return parse_config(content, overrides, base=path.resolve().parent, origin=str(path))
+
+
+def parse_config(
+    content: dict[str, Any], overrides: Sequence[str] = (), *, base: Path | None = None, origin: str = "configuration"
+) -> Config:
+    """Check a configuration that is already a dictionary; `base` is the folder that relative paths start from."""
+    content = apply_overrides(content, overrides)
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(describe_errors(error, Config, origin)) from None
+    return _absolute(config, base or Path.cwd())
+
+
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `content` with every `a.b=c` set; raises ConfigError for one that is not of that form."""
+    content = copy.deepcopy(content)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {override!r}: expected key=value, for example --set stages.0.lr=1e-5")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not valid YAML ({error})") from error
+        _set(content, key.strip().split("."), value, override)
+    return content
+
+
+def _set(node: Any, keys: list[str], value: Any, override: str) -> None:
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        here = ".".join(keys[:depth]) or "the top"
+        if isinstance(node, list):
+            index = _list_index(node, key)
+            if index is None:
+                names = [str(item["name"]) for item in node if isinstance(item, dict) and "name" in item]
+                named = f" named {', '.join(names)}" if names else ""
+                raise ConfigError(f"--set {override!r}: {here} has {len(node)} items{named}, none is {key!r}")
+            if last:
+                node[index] = value
+            else:
+                node = node[index]
+        elif isinstance(node, dict):
+            if last:
+                node[key] = value
+            else:
+                if node.get(key) is None:
+                    node[key] = _default_container(keys[: depth + 1])
+                node = node[key]
+        else:
+            raise ConfigError(f"--set {override!r}: {here} is the value {node!r}, which has no key {key!r}")
+
+
+def _list_index(items: list[Any], key: str) -> int | None:
+    if key.lstrip("-").isdigit():
+        index = int(key)
+        return index if -len(items) <= index < len(items) else None
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and item.get("name") == key:
+            return index
+    return None
+
+
+def _default_container(path: list[str]) -> Any:
+    """What an override descends into where the file says nothing: the default list (stages), else an empty mapping."""
+    if path == ["stages"]:
+        return [{"name": stage.name, "max_tokens": stage.max_tokens} for stage in Config().stages]
+    return {}
+
+
+def describe_errors(error: ValidationError, model: type[BaseModel], origin: str) -> str:
+    """A pydantic error as lines `file: key: what is wrong; the nearest right key`."""
+    lines = []
+    for item in error.errors(include_url=False):
+        location = item["loc"]
+        path = ".".join(str(part) for part in location) or "the file"
+        if item["type"] == "extra_forbidden":
+            known = _keys_at(model, location[:-1])
+            lines.append(f"{origin}: unknown key {path!r}{nearest(str(location[-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{origin}: {path} is missing; it has no default")
+        elif item["type"] == "value_error":
+            lines.append(f"{origin}: {path}: {str(item['ctx']['error']) if 'ctx' in item else item['msg']}")
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            lines.append(f"{origin}: {path}: {message} (got {_short(item['input'])})")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or the list of right keys when none is near."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        lowered = {name.lower().replace("_", ""): name for name in known}
+        close = [
+            lowered[name]
+            for name in difflib.get_close_matches(key.lower().replace("_", "").replace("-", ""), list(lowered), n=1, cutoff=0.5)
+        ]
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known here: {', '.join(sorted(known))}" if known else ""
+
+
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    kind: Any = model
+    for part in location:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(part))
+            if field is None:
+                return []
+            kind = field.annotation
+        elif typing.get_origin(kind) in (list, dict):
+            kind = typing.get_args(kind)[-1]
+        else:
+            return []
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _absolute(config: Config, base: Path) -> Config:
+    """Paths made absolute, without marking them as set by the user."""
+
+    def fix(section: BaseModel, *names: str) -> None:
+        for name in names:
+            value = getattr(section, name)
+            if isinstance(value, Path):
+                section.__dict__[name] = base / value.expanduser()
+
+    def fix_source(source: Source) -> None:
+        fix(source, "annotation", "root")
+
+    fix(config.run, "dir")
+    fix(config.data, "recipe", "eval_recipe", "facts")
+    for source in (*config.data.sources.values(), *config.data.eval_sources.values()):
+        fix_source(source)
+    for name in ("path", "tokenizer"):
+        value = getattr(config.model, name)
+        if value is not None:
+            config.model.__dict__[name] = str(base / Path(value).expanduser())
+    return config
+
+
+def explain_defaults(config: Config) -> list[Default]:
+    """Every value that was chosen for the user: dotted path, value, and the field's description, in the file's order."""
+    return list(_defaults(config, ""))
+
+
+def _defaults(section: BaseModel, prefix: str) -> Iterator[Default]:
+    for name, field in type(section).model_fields.items():
+        value, path = getattr(section, name), prefix + name
+        if isinstance(value, BaseModel):
+            yield from _defaults(value, path + ".")
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            given = name in section.model_fields_set
+            for index, item in enumerate(value):
+                if not given:
+                    yield Default(f"{path}.{index}", f"{item.name} ({item.max_tokens} tokens)", field.description or "")
+                yield from _defaults(item, f"{path}.{index}.") if given else ()
+        elif isinstance(value, dict) and value and isinstance(next(iter(value.values())), BaseModel):
+            for key, item in value.items():
+                yield from _defaults(item, f"{path}.{key}.")
+        elif name not in section.model_fields_set:
+            yield Default(path, value, field.description or "")
+
+
+def dump_config(config: Config) -> str:
+    """The complete configuration as YAML, defaults and all; loading it gives the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,297 @@
+"""What a run can be told: one pydantic model per section, every field with its unit, its default and why.
+
+The descriptions end up in the JSON Schema, so an editor shows them. Unknown keys are errors (`load.py` names the nearest
+right one). Defaults are the known settings of Eagle 2.5: AdamW at 2e-5, weight decay 0.05, 3 % warm-up, cosine, bf16, and
+contexts of 32K, 64K and 128K tokens.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+Part = Literal["vision", "connector", "language"]
+PARTS: tuple[Part, ...] = ("vision", "connector", "language")
+
+_BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
+
+
+def _with_unit(units: dict[str, int], what: str) -> BeforeValidator:
+    def parse(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([a-zA-Z]*)\s*", value)
+        if match is None or match[2].lower() not in units:
+            names = ", ".join(unit for unit in units if unit)
+            raise ValueError(f"{value!r} is no number of {what}; write a whole number, or one with a unit of: {names}")
+        return round(float(match[1]) * units[match[2].lower()])
+
+    return BeforeValidator(parse)
+
+
+Bytes = Annotated[int, _with_unit(_BYTE_UNITS, "bytes"), Field(ge=1)]
+"""A number of bytes; `512MiB` and `2GB` are understood."""
+Tokens = Annotated[int, _with_unit(_TOKEN_UNITS, "tokens"), Field(ge=1)]
+"""A number of tokens; `32K` is 32768."""
+
+
+class Section(BaseModel):
+    """A section of the file: closed (no unknown keys), defaults checked like given values."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True, use_attribute_docstrings=False)
+
+
+class RunConfig(Section):
+    name: str = Field("eagle", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run; its folder is <dir>/<name>.")
+    dir: Path = Field(Path("runs"), description="Where run folders live; relative to the configuration file.")
+    seed: int = Field(0, ge=0, description="Seed of everything random: order of packs, subsampling, initial weights.")
+    log_every: int = Field(1, ge=1, description="Optimizer steps between two lines of metrics.")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: config.yaml, facts, plan, metrics.jsonl, ledger.jsonl, checkpoints/, plot.png, report."""
+        return self.dir / self.name
+
+
+class ModelConfig(Section):
+    preset: str | None = Field(
+        None, description="Name of a model of eagle_model.PRESETS, started from random weights. 'tiny' when path is not given either."
+    )
+    path: str | None = Field(None, description="Checkpoint folder (Eagle 2.5 layout) to start from; excludes preset.")
+    tokenizer: str | None = Field(None, description="Folder of the tokenizer; null: the one beside the checkpoint (path).")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of EagleConfig to change, nested as in config.json, for example {text_config: {...}}."
+    )
+    attention: str = Field("auto", description="Attention backend of eagle_cp by name; auto takes the fastest one that is installed.")
+    activations: Literal["auto", "keep", "recompute", "offload"] = Field(
+        "auto", description="Hidden states between forward and backward: kept, recomputed per layer, or recomputed from host memory."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.preset is not None and self.path is not None:
+            raise ValueError(f"preset ({self.preset}) and path ({self.path}) both say which model to start from; keep one")
+        return self
+
+    @property
+    def origin(self) -> str:
+        """Where the model comes from, for people: the path, or the preset's name."""
+        return self.path or self.preset or "tiny"
+
+
+class Source(Section):
+    """One entry of a recipe."""
+
+    annotation: Path = Field(description="JSONL file, one row a line.")
+    root: Path | None = Field(None, description="Folder that the media paths of the rows start from; null: the annotation's folder.")
+    repeat_time: float = Field(
+        1.0,
+        gt=0,
+        description="How often an epoch shows each row: 3 shows all three times, 0.25 shows a quarter (the same rows in every epoch and "
+        "on every rank, chosen by seed), 1.5 all once and half of them twice.",
+    )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Multiplies repeat_time when a stage draws its rows, other rows staying as they are: 2 doubles this source's share "
+        "against the others. Unlike repeat_time's, a fractional part is drawn anew in every epoch.",
+    )
+    max_dynamic_tiles: int | None = Field(
+        None, ge=1, le=64, description="Most tiles an image of this source may have; null: tiling.max_tiles."
+    )
+
+
+class LimitsConfig(Section):
+    max_bad_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of a source's rows that may go to the ledger; checked after 1000 rows and at the end.",
+    )
+    max_bad_rows: int | None = Field(None, ge=0, description="Bad rows over all sources that stop prepare; null: no such limit.")
+    max_pixels: int = Field(178_956_970, ge=1, description="Largest image in pixels (the default is where Pillow suspects a bomb).")
+    max_bytes: Bytes = Field(2**28, description="Largest image file in bytes.")
+    max_frames: int = Field(1_000_000, ge=1, description="Most frames of a video file.")
+    max_line_bytes: Bytes = Field(2**26, description="Longest line of an annotation file in bytes; a longer one goes to the ledger unread.")
+
+
+class DataConfig(Section):
+    recipe: Path | None = Field(None, description="Recipe file (YAML, or the originals' JSON); excludes sources.")
+    sources: dict[str, Source] = Field(default_factory=dict, description="The recipe written here, by source name.")
+    eval_recipe: Path | None = Field(None, description="Recipe of the held-out rows; excludes eval_sources.")
+    eval_sources: dict[str, Source] = Field(default_factory=dict, description="Held-out sources, by name.")
+    facts: Path | None = Field(None, description="Folder of prepared facts, may be shared between runs; null: <run folder>/facts.")
+    workers: int | None = Field(None, ge=1, description="Processes of prepare; null: one per CPU of this process.")
+    verify: Literal["header", "ends", "decode"] = Field(
+        "ends",
+        description="How prepare checks images and videos: header (sizes only), ends (also that the file is whole to its end, cheap), "
+        "decode (every image is decoded and the last frame of every video is read).",
+    )
+    shard_rows: int = Field(2048, ge=1, description="Rows of a facts file: what a kill costs each worker at most.")
+    limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig(), description="When to refuse a file, and when to stop.")
+
+    @model_validator(mode="after")
+    def _one_recipe(self) -> Self:
+        for recipe, sources, names in (
+            (self.recipe, self.sources, ("recipe", "sources")),
+            (self.eval_recipe, self.eval_sources, ("eval_recipe", "eval_sources")),
+        ):
+            if recipe is not None and sources:
+                raise ValueError(f"{names[0]} ({recipe}) and {names[1]} both say what to read; keep one")
+        return self
+
+
+class PromptConfig(Section):
+    system: str | None = Field(
+        None, description="System message for rows that have none; null: the released processor's 'You are a helpful assistant.'"
+    )
+
+
+class SamplingConfig(Section):
+    strategy: Literal["ads", "ads-fill", "uniform"] = Field(
+        "ads",
+        description="ads: text, then frames, then tiles (Eq. 2); ads-fill: what ADS leaves over goes to single images; "
+        "uniform: a fixed number of frames, for comparison.",
+    )
+    fps: float = Field(2.0, gt=0, description="Frames asked for per second of video.")
+    min_frames: int = Field(8, ge=1, description="N_min: a video that would get fewer (and has more) drops its sample from the stage.")
+    max_frames: int | None = Field(None, ge=1, description="Most frames of one video or pages of one document; null: what fits.")
+    placement: Literal["linspace", "center"] = Field(
+        "linspace", description="Where the frames lie: first to last frame, or the middle of equal parts."
+    )
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.max_frames is not None and self.max_frames < self.min_frames:
+            raise ValueError(f"max_frames ({self.max_frames}) is below min_frames ({self.min_frames}); lower min_frames too")
+        return self
+
+
+class TilingConfig(Section):
+    min_tiles: int = Field(1, ge=1, le=64, description="Fewest tiles of an image (without thumbnail).")
+    max_tiles: int = Field(12, ge=1, le=64, description="Most tiles of an image (without thumbnail); the cap that ADS starts from.")
+    thumbnail: bool = Field(True, description="Add the whole image as a last tile when there is more than one.")
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.max_tiles < self.min_tiles:
+            raise ValueError(f"max_tiles ({self.max_tiles}) is below min_tiles ({self.min_tiles})")
+        return self
+
+
+class StageConfig(Section):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the stage, in folders and metrics.")
+    max_tokens: Tokens = Field(description="Context length L_max: budget of a sample and length of a pack, in tokens (32K is 32768).")
+    epochs: float | None = Field(None, gt=0, description="Passes over the rows; excludes steps. 1 when neither is given.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps, starting further epochs as needed; excludes epochs.")
+    packs_per_step: int = Field(32, ge=1, description="Packs of one optimizer step over all ranks; accumulation follows from it.")
+    train: list[Part] = Field(
+        default_factory=lambda: list(PARTS), min_length=1, description="Parts that learn; the others are frozen in this stage."
+    )
+    sources: dict[str, float] | None = Field(
+        None, description="Weight of each source in this stage, in place of the recipe's weight; sources not named here are left out."
+    )
+    loss_weighting: Literal["token", "sample", "sqrt"] = Field(
+        "sqrt", description="token: every label alike; sample: every sample alike; sqrt: n_i^-1/2 per label of sample i, as the original."
+    )
+    lr: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW.")
+    final_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end over the peak (cosine and linear).")
+    schedule: Literal["cosine", "constant", "linear"] = Field("cosine", description="Shape of the learning rate after warm-up.")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the stage's steps in which the learning rate rises.")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's weight decay; norms and biases have none.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    grad_clip: float | None = Field(1.0, gt=0, description="Largest global norm of the gradient; null: no clipping.")
+
+    @field_validator("sources")
+    @classmethod
+    def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for name, weight in (value or {}).items():
+            if not weight > 0:
+                raise ValueError(f"weight of source {name!r} is {weight}; weights are > 0, leave a source out instead")
+        return value
+
+    @field_validator("betas")
+    @classmethod
+    def _beta_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas {value} must lie in [0, 1)")
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"epochs ({self.epochs}) and steps ({self.steps}) both say how long; keep one")
+        return self
+
+
+class CheckpointConfig(Section):
+    every: int = Field(500, ge=1, description="Optimizer steps between checkpoints; the end of a stage always makes one.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept within a stage; ends of stages are always kept.")
+
+
+class ParallelConfig(Section):
+    data: int | None = Field(None, ge=1, description="Groups that read different packs; null: ranks / (ulysses * gather).")
+    ulysses: int = Field(1, ge=1, description="Ranks of the inner level of context parallelism (all-to-all over heads).")
+    gather: int = Field(1, ge=1, description="Ranks of the outer level of context parallelism (all-gather of keys and values).")
+    fsdp: bool = Field(True, description="Shard parameters over the ranks (FSDP2) when there is more than one; false: replicate them.")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Precision of the computation; master weights stay float32.")
+
+    @property
+    def context(self) -> int:
+        """Ranks that share one pack."""
+        return self.ulysses * self.gather
+
+
+class LoaderConfig(Section):
+    workers: int = Field(2, ge=0, description="Processes per rank that read media; 0: in the training process.")
+    prefetch: Bytes = Field(2**30, description="Bytes of finished batches waiting per rank (512MiB, 2GB).")
+
+
+class EvalConfig(Section):
+    every: int | None = Field(None, ge=1, description="Optimizer steps between evaluations; null: at the end of every stage.")
+    limit: int | None = Field(None, ge=1, description="Rows used, the first ones of each source; null: all.")
+    batch_size: int = Field(16, ge=1, description="Questions answered together.")
+    max_new_tokens: int = Field(32, ge=1, description="Longest answer in tokens.")
+
+
+def _default_stages() -> list[StageConfig]:
+    return [StageConfig(name=f"{n}k", max_tokens=n * 1024) for n in (32, 64, 128)]  # pyright: ignore[reportCallIssue]
+
+
+class Config(Section):
+    """A run: what is trained, on what, in which stages, and where it is kept."""
+
+    run: RunConfig = Field(default_factory=lambda: RunConfig(), description="Name, folder and seed.")
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="The model to start from.")
+    data: DataConfig = Field(default_factory=lambda: DataConfig(), description="Sources, held-out sources and limits.")
+    prompt: PromptConfig = Field(default_factory=lambda: PromptConfig(), description="The prompt.")
+    sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(), description="How many frames and which (ADS).")
+    tiling: TilingConfig = Field(default_factory=lambda: TilingConfig(), description="How images are cut (IAP).")
+    stages: list[StageConfig] = Field(
+        default_factory=_default_stages, min_length=1, description="Stages in order, each starting from the last one's weights."
+    )
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="When to save and what to keep.")
+    parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="How ranks share the work.")
+    loader: LoaderConfig = Field(default_factory=lambda: LoaderConfig(), description="Reading of media while training.")
+    eval: EvalConfig = Field(default_factory=lambda: EvalConfig(), description="Evaluation by exact match.")
+
+    @model_validator(mode="after")
+    def _stage_names(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stages share a name: {', '.join(twice)}; names are folders, give each its own")
+        return self
+
+    @property
+    def facts_folder(self) -> Path:
+        """Where prepare keeps its facts."""
+        return self.data.facts or self.run.folder / "facts"
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON Schema of the file, for editors (`# yaml-language-server: $schema=...`)."""
+        return cls.model_json_schema()
