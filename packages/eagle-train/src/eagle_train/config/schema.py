@@ -44,10 +44,12 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: str = Field("eagle", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run; its folder is <dir>/<name>.")
-    dir: Path = Field(Path("runs"), description="Where run folders live; relative to the configuration file.")
-    seed: int = Field(0, ge=0, description="Seed of everything random: order of packs, subsampling, initial weights.")
-    log_every: int = Field(1, ge=1, description="Optimizer steps between two lines of metrics.")
+    name: str = Field(
+        default="eagle", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run; its folder is <dir>/<name>."
+    )
+    dir: Path = Field(default=Path("runs"), description="Where run folders live; relative to the configuration file.")
+    seed: int = Field(default=0, ge=0, description="Seed of everything random: order of packs, subsampling, initial weights.")
+    log_every: int = Field(default=1, ge=1, description="Optimizer steps between two lines of metrics.")
 
     @property
     def folder(self) -> Path:
@@ -57,16 +59,20 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     preset: str | None = Field(
-        None, description="Name of a model of eagle_model.PRESETS, started from random weights. 'tiny' when path is not given either."
+        default=None,
+        description="Name of a model of eagle_model.PRESETS, started from random weights. 'tiny' when path is not given either.",
     )
-    path: str | None = Field(None, description="Checkpoint folder (Eagle 2.5 layout) to start from; excludes preset.")
-    tokenizer: str | None = Field(None, description="Folder of the tokenizer; null: the one beside the checkpoint (path).")
+    path: str | None = Field(default=None, description="Checkpoint folder (Eagle 2.5 layout) to start from; excludes preset.")
+    tokenizer: str | None = Field(default=None, description="Folder of the tokenizer; null: the one beside the checkpoint (path).")
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Fields of EagleConfig to change, nested as in config.json, for example {text_config: {...}}."
     )
-    attention: str = Field("auto", description="Attention backend of eagle_cp by name; auto takes the fastest one that is installed.")
+    attention: str = Field(
+        default="auto", description="Attention backend of eagle_cp by name; auto takes the fastest one that is installed."
+    )
     activations: Literal["auto", "keep", "recompute", "offload"] = Field(
-        "auto", description="Hidden states between forward and backward: kept, recomputed per layer, or recomputed from host memory."
+        default="auto",
+        description="Hidden states between forward and backward: kept, recomputed per layer, or recomputed from host memory.",
     )
 
     @model_validator(mode="after")
@@ -85,52 +91,56 @@ class Source(Section):
     """One entry of a recipe."""
 
     annotation: Path = Field(description="JSONL file, one row a line.")
-    root: Path | None = Field(None, description="Folder that the media paths of the rows start from; null: the annotation's folder.")
+    root: Path | None = Field(
+        default=None, description="Folder that the media paths of the rows start from; null: the annotation's folder."
+    )
     repeat_time: float = Field(
-        1.0,
+        default=1.0,
         gt=0,
         description="How often an epoch shows each row: 3 shows all three times, 0.25 shows a quarter (the same rows in every epoch and "
         "on every rank, chosen by seed), 1.5 all once and half of them twice.",
     )
     weight: float = Field(
-        1.0,
+        default=1.0,
         gt=0,
         description="Multiplies repeat_time when a stage draws its rows, other rows staying as they are: 2 doubles this source's share "
         "against the others. Unlike repeat_time's, a fractional part is drawn anew in every epoch.",
     )
     max_dynamic_tiles: int | None = Field(
-        None, ge=1, le=64, description="Most tiles an image of this source may have; null: tiling.max_tiles."
+        default=None, ge=1, le=64, description="Most tiles an image of this source may have; null: tiling.max_tiles."
     )
 
 
 class LimitsConfig(Section):
     max_bad_fraction: float = Field(
-        0.01,
+        default=0.01,
         ge=0,
         le=1,
         description="Share of a source's rows that may go to the ledger; checked after 1000 rows and at the end.",
     )
-    max_bad_rows: int | None = Field(None, ge=0, description="Bad rows over all sources that stop prepare; null: no such limit.")
-    max_pixels: int = Field(178_956_970, ge=1, description="Largest image in pixels (the default is where Pillow suspects a bomb).")
-    max_bytes: Bytes = Field(2**28, description="Largest image file in bytes.")
-    max_frames: int = Field(1_000_000, ge=1, description="Most frames of a video file.")
-    max_line_bytes: Bytes = Field(2**26, description="Longest line of an annotation file in bytes; a longer one goes to the ledger unread.")
+    max_bad_rows: int | None = Field(default=None, ge=0, description="Bad rows over all sources that stop prepare; null: no such limit.")
+    max_pixels: int = Field(default=178_956_970, ge=1, description="Largest image in pixels (the default is where Pillow suspects a bomb).")
+    max_bytes: Bytes = Field(default=2**28, description="Largest image file in bytes.")
+    max_frames: int = Field(default=1_000_000, ge=1, description="Most frames of a video file.")
+    max_line_bytes: Bytes = Field(
+        default=2**26, description="Longest line of an annotation file in bytes; a longer one goes to the ledger unread."
+    )
 
 
 class DataConfig(Section):
-    recipe: Path | None = Field(None, description="Recipe file (YAML, or the originals' JSON); excludes sources.")
+    recipe: Path | None = Field(default=None, description="Recipe file (YAML, or the originals' JSON); excludes sources.")
     sources: dict[str, Source] = Field(default_factory=dict, description="The recipe written here, by source name.")
-    eval_recipe: Path | None = Field(None, description="Recipe of the held-out rows; excludes eval_sources.")
+    eval_recipe: Path | None = Field(default=None, description="Recipe of the held-out rows; excludes eval_sources.")
     eval_sources: dict[str, Source] = Field(default_factory=dict, description="Held-out sources, by name.")
-    facts: Path | None = Field(None, description="Folder of prepared facts, may be shared between runs; null: <run folder>/facts.")
-    workers: int | None = Field(None, ge=1, description="Processes of prepare; null: one per CPU of this process.")
+    facts: Path | None = Field(default=None, description="Folder of prepared facts, may be shared between runs; null: <run folder>/facts.")
+    workers: int | None = Field(default=None, ge=1, description="Processes of prepare; null: one per CPU of this process.")
     verify: Literal["header", "ends", "decode"] = Field(
-        "ends",
+        default="ends",
         description="How prepare checks images and videos: header (sizes only), ends (also that the file is whole to its end, cheap), "
         "decode (every image is decoded and the last frame of every video is read).",
     )
-    shard_rows: int = Field(2048, ge=1, description="Rows of a facts file: what a kill costs each worker at most.")
-    limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig(), description="When to refuse a file, and when to stop.")
+    shard_rows: int = Field(default=2048, ge=1, description="Rows of a facts file: what a kill costs each worker at most.")
+    limits: LimitsConfig = Field(default_factory=LimitsConfig, description="When to refuse a file, and when to stop.")
 
     @model_validator(mode="after")
     def _one_recipe(self) -> Self:
@@ -145,21 +155,23 @@ class DataConfig(Section):
 
 class PromptConfig(Section):
     system: str | None = Field(
-        None, description="System message for rows that have none; null: the released processor's 'You are a helpful assistant.'"
+        default=None, description="System message for rows that have none; null: the released processor's 'You are a helpful assistant.'"
     )
 
 
 class SamplingConfig(Section):
     strategy: Literal["ads", "ads-fill", "uniform"] = Field(
-        "ads",
+        default="ads",
         description="ads: text, then frames, then tiles (Eq. 2); ads-fill: what ADS leaves over goes to single images; "
         "uniform: a fixed number of frames, for comparison.",
     )
-    fps: float = Field(2.0, gt=0, description="Frames asked for per second of video.")
-    min_frames: int = Field(8, ge=1, description="N_min: a video that would get fewer (and has more) drops its sample from the stage.")
-    max_frames: int | None = Field(None, ge=1, description="Most frames of one video or pages of one document; null: what fits.")
+    fps: float = Field(default=2.0, gt=0, description="Frames asked for per second of video.")
+    min_frames: int = Field(
+        default=8, ge=1, description="N_min: a video that would get fewer (and has more) drops its sample from the stage."
+    )
+    max_frames: int | None = Field(default=None, ge=1, description="Most frames of one video or pages of one document; null: what fits.")
     placement: Literal["linspace", "center"] = Field(
-        "linspace", description="Where the frames lie: first to last frame, or the middle of equal parts."
+        default="linspace", description="Where the frames lie: first to last frame, or the middle of equal parts."
     )
 
     @model_validator(mode="after")
@@ -170,9 +182,9 @@ class SamplingConfig(Section):
 
 
 class TilingConfig(Section):
-    min_tiles: int = Field(1, ge=1, le=64, description="Fewest tiles of an image (without thumbnail).")
-    max_tiles: int = Field(12, ge=1, le=64, description="Most tiles of an image (without thumbnail); the cap that ADS starts from.")
-    thumbnail: bool = Field(True, description="Add the whole image as a last tile when there is more than one.")
+    min_tiles: int = Field(default=1, ge=1, le=64, description="Fewest tiles of an image (without thumbnail).")
+    max_tiles: int = Field(default=12, ge=1, le=64, description="Most tiles of an image (without thumbnail); the cap that ADS starts from.")
+    thumbnail: bool = Field(default=True, description="Add the whole image as a last tile when there is more than one.")
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -184,26 +196,28 @@ class TilingConfig(Section):
 class StageConfig(Section):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the stage, in folders and metrics.")
     max_tokens: Tokens = Field(description="Context length L_max: budget of a sample and length of a pack, in tokens (32K is 32768).")
-    epochs: float | None = Field(None, gt=0, description="Passes over the rows; excludes steps. 1 when neither is given.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps, starting further epochs as needed; excludes epochs.")
-    packs_per_step: int = Field(32, ge=1, description="Packs of one optimizer step over all ranks; accumulation follows from it.")
+    epochs: float | None = Field(default=None, gt=0, description="Passes over the rows; excludes steps. 1 when neither is given.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps, starting further epochs as needed; excludes epochs.")
+    packs_per_step: int = Field(default=32, ge=1, description="Packs of one optimizer step over all ranks; accumulation follows from it.")
     train: list[Part] = Field(
         default_factory=lambda: list(PARTS), min_length=1, description="Parts that learn; the others are frozen in this stage."
     )
     sources: dict[str, float] | None = Field(
-        None, description="Weight of each source in this stage, in place of the recipe's weight; sources not named here are left out."
+        default=None,
+        description="Weight of each source in this stage, in place of the recipe's weight; sources not named here are left out.",
     )
     loss_weighting: Literal["token", "sample", "sqrt"] = Field(
-        "sqrt", description="token: every label alike; sample: every sample alike; sqrt: n_i^-1/2 per label of sample i, as the original."
+        default="sqrt",
+        description="token: every label alike; sample: every sample alike; sqrt: n_i^-1/2 per label of sample i, as the original.",
     )
-    lr: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW.")
-    final_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end over the peak (cosine and linear).")
-    schedule: Literal["cosine", "constant", "linear"] = Field("cosine", description="Shape of the learning rate after warm-up.")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the stage's steps in which the learning rate rises.")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW's weight decay; norms and biases have none.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas.")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    grad_clip: float | None = Field(1.0, gt=0, description="Largest global norm of the gradient; null: no clipping.")
+    lr: float = Field(default=2e-5, gt=0, description="Peak learning rate of AdamW.")
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Learning rate at the end over the peak (cosine and linear).")
+    schedule: Literal["cosine", "constant", "linear"] = Field(default="cosine", description="Shape of the learning rate after warm-up.")
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the stage's steps in which the learning rate rises.")
+    weight_decay: float = Field(default=0.05, ge=0, description="AdamW's weight decay; norms and biases have none.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's betas.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    grad_clip: float | None = Field(default=1.0, gt=0, description="Largest global norm of the gradient; null: no clipping.")
 
     @field_validator("sources")
     @classmethod
@@ -228,16 +242,20 @@ class StageConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(500, ge=1, description="Optimizer steps between checkpoints; the end of a stage always makes one.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints kept within a stage; ends of stages are always kept.")
+    every: int = Field(default=500, ge=1, description="Optimizer steps between checkpoints; the end of a stage always makes one.")
+    keep: int = Field(default=2, ge=1, description="Newest checkpoints kept within a stage; ends of stages are always kept.")
 
 
 class ParallelConfig(Section):
-    data: int | None = Field(None, ge=1, description="Groups that read different packs; null: ranks / (ulysses * gather).")
-    ulysses: int = Field(1, ge=1, description="Ranks of the inner level of context parallelism (all-to-all over heads).")
-    gather: int = Field(1, ge=1, description="Ranks of the outer level of context parallelism (all-gather of keys and values).")
-    fsdp: bool = Field(True, description="Shard parameters over the ranks (FSDP2) when there is more than one; false: replicate them.")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Precision of the computation; master weights stay float32.")
+    data: int | None = Field(default=None, ge=1, description="Groups that read different packs; null: ranks / (ulysses * gather).")
+    ulysses: int = Field(default=1, ge=1, description="Ranks of the inner level of context parallelism (all-to-all over heads).")
+    gather: int = Field(default=1, ge=1, description="Ranks of the outer level of context parallelism (all-gather of keys and values).")
+    fsdp: bool = Field(
+        default=True, description="Shard parameters over the ranks (FSDP2) when there is more than one; false: replicate them."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="Precision of the computation; master weights stay float32."
+    )
 
     @property
     def context(self) -> int:
@@ -246,37 +264,37 @@ class ParallelConfig(Section):
 
 
 class LoaderConfig(Section):
-    workers: int = Field(2, ge=0, description="Processes per rank that read media; 0: in the training process.")
-    prefetch: Bytes = Field(2**30, description="Bytes of finished batches waiting per rank (512MiB, 2GB).")
+    workers: int = Field(default=2, ge=0, description="Processes per rank that read media; 0: in the training process.")
+    prefetch: Bytes = Field(default=2**30, description="Bytes of finished batches waiting per rank (512MiB, 2GB).")
 
 
 class EvalConfig(Section):
-    every: int | None = Field(None, ge=1, description="Optimizer steps between evaluations; null: at the end of every stage.")
-    limit: int | None = Field(None, ge=1, description="Rows used, the first ones of each source; null: all.")
-    batch_size: int = Field(16, ge=1, description="Questions answered together.")
-    max_new_tokens: int = Field(32, ge=1, description="Longest answer in tokens.")
+    every: int | None = Field(default=None, ge=1, description="Optimizer steps between evaluations; null: at the end of every stage.")
+    limit: int | None = Field(default=None, ge=1, description="Rows used, the first ones of each source; null: all.")
+    batch_size: int = Field(default=16, ge=1, description="Questions answered together.")
+    max_new_tokens: int = Field(default=32, ge=1, description="Longest answer in tokens.")
 
 
 def _default_stages() -> list[StageConfig]:
-    return [StageConfig(name=f"{n}k", max_tokens=n * 1024) for n in (32, 64, 128)]  # pyright: ignore[reportCallIssue]
+    return [StageConfig(name=f"{n}k", max_tokens=n * 1024) for n in (32, 64, 128)]
 
 
 class Config(Section):
     """A run: what is trained, on what, in which stages, and where it is kept."""
 
-    run: RunConfig = Field(default_factory=lambda: RunConfig(), description="Name, folder and seed.")
-    model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="The model to start from.")
-    data: DataConfig = Field(default_factory=lambda: DataConfig(), description="Sources, held-out sources and limits.")
-    prompt: PromptConfig = Field(default_factory=lambda: PromptConfig(), description="The prompt.")
-    sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(), description="How many frames and which (ADS).")
-    tiling: TilingConfig = Field(default_factory=lambda: TilingConfig(), description="How images are cut (IAP).")
+    run: RunConfig = Field(default_factory=RunConfig, description="Name, folder and seed.")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="The model to start from.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Sources, held-out sources and limits.")
+    prompt: PromptConfig = Field(default_factory=PromptConfig, description="The prompt.")
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="How many frames and which (ADS).")
+    tiling: TilingConfig = Field(default_factory=TilingConfig, description="How images are cut (IAP).")
     stages: list[StageConfig] = Field(
         default_factory=_default_stages, min_length=1, description="Stages in order, each starting from the last one's weights."
     )
-    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="When to save and what to keep.")
-    parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="How ranks share the work.")
-    loader: LoaderConfig = Field(default_factory=lambda: LoaderConfig(), description="Reading of media while training.")
-    eval: EvalConfig = Field(default_factory=lambda: EvalConfig(), description="Evaluation by exact match.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When to save and what to keep.")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="How ranks share the work.")
+    loader: LoaderConfig = Field(default_factory=LoaderConfig, description="Reading of media while training.")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation by exact match.")
 
     @model_validator(mode="after")
     def _stage_names(self) -> Self:
