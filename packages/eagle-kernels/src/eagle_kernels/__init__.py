@@ -1,3 +1,30 @@
-"""Fused Triton operators for long-context training, exact to the last gradient, with plain-torch references."""
+"""Fused operators for long-context training, exact to the last gradient; each has a plain-torch twin in `eagle_kernels.reference`."""
 
-__version__ = "0.1.0"
+from eagle_kernels import reference
+from eagle_kernels.dispatch import implementation, use_implementation
+from eagle_kernels.gelu import gelu_linear
+from eagle_kernels.linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
+from eagle_kernels.modules import LinearCrossEntropy, RMSNorm, SwiGLUMLP
+from eagle_kernels.offload import OffloadEngine, offload_checkpoint
+from eagle_kernels.rms_norm import add_rms_norm, rms_norm
+from eagle_kernels.rope import rope
+from eagle_kernels.swiglu import swiglu, swiglu_mlp
+
+__all__ = [
+    "LinearCrossEntropy",
+    "LinearCrossEntropyResult",
+    "OffloadEngine",
+    "RMSNorm",
+    "SwiGLUMLP",
+    "add_rms_norm",
+    "gelu_linear",
+    "implementation",
+    "linear_cross_entropy",
+    "offload_checkpoint",
+    "reference",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "swiglu_mlp",
+    "use_implementation",
+]

@@ -1,0 +1,63 @@
+"""The one place that picks an implementation: Triton kernels on NVIDIA GPUs, the plain-torch reference everywhere else."""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+OPERATORS = ("rms_norm", "add_rms_norm", "rope", "swiglu", "swiglu_mlp", "gelu_linear", "linear_cross_entropy")
+IMPLEMENTATIONS = ("triton", "torch")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_forced: ContextVar[str | None] = ContextVar("eagle_kernels_implementation", default=None)
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capable(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def implementation(name: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Which implementation of operator `name` would run on tensors of `dtype` on `device`: "triton" or "torch".
+
+    Without a device: the GPU if there is one, else the CPU. Raises ValueError for a name that is no operator.
+    """
+    if name not in OPERATORS:
+        raise ValueError(f"implementation: no operator is called {name!r}; they are {', '.join(OPERATORS)}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    if device.type != "cuda" or dtype not in TRITON_DTYPES or not has_triton():
+        return "torch"
+    return "triton" if _capable(device.index if device.index is not None else torch.cuda.current_device()) else "torch"
+
+
+def use_triton(name: str, tensor: Tensor) -> bool:
+    """Whether operator `name` runs its Triton kernels for `tensor`."""
+    if _forced.get() is None and not tensor.is_cuda:
+        return False
+    return implementation(name, tensor.device, tensor.dtype) == "triton"
+
+
+@contextlib.contextmanager
+def use_implementation(choice: str) -> Iterator[None]:
+    """Within the block every operator runs `choice` ("triton" or "torch"), whatever the device: for comparisons and for Triton's interpreter."""
+    if choice not in IMPLEMENTATIONS:
+        raise ValueError(f"use_implementation: {choice!r} is no implementation; they are {', '.join(IMPLEMENTATIONS)}")
+    token = _forced.set(choice)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
