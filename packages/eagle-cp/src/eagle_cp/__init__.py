@@ -1,3 +1,6 @@
 """Context-parallel attention for packed sequences, exact in every gradient, on stock PyTorch."""
 
-__version__ = "0.1.0"
+from eagle_cp.attention import attention
+from eagle_cp.layout import Layout
+
+__all__ = ["Layout", "attention"]

@@ -1,0 +1,61 @@
+"""Segments: the one description of packed attention that every kernel gets.
+
+Segment `i` is the queries `[cu_q[i], cu_q[i+1])` with the keys `[cu_k[i], cu_k[i+1])`. Its queries are the *last* ones of its keys (bottom-right
+causal alignment), which is how a rank sees a chunk of a document together with everything before it. A whole document is the square case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class Segments:
+    """Packed attention problem of one rank, known on the host and (lazily, once) on the device.
+
+    `cu_q`, `cu_k`: cumulative lengths, `n + 1` numbers each. Raises ValueError when a segment has fewer keys than queries, or no query.
+    """
+
+    def __init__(self, cu_q: Sequence[int], cu_k: Sequence[int]):
+        self.cu_q = tuple(int(x) for x in cu_q)
+        self.cu_k = tuple(int(x) for x in cu_k)
+        if len(self.cu_q) != len(self.cu_k):
+            raise ValueError(
+                f"segments: {len(self.cu_q) - 1} query lengths but {len(self.cu_k) - 1} key lengths; give one of each per segment"
+            )
+        self.lengths_q = tuple(b - a for a, b in zip(self.cu_q, self.cu_q[1:]))
+        self.lengths_k = tuple(b - a for a, b in zip(self.cu_k, self.cu_k[1:]))
+        for i, (nq, nk) in enumerate(zip(self.lengths_q, self.lengths_k)):
+            if nq < 1 or nk < nq:
+                raise ValueError(f"segments: number {i} has {nq} queries and {nk} keys; every segment needs 1 <= queries <= keys")
+        self.max_q = max(self.lengths_q, default=0)
+        self.max_k = max(self.lengths_k, default=0)
+        self._device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.cache: dict[Any, Any] = {}  # what a kernel derives from the lengths (index tensors, block lists), made on first use
+
+    def __len__(self) -> int:
+        return len(self.lengths_q)
+
+    @property
+    def total_q(self) -> int:
+        return self.cu_q[-1]
+
+    @property
+    def total_k(self) -> int:
+        return self.cu_k[-1]
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`cu_q`, `cu_k` as int32 tensors on `device`; copied once, then kept."""
+        if device not in self._device:
+            cu_q = torch.tensor(self.cu_q, dtype=torch.int32).to(device, non_blocking=True)
+            cu_k = cu_q if self.cu_q == self.cu_k else torch.tensor(self.cu_k, dtype=torch.int32).to(device, non_blocking=True)
+            self._device[device] = (cu_q, cu_k)
+        return self._device[device]
+
+    def pairs(self, causal: bool) -> int:
+        """Number of (query, key) pairs that are attended: the work of one query head."""
+        if causal:
+            return sum(nq * nk - nq * (nq - 1) // 2 for nq, nk in zip(self.lengths_q, self.lengths_k))
+        return sum(nq * nk for nq, nk in zip(self.lengths_q, self.lengths_k))
