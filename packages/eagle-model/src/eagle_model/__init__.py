@@ -1,3 +1,25 @@
-"""The Eagle 2.5 vision-language model: configuration, processor, modelling, generation, checkpoints."""
+"""The Eagle 2.5 vision-language model: configuration, processor, modelling, generation, checkpoints.
+
+What needs torch is loaded when it is first used, so that the prompt and its costs can be had without it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from eagle_model.prompt import Context, Encoded, PromptError, Special, Text, VideoSpan, encode, render, to_text
+from eagle_model.prompt_costs import PromptCosts
+
+if TYPE_CHECKING:
+    pass
 
 __version__ = "0.1.0"
+
+_HOMES: dict[str, str] = {}
+
+__all__ = ["Context", "Encoded", "PromptCosts", "PromptError", "Special", "Text", "VideoSpan", "encode", "render", "to_text"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'eagle_model' has no attribute {name!r}")
+    return getattr(import_module(f"eagle_model.{_HOMES[name]}"), name)
