@@ -1,3 +1,18 @@
 """Which grid of tiles an image gets (Image Area Preservation), and the tiles: numpy and Pillow only."""
 
+from eagle_tiling.color import load_rgb
+from eagle_tiling.cut import tile_image
+from eagle_tiling.grid import Grid, select_grid, select_grids, tile_count, tile_counts, tile_tokens
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Grid",
+    "load_rgb",
+    "select_grid",
+    "select_grids",
+    "tile_count",
+    "tile_counts",
+    "tile_image",
+    "tile_tokens",
+]

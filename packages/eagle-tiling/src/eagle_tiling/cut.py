@@ -1,0 +1,97 @@
+"""An image in, its tiles out: resize once (bicubic, Pillow's), cut row by row, the thumbnail last.
+
+Pillow images, numpy arrays and tensors on the CPU all go through Pillow, so they give the same bytes. A tensor on another device stays
+there (`tensor.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image
+
+from eagle_tiling.color import load_rgb, scale_16_bit
+from eagle_tiling.grid import tile_count
+from eagle_tiling.tensor import tile_tensor
+
+
+@overload
+def tile_image(image: Image.Image | np.ndarray, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True) -> np.ndarray: ...
+@overload
+def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True) -> Any: ...
+def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True) -> Any:
+    """Cuts `image` into `grid` = (columns, rows) tiles: uint8 [N, s, s, 3], row by row, N = `tile_count(grid, thumbnail=thumbnail)`.
+
+    `image` is a Pillow image of any mode (see `load_rgb`); a numpy array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8, uint16 or
+    bool; or a torch tensor of uint8, [C, H, W] or [H, W, C] with C = 1, 3 or 4, on any device: then the tiles are a tensor on that
+    device. A shape that fits both ways is read as [C, H, W]. The whole image is resized to `(columns * s, rows * s)`, bicubic; the
+    thumbnail, `s x s`, comes last and only when there is more than one tile.
+
+    Raises:
+        TypeError: an image of another type or dtype.
+        ValueError: no pixels, a shape that is no image, a grid or `tile_size` below 1, or a mode that can't become RGB.
+    """
+    tiles = tile_count(grid, thumbnail=thumbnail)
+    cols, rows = grid
+    if tile_size < 1:
+        raise ValueError(f"tile_size = {tile_size}: a tile is at least one pixel wide")
+    torch = sys.modules.get("torch")  # if torch was never imported, nothing can be a tensor
+    if torch is not None and isinstance(image, torch.Tensor):
+        pixels = _tensor_pixels(image, torch)
+        if pixels.device.type != "cpu":
+            return tile_tensor(pixels, cols, rows, tiles, tile_size)
+        picture = _from_array(pixels.permute(1, 2, 0).contiguous().numpy())
+        return torch.from_numpy(_cut(picture, cols, rows, tiles, tile_size))
+    if isinstance(image, Image.Image):
+        picture = load_rgb(image)
+    elif isinstance(image, np.ndarray):
+        picture = _from_array(image)
+    else:
+        raise TypeError(f"tile_image takes a Pillow image, a numpy array or a torch tensor, not {type(image).__name__}")
+    return _cut(picture, cols, rows, tiles, tile_size)
+
+
+def _cut(picture: Image.Image, cols: int, rows: int, tiles: int, s: int) -> np.ndarray:
+    """picture: RGB -> uint8 [tiles, s, s, 3]."""
+    out = np.empty((tiles, s, s, 3), np.uint8)
+    whole = np.asarray(picture.resize((cols * s, rows * s), Image.Resampling.BICUBIC))
+    out[: cols * rows].reshape(rows, cols, s, s, 3)[:] = whole.reshape(rows, s, cols, s, 3).swapaxes(1, 2)
+    if tiles > cols * rows:
+        out[-1] = np.asarray(picture.resize((s, s), Image.Resampling.BICUBIC))
+    return out
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise ValueError(f"an array of shape {array.shape} is no image: need [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]")
+    if array.size == 0:
+        raise ValueError(f"image is {array.shape[1]} x {array.shape[0]} pixels: both sides must be at least 1")
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = scale_16_bit(array)
+    elif array.dtype != np.uint8:
+        raise TypeError(f"pixels are {array.dtype}: need uint8, uint16 or bool; scale others to 0..255 first")
+    if array.shape[2] == 1:
+        array = array[:, :, 0]
+    return load_rgb(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def _tensor_pixels(image: Any, torch: Any) -> Any:
+    """A tensor image -> uint8 [C, H, W], C = 1, 3 or 4."""
+    if image.dtype != torch.uint8:
+        raise TypeError(f"pixels are {image.dtype}: need torch.uint8; scale others to 0..255 first")
+    shape = tuple(image.shape)
+    if image.ndim == 3 and shape[0] in (1, 3, 4):
+        pixels = image
+    elif image.ndim == 3 and shape[2] in (1, 3, 4):
+        pixels = image.permute(2, 0, 1)
+    else:
+        raise ValueError(f"a tensor of shape {shape} is no image: need [C, H, W] or [H, W, C] with C = 1, 3 or 4")
+    if pixels.numel() == 0:
+        raise ValueError(f"image is {pixels.shape[2]} x {pixels.shape[1]} pixels: both sides must be at least 1")
+    return pixels.detach()
