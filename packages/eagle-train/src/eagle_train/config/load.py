@@ -206,7 +206,7 @@ def _absolute(config: Config, base: Path) -> Config:
         for name in names:
             value = getattr(section, name)
             if isinstance(value, Path):
-                section.__dict__[name] = base / value.expanduser()
+                vars(section)[name] = base / value.expanduser()
 
     def fix_source(source: Source) -> None:
         fix(source, "annotation", "root")
@@ -218,7 +218,7 @@ def _absolute(config: Config, base: Path) -> Config:
     for name in ("path", "tokenizer"):
         value = getattr(config.model, name)
         if value is not None:
-            config.model.__dict__[name] = str(base / Path(value).expanduser())
+            vars(config.model)[name] = str(base / Path(value).expanduser())
     return config
 
 
