@@ -194,7 +194,7 @@ def _choose_chunk(w: np.ndarray, h: np.ndarray, table: _Table, min_tiles: int, m
     score_small = (table.tiles[small] * area) * np.minimum(of_small, 1 / of_small)
     score_large = enough * np.minimum(of_large, 1 / of_large)
     chosen = np.where(score_large > score_small, large, small).astype(np.intp)
-    # A row without small (or without large) grids names the same grid twice: nothing to decide. Elsewhere floats within 1e-12 decide nothing.
+    # With no small (or no large) grids at all, both tables name the same one. Floats within 1e-12 of each other decide nothing.
     close = np.flatnonzero((np.abs(score_large - score_small) <= 1e-12 * score_large) & (small != large))
     for i in close.tolist():
         grid = _better(table.grids[large[i]], table.grids[small[i]], int(w[i]), int(h[i]), tile_size)
