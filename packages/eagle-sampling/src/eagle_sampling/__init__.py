@@ -1,3 +1,75 @@
-"""What fits the context (Automatic Degradation Sampling), which frames, and how to read them exactly."""
+"""What fits the context (Automatic Degradation Sampling), which frames, and how to read them exactly.
+
+Names are imported when first used, so that planning over columns never loads the video libraries.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_HOME = {
+    name: module
+    for module, names in {
+        "budget": ("CAPS", "STRATEGIES", "Dropped", "VideoRequest", "VisualPlan", "plan"),
+        "budget_columns": ("PlanColumns", "PlanResult", "plan_many"),
+        "frames": ("choose_chapters", "choose_times", "clip_range", "wanted_frames"),
+        "images": ("ImageRef", "image_size", "open_image", "read_bytes"),
+        "limits": ("DEFAULT_LIMITS", "FrameError", "Limits", "MediaError"),
+        "probe": ("VideoInfo", "probe"),
+        "time_table": ("TimeTable",),
+        "video": ("Frames", "read_frames"),
+    }.items()
+    for name in names
+}
+
+__all__ = [
+    "CAPS",
+    "DEFAULT_LIMITS",
+    "Dropped",
+    "FrameError",
+    "Frames",
+    "ImageRef",
+    "Limits",
+    "MediaError",
+    "PlanColumns",
+    "PlanResult",
+    "STRATEGIES",
+    "TimeTable",
+    "VideoInfo",
+    "VideoRequest",
+    "VisualPlan",
+    "choose_chapters",
+    "choose_times",
+    "clip_range",
+    "image_size",
+    "open_image",
+    "plan",
+    "plan_many",
+    "probe",
+    "read_bytes",
+    "read_frames",
+    "wanted_frames",
+]
+
+if TYPE_CHECKING:
+    from .budget import CAPS, STRATEGIES, Dropped, VideoRequest, VisualPlan, plan
+    from .budget_columns import PlanColumns, PlanResult, plan_many
+    from .frames import choose_chapters, choose_times, clip_range, wanted_frames
+    from .images import ImageRef, image_size, open_image, read_bytes
+    from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError
+    from .probe import VideoInfo, probe
+    from .time_table import TimeTable
+    from .video import Frames, read_frames
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,116 @@
+"""Which frames: by rate, by count, per chapter. Only presentation times go in and come out; no file is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .time_table import TimeTable
+
+__all__ = ["TimeTable", "choose_chapters", "choose_times", "clip_range", "wanted_frames"]
+
+# A time that was written with six decimals still means the frame it was taken from; frames are never this close together.
+TIME_EPSILON = 1e-6
+
+
+def wanted_frames(duration: float, fps: float = 2.0, max_frames: int | None = None) -> int:
+    """Frames that `duration` seconds are worth at `fps` frames a second: at least one, at most `max_frames`.
+
+    Raises ValueError when the duration is negative or not finite, or fps isn't positive.
+    """
+    if not np.isfinite(duration) or duration < 0:
+        raise ValueError(f"duration must be a number of seconds >= 0, not {duration}")
+    if not np.isfinite(fps) or fps <= 0:
+        raise ValueError(f"fps must be positive, not {fps}")
+    count = max(1, int(np.floor(duration * fps + 1e-6)))
+    return count if max_frames is None else max(1, min(count, max_frames))
+
+
+def clip_range(times: ArrayLike | TimeTable, start: float | None = None, end: float | None = None) -> tuple[int, int]:
+    """Frames `first` ... `stop - 1` that are on the screen during [start, end) seconds; at least one.
+
+    The frame that is already showing at `start` belongs to the clip; a frame that appears at `end` doesn't.
+    Raises ValueError when there are no frames, or the clip is empty or lies after the last frame by more than the video's length.
+    """
+    seconds = _seconds(times)
+    n = len(seconds)
+    if n == 0:
+        raise ValueError("there are no frames to choose from")
+    if start is not None and end is not None and end <= start:
+        raise ValueError(f"the clip from {start} to {end} s is empty: its end must lie after its start")
+    if end is not None and end <= seconds[0]:
+        raise ValueError(f"the clip ends at {end} s, before the first frame at {seconds[0]:.3f} s")
+    last_shown = seconds[-1] + (seconds[-1] - seconds[0]) / max(n - 1, 1)
+    if start is not None and start > last_shown + TIME_EPSILON and n > 1:
+        raise ValueError(f"the clip starts at {start} s, after the video's end at {last_shown:.3f} s")
+    first = 0 if start is None else max(int(np.searchsorted(seconds, start + TIME_EPSILON, side="right")) - 1, 0)
+    stop = n if end is None else int(np.searchsorted(seconds, end - TIME_EPSILON, side="left"))
+    return first, max(stop, first + 1)
+
+
+def choose_times(
+    times: ArrayLike | TimeTable,
+    count: int,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    placement: Literal["linspace", "center"] = "linspace",
+) -> NDArray[np.float64]:
+    """`count` presentation times, float64 [count], strictly increasing and all different, out of `times` (sorted seconds or a TimeTable).
+
+    "linspace": the first and the last frame of the clip and what lies evenly in time between them (nearest frame), as in the original.
+    "center": the clip is cut into `count` equal parts and the frame on the screen at the centre of each is taken.
+    Even in time, not in frame number, so a variable frame rate doesn't shift the choice towards its dense parts.
+    Raises ValueError when count is below 1 or above the number of frames in the clip.
+    """
+    seconds = _seconds(times)
+    first, stop = clip_range(seconds, start, end)
+    clip = seconds[first:stop]
+    n = len(clip)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    if count > n:
+        raise ValueError(f"{count} frames were asked of a clip that has {n}; ask for at most {n} (wanted_frames(..., max_frames={n}))")
+    if placement == "linspace":
+        wanted = np.linspace(clip[0], clip[-1], count) if count > 1 else clip[:1]
+        right = np.clip(np.searchsorted(clip, wanted, side="left"), 1, max(n - 1, 1))
+        left = right - 1
+        right = np.minimum(right, n - 1)
+        index = np.where(clip[right] - wanted < wanted - clip[left], right, left)
+    elif placement == "center":
+        stop_time = clip[-1] + (clip[-1] - clip[0]) / max(n - 1, 1)
+        wanted = clip[0] + (np.arange(count) + 0.5) * (stop_time - clip[0]) / count
+        index = np.searchsorted(clip, wanted + TIME_EPSILON, side="right") - 1
+    else:
+        raise ValueError(f"placement must be 'linspace' or 'center', not {placement!r}")
+    # Where frames are sparse two targets may fall on one frame; move to the next ones so that all are different.
+    order = np.arange(count)
+    index = np.maximum.accumulate(index - order) + order
+    index = np.minimum(index, n - count + order)
+    return clip[index]
+
+
+def choose_chapters(
+    times: ArrayLike | TimeTable, chapters: Sequence[tuple[float, float]], *, fps: float = 2.0, max_frames: int | None = 50
+) -> list[NDArray[np.float64]]:
+    """Presentation times per chapter (start, end) in seconds: `fps` a second, at most `max_frames` each.
+
+    The default of 50 is that of the top-down recipe of Eagle 2.5.
+    """
+    seconds = _seconds(times)
+    chosen = []
+    for start, end in chapters:
+        first, stop = clip_range(seconds, start, end)
+        count = min(wanted_frames(end - start, fps, max_frames), stop - first)
+        chosen.append(choose_times(seconds, count, start=start, end=end))
+    return chosen
+
+
+def _seconds(times: ArrayLike | TimeTable) -> NDArray[np.float64]:
+    seconds = times.times() if isinstance(times, TimeTable) else np.asarray(times, dtype=np.float64)
+    if seconds.ndim != 1:
+        raise ValueError(f"times must be one-dimensional, not of shape {seconds.shape}")
+    return seconds
