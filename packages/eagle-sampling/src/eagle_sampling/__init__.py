@@ -13,8 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     name: module
     for module, names in {
-        "budget": ("CAPS", "STRATEGIES", "Dropped", "VideoRequest", "VisualPlan", "plan"),
-        "budget_columns": ("PlanColumns", "PlanResult", "plan_many"),
+        "budget": ("CAPS", "STRATEGIES", "Dropped", "PlanColumns", "PlanResult", "VideoRequest", "VisualPlan", "plan", "plan_many"),
         "frames": ("choose_chapters", "choose_times", "clip_range", "wanted_frames"),
         "images": ("ImageRef", "image_size", "open_image", "read_bytes"),
         "limits": ("DEFAULT_LIMITS", "FrameError", "Limits", "MediaError"),
@@ -55,8 +54,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .budget import CAPS, STRATEGIES, Dropped, VideoRequest, VisualPlan, plan
-    from .budget_columns import PlanColumns, PlanResult, plan_many
+    from .budget import CAPS, STRATEGIES, Dropped, PlanColumns, PlanResult, VideoRequest, VisualPlan, plan, plan_many
     from .frames import choose_chapters, choose_times, clip_range, wanted_frames
     from .images import ImageRef, image_size, open_image, read_bytes
     from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError

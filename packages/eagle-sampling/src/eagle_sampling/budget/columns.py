@@ -1,4 +1,4 @@
-"""The budget of `budget.plan` for millions of rows at once: the same rule over columns, the same answers row by row.
+"""The budget of `sample.plan` for millions of rows at once: the same rule over columns, the same answers row by row.
 
 Rows with one video or none are pure arithmetic. Rows whose several videos must share are grouped by how many they have and handled as
 small matrices, one group after the other.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eagle_sampling.budget import (
+from .answer import (
     CAPS,
     FRAMES_PER_VIDEO,
     REASONS,
@@ -22,8 +22,8 @@ from eagle_sampling.budget import (
     check_options,
     degradations,
     dropped,
-    share_frames,
 )
+from .sample import share_frames
 
 STATUS = ("ok", *REASONS)
 _OK, _TEXT, _IMAGES, _FRAMES, _LONG = range(5)
@@ -225,7 +225,7 @@ def _share(columns: PlanColumns, room: np.ndarray, ok: np.ndarray) -> tuple[np.n
 
 
 def _share_matrix(wanted: np.ndarray, minimum: np.ndarray, each: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """`budget.share_frames` for R rows of the same number of videos, all short of room: [R, K] and room [R] -> frames [R, K]."""
+    """`sample.share_frames` for R rows of the same number of videos, all short of room: [R, K] and room [R] -> frames [R, K]."""
     # The largest product below is (sum of wanted * each) * minimum, or room * wanted.
     size = (wanted * each).sum(axis=1).astype(np.float64)
     huge = np.maximum(size * minimum.max(axis=1), room.astype(np.float64) * wanted.max(axis=1)) > 2.0**62
