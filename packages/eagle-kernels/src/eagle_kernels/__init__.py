@@ -1,5 +1,7 @@
 """Fused operators for long-context training, exact to the last gradient; each has a plain-torch twin in `eagle_kernels.reference`."""
 
+__version__ = "0.1.0"
+
 from eagle_kernels import reference
 from eagle_kernels.dispatch import implementation, use_implementation
 from eagle_kernels.gelu import gelu_linear

@@ -53,7 +53,7 @@ def use_triton(name: str, tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def use_implementation(choice: str) -> Iterator[None]:
-    """Within the block every operator runs `choice` ("triton" or "torch"), whatever the device: for comparisons and for Triton's interpreter."""
+    """Within the block operators run `choice` ("triton" or "torch") on any device: for comparisons and Triton's interpreter."""
     if choice not in IMPLEMENTATIONS:
         raise ValueError(f"use_implementation: {choice!r} is no implementation; they are {', '.join(IMPLEMENTATIONS)}")
     token = _forced.set(choice)

@@ -1,11 +1,23 @@
-"""The language head and its loss in one operator that never stores more than one chunk of logits."""
+"""The language head and its loss in one operator that never stores more than one chunk of logits.
 
-from typing import Literal, NamedTuple, overload
+Forward goes through the kept rows in chunks: logits = hidden weight^T (cuBLAS), the fused kernel turns them into losses and, in place, into
+their gradient, and two more matmuls turn that into the gradients of hidden and weight; backward only multiplies by the incoming gradient.
+The weight gradient is one float32 matrix to which every chunk is added inside the matmul (beta = 1), so nothing is rounded in between.
+"""
+
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from eagle_kernels import reference
+from eagle_kernels import checks, reference
+from eagle_kernels.dispatch import use_triton
+from eagle_kernels.matmul import accumulate_, gradient_dtype
+from eagle_kernels.registry import register
+
+# Logits of one chunk: 3584 rows of 152064 in bf16 are 1.02 GiB. Fewer rows make the matmuls slower, more rows only cost memory.
+CHUNK_BYTES = 1100 << 20
+ROW_MULTIPLE = 512
 
 
 class LinearCrossEntropyResult(NamedTuple):
@@ -16,69 +28,215 @@ class LinearCrossEntropyResult(NamedTuple):
     count: Tensor
 
 
-@overload
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    token_weights: Tensor | None = None,
-    denominator: Tensor | float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
-    num_kept: int | None = None,
-    return_details: Literal[False] = False,
-    validate: bool = False,
-) -> Tensor: ...
+def chunk_rows(vocab: int, itemsize: int) -> int:
+    """Rows of logits that one chunk holds."""
+    rows = CHUNK_BYTES // (vocab * itemsize)
+    return max(1, rows if rows < ROW_MULTIPLE else rows // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def kept_rows(labels: Tensor, token_weights: Tensor | None, ignore_index: int, num_kept: int) -> tuple[Tensor | None, Tensor, int]:
+    """(rows to use or None for all, their true count on the device, their number). num_kept -1: ask the device and wait."""
+    keep = labels != ignore_index
+    if token_weights is not None:
+        keep = keep & (token_weights != 0)
+    count = keep.sum()
+    if num_kept < 0:
+        rows = keep.nonzero().squeeze(1)
+        return (None if rows.numel() == labels.numel() else rows), count, rows.numel()
+    if num_kept == labels.numel():
+        return None, count, num_kept
+    # nonzero() without the wait: a kept row goes to its rank among the kept, all others to one spare slot at the end.
+    rank = keep.cumsum(0) - 1
+    slot = torch.where(keep & (rank < num_kept), rank, num_kept)
+    rows = torch.zeros(num_kept + 1, dtype=torch.int64, device=labels.device)
+    rows.scatter_(0, slot, torch.arange(labels.numel(), device=labels.device))
+    return rows[:num_kept], count, num_kept
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, denominator: Tensor | None,
+    smoothing: float, z_loss: float, ignore_index: int, num_kept: int, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from eagle_kernels.kernels.cross_entropy import launch_loss
+
+    device, (tokens, _), vocab = hidden.device, hidden.shape, weight.shape[0]
+    gradient = need_hidden or need_weight
+    # Whatever isn't written is read by nobody or must be zero: ignored rows have loss 0 and gradient 0.
+    losses = torch.zeros(tokens, dtype=torch.float32, device=device)
+    rows, count, kept = kept_rows(labels, token_weights, ignore_index, num_kept)
+    dhidden = hidden.new_zeros(hidden.shape if need_hidden and rows is not None else 0)
+    if need_hidden and rows is None:
+        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    dweight = torch.empty(weight.shape if need_weight else (0, 0), dtype=torch.float32, device=device)
+    divisor = torch.ones((), dtype=torch.float32, device=device)
+    if denominator is not None:
+        divisor = denominator.to(device=device, dtype=torch.float32).clone()
+    elif token_weights is not None and kept > 0:
+        divisor = (token_weights if rows is None else token_weights[rows]).float().sum()
+    elif kept > 0:
+        divisor = count.float()
+    if kept == 0:
+        return divisor.new_zeros(()), losses, count, dhidden.zero_(), dweight.zero_(), divisor
+
+    # float16 would lose gradients divided by a large denominator: there the division waits for backward.
+    scale = None if hidden.dtype == torch.float16 else divisor
+    weighted = torch.empty(kept, dtype=torch.float32, device=device)
+    step = min(kept, chunk_rows(vocab, hidden.element_size()))
+    logits = torch.empty((step, vocab), dtype=hidden.dtype, device=device)
+    for start in range(0, kept, step):
+        stop = min(kept, start + step)
+        index = rows[start:stop] if rows is not None else None
+        part = hidden[start:stop] if index is None else hidden[index]
+        chunk = logits[: stop - start]
+        torch.mm(part, weight.t(), out=chunk)
+        launch_loss(chunk, rows, labels, token_weights, scale, losses, weighted, start, smoothing, z_loss, gradient)
+        if need_hidden:
+            if index is None:
+                torch.mm(chunk, weight, out=dhidden[start:stop])
+            else:
+                dhidden.index_copy_(0, index, torch.mm(chunk, weight))
+        if need_weight:
+            accumulate_(dweight, chunk.t(), part, first=start == 0)
+    loss = weighted.sum()
+    if scale is None:
+        loss = loss / divisor
+    if num_kept >= 0:
+        loss = torch.where(count == num_kept, loss, torch.nan)  # a wrong count is loud without waiting for the device
+    return loss, losses, count, dhidden, dweight, divisor
+
+
+def _forward_fake(hidden, weight, labels, token_weights, denominator, smoothing, z_loss, ignore_index, num_kept, need_hidden, need_weight):
+    scalar = hidden.new_empty((), dtype=torch.float32)
+    return (
+        scalar,
+        hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+        hidden.new_empty((), dtype=torch.int64),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        hidden.new_empty(weight.shape if need_weight else (0, 0), dtype=torch.float32),
+        torch.empty_like(scalar),
+    )
+
+
+def _scaled(x: Tensor, scale: Tensor, divide: Tensor | None, dtype: torch.dtype) -> Tensor:
+    from eagle_kernels.kernels.cross_entropy import launch_scale
+
+    return launch_scale(x, scale, divide, dtype, in_place=False)
+
+
+def _scale_(x: Tensor, scale: Tensor, divide: Tensor | None) -> None:
+    from eagle_kernels.kernels.cross_entropy import launch_scale
+
+    launch_scale(x, scale, divide, x.dtype, in_place=True)
+
+
+register(
+    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor labels, Tensor? token_weights, Tensor? denominator, "
+    "float smoothing, float z_loss, int ignore_index, int num_kept, bool need_hidden, bool need_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+register(
+    "scaled(Tensor x, Tensor scale, Tensor? divide, ScalarType dtype) -> Tensor",
+    _scaled,
+    lambda x, scale, divide, dtype: torch.empty_like(x, dtype=dtype),
+)
+register("scale_(Tensor(a!) x, Tensor scale, Tensor? divide) -> ()", _scale_, lambda x, scale, divide: None)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward was asked to keep its graph; then stored gradients must not be scaled in place."""
+    if torch.compiler.is_compiling():
+        return True
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, denominator: Tensor | None,
+        smoothing: float, z_loss: float, ignore_index: int, num_kept: int, weight_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        loss, losses, count, dhidden, dweight, divisor = torch.ops.eagle_kernels.linear_cross_entropy_forward(
+            hidden, weight.to(hidden.dtype), labels, token_weights, denominator,
+            smoothing, z_loss, ignore_index, num_kept, need_hidden, need_weight,
+        )  # fmt: skip
+        ctx.save_for_backward(dhidden, dweight, divisor)
+        ctx.needs = (need_hidden, need_weight)
+        ctx.weight_dtype = weight_dtype
+        ctx.mark_non_differentiable(losses, count)
+        return loss, losses, count
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dhidden, dweight, divisor = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs
+        divide = divisor if dhidden.dtype == torch.float16 else None
+        in_place = not _graph_is_kept()
+
+        def scaled(x: Tensor, dtype: torch.dtype) -> Tensor:
+            if in_place and x.dtype == dtype:
+                torch.ops.eagle_kernels.scale_(x, dloss, divide)
+                return x
+            return torch.ops.eagle_kernels.scaled(x, dloss, divide, dtype)
+
+        out = (scaled(dhidden, dhidden.dtype) if need_hidden else None, scaled(dweight, ctx.weight_dtype) if need_weight else None)
+        return (*out, None, None, None, None, None, None, None, None)
 
 
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    token_weights: Tensor | None = None,
-    denominator: Tensor | float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
-    num_kept: int | None = None,
-    return_details: Literal[True],
-    validate: bool = False,
-) -> LinearCrossEntropyResult: ...
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, token_weights: Tensor | None = None, denominator: Tensor | float | None = None,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, ignore_index: int = -100, num_kept: int | None = None,
+    return_details: Literal[False] = False, validate: bool = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, token_weights: Tensor | None = None, denominator: Tensor | float | None = None,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, ignore_index: int = -100, num_kept: int | None = None,
+    return_details: Literal[True], validate: bool = False,
+) -> LinearCrossEntropyResult: ...  # fmt: skip
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    token_weights: Tensor | None = None,
-    denominator: Tensor | float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
-    num_kept: int | None = None,
-    return_details: bool = False,
-    validate: bool = False,
-) -> Tensor | LinearCrossEntropyResult:
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, token_weights: Tensor | None = None, denominator: Tensor | float | None = None,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, ignore_index: int = -100, num_kept: int | None = None,
+    return_details: bool = False, validate: bool = False,
+) -> Tensor | LinearCrossEntropyResult:  # fmt: skip
     """`sum_i w_i l_i / denominator`, l_i the cross-entropy of `hidden[i] weight^T` with `labels[i]`; labels are not shifted here.
 
-    hidden: [T, H], weight: [V, H], labels: [T] integers, token_weights: [T] float32 (default 1), denominator: 0-dim tensor
-    (default: the sum of the weights of the kept rows, a local figure, for convenience). Rows with `ignore_index` or weight 0 cost nothing.
+    hidden: [T, H]; weight: [V, H], of hidden's dtype or float32 (cast once), also a DTensor (gathered once);
+    labels: [T] integers; token_weights: [T] float32, default 1; denominator: 0-dim tensor, the global sum of weights
+    (default: the sum over the kept rows of this call, a local figure, for convenience).
+    With smoothing e and z: `l = (1-e)(lse - x_y) + e(lse - mean(x)) + z lse^2`.
+    Rows whose label is `ignore_index` or whose weight is 0 are left out before the matmul. num_kept: how many rows remain; given, nothing
+    waits for the device (and a wrong number makes the loss NaN). validate: check labels, count and denominator, which waits.
+    Returns the loss (0-dim float32), or with return_details a `LinearCrossEntropyResult`.
+
+    The weight gradient is accumulated in float32 and returned as `weight.grad_dtype` (float32 on a bf16 parameter
+    keeps it exact), else in the weight's dtype. Raises ValueError or TypeError on shapes, dtypes or values that don't fit.
     """
-    if denominator is not None and not isinstance(denominator, Tensor):
-        denominator = torch.tensor(float(denominator))
-    loss, losses, count = reference.linear_cross_entropy(
-        hidden,
-        weight,
-        labels,
-        token_weights=token_weights,
-        denominator=denominator,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        ignore_index=ignore_index,
+    denominator = checks.linear_cross_entropy(
+        hidden, weight, labels, token_weights, denominator, label_smoothing, z_loss, ignore_index, num_kept, validate
     )
-    return LinearCrossEntropyResult(loss, losses, count) if return_details else loss
+    weight_dtype = gradient_dtype(weight)
+    weight = checks.gathered(weight)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    with torch.autocast(hidden.device.type, enabled=False):
+        if use_triton("linear_cross_entropy", hidden):
+            result = _LinearCrossEntropy.apply(
+                hidden, weight, labels.contiguous(), token_weights.contiguous() if token_weights is not None else None, denominator,
+                float(label_smoothing), float(z_loss), ignore_index, -1 if num_kept is None else num_kept, weight_dtype,
+            )  # fmt: skip
+        else:
+            result = reference.linear_cross_entropy(
+                hidden, weight.to(hidden.dtype), labels, token_weights=token_weights, denominator=denominator,
+                label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index,
+            )  # fmt: skip
+    result = LinearCrossEntropyResult(*result)
+    return result if return_details else result.loss

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Above this many logits at once (512 MiB in float32) the reference cross-entropy goes through the rows in chunks and rebuilds them in backward.
+# Above this many logits at once (512 MiB in float32) the cross-entropy goes through the rows in chunks, rebuilt in backward.
 CHUNK_ELEMENTS = 1 << 27
 
 

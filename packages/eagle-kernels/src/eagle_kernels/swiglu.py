@@ -1,18 +1,124 @@
 """SwiGLU and the MLP around it: cuBLAS keeps the matmuls, backward rebuilds the activation instead of storing it."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from eagle_kernels import reference
+from eagle_kernels import checks, reference
+from eagle_kernels.dispatch import use_triton
+from eagle_kernels.matmul import accumulate_, gradient_dtype
+from eagle_kernels.registry import register
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    from eagle_kernels.kernels.swiglu import launch_forward
+
+    return launch_forward(gate, up)
+
+
+def _backward(dout: Tensor, gate: Tensor, up: Tensor, rebuild: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from eagle_kernels.kernels.swiglu import launch_backward
+
+    return launch_backward(dout, gate, up, rebuild)
+
+
+register("swiglu_forward(Tensor gate, Tensor up) -> Tensor", _forward, lambda gate, up: gate.new_empty(gate.shape))
+register(
+    "swiglu_backward(Tensor dout, Tensor gate, Tensor up, bool rebuild) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dout, gate, up, rebuild: (gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty(gate.shape if rebuild else 0)),
+)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate, up)
+        return torch.ops.eagle_kernels.swiglu_forward(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        dgate, dup, _ = torch.ops.eagle_kernels.swiglu_backward(dout, gate, up, False)
+        return dgate, dup
+
+
+class _SwiGLUMLP(torch.autograd.Function):
+    """Keeps x, gate and up (rows None) or only x (rows at a time, gate and up rebuilt), never the activation."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, rows: int | None, dtypes: tuple[torch.dtype, ...]
+    ) -> Tensor:
+        ctx.rows, ctx.dtypes = rows, dtypes
+        if rows is None:
+            gate, up = x @ w_gate.t(), x @ w_up.t()
+            ctx.save_for_backward(x, w_gate, w_up, w_down, gate, up)
+            return torch.ops.eagle_kernels.swiglu_forward(gate, up) @ w_down.t()
+        ctx.save_for_backward(x, w_gate, w_up, w_down)
+        out = torch.empty_like(x)
+        for start in range(0, x.shape[0], rows):
+            part = x[start : start + rows]
+            inner = torch.ops.eagle_kernels.swiglu_forward(part @ w_gate.t(), part @ w_up.t())
+            out[start : start + rows] = inner @ w_down.t()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, w_gate, w_up, w_down, *kept = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        rows = ctx.rows or max(1, x.shape[0])
+        # One block needs no running sum: the matmul accumulates in float32 and rounds once, to the dtype that is asked for.
+        wide = x.dtype if x.dtype == torch.float64 else torch.float32
+        sums = [
+            torch.zeros(weight.shape, dtype=wide, device=weight.device) if need and x.shape[0] == 0 else None
+            for weight, need in zip((w_gate, w_up, w_down), needed[1:])
+        ]
+        dx = torch.empty_like(x) if needed[0] else None
+        for start in range(0, x.shape[0], rows):
+            part, dpart = x[start : start + rows], dout[start : start + rows]
+            gate, up = kept if kept else (part @ w_gate.t(), part @ w_up.t())
+            dgate, dup, inner = torch.ops.eagle_kernels.swiglu_backward(dpart @ w_down, gate, up, needed[3])
+            del gate, up
+            if dx is not None:
+                block = dx[start : start + rows]
+                torch.mm(dgate, w_gate, out=block)
+                torch.addmm(block, dup, w_up, out=block)
+            pairs = ((dgate, part), (dup, part), (dpart, inner))
+            for slot, (left, right) in enumerate(pairs):
+                if needed[slot + 1]:
+                    first = sums[slot] is None
+                    if first:
+                        dtype = ctx.dtypes[slot] if rows >= x.shape[0] else wide
+                        sums[slot] = torch.empty((left.shape[1], right.shape[1]), dtype=dtype, device=x.device)
+                    accumulate_(sums[slot], left.t(), right, first)
+        return (dx, *(s.to(dtype) if s is not None else None for s, dtype in zip(sums, ctx.dtypes)), None, None)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, elementwise; gate and up of one shape."""
+    """`silu(gate) * up`, elementwise (Shazeer 2020), in float32 and rounded once; gate and up of one shape and dtype.
+
+    Backward reads gate, up and the gradient once and writes both gradients. Raises ValueError or TypeError on inputs that don't fit.
+    """
+    checks.floating("swiglu", gate=gate, up=up)
+    checks.shape("swiglu", "up", up, tuple(gate.shape), "gate's")
+    if use_triton("swiglu", gate):
+        return _SwiGLU.apply(gate, up)
     return reference.swiglu(gate, up)
 
 
 def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows: int | None = None) -> Tensor:
     """`swiglu(x w_gate^T, x w_up^T) w_down^T`. x: [..., H], w_gate and w_up: [I, H], w_down: [H, I] (as in `nn.Linear`).
 
-    rows: work through this many rows at a time, forward and backward, so that memory doesn't grow with the sequence.
+    rows: work through this many rows at a time, forward and backward (which then rebuilds gate and up from x): memory beyond x, the output
+    and the weight gradients is about `6 * rows * I` elements, whatever the length, for two more matmuls in backward. Weight gradients of
+    the blocks add up in float32. None: everything at once, gate and up are kept. Raises ValueError or TypeError on inputs that don't fit.
     """
-    return reference.swiglu_mlp(x, w_gate, w_up, w_down, rows=rows)
+    checks.mlp(x, w_gate, w_up, w_down, rows)
+    dtypes = tuple(gradient_dtype(weight) for weight in (w_gate, w_up, w_down))
+    w_gate, w_up, w_down = (checks.gathered(weight) for weight in (w_gate, w_up, w_down))
+    if not use_triton("swiglu_mlp", x):
+        return reference.swiglu_mlp(x, w_gate, w_up, w_down, rows=rows)
+    out = _SwiGLUMLP.apply(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down, rows, dtypes)
+    return out.view(x.shape)

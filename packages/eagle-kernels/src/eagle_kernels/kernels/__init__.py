@@ -1,0 +1,1 @@
+"""The Triton kernels and their launches, one file an operator; imported only when a kernel is about to run."""

@@ -1,0 +1,119 @@
+"""Cross-entropy over a chunk of logits that turns into its own gradient in place, and the scaling of stored gradients.
+
+A program owns one row. It reads the row once for maximum and sum, and once more, backwards, to write the gradient over it: the part read
+last comes first, so most of the second read is served by the L2 cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def loss_kernel(
+    logits_ptr, index_ptr, labels_ptr, weights_ptr, scale_ptr, losses_ptr, weighted_ptr, start, vocab, smoothing, z_loss,
+    HAS_INDEX: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_SCALE: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    token = start + row
+    if HAS_INDEX:
+        token = tl.load(index_ptr + token)
+    label = tl.load(labels_ptr + token).to(tl.int64)
+    weight = 1.0
+    if HAS_WEIGHTS:
+        weight = tl.load(weights_ptr + token).to(tl.float32)
+    scale = weight
+    if HAS_SCALE:
+        scale = weight / tl.load(scale_ptr).to(tl.float32)
+    logits_ptr += row * vocab
+    blocks = tl.cdiv(vocab, BLOCK)
+    column = tl.arange(0, BLOCK)
+
+    # Every lane keeps its own maximum and sum, so that a block costs no reduction across threads.
+    largest = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    plain = tl.zeros((BLOCK,), dtype=tl.float32)
+    for block in range(0, blocks):
+        offset = block * BLOCK + column
+        x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf")).to(tl.float32)
+        update = tl.maximum(largest, x)
+        # A lane that has seen nothing but -inf must not compute inf - inf.
+        base = tl.where(update == -float("inf"), 0.0, update)
+        total = total * tl.exp(largest - base) + tl.exp(x - base)
+        largest = update
+        if SMOOTHING:
+            plain += tl.where(offset < vocab, x, 0.0)
+    maximum = tl.max(largest, axis=0)
+    denominator = tl.sum(total * tl.exp(largest - maximum), axis=0)
+    log_sum = tl.log(denominator)
+    lse = maximum + log_sum
+
+    valid = (label >= 0) & (label < vocab)
+    picked = tl.load(logits_ptr + label, mask=valid, other=float("nan")).to(tl.float32)
+    loss = (maximum - picked) + log_sum
+    if SMOOTHING:
+        loss = (1.0 - smoothing) * loss + smoothing * ((maximum - tl.sum(plain, axis=0) / vocab) + log_sum)
+    loss += z_loss * lse * lse
+    tl.store(losses_ptr + token, loss)
+    tl.store(weighted_ptr + start + row, loss * scale)
+
+    if GRADIENT:
+        tl.debug_barrier()  # the label's logit is read by one thread and overwritten by another
+        factor = scale * (1.0 + 2.0 * z_loss * lse) / denominator
+        uniform = 0.0
+        if SMOOTHING:
+            uniform = scale * smoothing / vocab
+        for step in range(0, blocks):
+            offset = (blocks - 1 - step) * BLOCK + column
+            x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf")).to(tl.float32)
+            gradient = tl.exp(x - maximum) * factor - uniform
+            gradient = tl.where(offset == label, gradient - scale * (1.0 - smoothing), gradient)
+            tl.store(logits_ptr + offset, gradient.to(logits_ptr.dtype.element_ty), mask=offset < vocab)
+
+
+@triton.jit
+def scale_kernel(x_ptr, out_ptr, scale_ptr, divide_ptr, count, HAS_DIVIDE: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if HAS_DIVIDE:
+        scale = scale / tl.load(divide_ptr).to(tl.float32)
+    # In place and by one there is nothing to do, and only the device knows.
+    if (scale != 1.0) | (not IN_PLACE):
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offset, mask=offset < count, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offset, (x * scale).to(out_ptr.dtype.element_ty), mask=offset < count)
+
+
+def loss_shape(vocab: int, itemsize: int) -> tuple[int, int]:
+    """(columns of a block, warps)."""
+    block = min(triton.next_power_of_2(vocab), 16384 if itemsize == 2 else 8192)
+    return block, max(1, min(32, block // 512))
+
+
+def launch_loss(
+    logits: Tensor, index: Tensor | None, labels: Tensor, weights: Tensor | None, scale: Tensor | None,
+    losses: Tensor, weighted: Tensor, start: int, smoothing: float, z_loss: float, gradient: bool,
+) -> None:  # fmt: skip
+    """Losses of `logits` [n, V], whose rows are kept rows `start .. start + n`, into `losses` [T] (at each row's token) and, weighted and
+    divided by `scale`, into `weighted` [kept]; with `gradient` the logits become the gradient of the weighted sum."""
+    block, warps = loss_shape(logits.shape[1], logits.element_size())
+    loss_kernel[(logits.shape[0],)](
+        logits, index if index is not None else labels, labels, weights if weights is not None else losses,
+        scale if scale is not None else losses, losses, weighted, start, logits.shape[1], smoothing, z_loss,
+        HAS_INDEX=index is not None, HAS_WEIGHTS=weights is not None, HAS_SCALE=scale is not None, SMOOTHING=smoothing > 0,
+        GRADIENT=gradient, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+
+
+def launch_scale(x: Tensor, scale: Tensor, divide: Tensor | None, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """`x * scale / divide` as `dtype`; in place when asked for and the dtype stays."""
+    in_place = in_place and dtype == x.dtype
+    out = x if in_place else torch.empty(x.shape, dtype=dtype, device=x.device)
+    block = 4096
+    if x.numel() > 0:
+        scale_kernel[(triton.cdiv(x.numel(), block),)](
+            x, out, scale, divide if divide is not None else scale, x.numel(),
+            HAS_DIVIDE=divide is not None, IN_PLACE=in_place, BLOCK=block, num_warps=8,
+        )  # fmt: skip
+    return out

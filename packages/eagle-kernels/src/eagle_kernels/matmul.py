@@ -1,0 +1,33 @@
+"""Matrix products whose result accumulates in float32, whatever the operands: what exact weight gradients are made of."""
+
+import torch
+from torch import Tensor
+
+SLICE_ROWS = 8192  # of the fallback: bounds its temporary to 8192 rows of the result
+
+
+def accumulate_(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """`out = a @ b` (first) or `out += a @ b`. out: [M, N] float32 (or a's dtype), a: [M, K], b: [K, N]; no temporary on CUDA."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=0.0 if first else 1.0, out=out)
+    elif out.is_cuda:
+        if first:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        else:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        # CPU matmuls have no mixed result; low-precision products are exact in float32, so widening the operands gives the same sums.
+        wide = b.to(out.dtype)
+        for start in range(0, out.shape[0], SLICE_ROWS):
+            part = a[start : start + SLICE_ROWS].to(out.dtype) @ wide
+            if first:
+                out[start : start + SLICE_ROWS] = part
+            else:
+                out[start : start + SLICE_ROWS] += part
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which `weight` wants its gradient: `weight.grad_dtype` where the caller set one (torch >= 2.11), else its own."""
+    if torch.compiler.is_compiling() or not weight.is_leaf:
+        return weight.dtype
+    return getattr(weight, "grad_dtype", None) or weight.dtype
