@@ -18,8 +18,8 @@ _ROLES = {
     "system": "system",
     "human": "user",
     "user": "user",
-    "observation": "user",
-    "tool": "user",
+    "observation": "observation",
+    "tool": "tool",
     "gpt": "assistant",
     "assistant": "assistant",
 }

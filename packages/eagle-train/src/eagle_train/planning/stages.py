@@ -1,0 +1,290 @@
+"""A stage as a plan: which rows an epoch shows, in which packs, in which order of steps.
+
+`plan_stage` is a pure function of (facts, stage, seed, epoch), identical on every rank; resuming is an index into it.
+
+How often a row comes: `repeat_time` of its recipe entry (whole copies, and for the fractional part the same rows in every epoch),
+times the source's weight (the stage's, else the recipe's; its fractional part is drawn anew in every epoch).
+Steps are groups of `packs_per_step` packs. Within a step packs are sorted by cost, so that `packs_of` hands ranks packs of about
+the same cost at the same time. The last step is made whole by splitting packs; only an epoch with fewer samples than one step has
+packs leaves some packs empty.
+"""
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from eagle_train.config import Config, SamplingConfig, StageConfig, TilingConfig
+from eagle_train.data.facts import Facts
+from eagle_train.data.ledger import Entry
+
+from .packing import Packs, pack, sample_costs, shuffled
+from .visual import ModelFacts, SamplePlan, VisualColumns, drop_detail, plan_visual, sample_plan
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """Numbers of one epoch of a stage. `rows` = `rows_used` + `rows_dropped` + `rows_left_out` (sources or shares not drawn)."""
+
+    rows: int
+    rows_used: int
+    rows_dropped: int
+    rows_left_out: int
+    samples: int
+    packs: int
+    steps: int
+    tokens: int
+    label_tokens: int
+    tiles: int
+    frames: int
+    fill: float
+    longest_sample: int
+    samples_per_pack: float
+    cost_spread: float
+    """Mean over micro-steps of (costliest pack / mean pack), for as many ranks as a step has packs."""
+    drops: dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class StagePlan:
+    """One epoch of a stage.
+
+    pack_offsets: int64 [P + 1]; pack_rows: int64 [S], rows of the facts; pack p holds pack_rows[pack_offsets[p]:pack_offsets[p + 1]].
+    Step s is packs s * packs_per_step ... (s + 1) * packs_per_step - 1. A row may come several times (repeat_time, weight).
+    """
+
+    stage: StageConfig
+    epoch: int
+    facts: Facts
+    model: ModelFacts
+    sampling: SamplingConfig
+    tiling: TilingConfig
+    visual: VisualColumns
+    pack_offsets: np.ndarray
+    pack_rows: np.ndarray
+    drop_rows: np.ndarray
+
+    @property
+    def packs(self) -> int:
+        return len(self.pack_offsets) - 1
+
+    @property
+    def steps(self) -> int:
+        return self.packs // self.stage.packs_per_step
+
+    def rows_of(self, pack: int) -> np.ndarray:
+        """Rows of the facts in pack `pack`, int64 [samples]."""
+        return self.pack_rows[self.pack_offsets[pack] : self.pack_offsets[pack + 1]]
+
+    def packs_of(self, step: int, rank: int = 0, ranks: int = 1) -> range:
+        """Packs that data rank `rank` of `ranks` trains in step `step`, one per micro-step (accumulation).
+
+        Raises ValueError when the packs of a step can't be shared evenly, naming the numbers that can.
+        """
+        per_step = self.stage.packs_per_step
+        if per_step % ranks:
+            lower, upper = per_step // ranks * ranks, -(-per_step // ranks) * ranks
+            near = f"{lower} or {upper}" if lower else f"{upper}"
+            raise ValueError(
+                f"stage {self.stage.name}: packs_per_step is {per_step}, which {ranks} data-parallel groups can't share evenly; "
+                f"set it to {near}"
+            )
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} is not in 0 ... {self.steps - 1} of epoch {self.epoch}")
+        return range(step * per_step + rank, (step + 1) * per_step, ranks)
+
+    def sample(self, row: int) -> SamplePlan:
+        """Grids and frames of one row."""
+        return sample_plan(self.facts, self.visual, row, self.model, sampling=self.sampling, tiling=self.tiling)
+
+    def samples(self, pack: int) -> list[SamplePlan]:
+        """The plans of all samples of a pack, in order (empty only in an epoch with fewer samples than a step has packs)."""
+        return [self.sample(int(row)) for row in self.rows_of(pack)]
+
+    def drops(self) -> Iterator[Entry]:
+        """Ledger entries of the rows that this stage could not fit."""
+        lines = self.facts.column("line")
+        for row in self.drop_rows.tolist():
+            reason = self.visual.reasons[self.visual.status[row]]
+            detail = drop_detail(self.visual, row)
+            yield Entry(self.facts.source_of(row).name, int(lines[row]), reason, detail, f"stage {self.stage.name}")
+
+    def summary(self) -> PlanSummary:
+        """Counts, fill and balance; a few column sums."""
+        used = np.unique(self.pack_rows)
+        tokens = self.visual.tokens[self.pack_rows]
+        frames = np.concatenate([[0], np.cumsum(self.visual.frames, dtype=np.int64)])
+        frames = frames[self.visual.video_offsets[1:]] - frames[self.visual.video_offsets[:-1]]
+        reasons = Counter(self.visual.status[self.drop_rows].tolist())
+        return PlanSummary(
+            rows=len(self.facts),
+            rows_used=len(used),
+            rows_dropped=len(self.drop_rows),
+            rows_left_out=len(self.facts) - len(used) - len(self.drop_rows),
+            samples=len(self.pack_rows),
+            packs=self.packs,
+            steps=self.steps,
+            tokens=int(tokens.sum()),
+            label_tokens=int(self.facts.column("label_tokens")[self.pack_rows].sum()),
+            tiles=int(self.visual.tiles[self.pack_rows].sum()),
+            frames=int(frames[self.pack_rows].sum()),
+            fill=float(tokens.sum() / (self.packs * self.stage.max_tokens)) if self.packs else 0.0,
+            longest_sample=int(tokens.max(initial=0)),
+            samples_per_pack=len(self.pack_rows) / self.packs if self.packs else 0.0,
+            cost_spread=self._cost_spread(),
+            drops={self.visual.reasons[code]: number for code, number in sorted(reasons.items())},
+        )
+
+    def _cost_spread(self) -> float:
+        if not self.packs:
+            return 1.0
+        costs = pack_costs(self.visual.tokens[self.pack_rows], self.pack_offsets).reshape(self.steps, -1)
+        return float(np.mean(costs.max(axis=1) / np.maximum(costs.mean(axis=1), 1e-9)))
+
+
+def plan_stage(
+    facts: Facts,
+    stage: StageConfig,
+    model: ModelFacts,
+    *,
+    sampling: SamplingConfig,
+    tiling: TilingConfig,
+    seed: int = 0,
+    epoch: int = 0,
+    visual: VisualColumns | None = None,
+) -> StagePlan:
+    """Plan one epoch of a stage.
+
+    visual: the stage's visual plan when it is already known (it does not depend on the epoch); computed otherwise.
+    Raises ValueError when no row at all fits the stage.
+    """
+    if visual is None:
+        visual = plan_visual(facts, stage.max_tokens, model, sampling=sampling, tiling=tiling)
+    drawn = draw_rows(facts, stage, seed, epoch)
+    fits = visual.status[drawn] == 0
+    rows, dropped = drawn[fits], np.unique(drawn[~fits])
+    if not len(rows):
+        raise ValueError(
+            f"stage {stage.name}: none of {len(facts)} rows can be used ({len(dropped)} do not fit {stage.max_tokens} tokens); "
+            "raise max_tokens, or look at the ledger and at the stage's sources"
+        )
+    mixed = (seed * 1_000_003 + epoch) * 1_000_003 + zlib.crc32(stage.name.encode())
+    packs = pack(visual.tokens[rows], stage.max_tokens, seed=mixed)
+    lengths = visual.tokens[rows]
+    packs = whole_steps(packs, lengths, stage.packs_per_step)
+    packs = order_steps(packs, lengths, stage.packs_per_step, mixed)
+    return StagePlan(stage, epoch, facts, model, sampling, tiling, visual, packs.offsets, rows[packs.items], dropped)
+
+
+def draw_rows(facts: Facts, stage: StageConfig, seed: int, epoch: int) -> np.ndarray:
+    """Rows that an epoch of the stage shows, int64 [S], in the facts' order, a row as often as it comes."""
+    parts = [np.zeros(0, np.int64)]
+    for source in facts.sources:
+        weight = source.weight if stage.sources is None else stage.sources.get(source.name)
+        if weight is None or not source.rows:
+            continue
+        name = zlib.crc32(source.name.encode())
+        rows = np.arange(source.rows, dtype=np.int64)
+        base = _times(rows, source.repeat_time, seed * 1_000_003 + name)
+        shown = _times(base, weight, ((seed * 1_000_003 + name) * 1_000_003 + zlib.crc32(stage.name.encode())) * 1_000_003 + epoch)
+        parts.append(np.sort(shown) + source.first)
+    return np.concatenate(parts)
+
+
+def _times(rows: np.ndarray, factor: float, seed: int) -> np.ndarray:
+    """`rows` repeated `factor` times; the fractional part picks round(fraction * N) of them by hash, none twice."""
+    whole = int(factor)
+    some = round((factor - whole) * len(rows))
+    return np.concatenate([np.repeat(rows, whole), rows[shuffled(len(rows), seed)[:some]]])
+
+
+def pack_costs(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Cost of each pack, float64 [P], for the lengths of its samples in pack order."""
+    total = np.concatenate([[0.0], np.cumsum(sample_costs(lengths))])
+    return total[offsets[1:]] - total[offsets[:-1]]
+
+
+def whole_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int) -> Packs:
+    """Split packs (the costliest first, samples dealt alternately) until steps are whole; add empty packs when samples run out."""
+    missing = -len(packs) % packs_per_step
+    groups = None
+    while missing:
+        groups = groups or [packs.items[a:b] for a, b in zip(packs.offsets[:-1], packs.offsets[1:])]
+        costs = np.array([sample_costs(lengths[group]).sum() if len(group) > 1 else -1.0 for group in groups])
+        candidates = np.argsort(-costs, kind="stable")[:missing]
+        candidates = candidates[costs[candidates] > 0]
+        if not len(candidates):
+            groups += [np.zeros(0, np.int64)] * missing
+            break
+        for index in candidates.tolist():
+            longest_first = groups[index][np.argsort(-lengths[groups[index]], kind="stable")]
+            groups[index] = longest_first[::2]
+            groups.append(longest_first[1::2])
+            missing -= 1
+    if groups is None:
+        return packs
+    return Packs(np.concatenate([[0], np.cumsum([len(group) for group in groups])]), np.concatenate(groups))
+
+
+def order_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int, seed: int) -> Packs:
+    """Shuffle packs into steps; within a step the costliest pack comes first."""
+    order = shuffled(len(packs), seed + 1).reshape(-1, packs_per_step)
+    costs = pack_costs(lengths[packs.items], packs.offsets)
+    order = np.take_along_axis(order, np.argsort(-costs[order], axis=1, kind="stable"), axis=1).ravel()
+    counts = np.diff(packs.offsets)[order]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)
+    return Packs(offsets, packs.items[np.repeat(packs.offsets[:-1][order], counts) + within])
+
+
+class StageSchedule:
+    """All epochs of a stage as one run of steps; plans of epochs are made when they are needed and the last two are kept."""
+
+    def __init__(self, facts: Facts, config: Config, stage: StageConfig, model: ModelFacts) -> None:
+        self.stage = stage
+        self._facts, self._config, self._model = facts, config, model
+        self.visual = plan_visual(facts, stage.max_tokens, model, sampling=config.sampling, tiling=config.tiling)
+        self._plans: dict[int, StagePlan] = {}
+        self._ends: list[int] = []  # steps until the end of epoch e
+        if stage.steps is not None:
+            self.steps = stage.steps
+        else:
+            epochs = stage.epochs if stage.epochs is not None else 1.0
+            whole = int(epochs)
+            self.steps = self._end(whole - 1) if whole else 0
+            if epochs > whole:
+                self.steps += max(1, round((epochs - whole) * self.plan(whole).steps))
+
+    def plan(self, epoch: int) -> StagePlan:
+        """The plan of one epoch."""
+        if epoch not in self._plans:
+            config = self._config
+            while len(self._plans) > 1:
+                del self._plans[next(iter(self._plans))]
+            self._plans[epoch] = plan_stage(
+                self._facts,
+                self.stage,
+                self._model,
+                sampling=config.sampling,
+                tiling=config.tiling,
+                seed=config.run.seed,
+                epoch=epoch,
+                visual=self.visual,
+            )
+        return self._plans[epoch]
+
+    def locate(self, step: int) -> tuple[StagePlan, int]:
+        """The plan that step `step` (0-based, of the whole stage) belongs to, and the step within it."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} is not in 0 ... {self.steps - 1} of stage {self.stage.name}")
+        epoch = 0
+        while step >= self._end(epoch):
+            epoch += 1
+        return self.plan(epoch), step - (self._end(epoch - 1) if epoch else 0)
+
+    def _end(self, epoch: int) -> int:
+        while len(self._ends) <= epoch:
+            self._ends.append((self._ends[-1] if self._ends else 0) + self.plan(len(self._ends)).steps)
+        return self._ends[epoch]
