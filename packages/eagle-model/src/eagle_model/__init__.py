@@ -10,13 +10,37 @@ from eagle_model.prompt import Context, Encoded, PromptError, Special, Text, Vid
 from eagle_model.prompt_costs import PromptCosts
 
 if TYPE_CHECKING:
-    pass
+    from eagle_model.configuration import EagleConfig
+    from eagle_model.eagle import EagleForConditionalGeneration, EagleOutput
+    from eagle_model.presets import PRESETS, preset
 
 __version__ = "0.1.0"
 
-_HOMES: dict[str, str] = {}
+_HOMES = {
+    "PRESETS": "presets",
+    "EagleConfig": "configuration",
+    "EagleForConditionalGeneration": "eagle",
+    "EagleOutput": "eagle",
+    "preset": "presets",
+}
 
-__all__ = ["Context", "Encoded", "PromptCosts", "PromptError", "Special", "Text", "VideoSpan", "encode", "render", "to_text"]
+__all__ = [
+    "PRESETS",
+    "Context",
+    "EagleConfig",
+    "EagleForConditionalGeneration",
+    "EagleOutput",
+    "Encoded",
+    "PromptCosts",
+    "PromptError",
+    "Special",
+    "Text",
+    "VideoSpan",
+    "encode",
+    "preset",
+    "render",
+    "to_text",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,118 @@
+"""Checkpoint folders in the layout of the released models: safetensors (one file or shards with an index) and `config.json`."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eagle_model.configuration import EagleConfig
+
+HEAD = "language_model.lm_head.weight"
+EMBEDDING = "language_model.model.embed_tokens.weight"
+#: SigLIP's pooling head: present in released files, never used, never written.
+POOLING_HEAD = "vision_model.vision_model.head."
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: str | Path) -> dict[str, Path]:
+    """Name of every tensor in a checkpoint folder, and the file that holds it.
+
+    Raises FileNotFoundError when the folder has no safetensors weights, or an index names a file that isn't there.
+    """
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        names = json.loads((folder / INDEX).read_text())["weight_map"]
+        missing = sorted({file for file in names.values() if not (folder / file).is_file()})
+        if missing:
+            raise FileNotFoundError(f"{folder / INDEX} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing")
+        return {name: folder / file for name, file in names.items()}
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it isn't a checkpoint folder")
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return dict.fromkeys(file.keys(), folder / WEIGHTS)
+
+
+def lacks_head(folder: str | Path) -> bool:
+    """Whether a local checkpoint folder certainly has no language head of its own (then it is the embedding's)."""
+    if not os.path.isdir(folder):
+        return False
+    try:
+        return HEAD not in weight_files(folder)
+    except FileNotFoundError:
+        return False
+
+
+def read_tensors(folder: str | Path, *, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a checkpoint folder one by one, without the pooling head; each file is opened once."""
+    by_file: dict[Path, list[str]] = {}
+    for name, path in weight_files(folder).items():
+        if not name.startswith(POOLING_HEAD):
+            by_file.setdefault(path, []).append(name)
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt", device=device) as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+
+
+def load_checkpoint(model: torch.nn.Module, folder: str | Path) -> None:
+    """Copy the tensors of a folder into a model that exists already, in the model's dtypes.
+
+    Raises ValueError naming tensors that are missing, unknown or of another shape. A tied head may be absent.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    left = set(own)
+    wrong: list[str] = []
+    for name, tensor in read_tensors(folder):
+        if name not in own:
+            wrong.append(f"{name} (unknown)")
+        elif own[name].shape != tensor.shape:
+            wrong.append(f"{name} (is {tuple(tensor.shape)}, expected {tuple(own[name].shape)})")
+        else:
+            with torch.no_grad():
+                own[name].copy_(tensor)
+            left.discard(name)
+    if HEAD in left and own[HEAD] is own.get(EMBEDDING):
+        left.discard(HEAD)
+    wrong += [f"{name} (missing)" for name in sorted(left)]
+    if wrong:
+        raise ValueError(f"{folder} doesn't fit the model: {', '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}")
+
+
+def save_checkpoint(
+    state: Mapping[str, Tensor], config: EagleConfig, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9, dtype: Any = None
+) -> None:
+    """Write a state dict and its configuration as a checkpoint folder: `dtype` (default: as the tensors are), shards of at most
+    `max_shard_bytes`, no pooling head, and no head when it is tied. The index is written last, so that a folder with one is whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor for name, tensor in state.items() if not name.startswith(POOLING_HEAD)}
+    if config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    total = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * torch.empty((), dtype=dtype or tensor.dtype).element_size()
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+        total += size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = {name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous() for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    config.save_pretrained(folder)
+    if len(shards) > 1:
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+        (folder / INDEX).write_text(text + "\n")

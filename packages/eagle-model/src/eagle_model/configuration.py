@@ -1,0 +1,159 @@
+"""The configuration of the model, read from and written to files as the released Eagle 2.5 checkpoints have them.
+
+Defaults are those of the released files, where an absent field means its default. New models take theirs from `eagle_model.presets`.
+"""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, SiglipVisionConfig
+
+MODEL_TYPE = "eagle_2_5_vl"
+ARCHITECTURE = "Eagle2_5_VLForConditionalGeneration"
+
+#: Language models by the class that `text_config.architectures[0]` names. SmolLM2 is a Llama.
+LANGUAGE_MODELS = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "LlamaForCausalLM": "llama",
+}
+
+
+class EagleConfig(PretrainedConfig):
+    """Configuration of an Eagle 2.5 model.
+
+    vision_config: a `SiglipVisionConfig` or its dict. text_config: a `Qwen2Config`, `Qwen3Config` or `LlamaConfig`, or its dict with
+    `architectures` (or `model_type`); older files call it `llm_config`.
+    select_layer: -1 is the last layer after the post-layernorm; -2, -4, ... are the hidden states of an earlier layer, as they are.
+    force_image_size: side of a tile in pixels; None means that of the vision tower.
+    downsample_ratio: 0.5 joins 2x2 patches to one token. use_pixel_shuffle: False leaves every patch a token.
+    mlp_connector_layers: 2 (LayerNorm, Linear, GELU, Linear) or 1 (Linear).
+    min_dynamic_tiles, max_dynamic_tiles: bounds of the tiling grid (also read and written as `min_dynamic_patch`, `max_dynamic_patch`).
+    tie_word_embeddings: whether the head shares the embedding's weight. What `text_config` says comes first, then the top level.
+
+    Raises ValueError for an unknown language or vision model.
+    """
+
+    model_type = MODEL_TYPE
+    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": AutoConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012
+
+    vision_config: dict | PretrainedConfig | None = None
+    text_config: dict | PretrainedConfig | None = None
+    select_layer: int = -4
+    force_image_size: int | None = None
+    downsample_ratio: float = 0.5
+    use_pixel_shuffle: bool = True
+    mlp_connector_layers: int = 2
+    dynamic_image_size: bool = False
+    use_thumbnail: bool = False
+    min_dynamic_tiles: int = 1
+    max_dynamic_tiles: int = 6
+    image_token_index: int | None = None
+    tie_word_embeddings: bool | None = None
+    template: str | None = None
+    loss_version: str = "v1"
+    initializer_range: float | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        older = kwargs.pop("llm_config", None)
+        text = self.text_config if self.text_config is not None else older
+        said_by_text = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+        said = next((value for value in (said_by_text, self.tie_word_embeddings) if value is not None), None)
+        self.text_config = _text_config(text)
+        self.vision_config = _vision_config(self.vision_config)
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings if said is None else said)
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings
+        # Readers of InternVL's kind spell the bounds of the grid differently.
+        for tiles, patches in (("min_dynamic_tiles", "min_dynamic_patch"), ("max_dynamic_tiles", "max_dynamic_patch")):
+            other = kwargs.pop(patches, None)
+            if other is not None and getattr(self, tiles) == getattr(type(self), tiles):
+                setattr(self, tiles, other)
+        # What a file says about the code that it was written for doesn't hold here.
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile in pixels."""
+        return self.force_image_size or self.vision_config.image_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """`k`: image tokens that one tile gives."""
+        side = self.tile_size // self.vision_config.patch_size
+        return round(side * self.downsample_ratio) ** 2 if self.use_pixel_shuffle else side**2
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as the released files spell it, with both names of what has two."""
+        result = super().to_dict()
+        result["architectures"] = [ARCHITECTURE]
+        result["min_dynamic_patch"] = self.min_dynamic_tiles
+        result["max_dynamic_patch"] = self.max_dynamic_tiles
+        if result.get("initializer_range") is None:
+            result.pop("initializer_range", None)
+        return result
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: no generic noise, every field of the two parts, and the spellings that other loaders need."""
+        result = super().to_diff_dict()
+        parts = {"text_config": self.text_config, "vision_config": self.vision_config}
+        for name, part in parts.items():
+            generic = {*PretrainedConfig().to_dict(), "transformers_version"} - {"architectures"}
+            result[name] = {key: value for key, value in part.to_dict().items() if value is not None and key not in generic}
+            result[name]["model_type"] = part.model_type
+            if self.dtype is not None:
+                result[name]["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        result["text_config"]["tie_word_embeddings"] = self.tie_word_embeddings
+        result["text_config"].update(legacy_rope(self.text_config.rope_parameters))
+        if self.dtype is not None:
+            result["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        return result
+
+
+def legacy_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, which loaders older than transformers 5 read instead of `rope_parameters`."""
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"]} | ({} if plain else {"rope_scaling": scaling})
+
+
+def _text_config(given: Any) -> Any:
+    if given is None:
+        given = {"architectures": ["Qwen2ForCausalLM"]}
+    if isinstance(given, dict):
+        named = (given.get("architectures") or [None])[0]
+        model_type = LANGUAGE_MODELS.get(named) if named else given.get("model_type")
+        if model_type not in LANGUAGE_MODELS.values():
+            raise ValueError(
+                f"text_config names the language model {named or model_type!r}; known are {', '.join(LANGUAGE_MODELS)} "
+                f"(in text_config.architectures) or {', '.join(LANGUAGE_MODELS.values())} (in text_config.model_type)"
+            )
+        given = CONFIG_MAPPING[model_type](**{key: value for key, value in given.items() if key != "model_type"})
+    if given.model_type not in LANGUAGE_MODELS.values():
+        raise ValueError(f"text_config is a {type(given).__name__}; the language model must be one of {', '.join(LANGUAGE_MODELS)}")
+    if not given.architectures:
+        given.architectures = [name for name, model_type in LANGUAGE_MODELS.items() if model_type == given.model_type]
+    return given
+
+
+def _vision_config(given: Any) -> SiglipVisionConfig:
+    if given is None:
+        given = {}
+    if isinstance(given, dict):
+        if given.get("model_type", "siglip_vision_model") != "siglip_vision_model":
+            raise ValueError(f"vision_config.model_type is {given['model_type']!r}; only 'siglip_vision_model' is known")
+        given = SiglipVisionConfig(**{key: value for key, value in given.items() if key != "model_type"})
+    if not isinstance(given, SiglipVisionConfig):
+        raise ValueError(f"vision_config is a {type(given).__name__}; it must be a SiglipVisionConfig")
+    # The pooling head is never computed, and never written: loaders of this layout reject its tensors.
+    given.vision_use_head = False
+    return given
+
+
+def register_config() -> None:
+    """Make `AutoConfig` know `eagle_2_5_vl`."""
+    AutoConfig.register(MODEL_TYPE, EagleConfig, exist_ok=True)
+
+
+register_config()

@@ -1,0 +1,104 @@
+"""Sizes by name, from `tiny` (a CPU learns with it in minutes) to `8b` (the released model)."""
+
+from typing import Any
+
+from eagle_model.configuration import EagleConfig
+
+_SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+_SIGLIP_448 = _SIGLIP | {"image_size": 448, "patch_size": 14}
+
+#: Keyword arguments of `EagleConfig`, by name.
+PRESETS: dict[str, dict[str, Any]] = {
+    # 64-pixel tiles of 8x8 patches, 16 tokens each.
+    "tiny": {
+        "vision_config": {
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+        "text_config": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "vocab_size": 512,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "tie_word_embeddings": True,
+            "initializer_range": 0.02,
+        },
+    },
+    "1b": {
+        "vision_config": _SIGLIP_448,
+        "text_config": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "tie_word_embeddings": True,
+        },
+    },
+    "2b": {
+        "vision_config": _SIGLIP_448,
+        "text_config": {
+            "architectures": ["Qwen3ForCausalLM"],
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "tie_word_embeddings": True,
+        },
+    },
+    "8b": {
+        "vision_config": _SIGLIP_448,
+        "text_config": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "tie_word_embeddings": False,
+        },
+    },
+}
+
+
+def preset(name: str, **changes: Any) -> EagleConfig:
+    """The configuration of that name; `changes` replace keyword arguments of `EagleConfig`, and update its two parts.
+
+    `image_token_index` isn't part of a size: take it from the tokenizer. Raises ValueError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no preset is called {name!r}; they are {', '.join(PRESETS)}")
+    values: dict[str, Any] = {
+        "select_layer": -1,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "min_dynamic_tiles": 1,
+        "max_dynamic_tiles": 12,
+        "template": "qwen2-chat",
+        **changes,
+    }
+    for part in ("vision_config", "text_config"):
+        values[part] = PRESETS[name][part] | changes.get(part, {})
+    values.setdefault("force_image_size", values["vision_config"]["image_size"])
+    return EagleConfig(**values)

@@ -1,0 +1,102 @@
+"""The vision side: transformers' SigLIP layers without the pooling head, pixel shuffle, and the connector to the language model.
+
+Shapes: N tiles of s x s pixels, P patches of p x p pixels a tile, d vision width, k tokens a tile, H hidden size of the language model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+
+
+def pixel_shuffle(x: Tensor, factor: float) -> Tensor:
+    """Join neighbouring patches: [N, h, w, c] -> [N, h * factor, w * factor, c / factor^2].
+
+    The channel order is that of InternVL's second version: each token holds the rows of its block one after the other.
+    """
+    n, h, w, c = x.shape
+    x = x.reshape(n, h, int(w * factor), int(c / factor)).permute(0, 2, 1, 3)
+    x = x.reshape(n, int(w * factor), int(h * factor), int(c / factor**2))
+    return x.permute(0, 2, 1, 3)
+
+
+def patches_of(pixels: Tensor, side: int) -> Tensor:
+    """Pixels cut into flat patches, values normalised with mean = std = 0.5: float [N, P, 3 * side * side], channels first in a patch.
+
+    pixels: uint8 [N, s, s, 3], or float [N, 3, s, s] that is normalised already.
+    """
+    if pixels.dtype == torch.uint8:
+        n, height, width, _ = pixels.shape
+        cut = pixels.view(n, height // side, side, width // side, side, 3).permute(0, 1, 3, 5, 2, 4)
+        return cut.reshape(n, -1, 3 * side * side).float().div_(127.5).sub_(1.0)
+    n, _, height, width = pixels.shape
+    cut = pixels.reshape(n, 3, height // side, side, width // side, side).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(n, -1, 3 * side * side)
+
+
+class Encoder(nn.Module):
+    """Holds the layers under the name that SigLIP's weights have."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class VisionTower(nn.Module):
+    """SigLIP's embeddings and layers: pixels -> hidden states of the selected layer, [N, P, d]."""
+
+    def __init__(self, config: Any, select_layer: int) -> None:
+        super().__init__()
+        layers = config.num_hidden_layers
+        # Hidden state i is what i layers make; -1 stands for the last one after the post-layernorm.
+        self.depth = layers + 1 + select_layer if select_layer < 0 else select_layer
+        if not 0 <= self.depth <= layers:
+            raise ValueError(f"select_layer is {select_layer}, but the vision tower has {layers} layers")
+        self.normed = select_layer == -1
+        if config._attn_implementation is None:
+            # SigLIP's attention reads this field; transformers sets it for its own models only.
+            config._attn_implementation = "sdpa"
+        self.patch_size = config.patch_size
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.checkpoint: Callable[..., Tensor] | None = None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: uint8 [N, s, s, 3] or normalised float [N, 3, s, s] -> [N, P, d]."""
+        patch = self.embeddings.patch_embedding
+        positions = self.embeddings.position_embedding.weight
+        patches = patches_of(pixels, self.patch_size)
+        if patches.shape[1] != positions.shape[0]:
+            raise ValueError(
+                f"tiles of {tuple(pixels.shape[1:])} give {patches.shape[1]} patches; the tower has {positions.shape[0]} positions"
+            )
+        # A convolution with stride = kernel is a matrix product over patches.
+        hidden = F.linear(patches.to(patch.weight.dtype), patch.weight.flatten(1), patch.bias) + positions
+        rebuild = self.checkpoint if torch.is_grad_enabled() else None
+        for layer in self.encoder.layers[: self.depth]:
+            hidden = layer(hidden, None) if rebuild is None else rebuild(layer, hidden, None)
+        return self.post_layernorm(hidden) if self.normed else hidden
+
+
+class VisionModel(nn.Module):
+    """Gives the tower the prefix `vision_model.vision_model` of the released weights."""
+
+    def __init__(self, config: Any, select_layer: int) -> None:
+        super().__init__()
+        self.vision_model = VisionTower(config, select_layer)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vision_model(pixels)
+
+
+def make_connector(width: int, hidden_size: int, layers: int) -> nn.Sequential:
+    """`mlp1`: LayerNorm, Linear, exact GELU, Linear (2 layers), or one Linear."""
+    if layers == 2:
+        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+    if layers == 1:
+        return nn.Sequential(nn.Linear(width, hidden_size))
+    raise ValueError(f"mlp_connector_layers is {layers}; it must be 1 or 2")
