@@ -2,5 +2,6 @@
 
 from eagle_cp.attention import attention
 from eagle_cp.layout import Layout
+from eagle_cp.mesh import ContextMesh
 
-__all__ = ["Layout", "attention"]
+__all__ = ["ContextMesh", "Layout", "attention"]

@@ -1,54 +1,110 @@
 """Which kernel computes the attention of one rank: one small interface, one place that chooses, and a way to ask.
 
-A `Kernel` is two functions over `Segments`. `forward(q, k, v, segments, causal, scale)` gives `out: [Tq, Hq, D]` and `lse: [Hq, Tq]` (fp32, or fp64 for
-fp64); `backward(dout, q, k, v, out, lse, segments, causal, scale)` gives `dq` and `dk`, `dv` (either in the input dtype or wider).
+A `Kernel` is two functions over `Segments` that write into tensors given to them, which may be strided slices:
+`forward(q, k, v, segments, causal, scale, out) -> lse` (`[Hq, Tq]`, fp32, or fp64 for fp64), and
+`backward(dout, q, k, v, out, lse, segments, causal, scale, dq, dk, dv)`.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from eagle_cp.blockwise import blockwise_backward, blockwise_forward, cpu_backward, cpu_forward
+from eagle_cp import varlen
+from eagle_cp.blockwise import CPU, CUDNN, blockwise_backward, blockwise_forward
 from eagle_cp.segments import Segments
 
-Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+log = logging.getLogger("eagle_cp")
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """`why_not(device, dtype, head_dim)` says why this kernel can't run there, or None."""
+    """`why_not(device, dtype, head_dim)` says why this kernel can't run there, or None. `wide_gradients`: `dk`, `dv` may be of a wider dtype than `k`."""
 
     name: str
-    forward: Forward
-    backward: Backward
+    forward: Callable[..., torch.Tensor]
+    backward: Callable[..., None]
+    wide_gradients: bool
     why_not: Callable[[torch.device, torch.dtype, int], str | None]
 
 
-def _cpu_forward(q, k, v, segments: Segments, causal: bool, scale: float):
-    return blockwise_forward(cpu_forward, q, k, v, segments, causal, scale)
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
-def _cpu_backward(dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float):
-    return blockwise_backward(cpu_backward, dout, q, k, v, out, lse, segments, causal, scale)
+def _cuda_half(device: torch.device, dtype: torch.dtype, capability: int, why: str) -> str | None:
+    if device.type != "cuda":
+        return f"needs CUDA tensors, got {device.type}"
+    if dtype not in HALF:
+        return f"takes bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if _capability(device.index)[0] < capability:
+        return f"needs compute capability {capability}.0 {why}, this GPU has {'.'.join(map(str, _capability(device.index)))}"
+    return None
+
+
+def _fa4_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    reason = _cuda_half(device, dtype, 9, "for its backward")
+    if reason is None and (head_dim % 8 or head_dim > 128):
+        reason = f"head dim {head_dim} is not a multiple of 8 up to 128"
+    if reason is None and varlen.fa4_module() is None:
+        reason = "flash-attn-4 is not installed (pip install 'eagle-cp[flash-attn-4]')"
+    return reason
+
+
+def _cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    reason = _cuda_half(device, dtype, 8, "for its flash kernels")
+    if reason is None and (head_dim % 8 or head_dim > 128):
+        reason = f"head dim {head_dim} is not a multiple of 8 up to 128"
+    if reason is None and not torch.backends.cudnn.is_available():
+        reason = "this torch has no cuDNN"
+    return reason
+
+
+def _aten_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    reason = _cuda_half(device, dtype, 8, "for FlashAttention-2")
+    if reason is None and (head_dim % 8 or head_dim > 256):
+        reason = f"head dim {head_dim} is not a multiple of 8 up to 256"
+    return reason
+
+
+def _fa2_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    reason = _aten_why_not(device, dtype, head_dim)
+    if reason is None and varlen.fa2_module() is None:
+        reason = "flash-attn 2 is not installed (pip install 'eagle-cp[flash-attn]')"
+    return reason
 
 
 def _cpu_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type != "cpu":
-        return f"tensors are on {device}, this kernel runs on cpu"
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return f"no kernel for {dtype}"
+        return f"needs CPU tensors, got {device.type}"
+    if dtype not in (torch.float64, torch.float32, *HALF):
+        return f"takes float64, float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
-KERNELS: dict[str, Kernel] = {"cpu": Kernel("cpu", _cpu_forward, _cpu_backward, _cpu_why_not)}
+_blockwise = {dense: (functools.partial(blockwise_forward, dense), functools.partial(blockwise_backward, dense)) for dense in (CPU, CUDNN)}
+# In order of speed for packs; cuDNN is preferred over FlashAttention-2 where segments are long (`choose`).
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("flash-attn-4", varlen.fa4_forward, varlen.fa4_backward, False, _fa4_why_not),
+        Kernel("torch-flash", varlen.aten_forward, varlen.aten_backward, False, _aten_why_not),
+        Kernel("cudnn", *_blockwise[CUDNN], True, _cudnn_why_not),
+        Kernel("flash-attn", varlen.fa2_forward, varlen.fa2_backward, False, _fa2_why_not),
+        Kernel("cpu", *_blockwise[CPU], True, _cpu_why_not),
+    )
+}
+LONG = 4096  # keys of the average query's segment from which cuDNN's dense blocks beat FlashAttention-2 on packed segments
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str | None = None) -> Kernel:
-    """The first kernel, in order of speed, that can run; or `backend` by name. Raises ValueError with every reason when none can."""
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str | None = None, segments: Segments | None = None) -> Kernel:
+    """The fastest kernel that can run, or `backend` by name. Raises ValueError with every kernel's reason when none can."""
     if backend is not None:
         if backend not in KERNELS:
             raise ValueError(f"attention: no backend {backend!r}; known: {', '.join(KERNELS)}")
@@ -56,10 +112,24 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str
         if reason:
             raise ValueError(f"attention: backend {backend!r} can't run: {reason}")
         return KERNELS[backend]
+    long = segments is not None and sum(a * b for a, b in zip(segments.lengths_q, segments.lengths_k)) >= LONG * segments.total_q > 0
+    kernel, reasons = _fastest(device, dtype, head_dim, long)
+    if kernel is None:
+        raise ValueError(f"attention: no kernel for {str(dtype).removeprefix('torch.')}, head dim {head_dim} on {device.type}. {reasons}")
+    return kernel
+
+
+@functools.cache
+def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int, long: bool) -> tuple[Kernel | None, str]:
+    names = list(KERNELS)
+    if long:
+        names.insert(names.index("torch-flash"), names.pop(names.index("cudnn")))
     reasons = []
-    for kernel in KERNELS.values():
-        reason = kernel.why_not(device, dtype, head_dim)
+    for name in names:
+        reason = KERNELS[name].why_not(device, dtype, head_dim)
         if reason is None:
-            return kernel
-        reasons.append(f"{kernel.name}: {reason}")
-    raise ValueError(f"attention: no kernel for {dtype}, head dim {head_dim} on {device}. " + "; ".join(reasons))
+            said = f" ({'; '.join(reasons)})" if reasons else ""
+            log.info("attention on %s in %s, %s segments: %s%s", device, dtype, "long" if long else "short", name, said)
+            return KERNELS[name], "; ".join(reasons)
+        reasons.append(f"{name}: {reason}")
+    return None, "; ".join(reasons)

@@ -1,13 +1,14 @@
-"""Packed attention from kernels that only know dense blocks with a top-left causal mask (torch's CPU flash kernel, cuDNN through torch).
+"""Packed attention from kernels that know only dense blocks with a top-left causal mask (torch's CPU flash kernel, cuDNN through torch).
 
 A segment is cut into a square on the diagonal (causal) and the rectangle of keys before it (full); where both exist the results are merged by
-their log-sum-exps. Squares of similar length share one padded batch: with a top-left causal mask no real query sees a padded key to its
-right, so right padding is exact. The backward of each block gets the merged output and log-sum-exp, which makes the sum over blocks exact.
+their log-sum-exps. Squares of similar length share one padded batch: with a top-left causal mask no real query sees a padded key, which
+all lie to its right, so padding is exact. Each block's backward gets the merged output and log-sum-exp, which makes the sum over blocks exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from eagle_cp.segments import Segments
 
 
 class Batch(NamedTuple):
-    """Blocks of one shape run as one dense call: `rows_q`, `rows_k` are rows of the packed tensors, `slots_*` where they sit in `[blocks * length]`."""
+    """Blocks of one shape that run as one dense call. `rows_*`: rows of the packed tensors; `slots_*`: where they go in `[blocks * length]`, None if
+    they fill it in order."""
 
     blocks: int
     length_q: int
@@ -24,120 +26,137 @@ class Batch(NamedTuple):
     causal: bool
     rows_q: torch.Tensor
     rows_k: torch.Tensor
-    slots_q: torch.Tensor
-    slots_k: torch.Tensor
-    dense: bool  # every slot is a real row
+    slots_q: torch.Tensor | None
+    slots_k: torch.Tensor | None
 
 
-# forward(q, k, v [B, H, L, D], causal, scale) -> out, lse [B, H, L]; backward(dout, q, k, v, out, lse, causal, scale) -> dq, dk, dv
-DenseForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, float], tuple[torch.Tensor, torch.Tensor]]
-DenseBackward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+@dataclass(frozen=True)
+class Dense:
+    """A dense kernel. `forward(q, k, v, causal, scale)` on `[B, H, L, D]` -> out, lse `[B, H, L]`; `backward(dout, q, k, v, out, lse, causal, scale)`.
+
+    `same_shapes`: shapes are rounded up to few distinct ones, also of rectangles, because the kernel plans anew for each.
+    `grouped`: takes fewer key/value heads than query heads.
+    """
+
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    same_shapes: bool
+    grouped: bool
+    max_rows: int  # padded rows in one batch, unless a single block is longer
 
 
-def bucket_length(n: int) -> int:
-    """The padded length for `n` rows: exact up to 8, then at most an eighth more, so that a pack has few distinct shapes."""
-    if n <= 8:
-        return n
-    step = 1 << max(0, (n - 1).bit_length() - 4)
+def bucket_length(n: int, fine: bool = False) -> int:
+    """`n` rounded up: exact up to 8, then to within an eighth; `fine`: to multiples of 128 within a thirty-second."""
+    if fine:
+        step = max(128, 1 << max(0, (n - 1).bit_length() - 6))
+    else:
+        step = 1 if n <= 8 else 1 << max(0, (n - 1).bit_length() - 4)
     return -(-n // step) * step
 
 
-def make_batches(segments: Segments, causal: bool, device: torch.device, max_rows: int = 1 << 16) -> list[Batch]:
-    """Cuts `segments` into dense blocks and groups them; at most `max_rows` padded rows a batch (more only for a single longer block)."""
-    squares: dict[int, list[tuple[int, int, int]]] = {}
-    rectangles: dict[tuple[int, int], list[tuple[int, int]]] = {}
+def _floor_bucket(n: int) -> int:
+    """The largest `bucket_length(..., fine=True)` that is at most `n`, or 0."""
+    step = max(128, 1 << max(0, n.bit_length() - 6))
+    return n // step * step
+
+
+def make_batches(segments: Segments, causal: bool, dense: Dense, device: torch.device) -> list[Batch]:
+    """Cuts `segments` into dense blocks and groups those of equal shape. Squares come first and write each query row once."""
+    squares: dict[int, list[tuple[int, int, int, int]]] = {}  # length -> (first query row, its slot, first key row, keys)
+    rectangles: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}  # lengths -> (first query row, queries, first key row, keys)
     for q0, k0, nq, nk in zip(segments.cu_q, segments.cu_k, segments.lengths_q, segments.lengths_k):
-        if causal:
-            squares.setdefault(bucket_length(nq), []).append((q0, k0 + nk - nq, nq))
-            if nk > nq:
-                rectangles.setdefault((nq, nk - nq), []).append((q0, k0))
-        else:
-            rectangles.setdefault((nq, nk), []).append((q0, k0))
+        if not causal:
+            rectangles.setdefault((nq, nk), []).append((q0, nq, k0, nk))
+            continue
+        before = nk - nq
+        cut = _floor_bucket(before) if dense.same_shapes else before  # keys of the rectangle; the square takes the rest
+        squares.setdefault(bucket_length(nk - cut, dense.same_shapes), []).append((q0, before - cut, k0 + cut, nk - cut))
+        if cut:
+            rectangles.setdefault((bucket_length(nq, True) if dense.same_shapes else nq, cut), []).append((q0, nq, k0, cut))
     batches = []
     for length, items in sorted(squares.items()):
-        per_batch = max(1, max_rows // length)
-        for first in range(0, len(items), per_batch):
-            part = items[first : first + per_batch]
-            batches.append(_square_batch(part, length, device))
-    for (nq, nk), items in rectangles.items():
-        per_batch = max(1, max_rows // max(nq, nk))
-        for first in range(0, len(items), per_batch):
-            part = torch.tensor(items[first : first + per_batch])
-            rows_q = (part[:, :1] + torch.arange(nq)).flatten().to(device)
-            rows_k = (part[:, 1:] + torch.arange(nk)).flatten().to(device)
-            n = len(part)
-            batches.append(
-                Batch(n, nq, nk, False, rows_q, rows_k, torch.arange(n * nq, device=device), torch.arange(n * nk, device=device), True)
-            )
+        per_batch = max(1, dense.max_rows // length)
+        for i in range(0, len(items), per_batch):
+            part = torch.tensor(items[i : i + per_batch])
+            first_q, slot_q, first_k, keys = part.unbind(1)
+            rows_q, slots_q = _place(first_q, slot_q, keys - slot_q, length)
+            rows_k, slots_k = _place(first_k, torch.zeros_like(first_k), keys, length)
+            batches.append(_batch(len(part), length, length, True, rows_q, rows_k, slots_q, slots_k, device))
+    for (length_q, length_k), items in rectangles.items():
+        per_batch = max(1, dense.max_rows // max(length_q, length_k))
+        for i in range(0, len(items), per_batch):
+            part = torch.tensor(items[i : i + per_batch])
+            first_q, queries, first_k, keys = part.unbind(1)
+            rows_q, slots_q = _place(first_q, torch.zeros_like(first_q), queries, length_q)
+            rows_k, slots_k = _place(first_k, torch.zeros_like(first_k), keys, length_k)
+            batches.append(_batch(len(part), length_q, length_k, False, rows_q, rows_k, slots_q, slots_k, device))
     return batches
 
 
-def _square_batch(items: list[tuple[int, int, int]], length: int, device: torch.device) -> Batch:
-    starts = torch.tensor(items)
-    inside = torch.arange(length) < starts[:, 2:]
-    slots = inside.flatten().nonzero().flatten()
-    rows_q = (starts[:, :1] + torch.arange(length))[inside]
-    rows_k = (starts[:, 1:2] + torch.arange(length))[inside]
-    n = len(items)
-    slots = slots.to(device)
-    return Batch(n, length, length, True, rows_q.to(device), rows_k.to(device), slots, slots, len(slots) == n * length)
+def _place(first: torch.Tensor, slot: torch.Tensor, count: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `first[i] + j` and their slots `i * length + slot[i] + j` for `j < count[i]`."""
+    inside = torch.arange(length) < count[:, None]
+    rows = (first[:, None] + torch.arange(length))[inside]
+    slots = (torch.arange(len(first))[:, None] * length + slot[:, None] + torch.arange(length))[inside]
+    return rows, slots
 
 
-def _batches(segments: Segments, causal: bool, device: torch.device) -> list[Batch]:
-    key = ("blockwise", causal, device)
+def _batch(blocks, length_q, length_k, causal, rows_q, rows_k, slots_q, slots_k, device) -> Batch:
+    placed = [None if len(s) == blocks * n else s.to(device) for s, n in ((slots_q, length_q), (slots_k, length_k))]
+    return Batch(blocks, length_q, length_k, causal, rows_q.to(device), rows_k.to(device), *placed)
+
+
+def _batches(segments: Segments, causal: bool, dense: Dense, device: torch.device) -> list[Batch]:
+    key = (dense, causal, device)
     if key not in segments.cache:
-        segments.cache[key] = make_batches(segments, causal, device)
+        segments.cache[key] = make_batches(segments, causal, dense, device)
     return segments.cache[key]
 
 
-def _pick(x: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, batch: Batch, length: int) -> torch.Tensor:
+def _pick(x: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor | None, blocks: int, length: int) -> torch.Tensor:
     """Rows of `x: [T, H, D]` as a (zero-padded) dense batch `[B, H, L, D]`."""
     picked = x.index_select(0, rows)
-    if not batch.dense:
-        padded = x.new_zeros((batch.blocks * length, *x.shape[1:]))
-        picked = padded.index_copy_(0, slots, picked)
-    return picked.view(batch.blocks, length, *x.shape[1:]).transpose(1, 2)
+    if slots is not None:
+        picked = x.new_zeros((blocks * length, *x.shape[1:])).index_copy_(0, slots, picked)
+    return picked.view(blocks, length, *x.shape[1:]).transpose(1, 2)
 
 
-def _flat(x: torch.Tensor, slots: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _flat(x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
     """The real rows of a dense `[B, H, L, D]` as `[rows, H, D]`."""
     flat = x.transpose(1, 2).flatten(0, 1)
-    return flat if batch.dense else flat.index_select(0, slots)
+    return flat if slots is None else flat.index_select(0, slots)
 
 
-def _groups(k: torch.Tensor, groups: int) -> torch.Tensor:
-    return k if groups == 1 else k.repeat_interleave(groups, dim=1)
+def _inputs(batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: int):
+    qb = _pick(q, batch.rows_q, batch.slots_q, batch.blocks, batch.length_q)
+    kb, vb = (_pick(x, batch.rows_k, batch.slots_k, batch.blocks, batch.length_k) for x in (k, v))
+    return (qb, kb, vb) if groups == 1 else (qb, kb.repeat_interleave(groups, dim=1), vb.repeat_interleave(groups, dim=1))
 
 
 def blockwise_forward(
-    forward: DenseForward, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`q: [Tq, Hq, D]`, `k`, `v: [Tk, Hk, D]` -> `out: [Tq, Hq, D]`, `lse: [Hq, Tq]` (fp32, or fp64 for fp64 inputs)."""
-    groups = q.shape[1] // k.shape[1]
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = torch.full((q.shape[0], q.shape[1]), float("-inf"), dtype=lse_dtype, device=q.device)
-    for batch in _batches(segments, causal, q.device):
-        qb = _pick(q, batch.rows_q, batch.slots_q, batch, batch.length_q)
-        kb = _groups(_pick(k, batch.rows_k, batch.slots_k, batch, batch.length_k), groups)
-        vb = _groups(_pick(v, batch.rows_k, batch.slots_k, batch, batch.length_k), groups)
-        block_out, block_lse = forward(qb, kb, vb, batch.causal, scale)
-        block_out = _flat(block_out, batch.slots_q, batch)
-        block_lse = _flat(block_lse.unsqueeze(-1), batch.slots_q, batch).squeeze(-1).to(lse_dtype)
-        if batch.causal or not causal:  # squares come first and touch each row once
-            out.index_copy_(0, batch.rows_q, block_out)
-            lse.index_copy_(0, batch.rows_q, block_lse)
-            continue
-        old_out, old_lse = out.index_select(0, batch.rows_q), lse.index_select(0, batch.rows_q)
-        new_lse = torch.logaddexp(old_lse, block_lse)
-        merged = old_out * (old_lse - new_lse).exp().unsqueeze(-1) + block_out * (block_lse - new_lse).exp().unsqueeze(-1)
-        out.index_copy_(0, batch.rows_q, merged.to(out.dtype))
-        lse.index_copy_(0, batch.rows_q, new_lse)
-    return out, lse.t()
+    dense: Dense, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool, scale: float, out: torch.Tensor
+) -> torch.Tensor:
+    """`q: [Tq, Hq, D]`, `k`, `v: [Tk, Hk, D]`; writes `out: [Tq, Hq, D]`, returns `lse: [Hq, Tq]` (fp32, or fp64 for fp64 inputs)."""
+    groups = 1 if dense.grouped else q.shape[1] // k.shape[1]
+    wide = _wide(q.dtype)
+    lse = torch.empty((q.shape[0], q.shape[1]), dtype=wide, device=q.device)
+    for batch in _batches(segments, causal, dense, q.device):
+        block_out, block_lse = dense.forward(*_inputs(batch, q, k, v, groups), batch.causal, scale)
+        block_out = _flat(block_out, batch.slots_q)
+        block_lse = _flat(block_lse.unsqueeze(-1), batch.slots_q).squeeze(-1).to(wide)
+        if causal and not batch.causal:  # a rectangle: its square is already there
+            old_lse = lse.index_select(0, batch.rows_q)
+            new_lse = torch.logaddexp(old_lse, block_lse)
+            old_out = out.index_select(0, batch.rows_q) * (old_lse - new_lse).exp().unsqueeze(-1)
+            block_out = old_out + block_out * (block_lse - new_lse).exp().unsqueeze(-1)
+            block_lse = new_lse
+        out.index_copy_(0, batch.rows_q, block_out.to(out.dtype))
+        lse.index_copy_(0, batch.rows_q, block_lse)
+    return lse.t().contiguous()
 
 
 def blockwise_backward(
-    backward: DenseBackward,
+    dense: Dense,
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -147,35 +166,53 @@ def blockwise_backward(
     segments: Segments,
     causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `q`, `k`, `v` in their dtypes, summed over blocks in fp32 (fp64 for fp64)."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    groups = heads // kv_heads
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:
+    """Writes `dq`, `dk`, `dv` (of any floating dtype), summed over blocks in fp32 (fp64 for fp64)."""
+    groups = 1 if dense.grouped else q.shape[1] // k.shape[1]
+    wide = _wide(q.dtype)
+    totals = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v)]
     lse_rows = lse.t().unsqueeze(-1)
-    for batch in _batches(segments, causal, q.device):
-        qb = _pick(q, batch.rows_q, batch.slots_q, batch, batch.length_q)
-        kb = _groups(_pick(k, batch.rows_k, batch.slots_k, batch, batch.length_k), groups)
-        vb = _groups(_pick(v, batch.rows_k, batch.slots_k, batch, batch.length_k), groups)
-        ob = _pick(out, batch.rows_q, batch.slots_q, batch, batch.length_q)
-        gb = _pick(dout, batch.rows_q, batch.slots_q, batch, batch.length_q)
-        lb = _pick(lse_rows, batch.rows_q, batch.slots_q, batch, batch.length_q).squeeze(-1).contiguous()
-        dqb, dkb, dvb = backward(gb, qb, kb, vb, ob, lb, batch.causal, scale)
-        dq.index_add_(0, batch.rows_q, _flat(dqb, batch.slots_q, batch).to(wide))
-        for total, part in ((dk, dkb), (dv, dvb)):
-            part = _flat(part, batch.slots_k, batch).to(wide)
-            total.index_add_(0, batch.rows_k, part.unflatten(1, (kv_heads, groups)).sum(2))
-    return dq.to(q.dtype), dk, dv
+    for batch in _batches(segments, causal, dense, q.device):
+        ob, gb = (_pick(x, batch.rows_q, batch.slots_q, batch.blocks, batch.length_q) for x in (out, dout))
+        lb = _pick(lse_rows, batch.rows_q, batch.slots_q, batch.blocks, batch.length_q).squeeze(-1).contiguous()
+        dqb, dkb, dvb = dense.backward(gb, *_inputs(batch, q, k, v, groups), ob, lb, batch.causal, scale)
+        totals[0].index_add_(0, batch.rows_q, _flat(dqb, batch.slots_q).to(wide))
+        for total, part in zip(totals[1:], (dkb, dvb)):
+            part = _flat(part, batch.slots_k).to(wide)
+            total.index_add_(0, batch.rows_k, part if groups == 1 else part.unflatten(1, (-1, groups)).sum(2))
+    for x, total in zip((dq, dk, dv), totals):
+        x.copy_(total)
 
 
-def cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's CPU flash kernel on one dense batch. fp64, fp32, bf16, fp16."""
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _cpu_forward(q, k, v, causal: bool, scale: float):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
-def cpu_backward(dout, q, k, v, out, lse, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Its backward; half precision is raised to fp32 first, which most CPUs also run faster."""
-    if q.dtype in (torch.bfloat16, torch.float16):
-        dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
+def _cpu_backward(dout, q, k, v, out, lse, causal: bool, scale: float):
+    # Half precision is raised to fp32: most CPUs run that faster too. A padded query row has lse 0, out 0 and dout 0, and adds nothing.
+    dout, q, k, v, out = (x.to(_wide(x.dtype)) for x in (dout, q, k, v, out))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+
+
+def _cudnn_forward(q, k, v, causal: bool, scale: float):
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return out, lse.reshape(lse.shape[:3])
+
+
+def _cudnn_backward(dout, q, k, v, out, lse, causal: bool, scale: float):
+    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
+    lse = lse.unsqueeze(-1)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse, seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale
+    )
+
+
+CPU = Dense(_cpu_forward, _cpu_backward, same_shapes=False, grouped=False, max_rows=1 << 16)
+CUDNN = Dense(_cudnn_forward, _cudnn_backward, same_shapes=True, grouped=True, max_rows=1 << 17)

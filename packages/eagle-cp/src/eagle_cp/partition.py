@@ -1,0 +1,143 @@
+"""Who holds which tokens: long documents in zigzag over all ranks, short ones whole on one rank, equal tokens and nearly equal work for everybody.
+
+A document shared by `r` ranks is cut into a nest: rank 0 gets the first and the last piece, rank `r-1` the two in the middle, so that each
+rank's tokens see half of the document on average and its work is proportional to its tokens. Whole documents are dealt out longest first.
+The fewest documents are shared that bring the work of the ranks within `tolerance`; the pieces of shared documents need not be equal, and
+take up what whole documents leave uneven. So no document is padded, whatever its length.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """Tokens `[start, stop)` of document `document`, counted from the document's first token."""
+
+    document: int
+    start: int
+    stop: int
+
+
+class Share(NamedTuple):
+    """What one rank holds, in local order: pieces of shared documents first (document by document, front before back), then whole documents."""
+
+    pieces: tuple[Piece, ...]
+    whole: tuple[int, ...]
+
+
+class Partition(NamedTuple):
+    shares: tuple[Share, ...]
+    shared: tuple[int, ...]  # documents that are cut over ranks, ascending
+    work: tuple[int, ...]  # attended pairs of each rank, causal, one query head
+
+    @property
+    def imbalance(self) -> float:
+        """Largest work of a rank over the mean, minus 1."""
+        total = sum(self.work)
+        return max(self.work) * len(self.work) / total - 1 if total else 0.0
+
+
+def partition(lengths: Sequence[int], ranks: int, *, tolerance: float = 0.02) -> Partition:
+    """Splits documents of `lengths` tokens over `ranks`; rank `i` gets `total // ranks` tokens, the first `total % ranks` ranks one more.
+
+    Deterministic. The result's `imbalance` is at most `tolerance` whenever sharing some set of the longest documents achieves it, else the best found.
+    """
+    total = sum(lengths)
+    targets = [total // ranks + (i < total % ranks) for i in range(ranks)]
+    by_length = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
+    best: Partition | None = None
+    for count in _counts(len(lengths)):
+        candidate = _attempt(lengths, by_length, count, targets)
+        if candidate is None:
+            continue
+        if best is None or candidate.imbalance < best.imbalance - 1e-12:
+            best = candidate
+        if candidate.imbalance <= tolerance:
+            return candidate
+    assert best is not None  # sharing every document always fits
+    return best
+
+
+def _counts(n: int) -> list[int]:
+    """How many of the longest documents to share, in the order tried: 0..8, then half as many again each time, and all."""
+    counts, c = list(range(min(n, 8) + 1)), 12
+    while c < n:
+        counts.append(c)
+        c += c // 2
+    return counts if counts[-1] == n else [*counts, n]
+
+
+def _attempt(lengths: Sequence[int], by_length: list[int], count: int, targets: list[int]) -> Partition | None:
+    ranks = len(targets)
+    needs = list(targets)
+    whole: list[list[int]] = [[] for _ in targets]
+    work = [0] * ranks
+    whole_tokens = sum(lengths[d] for d in by_length[count:])
+    whole_work = sum(_pairs(0, lengths[d]) for d in by_length[count:])
+    token_weight, work_weight = 1 / max(whole_tokens, 1), 1 / max(whole_work, 1)
+    heap = [(0.0, i) for i in range(ranks)]  # load = share of the whole documents' tokens + share of their work
+    for d in by_length[count:]:
+        length, skipped = lengths[d], []
+        while heap and needs[heap[0][1]] < length:
+            skipped.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        load, i = heapq.heappop(heap)
+        whole[i].append(d)
+        needs[i] -= length
+        work[i] += _pairs(0, length)
+        heapq.heappush(heap, (load + length * token_weight + _pairs(0, length) * work_weight, i))
+        for item in skipped:
+            heapq.heappush(heap, item)
+    if count == 0 and any(needs):
+        return None
+    shared = sorted(by_length[:count])
+    pieces: list[list[Piece]] = [[] for _ in targets]
+    left, nest = list(needs), list(range(ranks))
+    for d in shared:
+        counts = _apportion(lengths[d], left)
+        # Back pieces see more keys than front pieces; where tokens are odd, the odd one goes to the front.
+        for i, piece in _nest(d, counts, nest):
+            pieces[i].append(piece)
+            work[i] += _pairs(piece.start, piece.stop)
+        left = [a - b for a, b in zip(left, counts)]
+    ordered = tuple(Share(tuple(sorted(p)), tuple(sorted(w))) for p, w in zip(pieces, whole))
+    return Partition(ordered, tuple(shared), tuple(work))
+
+
+def _pairs(start: int, stop: int) -> int:
+    """Causal pairs of queries `[start, stop)` with keys `[0, query]`."""
+    return (stop * (stop + 1) - start * (start + 1)) // 2
+
+
+def _apportion(length: int, left: list[int]) -> list[int]:
+    """`length` tokens in proportion to `left` (largest remainder), never more than `left`."""
+    total = sum(left)
+    counts = [length * x // total for x in left]
+    order = sorted(range(len(left)), key=lambda i: (-(length * left[i] % total), i))
+    for i in order[: length - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _nest(document: int, counts: list[int], nest: list[int]) -> list[tuple[int, Piece]]:
+    """Front pieces in the order of `nest`, back pieces in the reverse order; touching pieces of one rank become one."""
+    result, at = [], 0
+    fronts = {i: (counts[i] + 1) // 2 for i in nest}
+    for i in nest:
+        if fronts[i]:
+            result.append((i, Piece(document, at, at + fronts[i])))
+            at += fronts[i]
+    for i in reversed(nest):
+        back = counts[i] - fronts[i]
+        if not back:
+            continue
+        if result[-1][0] == i and result[-1][1].stop == at:
+            result[-1] = (i, Piece(document, result[-1][1].start, at + back))
+        else:
+            result.append((i, Piece(document, at, at + back)))
+        at += back
+    return result

@@ -1,0 +1,62 @@
+"""The inner level: all-to-all between "my tokens, all heads" and "all tokens of the gather rank, my heads"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from eagle_cp.collectives import Group
+from eagle_cp.heads import HeadShare
+
+
+def to_heads(group: Group, shares: tuple[HeadShare, ...], parts: Sequence[torch.Tensor], kinds: str) -> torch.Tensor:
+    """`parts`: tensors `[local, H, D]`, `kinds` one letter each: "q" has query heads, "k" key/value heads. -> `[rows, heads of this rank, D]`, the
+    parts side by side along the heads. One collective."""
+    local, dim = parts[0].shape[0], parts[0].shape[2]
+    spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
+    counts = [sum(b - a for a, b in span) for span in spans]
+    send = parts[0].new_empty(local * sum(counts) * dim)
+    at = 0
+    for span, count in zip(spans, counts):
+        block = send[at : at + local * count * dim].view(local, count, dim)
+        at += local * count * dim
+        head = 0
+        for part, (a, b) in zip(parts, span):
+            block[:, head : head + b - a].copy_(part[:, a:b])
+            head += b - a
+    mine = counts[group.rank]
+    received = send.new_empty(local * group.size * mine * dim)
+    splits = [local * count * dim for count in counts]
+    group.all_to_all(received, send, [local * mine * dim] * group.size, splits).wait()
+    return received.view(local * group.size, mine, dim)
+
+
+def to_tokens(group: Group, shares: tuple[HeadShare, ...], x: torch.Tensor, kinds: str, wholes: Sequence[torch.Tensor]) -> None:
+    """The reverse: `x: [rows, heads of this rank, D]` goes into `wholes: [local, H, D]`, one for each letter of `kinds`. Heads that several ranks
+    had are summed in `x`'s dtype. One collective."""
+    rows, _, dim = x.shape
+    local = rows // group.size
+    spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
+    counts = [sum(b - a for a, b in span) for span in spans]
+    received = x.new_empty(local * sum(counts) * dim)
+    splits = [local * count * dim for count in counts]
+    group.all_to_all(received, x.reshape(-1), splits, [local * x.shape[1] * dim] * group.size).wait()
+    done = [0] * len(kinds)  # heads below this one are already there
+    at = 0
+    for span, count in zip(spans, counts):
+        block = received[at : at + local * count * dim].view(local, count, dim)
+        at += local * count * dim
+        head = 0
+        for i, (whole, (a, b)) in enumerate(zip(wholes, span)):
+            again = max(0, min(b, done[i]) - a)
+            if again:
+                whole[:, a : a + again].add_(block[:, head : head + again])
+            whole[:, a + again : b].copy_(block[:, head + again : head + b - a])
+            done[i] = max(done[i], b)
+            head += b - a
+
+
+def repeats_kv(shares: tuple[HeadShare, ...]) -> bool:
+    """Whether some key/value head is on several ranks, so that its gradient is a sum."""
+    return any(a.k1 > b.k0 for a, b in zip(shares, shares[1:]))

@@ -1,0 +1,98 @@
+"""Kernels that take packed segments as they are: flash-attn-4, torch's FlashAttention-2, flash-attn 2. Causal masks are bottom-right aligned in all."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+
+from eagle_cp.segments import Segments
+
+
+@functools.cache
+def find(module: str, *names: str):
+    """`module` if it can be imported and has `names`, else None."""
+    try:
+        if importlib.util.find_spec(module.split(".")[0]) is None:
+            return None
+        found = importlib.import_module(module)
+    except ImportError:
+        return None
+    return found if all(hasattr(found, name) for name in names) else None
+
+
+def fa4_module():
+    return find("flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd")
+
+
+def fa2_module():
+    return find("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
+
+
+def _lengths(segments: Segments, device: torch.device) -> dict:
+    cu_q, cu_k = segments.on(device)
+    return {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": segments.max_q, "max_seqlen_k": segments.max_k}
+
+
+def fa4_forward(q, k, v, segments: Segments, causal: bool, scale: float, out: torch.Tensor) -> torch.Tensor:
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    fa4_module()._flash_attn_fwd(
+        q, k, v, softmax_scale=scale, causal=causal, return_lse=True, out=out, lse=lse, **_lengths(segments, q.device)
+    )
+    return lse
+
+
+def fa4_backward(dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float, dq, dk, dv) -> None:
+    fa4_module()._flash_attn_bwd(q, k, v, out, dout, lse, scale, causal, dq=dq, dk=dk, dv=dv, **_lengths(segments, q.device))
+
+
+def aten_forward(q, k, v, segments: Segments, causal: bool, scale: float, out: torch.Tensor) -> torch.Tensor:
+    cu_q, cu_k = segments.on(q.device)
+    result, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_q, cu_k, segments.max_q, segments.max_k, 0.0, causal, False, scale=scale
+    )
+    out.copy_(result)
+    return lse
+
+
+def aten_backward(dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float, dq, dk, dv) -> None:
+    cu_q, cu_k = segments.on(q.device)
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+    grads = torch.ops.aten._flash_attention_backward(
+        dout.contiguous(), q, k, v, out.contiguous(), lse, cu_q, cu_k, segments.max_q, segments.max_k, 0.0, causal, seed, seed, scale=scale
+    )
+    for x, grad in zip((dq, dk, dv), grads):
+        x.copy_(grad)
+
+
+def fa2_forward(q, k, v, segments: Segments, causal: bool, scale: float, out: torch.Tensor) -> torch.Tensor:
+    result, lse, *_ = fa2_module()._flash_attn_varlen_forward(
+        q, k, v, dropout_p=0.0, softmax_scale=scale, causal=causal, **_lengths(segments, q.device)
+    )
+    out.copy_(result)
+    return lse
+
+
+def fa2_backward(dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float, dq, dk, dv) -> None:
+    fa2_module()._flash_attn_varlen_backward(
+        dout.contiguous(),
+        q,
+        k,
+        v,
+        out.contiguous(),
+        lse,
+        dq,
+        dk,
+        dv,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        **_lengths(segments, q.device),
+    )
