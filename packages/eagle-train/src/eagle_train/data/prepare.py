@@ -1,0 +1,406 @@
+"""Prepare: every row is measured once, on all CPUs, into Parquet; what can't be used goes to a ledger.
+
+Layout: `<facts>/<source>-<key>/part-NNNNN.parquet` with `part-NNNNN.ledger.jsonl` beside it, and `done.json` when the source is
+complete. The key covers everything that facts depend on (content of the annotation file, media root, tokenizer, prompt, limits), so a
+folder is never stale: what changed gets another key, what did not is found again. Parts are written under another name and renamed,
+the ledger first, so after a kill (also -9) a part exists whole or not at all, and the next run continues with what is missing.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eagle_model.prompt import VideoSpan, encode, render, to_text
+from eagle_model.prompt_costs import PromptCosts
+from eagle_train.config import Config, Source
+
+from .annotation import AnnotationIndex, Shard, index_annotation, read_lines
+from .facts import FACTS_VERSION, SCHEMA, Facts, assemble, root_of
+from .ledger import Entry, Ledger, read_entries, top_reasons, write_entries
+from .measure import Measurer, frame_costs
+from .recipe import Recipe, recipe_of
+from .sample import RowError, normalise, parse_row
+
+logger = logging.getLogger(__name__)
+
+ALWAYS_ALLOWED = 10
+"""Bad rows per source that never stop a run (unless the limit is 0): a share means nothing for a handful of rows."""
+_CHECK_AFTER = 1000
+
+
+class PrepareError(ValueError):
+    """Preparation stopped: too many bad rows, sources that can't be read, or facts that don't exist yet."""
+
+
+class Progress(NamedTuple):
+    """Where preparation stands; `rows_done` of `rows_total` lines, of which `rows_reused` were found from an earlier run."""
+
+    source: str
+    rows_done: int
+    rows_total: int
+    rows_reused: int
+    bad_rows: int
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """The end of a preparation: `rows` = `good_rows` + `bad_rows`; empty lines are no rows."""
+
+    facts: Facts
+    rows: int
+    good_rows: int
+    bad_rows: int
+    blank_lines: int
+    rows_reused: int
+    reasons: dict[str, int]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+class _Counts(NamedTuple):
+    good: int
+    bad: int
+    blank: int
+
+
+class _Work(NamedTuple):
+    """One shard of one source, as a worker gets it."""
+
+    source: str
+    annotation: Path
+    root: Path
+    shard: Shard
+    part: Path
+    system: str | None
+    max_line_bytes: int
+
+
+def prepare(
+    config: Config, tokenizer: Any, *, evaluation: bool = False, progress: Callable[[Progress], None] | None = None
+) -> PrepareReport:
+    """Measure every row of the run's sources (the held-out ones with `evaluation`), or find it measured.
+
+    Args:
+        tokenizer: a transformers tokenizer that knows Eagle's tokens; must be picklable when data.workers > 1.
+        progress: called in this process whenever a shard is done.
+
+    Raises:
+        PrepareError: more bad rows than data.limits allow, with the most frequent reasons.
+        ConfigError: the recipe.
+    """
+    started = time.monotonic()
+    recipe = recipe_of(config, evaluation=evaluation)
+    plans = [_SourcePlan(config, name, source, tokenizer) for name, source in recipe.sources.items()]
+    state = _State(config, plans, progress)
+    todo = state.look()
+    workers = min(config.data.workers or _cpus(), max(len(todo), 1))
+    try:
+        if workers <= 1:
+            worker = Measurer(tokenizer, config.data.limits, config.data.verify)
+            for plan, work in todo:
+                state.finished(plan, _run_shard(work, worker))
+        else:
+            _run_in_processes(todo, workers, config, tokenizer, state)
+        state.check_limits(final=True)
+    finally:
+        where = "prepare eval" if evaluation else "prepare"
+        Ledger(config.run.folder / "ledger.jsonl").replace(_entries(plans, where), where=where)
+    for plan in plans:
+        plan.finish(tokenizer)
+    good, bad, blank = (sum(getattr(plan.counts, name) for plan in plans) for name in _Counts._fields)
+    lines = sum(plan.index.lines for plan in plans)
+    if good + bad + blank != lines:
+        raise RuntimeError(
+            f"{good} good + {bad} bad rows + {blank} empty lines are not the {lines} lines that were read; please report this"
+        )
+    reasons: dict[str, int] = {}
+    for entry in _entries(plans, where):
+        reasons[entry.reason] = reasons.get(entry.reason, 0) + 1
+    return PrepareReport(
+        _assemble(config, recipe, plans),
+        good + bad,
+        good,
+        bad,
+        blank,
+        state.reused,
+        reasons,
+        (*recipe.notes, *_length_notes(recipe, plans)),
+        time.monotonic() - started,
+    )
+
+
+def load_facts(config: Config, tokenizer: Any, *, evaluation: bool = False) -> Facts:
+    """Facts that `prepare` made for exactly this configuration and tokenizer; raises PrepareError when there are none."""
+    recipe = recipe_of(config, evaluation=evaluation)
+    plans = [_SourcePlan(config, name, source, tokenizer) for name, source in recipe.sources.items()]
+    missing = [plan.name for plan in plans if not (plan.folder / "done.json").exists()]
+    if missing:
+        raise PrepareError(
+            f"no facts under {config.facts_folder} for {', '.join(missing)} as configured now (annotation, root, tokenizer and limits "
+            "count); run `eagle prepare` first"
+        )
+    return _assemble(config, recipe, plans)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of what the tokenizer and the prompt make of text: its whole definition, and a conversation with every kind of medium."""
+    digest = hashlib.blake2b(digest_size=16)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update((backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))).encode())
+    messages = [
+        {"role": "user", "content": "<image-1><video-1> Hällo <video-2> 123?\n\n  <|im_end|>"},
+        {"role": "observation", "content": "<img>"},
+        {"role": "assistant", "content": "An answer, 4.5."},
+    ]
+    videos = [VideoSpan([0.0, 12.25], 1.5, 2), VideoSpan(None, None, 1, 2)]
+    segments = render(messages, images=[3], videos=videos)
+    encoded = encode(segments, tokenizer)
+    for content in (to_text(segments).encode(), encoded.input_ids.tobytes(), encoded.labels.tobytes()):
+        digest.update(content)
+    return digest.hexdigest()
+
+
+class _SourcePlan:
+    """One source: its key, its folder, its shards, and the counts so far."""
+
+    def __init__(self, config: Config, name: str, source: Source, tokenizer: Any) -> None:
+        self.name = name
+        self.source = source
+        data = config.data
+        self.index: AnnotationIndex = index_annotation(source.annotation, data.shard_rows, config.facts_folder / "index")
+        limits = {field: getattr(data.limits, field) for field in ("max_pixels", "max_bytes", "max_frames", "max_line_bytes")}
+        content = {
+            "version": FACTS_VERSION,
+            "annotation": self.index.digest,
+            "root": str(root_of(source).resolve()),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "system": config.prompt.system,
+            "verify": data.verify,
+            "limits": limits,
+            "shard_rows": data.shard_rows,
+        }
+        self.key = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=10).hexdigest()
+        self.folder = config.facts_folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{self.key}"
+        self.counts = _Counts(0, 0, 0)
+        self.system = config.prompt.system
+        self.max_line_bytes = data.limits.max_line_bytes
+
+    def part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.parquet"
+
+    def works(self) -> Iterator[_Work]:
+        for number, shard in enumerate(self.index.shards):
+            yield _Work(self.name, self.source.annotation, root_of(self.source), shard, self.part(number), self.system, self.max_line_bytes)
+
+    def finish(self, tokenizer: Any) -> None:
+        """Write done.json, which makes the source complete."""
+        done = self.folder / "done.json"
+        if done.exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "source": self.name,
+            "annotation": str(self.source.annotation),
+            "key": self.key,
+            "rows": self.counts.good,
+            "bad_rows": self.counts.bad,
+            "blank_lines": self.counts.blank,
+            "parts": [self.part(number).name for number in range(len(self.index.shards))],
+            "frame_costs": frame_costs(PromptCosts(tokenizer)).table,
+        }
+        temporary = done.with_name("done.json.tmp")
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(done)
+
+
+class _State:
+    """Counts over all sources, progress, and the limits."""
+
+    def __init__(self, config: Config, plans: list[_SourcePlan], progress: Callable[[Progress], None] | None) -> None:
+        self.limits = config.data.limits
+        self.ledger = config.run.folder / "ledger.jsonl"
+        self.plans = plans
+        self.progress = progress
+        self.total = sum(plan.index.lines for plan in plans)
+        self.done = self.reused = 0
+
+    def look(self) -> list[tuple[_SourcePlan, _Work]]:
+        """Shards that are still to do; those that are there are counted."""
+        todo = []
+        for plan in self.plans:
+            for work in plan.works():
+                counts = _counts_of(work.part)
+                if counts is None:
+                    todo.append((plan, work))
+                else:
+                    self.reused += sum(counts)
+                    self.finished(plan, counts)
+        return todo
+
+    def finished(self, plan: _SourcePlan, counts: _Counts) -> None:
+        plan.counts = _Counts(*(a + b for a, b in zip(plan.counts, counts)))
+        self.done += sum(counts)
+        if self.progress is not None:
+            bad = sum(plan.counts.bad for plan in self.plans)
+            self.progress(Progress(plan.name, self.done, self.total, self.reused, bad))
+        self.check_limits(final=False, plans=[plan])
+
+    def check_limits(self, *, final: bool, plans: Iterable[_SourcePlan] | None = None) -> None:
+        total_bad = sum(plan.counts.bad for plan in self.plans)
+        if self.limits.max_bad_rows is not None and total_bad > self.limits.max_bad_rows:
+            self._stop(f"{total_bad} rows can't be used, data.limits.max_bad_rows allows {self.limits.max_bad_rows}", self.plans)
+        for plan in self.plans if plans is None else plans:
+            good, bad, _ = plan.counts
+            fraction = self.limits.max_bad_fraction
+            # Before the end the whole source counts as the base for what is allowed, so that a bad start alone stops nothing.
+            base = good + bad if final else max(good + bad, _CHECK_AFTER)
+            allowed = 0 if fraction == 0 else max(fraction * base, ALWAYS_ALLOWED)
+            if bad > allowed and (final or good + bad >= _CHECK_AFTER or fraction == 0):
+                self._stop(
+                    f"source {plan.name}: {bad} of {good + bad} rows can't be used, data.limits.max_bad_fraction allows {fraction:.2%}",
+                    [plan],
+                )
+
+    def _stop(self, message: str, plans: list[_SourcePlan]) -> None:
+        lines = "".join(f"\n  {line}" for line in top_reasons(_entries(plans, "prepare")))
+        raise PrepareError(f"{message}; most frequent reasons:{lines}\nAll of them: {self.ledger}. Repair the rows, or raise the limit.")
+
+
+def _run_in_processes(todo: list[tuple[_SourcePlan, _Work]], workers: int, config: Config, tokenizer: Any, state: _State) -> None:
+    # Spawned: nothing of this process (threads, CUDA, open environments) is inherited half alive.
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer, config.data.limits, config.data.verify, os.getpid()),
+    )
+    queue = iter(todo)
+    running: dict[Future[_Counts], tuple[_SourcePlan, _Work]] = {}
+    try:
+        while True:
+            while len(running) < 2 * workers and (item := next(queue, None)) is not None:
+                running[pool.submit(_work, item[1])] = item
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                plan, _ = running[future]
+                try:
+                    counts = future.result()
+                except BrokenProcessPool as error:
+                    places = ", ".join(f"{work.source}:{work.shard.first_line}" for _, work in running.values())
+                    raise PrepareError(
+                        f"a worker process died (out of memory, or a crash in a decoder) while reading rows from {places} on; what is "
+                        "done is kept. Run again, with data.workers=1 and a small data.shard_rows to find the row"
+                    ) from error
+                del running[future]
+                state.finished(plan, counts)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: Measurer | None = None
+
+
+def _start_worker(tokenizer: Any, limits: Any, verify: str, parent: int) -> None:
+    global _worker
+    _worker = Measurer(tokenizer, limits, verify)
+
+    def watch() -> None:  # a killed parent can't tell its workers to stop
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(work: _Work) -> _Counts:
+    assert _worker is not None
+    return _run_shard(work, _worker)
+
+
+def _run_shard(work: _Work, measurer: Measurer) -> _Counts:
+    """Measure the rows of a shard and write its part; returns its counts."""
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    bad: list[Entry] = []
+    blank = 0
+    for line, offset, content in read_lines(work.annotation, work.shard, work.max_line_bytes):
+        try:
+            if isinstance(content, RowError):
+                raise content
+            if not content.strip():
+                blank += 1
+                continue
+            sample = normalise(parse_row(content), work.source, root=work.root, line=line, system=work.system)
+            facts = measurer.measure(sample)
+        except RowError as error:
+            bad.append(Entry(work.source, line, error.reason, error.detail))
+            continue
+        facts |= {"line": line, "offset": offset, "size": len(content)}
+        for name in columns:
+            columns[name].append(facts[name])
+    counts = _Counts(len(columns["line"]), len(bad), blank)
+    _write_part(work.part, columns, bad, counts)
+    return counts
+
+
+def _write_part(part: Path, columns: dict[str, list[Any]], bad: list[Entry], counts: _Counts) -> None:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    write_entries(_ledger_of(part), bad)
+    schema = SCHEMA.with_metadata({"counts": json.dumps(counts)})
+    temporary = part.with_name(f"{part.name}.{os.getpid()}.tmp")
+    pq.write_table(pa.table(columns, schema=schema), temporary, compression="zstd")
+    os.replace(temporary, part)
+
+
+def _counts_of(part: Path) -> _Counts | None:
+    """Counts of a part that exists, else None (and what a killed run left of it is removed)."""
+    if not part.exists():
+        for leftover in part.parent.glob(f"{part.name}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+        return None
+    metadata = pq.read_schema(part).metadata or {}
+    return _Counts(*json.loads(metadata[b"counts"]))
+
+
+def _ledger_of(part: Path) -> Path:
+    return part.with_name(part.name.removesuffix(".parquet") + ".ledger.jsonl")
+
+
+def _entries(plans: list[_SourcePlan], where: str) -> Iterator[Entry]:
+    for plan in plans:
+        for number in range(len(plan.index.shards)):
+            path = _ledger_of(plan.part(number))
+            if path.exists():
+                for entry in read_entries(path):
+                    yield Entry(entry.source, entry.line, entry.reason, entry.detail, where)
+
+
+def _assemble(config: Config, recipe: Recipe, plans: list[_SourcePlan]) -> Facts:
+    key = hashlib.blake2b("".join(plan.key for plan in plans).encode(), digest_size=10).hexdigest()
+    return assemble(config, recipe.sources, {plan.name: plan.folder for plan in plans}, key)
+
+
+def _length_notes(recipe: Recipe, plans: list[_SourcePlan]) -> Iterator[str]:
+    for plan in plans:
+        claimed = recipe.lengths.get(plan.name)
+        rows = plan.counts.good + plan.counts.bad
+        if claimed is not None and claimed != rows:
+            yield f"source {plan.name}: the recipe says length {claimed}, the annotation file has {rows} rows"
