@@ -17,7 +17,7 @@ _HOME = {
         "frames": ("choose_chapters", "choose_times", "clip_range", "wanted_frames"),
         "images": ("ImageRef", "image_size", "open_image", "read_bytes"),
         "limits": ("DEFAULT_LIMITS", "FrameError", "Limits", "MediaError"),
-        "probe": ("VideoInfo", "probe"),
+        "video_info": ("VideoInfo", "probe"),
         "time_table": ("TimeTable",),
         "video": ("Frames", "read_frames"),
     }.items()
@@ -27,6 +27,7 @@ _HOME = {
 __all__ = [
     "CAPS",
     "DEFAULT_LIMITS",
+    "STRATEGIES",
     "Dropped",
     "FrameError",
     "Frames",
@@ -35,7 +36,6 @@ __all__ = [
     "MediaError",
     "PlanColumns",
     "PlanResult",
-    "STRATEGIES",
     "TimeTable",
     "VideoInfo",
     "VideoRequest",
@@ -58,9 +58,9 @@ if TYPE_CHECKING:
     from .frames import choose_chapters, choose_times, clip_range, wanted_frames
     from .images import ImageRef, image_size, open_image, read_bytes
     from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError
-    from .probe import VideoInfo, probe
     from .time_table import TimeTable
     from .video import Frames, read_frames
+    from .video_info import VideoInfo, probe
 
 
 def __getattr__(name: str) -> object:

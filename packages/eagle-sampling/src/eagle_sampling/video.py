@@ -1,26 +1,34 @@
-"""Exact frames by presentation time, straight into one array."""
+"""Exact frames by presentation time, straight into one array.
+
+Index first (presentation times and byte positions from the container's header), then a plan (which samples each wanted frame depends on),
+then workers that decode those and nothing else. Memory is the output, one decoder a worker, and a window of encoded bytes.
+"""
 
 from __future__ import annotations
 
 import os
+import queue
+import threading
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from numpy.typing import ArrayLike, NDArray
 
+from .containers.source import Source
+from .containers.track import Track
 from .frames import TIME_EPSILON
 from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError
-from .probe import read_track
-from .probe.track import Track
+from .video_decode import Decoder, Painter
+from .video_info import read_track
 from .video_linear import decode_linear
+from .video_plan import Group, group_targets
 
 
 @dataclass(frozen=True)
 class Frames:
-    """pixels: uint8 [n, h, w, 3] RGB; times: float64 [n], the true presentation times; errors: what couldn't be read, when asked to skip."""
+    """pixels: uint8 [n, h, w, 3] RGB; times: float64 [n], the true presentation times; errors: what was skipped, if asked to."""
 
     pixels: NDArray[np.uint8]
     times: NDArray[np.float64]
@@ -39,60 +47,199 @@ def read_frames(
     out: NDArray[np.uint8] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Frames:
-    """The frames on the screen at `times` (seconds on the file's own timeline, any order, repeats allowed), in that order.
+    """The frames on the screen at `times`, in that order: for each time the last frame that appears at or before it.
 
-    size: side of a square, or (width, height), that every frame is resized to (bicubic), or None for the displayed size.
+    times: seconds on the file's own timeline, as `probe` gives them; any order, repeats allowed. A time before the first frame or after the
+    last one's end is an error of that frame.
+    size: side of a square, or (width, height), to which frames are resized (bicubic, in one step with the conversion to RGB);
+    None for the displayed size. Rotation is applied.
+    workers: decoders side by side, in threads; the work is split by what it costs. More than there are keyframes to begin at become
+    frame threads of one decoder.
+    tolerance: seconds by which a keyframe may stand in for a wanted frame; the times returned are those of the frames returned.
+    on_error: "raise" a MediaError that names the file and the time, or "skip" frames that can't be read and list them in `errors`.
+    timeout: seconds for the whole call. A decoder that hangs inside libav is left behind in its thread, and the call fails.
+    out: uint8 [n, h, w, 3] to write to (shared memory, say); after a skip its first rows hold the frames that were read.
+    Raises MediaError, or ValueError for arguments that make no sense.
     """
     name = os.fspath(path)
-    deadline = None if timeout is None else time.monotonic() + timeout
-    track = read_track(name, limits=limits, deadline=deadline)
+    if workers < 1 or tolerance < 0 or on_error not in ("raise", "skip") or (timeout is not None and timeout <= 0):
+        raise ValueError(f"read_frames: workers={workers}, tolerance={tolerance}, on_error={on_error!r}, timeout={timeout} make no sense")
+    watch = _Watch(name, timeout)
+    track = read_track(name, limits=limits, deadline=watch.deadline)
+    asked = np.asarray(times, np.float64).reshape(-1)
+    samples, errors = _find(track, asked, tolerance)
+    width, height = _output_size(track, size)
+    limits.check_size(width, height, name)
+    limits.check_size(track.width, track.height, name)
+    shape = (len(asked), height, width, 3)
+    if out is None:
+        out = np.empty(shape, np.uint8)
+    elif out.shape != shape or out.dtype != np.uint8:
+        raise ValueError(f"out must be uint8 {list(shape)}, not {out.dtype} {list(out.shape)}")
+
+    places: dict[int, list[int]] = {}
+    for i, sample in enumerate(samples.tolist()):
+        if sample >= 0:
+            places.setdefault(sample, []).append(i)
+    failures: dict[int, str] = {}
+    if places:
+        if track.offsets is None and track.scattered is None:
+            failures = _decode_from_front(name, track, places, out, watch, limits)
+        else:
+            failures = _decode_groups(name, track, places, out, workers, watch, limits)
+    for sample, reason in failures.items():
+        errors += [FrameError(i, float(asked[i]), reason) for i in places[sample]]
+    return _result(name, track, asked, samples, out, sorted(errors, key=lambda error: error.index), on_error)
+
+
+class _Watch:
+    """The call's deadline, and the sign to its threads that nobody waits for them any more."""
+
+    def __init__(self, name: str, timeout: float | None):
+        self.name, self.timeout = name, timeout
+        self.deadline = None if timeout is None else time.monotonic() + timeout
+        self.stopped = False
+
+    def check(self) -> None:
+        if self.stopped or (self.deadline is not None and time.monotonic() > self.deadline):
+            raise self.error()
+
+    def error(self) -> MediaError:
+        return MediaError(f"{self.name}: decoding took longer than the limit of {self.timeout} s")
+
+
+def _find(track: Track, asked: NDArray[np.float64], tolerance: float) -> tuple[NDArray[np.int64], list[FrameError]]:
+    """The sample on the screen at each time, -1 where there is none, and the errors that say so."""
     order = track.presentation_order()
     seconds = track.seconds(order)
-    asked = np.atleast_1d(np.asarray(times, np.float64))
-    position = np.searchsorted(seconds, asked + TIME_EPSILON, side="right") - 1
-    outside = np.flatnonzero(position < 0)
-    errors = [FrameError(int(i), float(asked[i]), f"lies before the first frame at {seconds[0]:.6f} s") for i in outside]
-    wanted = track.ticks[order[np.maximum(position, 0)]]
-    width, height = _displayed(track) if size is None else (size, size) if isinstance(size, int) else size
-    limits.check_size(width, height, name)
-    if out is None:
-        out = np.empty((len(asked), height, width, 3), np.uint8)
-    elif out.shape != (len(asked), height, width, 3) or out.dtype != np.uint8:
-        raise ValueError(f"out must be uint8 [{len(asked)}, {height}, {width}, 3], not {out.dtype} {list(out.shape)}")
-    places: dict[int, list[int]] = {}
-    for i, tick in enumerate(wanted.tolist()):
-        if position[i] >= 0:
-            places.setdefault(tick, []).append(i)
+    last = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
+    end = seconds[-1] + max(last, (track.duration or 0.0) - (seconds[-1] - seconds[0]), TIME_EPSILON)
+    bad = ~((asked >= seconds[0] - TIME_EPSILON) & (asked <= end + TIME_EPSILON))
+    at = np.clip(np.searchsorted(seconds, asked + TIME_EPSILON, side="right") - 1, 0, None)
+    samples = order[at]
+    if tolerance > 0:
+        keys = order[track.sync[order]]
+        key_seconds = track.seconds(keys)
+        right = np.clip(np.searchsorted(key_seconds, asked), 0, len(keys) - 1)
+        left = np.maximum(right - 1, 0)
+        near = np.where(np.abs(key_seconds[left] - asked) <= np.abs(key_seconds[right] - asked), left, right)
+        samples = np.where(np.abs(key_seconds[near] - asked) <= tolerance, keys[near], samples)
+    reason = f"the video shows frames from {seconds[0]:.6f} to {end:.6f} s"
+    return np.where(bad, -1, samples), [FrameError(int(i), float(asked[i]), reason) for i in np.flatnonzero(bad)]
 
-    def check() -> None:
-        if deadline is not None and time.monotonic() > deadline:
-            raise MediaError(f"{name}: decoding took longer than the limit of {timeout} s")
 
-    reformatter = VideoReformatter()
-    failure = None
+def _output_size(track: Track, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    if size is None:
+        return (track.height, track.width) if track.rotation in (90, 270) else (track.width, track.height)
+    width, height = (size, size) if isinstance(size, int) else size
+    if width < 1 or height < 1:
+        raise ValueError(f"size must be positive, not {size}")
+    return int(width), int(height)
+
+
+def _decode_groups(
+    name: str, track: Track, places: dict[int, list[int]], out: NDArray[np.uint8], workers: int, watch: _Watch, limits: Limits
+) -> dict[int, str]:
+    """Decode what `places` (sample -> rows of out) needs; returns sample -> reason for what failed."""
+    groups = group_targets(track, np.fromiter(places, np.int64))
+    count = min(workers, len(groups))
+    threads = max(1, workers // len(groups))
+    failures: dict[int, str] = {}
+    problems: list[BaseException] = []
+    # Dearest first: the last to finish are then cheap ones, and the workers end together.
+    todo: queue.SimpleQueue[Group] = queue.SimpleQueue()
+    for group in sorted(groups, key=lambda group: -group.cost) if count > 1 else groups:
+        todo.put(group)
+
+    def work(source: Source) -> None:
+        try:
+            painter = Painter(out, track.rotation, track.mirrored, lambda: watch.stopped)
+            decoder = Decoder(source, track, painter, limits, watch.check, threads)
+            while not problems:
+                try:
+                    group = todo.get_nowait()
+                except queue.Empty:
+                    break
+                decoder.run(group, places)
+            failures.update(decoder.failures)
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            problems.append(error)
+
     try:
-        for tick, frame in decode_linear(name, set(places), check):
-            rgb = reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
-            pixels = rgb.to_ndarray()
-            for i in places.pop(tick):
-                out[i] = pixels
-    except MediaError as error:
-        failure = error
-    for indices in places.values():
-        errors += [FrameError(i, float(asked[i]), str(failure or "the decoder gave no such frame")) for i in indices]
-    if errors and on_error == "raise":
-        first = min(errors, key=lambda error: error.index)
-        raise MediaError(f"{name}: the frame at {first.time:.3f} s can't be read: {first.reason}")
-    bad = {error.index for error in errors}
-    keep = [i for i in range(len(asked)) if i not in bad]
-    shown = seconds[np.maximum(position, 0)]
-    if bad:
-        return Frames(out[keep], shown[keep], tuple(sorted(errors, key=lambda error: error.index)))
-    return Frames(out, shown)
+        source = Source(name)
+    except OSError as error:
+        raise MediaError(f"{name}: can't be read: {error.strerror or error}") from error
+    if count == 1 and watch.deadline is None:
+        with source:
+            work(source)
+    else:
+        # Daemons: a thread that hangs in a decoder must not keep the process from ending. The last one to go closes the file.
+        crew = [threading.Thread(target=work, args=(source,), daemon=True, name=f"decode {name}") for _ in range(count)]
+        for thread in crew:
+            thread.start()
+        for thread in crew:
+            thread.join(None if watch.deadline is None else max(0.0, watch.deadline - time.monotonic()) + 0.05)
+        if any(thread.is_alive() for thread in crew):
+            watch.stopped = True
+            raise watch.error()
+        source.close()
+    if problems:
+        raise problems[0]
+    return failures
 
 
-def _displayed(track: Track) -> tuple[int, int]:
-    return (track.height, track.width) if track.rotation in (90, 270) else (track.width, track.height)
+def _decode_from_front(
+    name: str, track: Track, places: dict[int, list[int]], out: NDArray[np.uint8], watch: _Watch, limits: Limits
+) -> dict[int, str]:
+    """The same for containers whose frames only libavformat can find."""
+    left = {int(track.ticks[sample]): sample for sample in places}
+    problems: list[BaseException] = []
+    failures: dict[int, str] = {}
+
+    def work() -> None:
+        painter = Painter(out, track.rotation, track.mirrored, lambda: watch.stopped)
+        reason = "the decoder gives no frame of that time"
+        try:
+            for tick, frame in decode_linear(name, set(left), watch.check):
+                painter.paint(frame, places[left.pop(tick)])
+        except MediaError as error:
+            if watch.deadline is not None and time.monotonic() > watch.deadline:
+                problems.append(error)
+            reason = str(error).removeprefix(f"{name}: ")
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            problems.append(error)
+        failures.update((sample, reason) for sample in left.values())
+
+    if watch.deadline is None:
+        work()
+    else:
+        thread = threading.Thread(target=work, daemon=True, name=f"decode {name}")
+        thread.start()
+        thread.join(max(0.0, watch.deadline - time.monotonic()) + 0.05)
+        if thread.is_alive():
+            watch.stopped = True
+            raise watch.error()
+    if problems:
+        raise problems[0]
+    return failures
 
 
-__all__ = ["Frames", "read_frames"]
+def _result(
+    name: str,
+    track: Track,
+    asked: NDArray[np.float64],
+    samples: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    errors: list[FrameError],
+    on_error: str,
+) -> Frames:
+    if not errors:
+        return Frames(out, track.seconds(samples))
+    if on_error == "raise":
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise MediaError(f"{name}: the frame at {errors[0].time:.3f} s can't be read: {errors[0].reason}{more}")
+    keep = np.setdiff1d(np.arange(len(asked)), [error.index for error in errors])
+    for row, i in enumerate(keep.tolist()):  # close the gaps in place: the output is the largest thing here
+        if row != i:
+            out[row] = out[i]
+    return Frames(out[: len(keep)], track.seconds(samples[keep]), tuple(errors))

@@ -1,65 +1,22 @@
-"""What a container's header says of its video track, the same from every parser: which bytes are a frame, and when it is shown."""
+"""What a video holds, from its container's headers: size, rotation, exact presentation times, keyframes. Nothing is decoded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+import os
+import struct
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..limits import MediaError
-from ..time_table import TimeTable
-
-
-class NotOurs(Exception):
-    """A parser meets something legal that it doesn't handle; libavformat reads the file instead."""
-
-
-@dataclass
-class Track:
-    """One video track in decode order. `n` samples (coded frames); arrays have that length.
-
-    ticks: presentation time of each sample, in `unit` seconds. sync: decoding may begin here.
-    shown: False where an edit list hides the frame. offsets, sizes: where its bytes lie (absent: only libavformat can find them).
-    width, height: stored pixels. rotation: degrees clockwise that a player turns it (0, 90, 180, 270), after mirroring it left to right if `mirrored`.
-    missing: samples that the header promises but the file doesn't hold.
-    """
-
-    container: str
-    codec: str
-    width: int
-    height: int
-    unit: Fraction
-    ticks: NDArray[np.int64]
-    sync: NDArray[np.bool_]
-    shown: NDArray[np.bool_] | None = None
-    offsets: NDArray[np.int64] | None = None
-    sizes: NDArray[np.int64] | None = None
-    extradata: bytes = b""
-    rotation: int = 0
-    mirrored: bool = False
-    pixel_aspect_ratio: Fraction = Fraction(1)
-    duration: float | None = None
-    missing: int = 0
-    unknown: tuple[str, ...] = ()
-    # MPEG-TS: a frame's bytes are spread over transport packets; called with (descriptor, sample) instead of reading offsets/sizes.
-    scattered: object | None = None
-    _order: NDArray[np.int64] | None = field(default=None, repr=False)
-
-    def presentation_order(self) -> NDArray[np.int64]:
-        """Sample numbers of the frames that are shown, in order of presentation, int64 [shown]."""
-        if self._order is None:
-            order = np.argsort(self.ticks, kind="stable")
-            self._order = order if self.shown is None else order[self.shown[order]]
-        return self._order
-
-    def time_table(self) -> TimeTable:
-        return TimeTable.from_ticks(self.ticks[self.presentation_order()], self.unit)
-
-    def seconds(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Presentation times of the samples, each correctly rounded."""
-        return self.ticks[samples] * np.float64(self.unit.numerator) / np.float64(self.unit.denominator)
+from .containers.demux import read_packets
+from .containers.mp4 import read_mp4
+from .containers.source import Damaged, Source
+from .containers.track import NotOurs, Track
+from .limits import DEFAULT_LIMITS, Limits, MediaError
+from .time_table import TimeTable
 
 
 @dataclass(frozen=True)
@@ -122,3 +79,51 @@ class VideoInfo:
             variable_frame_rate=None if table is None or count < 2 else not table.constant,
             unknown=track.unknown + (() if duration else ("duration", "fps")),
         )
+
+
+def probe(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, partial: bool = False) -> VideoInfo:
+    """Facts about the first video track of `path`, exact times included.
+
+    partial: accept a file that was cut off and describe the frames that it still holds.
+    Raises MediaError when the file is missing, no video, damaged, cut off (unless `partial`), or over the limits.
+    """
+    name = os.fspath(path)
+    track = read_track(name, limits=limits)
+    if track.missing and not partial:
+        raise MediaError(
+            f"{name}: is cut off: {track.missing} of the {track.missing + len(track.ticks)} frames its header promises aren't in the file; "
+            "copy it again, or use what is there with partial=True"
+        )
+    return VideoInfo.from_track(name, track)
+
+
+def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | None = None) -> Track:
+    """The first video track of `path`, by our parser for its container, or else by libavformat."""
+    try:
+        with Source(path) as source:
+            track = _parse(source, limits, deadline)
+    except OSError as error:
+        raise MediaError(f"{path}: can't be read: {error.strerror or error}") from error
+    limits.check_frames(len(track.ticks), path)
+    limits.check_size(track.width, track.height, path)
+    if not len(track.ticks):
+        raise MediaError(f"{path}: its video track has no frames")
+    return track
+
+
+def _parse(source: Source, limits: Limits, deadline: float | None) -> Track:
+    if source.size == 0:
+        raise MediaError(f"{source.path}: is empty (0 bytes)")
+    head = source.read(0, 16)
+    try:
+        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof"):
+            return read_mp4(source, limits)
+    except Damaged as error:
+        raise MediaError(f"{source.path}: {error}") from error
+    except (struct.error, IndexError, OverflowError, ValueError) as error:
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(f"{source.path}: its header is damaged: {error}") from error
+    except NotOurs as reason:
+        logging.getLogger(__name__).debug("%s: %s; read by libavformat", source.path, reason)
+    return read_packets(source.path, limits, deadline)

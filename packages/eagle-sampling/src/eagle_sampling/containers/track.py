@@ -1,0 +1,62 @@
+"""What a container's header says of its video track, the same from every parser: which bytes are a frame, and when it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..time_table import TimeTable
+
+
+class NotOurs(Exception):
+    """A parser meets something legal that it doesn't handle; libavformat reads the file instead."""
+
+
+@dataclass
+class Track:
+    """One video track in decode order. `n` samples (coded frames); arrays have that length.
+
+    ticks: presentation time of each sample, in `unit` seconds. sync: decoding may begin here.
+    shown: False where an edit list hides the frame. offsets, sizes: where its bytes lie (absent: only libavformat can find them).
+    width, height: stored pixels. rotation: degrees clockwise that a player turns it (0, 90, 180, 270), after mirroring it left to right
+    if `mirrored`.
+    missing: samples that the header promises but the file doesn't hold.
+    """
+
+    container: str
+    codec: str
+    width: int
+    height: int
+    unit: Fraction
+    ticks: NDArray[np.int64]
+    sync: NDArray[np.bool_]
+    shown: NDArray[np.bool_] | None = None
+    offsets: NDArray[np.int64] | None = None
+    sizes: NDArray[np.int64] | None = None
+    extradata: bytes = b""
+    rotation: int = 0
+    mirrored: bool = False
+    pixel_aspect_ratio: Fraction = Fraction(1)
+    duration: float | None = None
+    missing: int = 0
+    unknown: tuple[str, ...] = ()
+    # MPEG-TS: a frame's bytes are spread over transport packets; called with (descriptor, sample) instead of reading offsets/sizes.
+    scattered: object | None = None
+    _order: NDArray[np.int64] | None = field(default=None, repr=False)
+
+    def presentation_order(self) -> NDArray[np.int64]:
+        """Sample numbers of the frames that are shown, in order of presentation, int64 [shown]."""
+        if self._order is None:
+            order = np.argsort(self.ticks, kind="stable")
+            self._order = order if self.shown is None else order[self.shown[order]]
+        return self._order
+
+    def time_table(self) -> TimeTable:
+        return TimeTable.from_ticks(self.ticks[self.presentation_order()], self.unit)
+
+    def seconds(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Presentation times of the samples, each correctly rounded."""
+        return self.ticks[samples] * np.float64(self.unit.numerator) / np.float64(self.unit.denominator)

@@ -1,0 +1,148 @@
+"""One worker's decoding: groups of samples in, wanted frames out, each converted and resized once, straight to its place.
+
+A worker has its own single-threaded decoder; libav releases the interpreter's lock while it works, so workers run side by side in threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+
+from .containers.source import Source
+from .containers.track import Track
+from .limits import Limits
+from .video_plan import Group, droppable_test, earlier_start
+
+_DECODERS = {"av1": "libdav1d"}
+_WINDOW = 1 << 18  # bytes per read; an hour of 360p has 5 kB a frame, so one read serves many
+
+
+class Painter:
+    """Converts a decoded frame to RGB at the output's size, turns it upright, and writes it to `out[i]` for the wanted places.
+
+    out: uint8 [n, h, w, 3].
+    """
+
+    def __init__(self, out: NDArray[np.uint8], rotation: int, mirrored: bool, stopped: Callable[[], bool]):
+        self.out, self.rotation, self.mirrored, self.stopped = out, rotation, mirrored, stopped
+        height, width = out.shape[1:3]
+        self.size = (height, width) if rotation in (90, 270) else (width, height)
+        self.reformatter = VideoReformatter()
+
+    def paint(self, frame: av.VideoFrame, places: list[int]) -> None:
+        width, height = self.size
+        rgb = self.reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
+        plane = rgb.planes[0]
+        pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : 3 * width].reshape(height, width, 3)
+        if self.mirrored:
+            pixels = pixels[:, ::-1]
+        if self.rotation:
+            pixels = np.rot90(pixels, -self.rotation // 90)
+        if self.stopped():  # the caller gave up waiting and may have reused the array
+            return
+        for place in places:
+            self.out[place] = pixels
+
+
+class SampleReader:
+    """The bytes of samples, in windows that serve many."""
+
+    def __init__(self, source: Source, track: Track, limits: Limits):
+        self.source, self.track, self.limits = source, track, limits
+        self.begin, self.window = 0, b""
+
+    def read(self, sample: int, stop: int) -> bytes:
+        """Sample `sample`; the window may reach as far as sample `stop - 1`."""
+        track = self.track
+        if track.scattered is not None:
+            return track.scattered(self.source, sample)
+        assert track.offsets is not None
+        assert track.sizes is not None
+        offset, size = int(track.offsets[sample]), int(track.sizes[sample])
+        at = offset - self.begin
+        if at < 0 or at + size > len(self.window):
+            self.limits.check_bytes(size, f"{self.source.path}: the video packet at byte {offset}")
+            end = int(track.offsets[stop - 1] + track.sizes[stop - 1])
+            self.begin, at = offset, 0
+            self.window = self.source.read(offset, max(size, min(_WINDOW, end - offset)))
+        return self.window[at : at + size]
+
+
+class Decoder:
+    """Decodes groups. `failures` maps a sample to the reason why its frame couldn't be had."""
+
+    def __init__(self, source: Source, track: Track, painter: Painter, limits: Limits, check: Callable[[], None], threads: int = 1):
+        self.track, self.painter, self.check = track, painter, check
+        self.reader = SampleReader(source, track, limits)
+        self.droppable = droppable_test(track.codec, track.extradata)
+        self.places: dict[int, list[int]] = {}
+        self.failures: dict[int, str] = {}
+        # A Packet takes its time base; giving one in which ticks are whole keeps frame.pts what the container says.
+        self.unit = Fraction(track.unit)
+        self.context = av.CodecContext.create(_DECODERS.get(track.codec, track.codec), "r")
+        if track.extradata:
+            self.context.extradata = track.extradata
+        # explode: report damage instead of painting over it. strict: assume the deepest reordering where the stream doesn't say.
+        self.context.options = {"err_detect": "explode", "strict": "1"} if track.codec == "h264" else {"err_detect": "explode"}
+        self.context.thread_count = threads
+        self.context.thread_type = "FRAME" if threads > 1 else "NONE"
+
+    def run(self, group: Group, places: dict[int, list[int]]) -> None:
+        """Paint the group's targets to `places[sample]`, or note why not."""
+        left = {int(self.track.ticks[sample]): sample for sample in group.targets}
+        start: int | None = group.start
+        attempt = 0
+        while left and start is not None:
+            reason = self._decode(start, max(left.values()) + 1, left, places)
+            if reason is not None:
+                for sample in left.values():
+                    self.failures[sample] = reason
+                return
+            if left:
+                start = earlier_start(self.track, start, attempt)
+                attempt += 1
+        for sample in left.values():
+            self.failures[sample] = "the decoder gives no frame of that time"
+
+    def _decode(self, start: int, stop: int, left: dict[int, int], places: dict[int, list[int]]) -> str | None:
+        """One pass over samples start ... stop - 1; takes what it finds out of `left`. Returns a reason when the data are damaged."""
+        ticks = self.track.ticks[start:stop].tolist()
+        wanted = set(left.values())
+        droppable, read, decode, unit = self.droppable, self.reader.read, self.context.decode, self.unit
+        sent = start
+        reason = None
+        try:
+            for sample in range(start, stop):
+                data = read(sample, stop)
+                if droppable is not None and sample not in wanted and droppable(data):
+                    continue
+                self.check()
+                packet = av.Packet(data)
+                packet.pts = ticks[sample - start]
+                packet.time_base = unit
+                sent = sample
+                for frame in decode(packet):
+                    self._take(frame, left, places)
+        except av.FFmpegError as error:
+            at = float(self.track.seconds(np.array([sent]))[0])
+            reason = f"the data of the frame at {at:.3f} s are damaged ({error.strerror or error})"
+        try:
+            for frame in decode(None):
+                # After damage only what was complete before it counts.
+                if reason is None or left.get(frame.pts if frame.pts is not None else -1, stop) < sent:
+                    self._take(frame, left, places)
+        except av.FFmpegError as error:
+            reason = reason or f"the decoder fails at the end of the group ({error.strerror or error})"
+        self.context.flush_buffers()
+        return reason
+
+    def _take(self, frame: av.VideoFrame, left: dict[int, int], places: dict[int, list[int]]) -> None:
+        sample = left.get(frame.pts) if frame.pts is not None else None
+        if sample is not None and not frame.is_corrupt:
+            self.painter.paint(frame, places[sample])
+            del left[frame.pts]
