@@ -1,0 +1,199 @@
+"""Measures ours and the rivals on this host's GPUs; the same script takes 2, 4 or 8.
+
+    python -m torch.distributed.run --standalone --nproc-per-node=2 packages/eagle-cp/benchmarks/bench.py --out results.json
+
+TFLOP/s per GPU = (4 forward, 10 backward) x attended pairs x query heads x head dim / GPUs / time; the slowest rank's median of CUDA-event times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import packs
+import torch
+import torch.distributed as dist
+from eagle_cp import ContextMesh, Layout, attention
+from eagle_cp.backends import KERNELS
+from rivals import RIVALS, Unavailable
+
+HEADS, KV_HEADS, DIM = 28, 4, 128
+
+
+def log(*args):
+    if dist.get_rank() == 0:
+        print(*args, flush=True)
+
+
+def slowest(value: float) -> float:
+    x = torch.tensor([value], device="cuda", dtype=torch.float64)
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x.item()
+
+
+def time_ms(function, seconds: float) -> float:
+    """Median time, each repetition between two events after a barrier; as many repetitions (3 to 20) as fit `seconds`."""
+
+    def once():
+        dist.barrier()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    function()
+    first = slowest(once())
+    repetitions = int(max(3, min(20, seconds * 1e3 / max(first, 0.01))))
+    return slowest(statistics.median(once() for _ in range(repetitions)))
+
+
+def measure(step, inputs, pairs: int, world: int, seconds: float) -> dict:
+    out = step(*inputs)
+    dout = torch.randn_like(out)
+    del out
+
+    def forward():
+        with torch.no_grad():
+            step(*inputs)
+
+    def both():
+        torch.autograd.grad(step(*inputs), inputs, dout)
+
+    both()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    # What must exist at the end of the backward: inputs, their gradients, the output and its gradient.
+    needed = 2 * sum(x.numel() * x.element_size() for x in inputs) + 2 * dout.numel() * dout.element_size()
+    forward_ms, both_ms = time_ms(forward, seconds / 3), time_ms(both, seconds)
+    flops = 4 * pairs * HEADS * DIM / world
+    return {
+        "forward_ms": round(forward_ms, 3),
+        "both_ms": round(both_ms, 3),
+        "forward_tflops": round(flops / forward_ms / 1e9, 1),
+        "backward_tflops": round(2.5 * flops / max(both_ms - forward_ms, 1e-3) / 1e9, 1),
+        "both_tflops": round(3.5 * flops / both_ms / 1e9, 1),
+        "peak_gib": round(peak / 2**30, 3),
+        "needed_gib": round(needed / 2**30, 3),
+        "peak_over_needed": round(peak / needed, 3),
+    }
+
+
+def ours(lengths, mesh: ContextMesh | None, backend: str):
+    cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    layout = Layout.single(cu) if mesh is None else Layout.build(cu, mesh, num_heads=HEADS, num_kv_heads=KV_HEADS)
+    inputs = [torch.randn(layout.local, h, DIM, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (HEADS, KV_HEADS, KV_HEADS)]
+    return (lambda q, k, v: attention(q, k, v, layout, backend=backend)), inputs
+
+
+def ceilings(world: int) -> dict:
+    """What this machine gives: copies, matrix products, and NCCL between the ranks (bytes that leave a GPU per second)."""
+    n = 1 << 28
+    a, b = torch.randn(n, device="cuda", dtype=torch.bfloat16), torch.empty(n, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    gathered = torch.empty(world * n // 4, device="cuda", dtype=torch.bfloat16)
+    part = torch.randn(n // 4, device="cuda", dtype=torch.bfloat16)
+    wide = torch.randn(world * n // 8, device="cuda")
+    mine = torch.empty(n // 8, device="cuda")
+    copy_ms = time_ms(lambda: b.copy_(a), 0.2)
+    result = {"copy_gb_s": 2 * a.nbytes / copy_ms / 1e6, "matmul_tflops": 2 * 8192**3 / time_ms(lambda: x @ x, 0.3) / 1e9}
+    if world > 1:
+        result["all_gather_gb_s"] = part.nbytes * (world - 1) / time_ms(lambda: dist.all_gather_into_tensor(gathered, part), 0.2) / 1e6
+        result["all_to_all_gb_s"] = a.nbytes * (world - 1) / world / time_ms(lambda: dist.all_to_all_single(b, a), 0.2) / 1e6
+        result["reduce_scatter_gb_s"] = mine.nbytes * (world - 1) / time_ms(lambda: dist.reduce_scatter_tensor(mine, wide), 0.2) / 1e6
+    return {k: round(v, 1) for k, v in result.items()}
+
+
+def versions() -> dict:
+    found = {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    for name in ("flash-attn-4", "nvidia-cutlass-dsl", "yunchang", "ring-flash-attn", "transformers", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--packs", default=".", help="regular expression over the names of packs")
+    parser.add_argument("--methods", default=".", help="regular expression over the names of methods")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for the repetitions of one measurement")
+    parser.add_argument("--until", type=float, default=1e9, help="seconds after which no further measurement is started")
+    args = parser.parse_args()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=60), device_id=torch.device("cuda", torch.cuda.current_device()))
+    world, began = dist.get_world_size(), time.time()
+    meshes = {u: ContextMesh.from_group(ulysses=u) for u in range(1, world + 1) if world % u == 0}
+    result = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "gpu": torch.cuda.get_device_name(),
+        "gpus": world,
+        "heads": [HEADS, KV_HEADS, DIM],
+        "versions": versions(),
+        "ceilings": ceilings(world),
+        "rows": [],
+    }
+    log(json.dumps({k: v for k, v in result.items() if k != "rows"}))
+    methods = {}
+    for backend in ("flash-attn-4", "cudnn", "torch-flash"):
+        for u, mesh in meshes.items():
+            methods[f"ours u={u} r={world // u}, {backend}"] = lambda lengths, mesh=mesh, b=backend: ours(lengths, mesh, b)
+        methods[f"one GPU, {backend}"] = lambda lengths, b=backend: ours(lengths, None, b)
+    for name, make in RIVALS.items():
+        methods[name] = lambda lengths, make=make: make(lengths, HEADS, KV_HEADS, DIM)
+    for pack, make_lengths in packs.PACKS.items():
+        lengths = make_lengths()
+        for method, make in methods.items():
+            if not re.search(args.packs, pack) or not re.search(args.methods, method):
+                continue
+            alone = method.startswith("one GPU")
+            if alone and sum(lengths) > 131072 + 200 * 512:
+                continue
+            if slowest(time.time() - began) > args.until:
+                row = {"error": "no time left"}
+            else:
+                row = attempt(make, lengths, 1 if alone else world, args.seconds)
+            row = {"pack": pack, "method": method, **row}
+            result["rows"].append(row)
+            log(json.dumps(row))
+            if dist.get_rank() == 0:
+                Path(args.out).write_text(json.dumps(result, indent=1))
+    dist.destroy_process_group()
+
+
+def attempt(make, lengths, world, seconds) -> dict:
+    step = None
+    try:
+        step, inputs = make(lengths)
+        return measure(step, inputs, packs.causal_pairs(lengths), world, seconds)
+    except Unavailable as error:
+        return {"error": f"does not run: {error}"}
+    except Exception as error:  # a rival's failure is a result, not an end
+        return {"error": f"{type(error).__name__}: {str(error)[:200]}", "trace": traceback.format_exc()[-600:]}
+    finally:
+        if hasattr(step, "close"):
+            step.close()
+        step = inputs = None
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    assert KERNELS
+    main()

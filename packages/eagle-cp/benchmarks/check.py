@@ -1,0 +1,135 @@
+"""Correctness on GPUs: every kernel alone on segments, and every split of the context group, against float64.
+
+    python -m torch.distributed.run --standalone --nproc-per-node=2 packages/eagle-cp/benchmarks/check.py --out check.json
+
+Errors are ||x - ref|| / ||ref||. `ratio` compares a split with one GPU's run of the same kernel on the whole pack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from eagle_cp import ContextMesh, Layout, attention
+from eagle_cp.backends import KERNELS
+from eagle_cp.segments import Segments
+
+
+def log(*args):
+    if dist.get_rank() == 0:
+        print(*args, flush=True)
+
+
+def reference(q, k, v, cu_q, cu_k, causal):
+    """float64, one segment and one query head at a time; queries are the last of their keys."""
+    group, out = q.shape[1] // k.shape[1], []
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+        heads = []
+        for h in range(q.shape[1]):
+            s = q[a:b, h] @ k[c:d, h // group].T * q.shape[2] ** -0.5
+            if causal:
+                s = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1 + (d - c) - (b - a)), -torch.inf)
+            heads.append(s.softmax(-1) @ v[c:d, h // group])
+        out.append(torch.stack(heads, 1))
+    return torch.cat(out)
+
+
+def error(x, ref):
+    return float((x.double() - ref).norm() / ref.norm())
+
+
+def exact(q, k, v, dout, cu_q, cu_k, causal):
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    out = reference(q, k, v, cu_q, cu_k, causal)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())]
+
+
+def check_kernel(kernel, causal, strided):
+    """Queries fewer than keys, GQA, and (`strided`) tensors and outputs that are slices of wider ones."""
+    draw = random.Random(3)
+    lengths_k = [1, 5, 130, 700, 2048, 1999, 64]
+    lengths_q = [1, 3, 130, draw.randint(1, 700), 1024, 1500, 64]
+    cu = lambda n: [0, *torch.tensor(n).cumsum(0).tolist()]
+    segments = Segments(cu(lengths_q), cu(lengths_k))
+    wide = 2 if strided else 1
+    make = lambda t, h: torch.randn(t, h * wide, 128, device="cuda", dtype=torch.bfloat16)[:, (wide - 1) * h :]
+    q, dout = make(segments.total_q, 14), make(segments.total_q, 14)
+    k, v = make(segments.total_k, 2), make(segments.total_k, 2)
+    nan = float("nan")
+    out, dq, dk, dv = (torch.full_like(make(x.shape[0], x.shape[1]), nan) for x in (q, q, k, v))
+    if strided:
+        out, dq, dk, dv = (
+            torch.full((x.shape[0], x.shape[1] * 2, 128), nan, device="cuda", dtype=x.dtype)[:, x.shape[1] :] for x in (q, q, k, v)
+        )
+    scale = 128**-0.5
+    lse = kernel.forward(q, k, v, segments, causal, scale, out=out)
+    kernel.backward(dout, q, k, v, out, lse, segments, causal, scale, dq, dk, dv)
+    refs = exact(q, k, v, dout, segments.cu_q, segments.cu_k, causal)
+    return {n: round(error(x, r), 5) for n, x, r in zip(("out", "dq", "dk", "dv"), (out, dq, dk, dv), refs)}
+
+
+def check_split(mesh, backend, lengths, heads, causal):
+    torch.manual_seed(1)
+    total, cu = sum(lengths), [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    q, k, v, dout = (torch.randn(total, h, 128, device="cuda", dtype=torch.bfloat16) for h in (heads[0], heads[1], heads[1], heads[0]))
+    refs = exact(q, k, v, dout, cu, cu, causal)
+
+    def run(layout):
+        local = [layout.shard(x).detach().requires_grad_() for x in (q, k, v)]
+        out = attention(*local, layout, causal=causal, backend=backend)
+        grads = torch.autograd.grad(out, local, layout.shard(dout))
+        return [layout.unshard(x.detach()) for x in (out, *grads)]
+
+    layout = Layout.build(cu, mesh, num_heads=heads[0], num_kv_heads=heads[1], verify=True)
+    split = [error(x, r) for x, r in zip(run(layout), refs)]
+    alone = [error(x, r) for x, r in zip(run(Layout.single(cu)), refs)]
+    return {"layout": repr(layout), "errors": [round(x, 5) for x in split], "ratio": [round(a / b, 3) for a, b in zip(split, alone)]}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=60), device_id=torch.device("cuda", torch.cuda.current_device()))
+    world = dist.get_world_size()
+    meshes = {u: ContextMesh.from_group(ulysses=u) for u in range(1, world + 1) if world % u == 0}
+    rows = []
+
+    def attempt(name, function, *arguments):
+        try:
+            row = {"check": name, **function(*arguments)}
+        except Exception as e:
+            row = {"check": name, "error": f"{type(e).__name__}: {str(e)[:300]}", "trace": traceback.format_exc()[-700:]}
+        rows.append(row)
+        log(json.dumps(row))
+
+    usable = [n for n, x in KERNELS.items() if x.why_not(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, 128) is None]
+    log({n: x.why_not(torch.device("cuda", 0), torch.bfloat16, 128) for n, x in KERNELS.items()})
+    for name in usable:
+        for causal in (True, False):
+            for strided in (False, True):
+                attempt(f"kernel {name} causal={causal} strided={strided}", check_kernel, KERNELS[name], causal, strided)
+    sys.modules["eagle_cp.attention"].FINE_ROWS = 4000  # so that "one" goes one key/value head at a time
+    packs = {"one": [9001], "mixed": [5003, 1, 700, 1201, 33, 2000], "short": [700, 512, 900, 30, 1, 411, 640]}
+    for u, mesh in meshes.items():
+        for name in usable:
+            for pack, lengths in packs.items():
+                attempt(f"split u={u} r={world // u} {name} {pack} 28/4", check_split, mesh, name, lengths, (28, 4), True)
+        attempt(f"split u={u} r={world // u} 9/3", check_split, mesh, None, packs["mixed"], (9, 3), True)
+        attempt(f"split u={u} r={world // u} 7/1 full", check_split, mesh, None, packs["mixed"], (7, 1), False)
+    if dist.get_rank() == 0:
+        Path(args.out).write_text(json.dumps(rows, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
