@@ -210,6 +210,16 @@ def frame_header(number: int, time: float | None) -> str:
     return f"Frame {number} sample at {time:.2f}s: "
 
 
+def shown_times(times: np.ndarray, start: float | None = None) -> np.ndarray:
+    """Times as the prompt prints them: from the clip's start, or from the file's zero; never below 0. times: float64 [n] seconds."""
+    return np.maximum(np.asarray(times, np.float64) - (start or 0.0), 0.0)
+
+
+def sampled_fps(count: int, seconds: float) -> float:
+    """The rate that a video's header states: frames taken per second of the clip, at most what the prompt can print."""
+    return min(count / seconds if seconds > 0 else float(count), MAX_FPS)
+
+
 def render(
     messages: Sequence[Mapping[str, Any]],
     *,
