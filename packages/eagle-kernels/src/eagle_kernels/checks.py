@@ -138,3 +138,14 @@ def _labels_in_range(operator: str, labels: Tensor, vocab: int, ignore_index: in
             f"{operator}: {wrong.numel()} labels are outside the weight's {vocab} rows, the first is {int(wrong[0])} "
             f"(ignore_index is {ignore_index}; a vocabulary shard must be gathered first)"
         )
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> None:
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f'gelu_linear: approximate is {approximate!r}, expected "tanh" or "none"')
+    if not torch.is_autocast_enabled(x.device.type):
+        floating("gelu_linear", **({"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})))
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"gelu_linear: x is {tuple(x.shape)} and weight {tuple(weight.shape)}, expected [..., H] and [I, H]")
+    if bias is not None:
+        shape("gelu_linear", "bias", bias, (weight.shape[0],), "weight's first dimension")

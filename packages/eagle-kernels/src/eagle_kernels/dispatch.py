@@ -37,9 +37,11 @@ def implementation(name: str, device: torch.device | str | None = None, dtype: t
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     forced = _forced.get()
+    if dtype not in TRITON_DTYPES:
+        return "torch"
     if forced is not None:
         return forced
-    if device.type != "cuda" or dtype not in TRITON_DTYPES or not has_triton():
+    if device.type != "cuda" or not has_triton():
         return "torch"
     return "triton" if _capable(device.index if device.index is not None else torch.cuda.current_device()) else "torch"
 
@@ -53,7 +55,10 @@ def use_triton(name: str, tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def use_implementation(choice: str) -> Iterator[None]:
-    """Within the block operators run `choice` ("triton" or "torch") on any device: for comparisons and Triton's interpreter."""
+    """Within the block operators run `choice` ("triton" or "torch") on any device; float64 always runs "torch".
+
+    For comparisons, and for Triton's interpreter. Raises ValueError for any other choice.
+    """
     if choice not in IMPLEMENTATIONS:
         raise ValueError(f"use_implementation: {choice!r} is no implementation; they are {', '.join(IMPLEMENTATIONS)}")
     token = _forced.set(choice)
