@@ -35,13 +35,12 @@ def load_rgb(image: Image.Image) -> Image.Image:
         raise TypeError(f"load_rgb takes a Pillow image, not {type(image).__name__}; arrays can go to tile_image directly")
     if image.width < 1 or image.height < 1:
         raise ValueError(f"image is {image.width} x {image.height} pixels: both sides must be at least 1")
+    image.load()  # before the orientation is read: a TIFF applies it while loading and then has none
     turn = _TURN.get(_orientation(image))
     rgb = _to_rgb(image)
     if turn is not None:
         rgb = rgb.transpose(turn)
         rgb.info = {}  # the orientation lives there too and must not be applied a second time
-    else:
-        rgb.load()
     return rgb
 
 
@@ -86,7 +85,7 @@ def _to_grey(image: Image.Image) -> np.ndarray:
     if image.mode == "F" and low >= 0 and high <= 1:
         values = values * 255
     elif low < 0 or high > 65535:
-        values = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+        values = (values - low) * 255 / (high - low) if high > low else np.zeros_like(values)
     elif high > 255:
         values = values / 257
     return np.rint(values).astype(np.uint8)

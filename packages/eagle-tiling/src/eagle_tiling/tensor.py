@@ -1,7 +1,7 @@
 """Tiles of a tensor without leaving its device: Pillow's bicubic as two matrix products, with the tensor's own methods only.
 
-Pillow resizes rows first, rounds to 8 bits, then columns, and widens the kernel when it shrinks (antialias). The same weights and the
-same rounding in between give its pixels to within 1 of 255. Nothing here imports torch.
+Pillow resizes one axis, rounds to 8 bits, then the other, and widens the kernel when it shrinks (antialias). The same weights, the same
+order and the same rounding in between give its pixels to within 2 of 255, nearly all of them exactly. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import PIL
 
+_PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
 _A = -0.5  # Pillow's and Keys' bicubic parameter
 _SUPPORT = 2.0
 
@@ -64,10 +66,29 @@ def _rgb(values: Any) -> Any:
 
 def _resize(rgb: Any, width: int, height: int) -> Any:
     """float [3, H, W] -> float [3, height, width] of whole numbers in 0..255."""
-    if rgb.shape[2] != width:
-        across = rgb.new_tensor(bicubic_weights(rgb.shape[2], width))
-        rgb = (rgb @ across.T).round().clamp(0, 255)
-    if rgb.shape[1] != height:
-        down = rgb.new_tensor(bicubic_weights(rgb.shape[1], height))
-        rgb = (down @ rgb).round().clamp(0, 255)
-    return rgb
+    if _vertical_first(rgb.shape[2], rgb.shape[1], width, height):
+        return _across(_down(rgb, height), width)
+    return _down(_across(rgb, width), height)
+
+
+def _across(rgb: Any, width: int) -> Any:
+    if rgb.shape[2] == width:
+        return rgb
+    weights = rgb.new_tensor(bicubic_weights(rgb.shape[2], width))
+    return (rgb @ weights.T).round().clamp(0, 255)
+
+
+def _down(rgb: Any, height: int) -> Any:
+    if rgb.shape[1] == height:
+        return rgb
+    weights = rgb.new_tensor(bicubic_weights(rgb.shape[1], height))
+    return (weights @ rgb).round().clamp(0, 255)
+
+
+def _vertical_first(width: int, height: int, new_width: int, new_height: int) -> bool:
+    """The order of Pillow's passes, which shows because overshoot is cut off between them (measured on 11.0, 12.1, 12.2 and 13.0)."""
+    if _PILLOW >= (13, 0):
+        return new_height < height and height - new_height > 2 * (width - new_width)
+    if _PILLOW >= (12, 2):
+        return new_height < height and height > 100 * width
+    return False
