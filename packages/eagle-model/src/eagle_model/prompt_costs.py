@@ -35,7 +35,7 @@ class PromptCosts:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.encoder = TextEncoder(tokenizer)
+        self.encoder = tokenizer if isinstance(tokenizer, TextEncoder) else TextEncoder(tokenizer)
         self.digits_alike = self._digits_alike()
         self._frame = lru_cache(maxsize=1 << 16)(self._frame_uncached)
 
