@@ -1,1 +1,1 @@
-"""`python -m benchmarks` (from packages/eagle-kernels, on a GPU): ours against the public rivals, as milliseconds and as fraction of the roof."""
+"""`python -m benchmarks` (from packages/eagle-kernels, on a GPU): ours against public rivals, in ms and as fraction of the roof."""

@@ -133,11 +133,11 @@ def matmuls(_: float) -> None:
     gradient = torch.empty(VOCAB, HIDDEN, device="cuda")
     a, b = (torch.randn(8192, 8192, device="cuda").to(BF16) for _ in range(2))
     square = torch.empty_like(a)
-    for rows in (2048, 2304, 3072, 3584, 3712, 4096, 4608):
+
+    def measure(rows: int) -> dict[str, float]:
         hidden = torch.randn(rows, HIDDEN, device="cuda").to(BF16)
         logits = torch.randn(rows, VOCAB, device="cuda").to(BF16)
-        dhidden = torch.empty_like(hidden)
-        out = torch.empty_like(logits)
+        dhidden, out = torch.empty_like(hidden), torch.empty_like(logits)
         operations = 2.0 * rows * VOCAB * HIDDEN
         products = {
             "square": (lambda: torch.mm(a, b, out=square), 2.0 * 8192**3),
@@ -150,7 +150,10 @@ def matmuls(_: float) -> None:
         for name, (function, count) in products.items():
             function()
             rates[name] = count / statistics.median(batch_ms(function, 4) for _ in range(5)) / 1e9
-        print(f"matmul rows {rows}: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()) + " TFLOP/s")
+        return rates
+
+    for rows in (2048, 2304, 3072, 3584, 3712, 4096, 4608):
+        print(f"matmul rows {rows}: " + ", ".join(f"{name} {rate:.0f}" for name, rate in measure(rows).items()) + " TFLOP/s")
 
 
 GROUPS = {"norm": norms, "rope": ropes, "swiglu": swiglus, "loss": losses, "matmul": matmuls}

@@ -10,9 +10,9 @@ from eagle_kernels.dispatch import use_triton
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
     """`gelu(x weight^T + bias)`. x: [..., H], weight: [I, H], bias: [I] or None; approximate: "tanh" or "none" (erf).
 
-    On NVIDIA GPUs, with tanh, a bias and no gradient wanted, the activation runs inside the matmul (cuBLASLt's epilogue) and the pre-activation
-    is never stored. With gradients it is the plain composition: backward needs the pre-activation, and storing both outputs of the
-    matmul gains nothing. Raises ValueError or TypeError on shapes, dtypes or devices that don't fit.
+    On NVIDIA GPUs, with tanh, a bias and no gradient wanted, the activation runs inside the matmul (cuBLASLt's epilogue) and the
+    pre-activation is never stored. With gradients it is the plain composition, because backward needs the pre-activation.
+    Raises ValueError or TypeError on shapes, dtypes or devices that don't fit.
     """
     checks.gelu_linear(x, weight, bias, approximate)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))

@@ -11,6 +11,24 @@ from torch import Tensor
 
 
 @triton.jit
+def cos_sin(fraction, quarter):
+    """Cosine and sine of (quarter + fraction) quarter turns, |fraction| <= 1/2, quarter 0..3: minimax polynomials on [-pi/4, pi/4].
+
+    The library's functions carry a range reduction (tables, local memory) that has nothing left to do here.
+    """
+    x = fraction * 1.5707963267948966
+    z = x * x
+    sin = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * x + x
+    cos = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    odd = (quarter & 1) != 0
+    c = tl.where(odd, sin, cos)
+    s = tl.where(odd, cos, sin)
+    c = tl.where((quarter == 1) | (quarter == 2), -c, c)
+    s = tl.where(quarter >= 2, -s, s)
+    return c, s
+
+
+@triton.jit
 def rotate_head(
     x_ptr, y_ptr, row, x_stride, y_stride, head, x_head_stride, y_head_stride, cos, sin, column, mask, HALF: tl.constexpr
 ):  # fmt: skip
@@ -35,10 +53,10 @@ def rope_kernel(
     mask = (row < tokens)[:, None] & (column < HALF)[None, :]
     position = tl.load(positions_ptr + row, mask=row < tokens, other=0).to(tl.float64)
     inv_freq = tl.load(inv_freq_ptr + column, mask=column < HALF, other=0.0).to(tl.float64)
-    turns = position[:, None] * (inv_freq * 0.15915494309189535)[None, :]
-    angle = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
-    cos = tl.cos(angle)
-    sin = tl.sin(angle) * SIGN
+    quarters = position[:, None] * (inv_freq * 0.6366197723675814)[None, :]
+    whole = tl.floor(quarters + 0.5)
+    cos, sin = cos_sin((quarters - whole).to(tl.float32), (whole - 4.0 * tl.floor(whole * 0.25)).to(tl.int32))
+    sin *= SIGN
     for head in range(part, Q_HEADS, parts):
         rotate_head(
             q_ptr, q_out_ptr, row, q_stride, q_out_stride, head, q_head_stride, q_out_head_stride, cos, sin, column, mask, HALF
