@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eagle_train.config import ConfigError
+
 from .sample import RowError
 
 _CHUNK = 1 << 22
@@ -37,7 +39,7 @@ class AnnotationIndex:
 def index_annotation(path: Path, shard_rows: int, cache: Path) -> AnnotationIndex:
     """The index of a JSONL file, from `cache` when size and modification time still agree; bounded memory.
 
-    Raises ValueError when the file holds a JSON array.
+    Raises ConfigError when the file holds a JSON array.
     """
     stat = path.stat()
     known = cache / f"{hashlib.blake2b(str(path.resolve()).encode(), digest_size=12).hexdigest()}-{shard_rows}.json"
@@ -61,7 +63,7 @@ def _scan(path: Path, shard_rows: int, mtime_ns: int) -> AnnotationIndex:
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
             if size == 0 and chunk.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                raise ValueError(f"{path}: holds a JSON array; one row a line is expected: convert it with jq -c '.[]'")
+                raise ConfigError(f"{path}: holds a JSON array; one row a line is expected: convert it with jq -c '.[]'")
             digest.update(chunk)
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10)
             # Line n (0-based) starts behind the n-th newline; keep those with n a multiple of shard_rows.

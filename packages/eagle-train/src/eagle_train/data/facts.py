@@ -29,9 +29,9 @@ SCHEMA = pa.schema(
         ("image_width", pa.list_(pa.int32())),  # pixels as displayed, per image
         ("image_height", pa.list_(pa.int32())),
         ("video_frames", pa.list_(pa.int32())),  # frames of the clip, pages of the document
-        ("video_seconds", pa.list_(pa.float64())),  # length of the clip; NaN: a document, which has no times
-        ("video_end", pa.list_(pa.float64())),  # largest time that the prompt can print; NaN: a document
-        ("video_start", pa.list_(pa.float64())),  # clip as the row asks for it, NaN where it doesn't
+        ("video_seconds", pa.list_(pa.float64())),  # length of the clip; null: a document, which has no times
+        ("video_end", pa.list_(pa.float64())),  # largest time that the prompt can print; null: a document
+        ("video_start", pa.list_(pa.float64())),  # clip as the row asks for it, null where it doesn't
         ("video_stop", pa.list_(pa.float64())),
         ("video_width", pa.list_(pa.int32())),  # pixels as displayed
         ("video_height", pa.list_(pa.int32())),
@@ -89,7 +89,7 @@ class Facts:
         return self.table.column(name).combine_chunks().to_numpy(zero_copy_only=False)
 
     def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A list column as (offsets int64 [rows + 1], values)."""
+        """A list column as (offsets int64 [rows + 1], values); a null number is NaN."""
         column = self.table.column(name)
         array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
         offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)

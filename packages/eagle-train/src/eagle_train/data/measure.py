@@ -12,11 +12,10 @@ from eagle_sampling.images import exists
 from eagle_train.config import LimitsConfig
 
 from .documents import pdf_size
+from .encoding import CachedEncoder
 from .facts import FrameCosts
 from .sample import RowError, Sample, VideoRef
 from .verify import check_image
-
-_NAN = float("nan")
 
 
 def media_limits(limits: LimitsConfig) -> Limits:
@@ -38,7 +37,7 @@ class Measurer:
     """Measures samples with one tokenizer and one set of limits; remembers the last few thousand images and videos it looked at."""
 
     def __init__(self, tokenizer: Any, limits: LimitsConfig, verify: str) -> None:
-        self.costs = PromptCosts(tokenizer)
+        self.costs = PromptCosts(CachedEncoder(tokenizer))
         self.limits = media_limits(limits)
         self.verify = verify
         self._image = lru_cache(maxsize=4096)(self._image_at)
@@ -105,8 +104,8 @@ class Measurer:
             "frames": stop - first,
             "seconds": max(finish - begin, 0.0),
             "end": max(float(times[stop - 1]) - (video.start or 0.0), 0.0),
-            "start": _NAN if video.start is None else video.start,
-            "stop": _NAN if video.end is None else video.end,
+            "start": video.start,
+            "stop": video.end,
             "width": info.width,
             "height": info.height,
             "times": info.times.to_list(),
@@ -134,7 +133,7 @@ class Measurer:
 
 
 def _document(pages: int, width: int, height: int) -> dict[str, Any]:
-    nothing = {"seconds": _NAN, "end": _NAN, "start": _NAN, "stop": _NAN, "times": []}
+    nothing = {"seconds": None, "end": None, "start": None, "stop": None, "times": []}
     return {"frames": pages, "width": width, "height": height, **nothing}
 
 

@@ -270,12 +270,12 @@ class _State:
         for plan in self.plans if plans is None else plans:
             good, bad, _ = plan.counts
             fraction = self.limits.max_bad_fraction
-            # Before the end the whole source counts as the base for what is allowed, so that a bad start alone stops nothing.
-            base = good + bad if final else max(good + bad, _CHECK_AFTER)
-            allowed = 0 if fraction == 0 else max(fraction * base, ALWAYS_ALLOWED)
-            if bad > allowed and (final or good + bad >= _CHECK_AFTER or fraction == 0):
+            seen = good + bad
+            # On the way twice the share stops: bad rows may come first, but what is mostly bad needn't be read through.
+            allowed = 0 if fraction == 0 else max(fraction * seen * (1 if final else 2), ALWAYS_ALLOWED)
+            if bad > allowed and (final or seen >= _CHECK_AFTER or fraction == 0):
                 self._stop(
-                    f"source {plan.name}: {bad} of {good + bad} rows can't be used, data.limits.max_bad_fraction allows {fraction:.2%}",
+                    f"source {plan.name}: {bad} of {seen} rows can't be used, data.limits.max_bad_fraction allows {fraction:.2%}",
                     [plan],
                 )
 
@@ -321,6 +321,7 @@ _worker: Measurer | None = None
 
 def _start_worker(tokenizer: Any, limits: Any, verify: str, parent: int) -> None:
     global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of their own would only take turns with the other workers
     _worker = Measurer(tokenizer, limits, verify)
 
     def watch() -> None:  # a killed parent can't tell its workers to stop

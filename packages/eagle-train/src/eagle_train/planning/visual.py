@@ -159,14 +159,12 @@ def sample_plan(
 
 
 def _video_plan(
-    count: int, available: int, seconds: float, start: float, stop: float, table: list[int], sampling: SamplingConfig
+    count: int, available: int, seconds: float | None, start: float | None, stop: float | None, table: list[int], sampling: SamplingConfig
 ) -> VideoPlan:
-    if np.isnan(seconds):
+    if seconds is None:
         return VideoPlan(count, pages=spread(available, count))
-    clip_start = None if np.isnan(start) else start
-    clip_stop = None if np.isnan(stop) else stop
-    times = choose_times(TimeTable.from_list(table), count, start=clip_start, end=clip_stop, placement=sampling.placement)
-    return VideoPlan(count, times, shown_times(times, clip_start), sampled_fps(count, seconds))
+    times = choose_times(TimeTable.from_list(table), count, start=start, end=stop, placement=sampling.placement)
+    return VideoPlan(count, times, shown_times(times, start), sampled_fps(count, seconds))
 
 
 def spread(available: int, count: int) -> np.ndarray:

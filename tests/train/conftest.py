@@ -1,0 +1,132 @@
+"""A byte tokenizer with Eagle's tokens, small media files, and facts without files for tests of planning."""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from eagle_model.prompt import EAGLE_TOKENS
+from eagle_sampling import TimeTable
+from eagle_train.config import Config, parse_config
+from eagle_train.data.facts import SCHEMA, Facts, FactsSource, FrameCosts
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, ChatML's and Eagle's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(token, special=True) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *EAGLE_TOKENS)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def row() -> Callable[..., dict[str, Any]]:
+    """A row with one question and one answer, and whatever media it is given."""
+
+    def make(question: str = "What is it?", answer: str = "A square.", **media: Any) -> dict[str, Any]:
+        return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **media}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_jsonl() -> Callable[[Path, Sequence[Any]], Path]:
+    """Rows (dictionaries, or bytes as they are) as a JSONL file."""
+
+    def write(path: Path, rows: Sequence[Any]) -> Path:
+        lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in rows]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """An encoded image of random pixels."""
+
+    def make(width: int = 64, height: int = 48, format: str = "PNG", seed: int = 0) -> bytes:
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format)
+        return buffer.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_video() -> Callable[..., Path]:
+    """An H.264 file, its index in front of its frames."""
+
+    def write(path: Path, frames: int = 30, fps: int = 10, size: tuple[int, int] = (64, 48)) -> Path:
+        with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=fps, options={"g": "10", "preset": "ultrafast"})
+            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+            for index in range(frames):
+                pixels = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., Config]:
+    """A configuration in the test's folder, one process, the given sources and further sections."""
+
+    def make(sources: dict[str, Any], **sections: Any) -> Config:
+        data = {"sources": sources, "workers": 1, **sections.pop("data", {})}
+        return parse_config({"run": {"name": "test"}, "data": data, **sections}, base=tmp_path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_facts() -> Callable[..., Facts]:
+    """Facts from a list of rows `{"text": tokens, "images": [(w, h)], "videos": [(frames, fps) or pages]}`, without any file."""
+
+    def make(rows: Sequence[dict[str, Any]], sources: Sequence[FactsSource] | None = None) -> Facts:
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        for number, content in enumerate(rows):
+            columns["line"].append(number + 1)
+            columns["offset"].append(number * 100)
+            columns["size"].append(99)
+            columns["text_tokens"].append(content["text"])
+            columns["label_tokens"].append(content.get("labels", 1))
+            columns["image_width"].append([width for width, _ in content.get("images", ())])
+            columns["image_height"].append([height for _, height in content.get("images", ())])
+            videos: list[dict[str, Any]] = []
+            for video in content.get("videos", ()):
+                facts = {"start": None, "stop": None, "width": 64, "height": 48}
+                if isinstance(video, int):
+                    videos.append({**facts, "frames": video, "seconds": None, "end": None, "times": []})
+                else:
+                    frames, fps = video
+                    table = TimeTable.from_ticks(range(frames), Fraction(1, fps))
+                    videos.append({**facts, "frames": frames, "seconds": frames / fps, "end": (frames - 1) / fps, "times": table.to_list()})
+            for name in ("frames", "seconds", "end", "start", "stop", "width", "height", "times"):
+                columns[f"video_{name}"].append([video[name] for video in videos])
+        if sources is None:
+            sources = [FactsSource("all", Path("all.jsonl"), Path("."), 0, len(rows), 0, 1.0, 1.0, None)]
+        costs = FrameCosts(tuple(tuple(20 + row + column for column in range(8)) for row in range(8)))
+        return Facts(pa.table(columns, schema=SCHEMA), tuple(sources), costs, None, "key")
+
+    return make

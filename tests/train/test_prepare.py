@@ -1,0 +1,277 @@
+"""Prepare: facts are right, complete, resumable after any kill, and never stale."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eagle_model.prompt import VideoSpan, encode, render
+from eagle_model.prompt_costs import PromptCosts
+from eagle_sampling import TimeTable
+from eagle_train.config import ConfigError
+from eagle_train.data.annotation import index_annotation, read_lines
+from eagle_train.data.measure import frame_costs
+from eagle_train.data.prepare import PrepareError, load_facts, prepare, tokenizer_fingerprint
+from eagle_train.data.sample import RowError
+
+
+@pytest.fixture
+def media(tmp_path, picture, write_video):
+    (tmp_path / "a.png").write_bytes(picture(64, 48))
+    (tmp_path / "b.jpg").write_bytes(picture(300, 20, "JPEG"))
+    write_video(tmp_path / "v.mp4", frames=30, fps=10)
+    return tmp_path
+
+
+@pytest.fixture
+def rows(row):
+    return [
+        row(),
+        row(image="a.png"),
+        row("<image-2> and <image-1>", image=["a.png", "b.jpg"]),
+        row(video="v.mp4"),
+        row(video={"video": "v.mp4", "start_time": 0.5, "end_time": 1.5}),
+        row("<document>?", document=["a.png", "b.jpg", "a.png"]),
+    ]
+
+
+def test_facts_are_what_the_rows_hold(media, rows, make_config, write_jsonl, tokenizer):
+    write_jsonl(media / "rows.jsonl", rows)
+    report = prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer)
+    facts = report.facts
+    assert (report.rows, report.good_rows, report.bad_rows) == (6, 6, 0)
+    assert facts.column("line").tolist() == [1, 2, 3, 4, 5, 6]
+    offsets, widths = facts.lists("image_width")
+    assert np.diff(offsets).tolist() == [0, 1, 2, 0, 0, 0]
+    assert widths.tolist() == [64, 64, 300]
+    assert facts.lists("image_height")[1].tolist() == [48, 48, 20]
+    assert facts.lists("video_frames")[1].tolist() == [30, 10, 3]
+    seconds = facts.lists("video_seconds")[1]
+    assert seconds[:2] == pytest.approx([3.0, 1.0])
+    assert np.isnan(seconds[2])
+    assert facts.lists("video_end")[1][:2] == pytest.approx([2.9, 0.9])
+    times = TimeTable.from_list(facts.table.column("video_times")[3].as_py()[0]).times()
+    assert times == pytest.approx(np.arange(30) / 10)
+    for index in range(6):
+        sample = facts.load_sample(index)
+        assert (sample.source, sample.line) == ("s", index + 1)
+        assert sample.messages[-1] == {"role": "assistant", "content": "A square."}
+    assert facts.load_sample(2).images == (str(media / "a.png"), str(media / "b.jpg"))
+
+
+def test_text_tokens_are_those_of_the_prompt(media, rows, make_config, write_jsonl, tokenizer):
+    write_jsonl(media / "rows.jsonl", rows)
+    facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}, prompt={"system": "Be brief."}), tokenizer).facts
+    for index in range(3):  # without videos: exact
+        sample = facts.load_sample(index)
+        assert sample.messages[0] == {"role": "system", "content": "Be brief."}
+        encoded = encode(render(sample.messages, images=[7] * len(sample.images)), tokenizer)
+        assert facts.column("text_tokens")[index] == len(encoded.input_ids) - 7 * len(sample.images)
+        assert facts.column("label_tokens")[index] == np.count_nonzero(encoded.labels != -100)
+    sample = facts.load_sample(3)
+    times = [0.0, 1.0, 2.9]
+    exact = len(encode(render(sample.messages, videos=[VideoSpan(times, 1.0, 5)]), tokenizer).input_ids)
+    bound = facts.column("text_tokens")[3] + 3 * (5 + facts.frame_costs.overhead(np.array([3]), np.array([2.9]))[0])
+    assert exact <= bound <= exact + 8
+
+
+def test_frame_costs_bound_every_frame(tokenizer):
+    costs = PromptCosts(tokenizer)
+    table = frame_costs(costs)
+    rng = np.random.default_rng(0)
+    counts = np.array([1, 9, 10, 99, 100, 12345])
+    for end in (0.0, 3.2, 9.994, 9.995, 9.999, 10.0, 99.996, 100.0, 4321.5):
+        bound = table.overhead(counts, np.full(len(counts), end))
+        for count, limit in zip(counts.tolist(), bound.tolist()):
+            times = [end, *(rng.random(3) * end)]
+            assert all(costs.frames_tokens([0.0] * (count - 1) + [time], 0) <= limit * count for time in times[: 1 if count > 999 else 4])
+            assert limit >= costs.frame_tokens(count, end, 0)
+    pages = table.overhead(np.array([5]), np.array([np.nan]))[0]
+    assert pages * 5 >= costs.frames_tokens(None, 0, frames=5)
+
+
+def test_second_run_finds_everything(media, rows, make_config, write_jsonl, tokenizer):
+    write_jsonl(media / "rows.jsonl", rows)
+    config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 2})
+    first = prepare(config, tokenizer)
+    seen = []
+    second = prepare(config, tokenizer, progress=seen.append)
+    assert (first.rows_reused, second.rows_reused) == (0, 6)
+    assert second.facts.table.equals(first.facts.table)
+    assert load_facts(config, tokenizer).table.equals(first.facts.table)
+    assert [(step.rows_done, step.rows_total) for step in seen] == [(2, 6), (4, 6), (6, 6)]
+
+
+def test_key_covers_what_facts_depend_on(media, rows, make_config, write_jsonl, tokenizer):
+    write_jsonl(media / "rows.jsonl", rows)
+    entry = {"annotation": "rows.jsonl"}
+    config = make_config({"s": entry})
+    key = prepare(config, tokenizer).facts.key
+    changes = [
+        make_config({"s": entry}, prompt={"system": "Other."}),
+        make_config({"s": entry}, data={"verify": "decode"}),
+        make_config({"s": entry}, data={"limits": {"max_pixels": 10**7}}),
+    ]
+    assert len({key, *(prepare(changed, tokenizer).facts.key for changed in changes)}) == 4
+    # What only plans depend on leaves the facts where they are.
+    same = make_config({"s": {**entry, "repeat_time": 3, "weight": 2, "max_dynamic_tiles": 4}}, sampling={"fps": 1})
+    report = prepare(same, tokenizer)
+    assert (report.facts.key, report.rows_reused) == (key, 6)
+    write_jsonl(media / "rows.jsonl", rows[:-1])
+    with pytest.raises(PrepareError, match="eagle prepare"):
+        load_facts(config, tokenizer)
+    assert prepare(config, tokenizer).rows == 5
+
+
+def test_fingerprint_sees_the_vocabulary(tokenizer):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["zebra"])
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(copy.deepcopy(tokenizer)) == tokenizer_fingerprint(tokenizer)
+
+
+def test_processes_give_the_same_facts(media, rows, make_config, write_jsonl, tokenizer):
+    broken = [b"{", row_without_answer()]
+    write_jsonl(media / "rows.jsonl", (rows + broken) * 3)
+    options = {"shard_rows": 5, "limits": {"max_bad_fraction": 1}}
+    one = make_config({"s": {"annotation": "rows.jsonl"}}, data={**options, "facts": "one"})
+    two = make_config({"s": {"annotation": "rows.jsonl"}}, data={**options, "facts": "two", "workers": 2})
+    a, b = prepare(one, tokenizer), prepare(two, tokenizer)
+    assert a.facts.table.equals(b.facts.table)
+    assert (b.good_rows, b.bad_rows, b.reasons) == (18, 6, {"broken-json": 3, "no-assistant-turn": 3})
+
+
+def row_without_answer():
+    return {"conversations": [{"from": "human", "value": "?"}]}
+
+
+KILLED = """
+import sys, pickle
+from pathlib import Path
+from eagle_train.config import parse_config
+from eagle_train.data import prepare as module
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    tokenizer = pickle.loads((folder / "tokenizer.pickle").read_bytes())
+    data = {"sources": {"s": {"annotation": "rows.jsonl"}}, "workers": 1, "shard_rows": 50}
+    config = parse_config({"run": {"name": "test"}, "data": data}, base=folder)
+    module.prepare(config, tokenizer, progress=lambda step: print(step.rows_done, flush=True))
+"""
+
+
+def test_kill_nine_loses_at_most_a_shard(tmp_path, row, make_config, write_jsonl, tokenizer):
+    import pickle
+
+    (tmp_path / "tokenizer.pickle").write_bytes(pickle.dumps(tokenizer))
+    (tmp_path / "killed.py").write_text(KILLED)
+    count = 8000
+    write_jsonl(tmp_path / "rows.jsonl", [row(f"Question {index}") for index in range(count)])
+    process = subprocess.Popen([sys.executable, tmp_path / "killed.py", tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while int(process.stdout.readline()) < 300:
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = sum(int(line) > 0 for line in process.stdout)
+    config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 50})
+    folder = next(path for path in (tmp_path / "runs/test/facts").iterdir() if path.name.startswith("s-"))
+    (folder / "part-00159.parquet.99999.tmp").write_bytes(b"half a file")
+    report = prepare(config, tokenizer)
+    assert 300 <= report.rows_reused < count
+    assert report.rows_reused >= done * 50
+    assert report.facts.column("line").tolist() == list(range(1, count + 1))
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_workers_end_with_their_parent(tmp_path, row, write_jsonl, tokenizer):
+    import pickle
+
+    script = KILLED.replace('"workers": 1', '"workers": 2')
+    (tmp_path / "tokenizer.pickle").write_bytes(pickle.dumps(tokenizer))
+    (tmp_path / "killed.py").write_text(script)
+    write_jsonl(tmp_path / "rows.jsonl", [row(f"Question {index}") for index in range(12000)])
+    process = subprocess.Popen([sys.executable, tmp_path / "killed.py", tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert children
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in children):
+        assert time.monotonic() < deadline, "workers outlive a killed parent"
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_bad_rows_stop_the_run_with_reasons(tmp_path, row, make_config, write_jsonl, tokenizer):
+    write_jsonl(tmp_path / "rows.jsonl", [row(image=f"missing{index}.png") if index % 10 == 0 else row() for index in range(3000)])
+    config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 500})
+    with pytest.raises(PrepareError, match=r"100 of 1000 rows.*\n  media-missing: 100 rows, for example s:1: .*missing0.png"):
+        prepare(config, tokenizer)
+    ledger = [json.loads(line) for line in (tmp_path / "runs/test/ledger.jsonl").read_text().splitlines()]
+    assert len(ledger) == 100
+    assert prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"limits": {"max_bad_fraction": 0.1}}), tokenizer).bad_rows == 300
+    with pytest.raises(PrepareError, match="max_bad_rows allows 99"):
+        prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"limits": {"max_bad_rows": 99, "max_bad_fraction": 1}}), tokenizer)
+
+
+def test_a_handful_of_bad_rows_is_no_share(tmp_path, row, make_config, write_jsonl, tokenizer):
+    write_jsonl(tmp_path / "rows.jsonl", [row(), row(image="missing.png")])
+    assert prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer).bad_rows == 1
+    with pytest.raises(PrepareError, match="1 of 2 rows"):
+        prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"limits": {"max_bad_fraction": 0}}), tokenizer)
+
+
+def test_recipe_length_is_compared(tmp_path, row, make_config, write_jsonl, tokenizer):
+    write_jsonl(tmp_path / "rows.jsonl", [row()])
+    (tmp_path / "recipe.json").write_text(json.dumps({"s": {"annotation": "rows.jsonl", "root": "", "length": 7}}))
+    report = prepare(make_config({}, data={"recipe": "recipe.json"}), tokenizer)
+    assert report.notes == ("source s: the recipe says length 7, the annotation file has 1 rows",)
+
+
+def test_held_out_sources_are_apart(tmp_path, row, make_config, write_jsonl, tokenizer):
+    write_jsonl(tmp_path / "rows.jsonl", [row(), b"x"])
+    write_jsonl(tmp_path / "held.jsonl", [row(), row(), b"y"])
+    config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"eval_sources": {"h": {"annotation": "held.jsonl"}}})
+    assert (prepare(config, tokenizer).good_rows, prepare(config, tokenizer, evaluation=True).good_rows) == (1, 2)
+    where = [json.loads(line)["where"] for line in (tmp_path / "runs/test/ledger.jsonl").read_text().splitlines()]
+    assert sorted(where) == ["prepare", "prepare eval"]
+
+
+def test_lines_are_found_whatever_their_ends(tmp_path):
+    content = b'\xef\xbb\xbf{"a": 1}\r\n\n{"b": 2}\n   \n{"c": "' + b"x" * 5000 + b'"}\n{"d": 4}'
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    for shard_rows in (1, 2, 3, 100):
+        index = index_annotation(path, shard_rows, tmp_path / f"cache{shard_rows}")
+        lines = [line for shard in index.shards for line in read_lines(path, shard, 100)]
+        assert index.lines == 6
+        assert [number for number, _, _ in lines] == [1, 2, 3, 4, 5, 6]
+        assert isinstance(lines[4][2], RowError)
+        for number, offset, line in lines:
+            if number != 5:
+                assert content[offset : offset + len(line)] == line
+        assert lines[5][2] == b'{"d": 4}'
+        assert index_annotation(path, shard_rows, tmp_path / f"cache{shard_rows}") == index
+
+
+def test_json_array_is_named(tmp_path, row, make_config, tokenizer):
+    (tmp_path / "rows.jsonl").write_text(json.dumps([row()]))
+    with pytest.raises(ConfigError, match=r"JSON array.*jq"):
+        prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer)
