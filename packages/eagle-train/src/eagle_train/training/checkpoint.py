@@ -1,0 +1,147 @@
+"""Checkpoints that survive a kill at any moment: written under another name, made durable, then renamed.
+
+A checkpoint is a folder `<stage>-<step>` (`<stage>-end` at the end of a stage) with `torch.distributed.checkpoint` files (weights, and the optimizer's state unless the stage
+is over) and `state.json`. A folder with that name is whole; one that starts with `.writing-` is what a kill left and is removed at the
+next start. Nothing else is ever deleted, except by the keep rule, and only after the newer checkpoint is complete.
+Whatever the number of ranks that wrote it, any other number can read it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from .parallel import World
+
+_WRITING = ".writing-"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: `step` optimizer steps of stage number `stage` are done, `total_steps` of the run.
+
+    done: the stage is over. seen: counters that continue (tokens, tiles, samples).
+    """
+
+    stage: int
+    stage_name: str
+    step: int
+    total_steps: int
+    done: bool
+    seen: dict[str, int]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read or does not fit the run."""
+
+
+def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World) -> Path:
+    """Write a checkpoint under `folder`; every rank calls it. Returns its path, which exists only once everything in it is durable."""
+    name = f"{progress.stage_name}-end" if progress.done else f"{progress.stage_name}-{progress.step:08d}"
+    temporary, final = folder / f"{_WRITING}{name}", folder / name
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    world.barrier()
+    dcp.save(_state(model, optimizer), checkpoint_id=str(temporary), no_dist=world.size == 1)
+    world.barrier()
+    if world.is_main:
+        (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+        for path in sorted(temporary.iterdir()):
+            _sync(path)
+        _sync(temporary)
+        if final.exists():  # the same step again, after a resume from an earlier one: the old folder is whole and equal
+            shutil.rmtree(temporary)
+        else:
+            os.rename(temporary, final)
+            _sync(folder)
+    world.barrier()
+    return final
+
+
+def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World) -> Progress:
+    """Load weights (and the optimizer's state, when given and there) from a checkpoint; every rank calls it."""
+    progress = read_progress(path)
+    with_optimizer = optimizer if not progress.done else None
+    state = _state(model, with_optimizer)
+    try:
+        dcp.load(state, checkpoint_id=str(path), no_dist=world.size == 1)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit this model: {error}") from error
+    set_model_state_dict(model, state["model"])
+    if with_optimizer is not None:
+        set_optimizer_state_dict(model, with_optimizer, state["optimizer"])
+    return progress
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    options = StateDictOptions()
+    state: dict[str, Any] = {"model": get_model_state_dict(model, options=options)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
+    return state
+
+
+def read_progress(path: Path) -> Progress:
+    """What `state.json` of a checkpoint says; raises CheckpointError when it isn't a checkpoint."""
+    try:
+        return Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: is no checkpoint of a run ({error})") from error
+
+
+def whole(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if not path.name.startswith(".") and (path / "state.json").is_file()]
+    return sorted(found, key=lambda path: ((progress := read_progress(path)).stage, progress.step, progress.done))
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    found = whole(folder)
+    return found[-1] if found else None
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed writer left: folders that never got their name."""
+    if folder.is_dir():
+        for path in folder.glob(f"{_WRITING}*"):
+            shutil.rmtree(path)
+
+
+def keep_newest(folder: Path, stage: int, count: int) -> list[Path]:
+    """The keep rule: of a stage's checkpoints keep the newest `count`, and its end always. Returns what was removed."""
+    candidates = [path for path in whole(folder) if (progress := read_progress(path)).stage == stage and not progress.done]
+    removed = candidates[:-count]
+    for path in removed:
+        # Renamed first, so that a kill in the middle of deleting leaves no folder that looks whole.
+        doomed = path.with_name(f"{_WRITING}{path.name}.removed")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    return removed
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,317 @@
+"""The loop: stages in order, each step a number of packs over all ranks, every label counted once whoever reads it.
+
+One optimizer step of a rank: its packs of the step one after the other (accumulation), each loss divided by the label weights of all
+packs of all ranks, gradients summed, clipped by their global norm, one AdamW step. Nothing in it waits for the device; loss and
+gradient norm are looked at one step later, and before anything is saved.
+Everything is a function of (configuration, facts, step): a run that is killed and resumed makes the same numbers as one that isn't.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eagle_cp import Layout
+from eagle_sampling import Limits
+from eagle_train.config import Config
+from eagle_train.data.facts import Facts
+from eagle_train.data.ledger import Ledger
+from eagle_train.planning.stages import StageSchedule
+from eagle_train.watching.metrics import Metrics
+
+from . import checkpoint
+from .batch import Batch, CachedEncoder, Planned, address_of
+from .loader import Loader, Reading, Task
+from .model import build_model, model_facts, tokenizer_folder
+from .optim import learning_rate, make_optimizer, set_trainable
+from .parallel import World, is_sharded, shard_model
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """The run can't go on: the message says at which step, which samples were in it, and what to try."""
+
+
+@dataclass
+class _Pending:
+    """A step whose numbers may still be on their way from the device."""
+
+    record: dict[str, Any]
+    loss: Tensor
+    norm: Tensor
+    sample_ids: list[tuple[str, int]]
+
+
+class Trainer:
+    """A run from its configuration: `train()` goes through all stages, from the newest checkpoint if there is one.
+
+    on_record: called on the main rank with every metrics record. on_evaluate: called on every rank with (model, stage name) when an
+    evaluation is due; what it returns is written as an "eval" record.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        facts: Facts,
+        tokenizer: Any,
+        world: World,
+        *,
+        on_record: Callable[[dict[str, Any]], None] | None = None,
+        on_evaluate: Callable[[nn.Module, str], dict[str, Any] | None] | None = None,
+    ) -> None:
+        self.config, self.facts, self.tokenizer, self.world = config, facts, tokenizer, world
+        self.on_record, self.on_evaluate = on_record, on_evaluate
+        self.folder: Path = config.run.folder
+        self.metrics = Metrics(self.folder / "metrics.jsonl")
+        self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
+        self.model: nn.Module = self._new_model()
+        self.described = self.model.config
+        self.schedules = [StageSchedule(facts, config, stage, model_facts(self.described)) for stage in config.stages]
+        self.total_steps = sum(schedule.steps for schedule in self.schedules)
+        self._pending: _Pending | None = None
+        self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0}
+        if world.context.size > 1:
+            raise NotImplementedError("training with context-parallel ranks needs the vision exchange of eagle_cp in the model's forward")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def train(self) -> None:
+        """Train what is left of the run. Raises TrainingError for a loss that is not finite, CheckpointError, LoaderError."""
+        stage, step, resumed = 0, 0, self._resume_point()
+        if self.world.is_main:
+            checkpoint.clean(self.checkpoints)
+        if resumed is not None:
+            progress = checkpoint.read_progress(resumed)
+            stage, step = (progress.stage + 1, 0) if progress.done else (progress.stage, progress.step)
+            self._seen = dict(progress.seen)
+            logger.info("resuming from %s", resumed)
+        if self.world.is_main:
+            self.metrics.rewind(sum(schedule.steps for schedule in self.schedules[:stage]) + step)
+        if resumed is not None and (step == 0 or stage == len(self.schedules)):
+            checkpoint.read(resumed, self.model, None, self.world)
+        with Loader(
+            self._tasks(stage, step),
+            self._reading(),
+            workers=self.config.loader.workers,
+            prefetch=self.config.loader.prefetch,
+            encoder=None if self.config.loader.workers else CachedEncoder(self.tokenizer),
+        ) as loader:
+            for number in range(stage, len(self.schedules)):
+                self._train_stage(number, step, loader, resumed if step else None)
+                step = 0
+        if self.world.is_main:
+            for source, seconds in loader.seconds_by_source.most_common(3):
+                logger.info("reading of source %s took %.1f s", source, seconds)
+
+    # ---- one stage ---------------------------------------------------------------------------------------------------------------
+
+    def _train_stage(self, number: int, first: int, loader: Loader, resumed: Path | None) -> None:
+        stage, schedule = self.config.stages[number], self.schedules[number]
+        if number and is_sharded(self.model) and set(stage.train) != set(self.config.stages[number - 1].train):
+            # FSDP2 remembers at sharding what learns: another choice needs a fresh model, from the end of the last stage.
+            self.model = None  # type: ignore[assignment]
+            self.model = self._new_model(stage.train)
+            checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
+        set_trainable(self.model, stage.train)
+        optimizer = make_optimizer(self.model, stage)
+        if resumed is not None:
+            checkpoint.read(resumed, self.model, optimizer, self.world)
+        self.model.train()
+        done_before = sum(schedule.steps for schedule in self.schedules[:number])
+        begin, waited = time.monotonic(), loader.waited
+        for step in range(first, schedule.steps):
+            record = self._step(number, step, optimizer, loader)
+            now = time.monotonic()
+            elapsed = max(now - begin, 1e-9)
+            record |= {
+                "seconds": elapsed,
+                "tokens_per_second": record["tokens"] / elapsed,
+                "tiles_per_second": record["tiles"] / elapsed,
+                "data_wait": (loader.waited - waited) / elapsed,
+                "total_step": done_before + step + 1,
+            }
+            begin, waited = now, loader.waited
+            self._publish(record, step + 1 == schedule.steps)
+            over = step + 1 == schedule.steps
+            if over or (step + 1) % self.config.checkpoint.every == 0:
+                self._flush()
+                progress = checkpoint.Progress(number, stage.name, step + 1, done_before + step + 1, over, dict(self._seen))
+                checkpoint.write(self.checkpoints, progress, self.model, None if over else optimizer, self.world)
+                if self.world.is_main:
+                    checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
+            every = self.config.eval.every
+            if self.on_evaluate is not None and (over if every is None else (step + 1) % every == 0):
+                self._flush()
+                self.model.eval()
+                result = self.on_evaluate(self.model, stage.name)
+                self.model.train()
+                if result is not None and self.world.is_main:
+                    self._record({"kind": "eval", "stage": stage.name, "total_step": done_before + step + 1} | result)
+                begin = time.monotonic()
+
+    def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, loader: Loader) -> dict[str, Any]:
+        stage, schedule, world = self.config.stages[number], self.schedules[number], self.world
+        micro = stage.packs_per_step // world.data
+        batches: list[Batch] = []
+        for place in range(micro):
+            item = loader.get()
+            if item is None or item[0] != (number, step, place):
+                raise TrainingError(
+                    f"stage {stage.name} step {step}: the loader gave {item and item[0]}, not pack {place}; please report this"
+                )
+            batches.append(item[1])
+        numbers = [[b.label_weight, b.tokens, len(b.tiles), len(b.sample_ids), len(b.failed), b.num_kept] for b in batches]
+        # float64 on the CPU (gloo): known before the first forward, and no device waits for it.
+        totals = world.sum(torch.tensor(numbers, dtype=torch.float64).sum(0))
+        weight, tokens, tiles, samples, missing, labels = totals.tolist()
+        lr = learning_rate(step, schedule.steps, stage)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        denominator = torch.tensor(max(weight, 1e-30), dtype=torch.float32).to(world.device, non_blocking=True)
+        loss = torch.zeros((), device=world.device)
+        for place, batch in enumerate(batches):
+            if is_sharded(self.model):
+                self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
+            loss += self._forward_backward(batch, denominator)
+            self.ledger.extend(batch.failed)
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        limit = stage.grad_clip if stage.grad_clip is not None else math.inf
+        norm = nn.utils.clip_grad_norm_(learning, limit)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for key, value in (("tokens", tokens), ("tiles", tiles), ("samples", samples), ("missing", missing)):
+            self._seen[key] += int(value)
+        record = {
+            "kind": "step",
+            "stage": stage.name,
+            "step": step + 1,
+            "steps": schedule.steps,
+            "lr": lr,
+            "tokens": int(tokens),
+            "tiles": int(tiles),
+            "samples": int(samples),
+            "labels": int(labels),
+            "missing": int(missing),
+            "fill": tokens / (stage.packs_per_step * stage.max_tokens),
+            "seen_tokens": self._seen["tokens"],
+        }
+        ids = [sample for batch in batches for sample in batch.sample_ids]
+        self._check()
+        self._pending = _Pending(record, loss, norm, ids)
+        return record
+
+    def _forward_backward(self, batch: Batch, denominator: Tensor) -> Tensor:
+        device = self.world.device
+        move = _pinned if device.type == "cuda" else torch.from_numpy
+
+        def put(array: Any) -> Tensor:
+            return move(array).to(device, non_blocking=True)
+
+        output = self.model(
+            put(batch.input_ids),
+            position_ids=put(batch.position_ids),
+            layout=Layout.single(batch.cu_seqlens),
+            tiles=put(batch.tiles),
+            context_index=put(batch.context_index),
+            targets=put(batch.targets),
+            token_weights=put(batch.token_weights),
+            denominator=denominator,
+            num_kept=batch.num_kept,
+        )
+        output.loss.backward()
+        return output.loss.detach()
+
+    # ---- numbers -----------------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Look at the last step's loss and gradient norm; they have had a step's time to arrive."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        loss = self.world.sum(pending.loss.double().cpu() if self.world.size > 1 else pending.loss.double()).item()
+        norm = float(pending.norm)
+        pending.record |= {"loss": loss, "grad_norm": norm}
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        ids = sorted({f"{source}:{line}" for some in self.world.gather(pending.sample_ids) for source, line in some})
+        shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+        raise TrainingError(
+            f"stage {pending.record['stage']} step {pending.record['step']}: loss {loss}, gradient norm {norm}. "
+            f"Samples of the step: {shown}. The last checkpoint is from before; lower stages.*.lr, or look at these rows with eagle show"
+        )
+
+    def _publish(self, record: dict[str, Any], last: bool) -> None:
+        """Records are written one step late, when their loss is there; the last one of a stage at once."""
+        waiting, self._waiting = getattr(self, "_waiting", None), record
+        if waiting is not None:
+            self._write_step(waiting)
+        if last:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._check()
+        waiting, self._waiting = getattr(self, "_waiting", None), None
+        if waiting is not None:
+            self._write_step(waiting)
+
+    def _write_step(self, record: dict[str, Any]) -> None:
+        if self.world.is_main and (record["step"] % self.config.run.log_every == 0 or record["step"] == record["steps"]):
+            left = self.total_steps - record["total_step"]
+            self._record(record | {"eta": left * record["seconds"]})
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.metrics.write(record)
+        if self.on_record is not None:
+            self.on_record(record)
+
+    # ---- what a run is made of ---------------------------------------------------------------------------------------------------
+
+    def _new_model(self, train: Any = None) -> nn.Module:
+        model = build_model(self.config, self.tokenizer)
+        set_trainable(model, train or self.config.stages[0].train)
+        model.set_activation_checkpointing({"keep": "none", "recompute": "full", "offload": "offload"}.get(self._activations(), "none"))
+        return shard_model(model.to(self.world.device), self.world, self.config.parallel)
+
+    def _activations(self) -> str:
+        if self.config.model.activations != "auto":
+            return self.config.model.activations
+        # On a GPU long packs need the memory; on a CPU the models are small and time is what is short.
+        return "recompute" if self.world.device.type == "cuda" else "keep"
+
+    def _resume_point(self) -> Path | None:
+        return checkpoint.latest(self.checkpoints)
+
+    def _reading(self) -> Reading:
+        limits = self.config.data.limits
+        return Reading(
+            str(tokenizer_folder(self.config)),
+            model_facts(self.described),
+            self.config.tiling.thumbnail,
+            Limits(max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, max_frames=limits.max_frames),
+        )
+
+    def _tasks(self, stage: int, step: int) -> Iterator[Task]:
+        """This rank's packs from a step on, through all stages."""
+        for number in range(stage, len(self.schedules)):
+            schedule = self.schedules[number]
+            for current in range(step if number == stage else 0, schedule.steps):
+                plan, place_in_epoch = schedule.locate(current)
+                for place, pack in enumerate(plan.packs_of(place_in_epoch, self.world.data_rank, self.world.data)):
+                    planned = tuple(Planned(address_of(self.facts, sample.row), sample) for sample in plan.samples(pack))
+                    yield Task((number, current, place), planned, schedule.stage.loss_weighting)
+
+
+def _pinned(array: Any) -> Tensor:
+    return torch.from_numpy(array).pin_memory()
