@@ -5,8 +5,8 @@
 How often a row comes: `repeat_time` of its recipe entry (whole copies, and for the fractional part the same rows in every epoch),
 times the source's weight (the stage's, else the recipe's; its fractional part is drawn anew in every epoch).
 Steps are groups of `packs_per_step` packs. Within a step packs are sorted by cost, so that `packs_of` hands ranks packs of about
-the same cost at the same time. The last step is made whole by splitting packs; only an epoch with fewer samples than one step has
-packs leaves some packs empty.
+the same cost at the same time. The last step is made whole by splitting packs; only when every pack holds a single sample, and none
+can be split, are some packs of an epoch empty.
 """
 
 import zlib
@@ -100,7 +100,7 @@ class StagePlan:
         return sample_plan(self.facts, self.visual, row, self.model, sampling=self.sampling, tiling=self.tiling)
 
     def samples(self, pack: int) -> list[SamplePlan]:
-        """The plans of all samples of a pack, in order (empty only in an epoch with fewer samples than a step has packs)."""
+        """The plans of all samples of a pack, in order (none, where an epoch ran out of samples for its last step)."""
         return [self.sample(int(row)) for row in self.rows_of(pack)]
 
     def drops(self) -> Iterator[Entry]:
