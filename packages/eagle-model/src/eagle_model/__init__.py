@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from eagle_model.configuration import EagleConfig
     from eagle_model.eagle import EagleForConditionalGeneration, EagleOutput
     from eagle_model.presets import PRESETS, preset
+    from eagle_model.processor import EagleProcessor
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ _HOMES = {
     "EagleConfig": "configuration",
     "EagleForConditionalGeneration": "eagle",
     "EagleOutput": "eagle",
+    "EagleProcessor": "processor",
     "preset": "presets",
 }
 
@@ -30,6 +32,7 @@ __all__ = [
     "EagleConfig",
     "EagleForConditionalGeneration",
     "EagleOutput",
+    "EagleProcessor",
     "Encoded",
     "PromptCosts",
     "PromptError",
@@ -38,9 +41,19 @@ __all__ = [
     "VideoSpan",
     "encode",
     "preset",
+    "register",
     "render",
     "to_text",
 ]
+
+
+def register() -> None:
+    """Make transformers' `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` know `eagle_2_5_vl`.
+
+    Using any class of this package does the same; call it when only the Auto classes are used.
+    """
+    for module in ("configuration", "eagle", "processor"):
+        import_module(f"eagle_model.{module}")
 
 
 def __getattr__(name: str) -> Any:

@@ -34,12 +34,12 @@ class EagleConfig(PretrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": AutoConfig}  # type: ignore[assignment] # noqa: RUF012
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012
 
-    vision_config: dict | PretrainedConfig | None = None
-    text_config: dict | PretrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     select_layer: int = -4
     force_image_size: int | None = None
     downsample_ratio: float = 0.5
@@ -123,8 +123,8 @@ def _text_config(given: Any) -> Any:
         given = {"architectures": ["Qwen2ForCausalLM"]}
     if isinstance(given, dict):
         named = (given.get("architectures") or [None])[0]
-        model_type = LANGUAGE_MODELS.get(named) if named else given.get("model_type")
-        if model_type not in LANGUAGE_MODELS.values():
+        model_type = LANGUAGE_MODELS.get(named) if named else given.get("model_type", "")
+        if model_type is None or model_type not in LANGUAGE_MODELS.values():
             raise ValueError(
                 f"text_config names the language model {named or model_type!r}; known are {', '.join(LANGUAGE_MODELS)} "
                 f"(in text_config.architectures) or {', '.join(LANGUAGE_MODELS.values())} (in text_config.model_type)"

@@ -20,8 +20,8 @@ from eagle_cp import Layout
 from eagle_kernels import offload_checkpoint
 from eagle_model.checkpoint import HEAD, lacks_head
 from eagle_model.configuration import EagleConfig
-from eagle_model.decoder import AttentionContext, Head, LanguageModel
-from eagle_model.vision import VisionModel, make_connector, pixel_shuffle
+from eagle_model.decoder import AttentionContext, DecoderLayer, Head, LanguageModel, Norm
+from eagle_model.vision import VisionModel, VisionTower, make_connector, pixel_shuffle
 
 IGNORE_INDEX = -100
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -47,7 +47,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config: EagleConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     _no_split_modules = ["DecoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = False
@@ -122,9 +122,11 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Nothing in the model draws random numbers, so their state needn't be kept.
         full = None if mode == "none" else partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         decoder = partial(offload_checkpoint, engine=engine) if mode == "offload" else full
-        self.vision_model.vision_model.checkpoint = full
-        for layer in self.language_model.model.layers:
-            layer.checkpoint = decoder
+        for module in self.modules():
+            if isinstance(module, VisionTower):
+                module.checkpoint = full
+            elif isinstance(module, DecoderLayer):
+                module.checkpoint = decoder
 
     # ---- forward -----------------------------------------------------------------------------------------------------------------
 
@@ -236,16 +238,16 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.language_model.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         # Resizing makes a plain Linear; the head must stay one that can take its loss.
         head = Head(1, 1, bias=False, device="meta")
-        head.weight = new_embeddings.weight  # type: ignore[assignment]
+        head.weight = new_embeddings.weight
         head.out_features, head.in_features = head.weight.shape
         self.language_model.lm_head = head
 
@@ -276,16 +278,13 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     init.zeros_(linear.bias)
         elif isinstance(module, nn.Conv2d):
             init.lecun_normal_(module.weight)
-            init.zeros_(module.bias)
         elif isinstance(module, nn.Linear | nn.Embedding):
             own = self.config.initializer_range
             init.normal_(module.weight, std=self.config.text_config.initializer_range if own is None else own)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm) or type(module).__name__ == "Norm":
+        elif isinstance(module, nn.LayerNorm | Norm):
             init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+            init.zeros_(bias)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
@@ -296,7 +295,9 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             counts = (input_ids == self.config.image_token_index).sum(1) // self.tokens_per_tile
             blocks = tiles.split(counts.tolist())
             tiles = torch.cat([block for block in blocks for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
         if tiles is not None:
             model_kwargs["pixel_values"] = tiles
         return input_ids, model_kwargs
