@@ -112,10 +112,12 @@ def main():
         rows.append(row)
         log(json.dumps(row))
 
-    usable = [n for n, x in KERNELS.items() if x.why_not(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, 128) is None]
-    log({n: x.why_not(torch.device("cuda", 0), torch.bfloat16, 128) for n, x in KERNELS.items()})
+    usable = [
+        n for n, x in KERNELS.items() if x.why_not(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, 128, True) is None
+    ]
+    log({n: x.why_not(torch.device("cuda", 0), torch.bfloat16, 128, True) for n, x in KERNELS.items()})
     for name in usable:
-        for causal in (True, False):
+        for causal in (True, False) if name != "cudnn" else (True,):
             for strided in (False, True):
                 attempt(f"kernel {name} causal={causal} strided={strided}", check_kernel, KERNELS[name], causal, strided)
     sys.modules["eagle_cp.attention"].FINE_ROWS = 4000  # so that "one" goes one key/value head at a time

@@ -12,63 +12,74 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from eagle_cp.backends import Kernel, choose
-from eagle_cp.collectives import Group
 from eagle_cp.heads import HeadChunk, HeadShare, split_heads
 from eagle_cp.layout import AttentionPlan, Layout, SharedPlan, agree
 from eagle_cp.ulysses import repeats_kv, to_heads, to_tokens
 
-FINE_ROWS = (
-    8192  # shared rows a rank from which one key/value head at a time still fills a GPU (7 query heads: 450 tiles of 128 for 132 SMs)
-)
+FINE_ROWS = 32768  # shared rows a rank from which the keys go one head at a time: a quarter of the workspace at the same speed
+OVERLAP = 0.05  # share of the compute that gathering may take before it is overlapped
 
 
 class _Problem:
     """What forward and backward of one call share."""
 
-    def __init__(self, layout: Layout, heads: tuple[HeadShare, ...], causal: bool, scale: float, kernels: tuple[Kernel, Kernel]):
+    def __init__(self, layout: Layout, heads: tuple[HeadShare, ...], causal: bool, scale: float, kernels: tuple[Kernel, Kernel], dim: int):
         self.layout, self.shares, self.causal, self.scale = layout, heads, causal, scale
         self.whole_kernel, self.shared_kernel = kernels
         self.mesh = layout.mesh
         self.share = heads[self.mesh.ulysses.rank]
         self.plan: AttentionPlan = layout.plan(causal)
+        self.chunks, self.ahead = self._pace(dim)
 
-    def shared_chunks(self) -> tuple[HeadChunk, ...]:
-        shared = self.plan.shared
-        return self.share.fine if shared is not None and shared.rows >= FINE_ROWS else self.share.chunks
+    def _pace(self, dim: int) -> tuple[tuple[HeadChunk, ...], bool]:
+        """Head chunks of shared documents, and whether collectives run beside the kernels. The same on every rank of a gather group.
+
+        A collective beside a kernel waits for free multiprocessors on both sides while it holds those it has: on 2 H200 over NVLink, where the
+        gather takes 1 % of the forward, overlapping it cost 4 %. So it is overlapped where the links are slow against the compute.
+        """
+        shared, share = self.plan.shared, self.share
+        if shared is None:
+            return share.chunks, False
+        work = max(self.layout.partition.work)
+        compute = 4 * work * share.num_q * dim / 600e12
+        travel = (shared.ranks - 1) * shared.rows * 2 * share.num_kv * dim * 2 / (self.mesh.gather_gb_s * 1e9)
+        ahead = travel > OVERLAP * compute and shared.rows >= FINE_ROWS // 8
+        return share.fine if ahead or shared.rows >= FINE_ROWS else share.chunks, ahead
 
 
-def _gathered(
-    group: Group, k: torch.Tensor, v: torch.Tensor, shared: SharedPlan, chunks: Sequence[HeadChunk]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of all segments for one chunk after the other; the first `next` only starts the collective, and one chunk travels ahead."""
+def _gathered(p: _Problem, k: torch.Tensor, v: torch.Tensor, shared: SharedPlan) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of all segments for one chunk after the other. The first `next` only starts the first collective, so that it travels
+    while whole documents are computed; later ones start one chunk ahead if `p.ahead`."""
 
     def start(chunk: HeadChunk):
         rows = k.new_empty((2, shared.rows, chunk.k1 - chunk.k0, k.shape[2]))
         rows[0].copy_(k[: shared.rows, chunk.k0 : chunk.k1])
         rows[1].copy_(v[: shared.rows, chunk.k0 : chunk.k1])
         everything = rows.new_empty((shared.ranks, *rows.shape))
-        return rows, everything, group.all_gather(everything, rows)
+        return rows, everything, p.mesh.gather.all_gather(everything, rows)
 
-    travelling = start(chunks[0])
-    yield k, v  # started; the caller now computes what needs no gathered rows
-    for i in range(len(chunks)):
-        rows, everything, work = travelling
+    def receive(rows, everything, work):
         work.wait()
-        del rows
-        if i + 1 < len(chunks):
-            travelling = start(chunks[i + 1])
         picked = everything.flatten(0, 2).index_select(0, shared.index(k.device))
-        del everything
-        yield picked[: shared.keys], picked[shared.keys :]
+        return picked[: shared.keys], picked[shared.keys :]
+
+    travelling = [start(p.chunks[0])]
+    yield k, v  # started
+    for i in range(len(p.chunks)):
+        if not travelling:
+            travelling.append(start(p.chunks[i]))
+        if p.ahead and i + 1 < len(p.chunks):
+            travelling.append(start(p.chunks[i + 1]))
+        yield receive(*travelling.pop(0))
 
 
 def _core_forward(p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`q: [rows, hq, D]`, `k`, `v: [rows, hk, D]` of a gather rank -> out, and the log-sum-exps of whole documents, then of shared ones, per chunk."""
-    plan = p.plan
+    plan, shared = p.plan, p.plan.shared
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     out[plan.last :].zero_()
     lses = []
-    gathered = _gathered(p.mesh.gather, k, v, plan.shared, p.shared_chunks()) if plan.shared is not None else None
+    gathered = _gathered(p, k, v, shared) if shared is not None else None
     if gathered is not None:
         next(gathered)
     if plan.whole is not None:
@@ -76,12 +87,15 @@ def _core_forward(p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         for c in p.share.chunks:
             args = q[rows, c.q0 : c.q1], k[rows, c.k0 : c.k1], v[rows, c.k0 : c.k1]
             lses.append(p.whole_kernel.forward(*args, plan.whole, p.causal, p.scale, out=out[rows, c.q0 : c.q1]))
-    if gathered is not None and plan.shared is not None:
-        rows = slice(0, plan.first)
-        for c, (kc, vc) in zip(p.shared_chunks(), gathered):
-            if plan.first:
-                target = out[rows, c.q0 : c.q1]
-                lses.append(p.shared_kernel.forward(q[rows, c.q0 : c.q1], kc, vc, plan.shared.segments, p.causal, p.scale, out=target))
+    if gathered is None or shared is None:
+        return out, lses
+    rows = slice(0, plan.first)
+    for c in p.chunks:
+        kc, vc = next(gathered)
+        if plan.first:
+            target = out[rows, c.q0 : c.q1]
+            lses.append(p.shared_kernel.forward(q[rows, c.q0 : c.q1], kc, vc, shared.segments, p.causal, p.scale, out=target))
+        del kc, vc
     return out, lses
 
 
@@ -90,7 +104,7 @@ def _core_backward(p: _Problem, dout, q, k, v, out, lses: Sequence[torch.Tensor]
     plan, shared, remaining = p.plan, p.plan.shared, list(lses)
     for x in (dq, dk, dv):
         x[plan.last :].zero_()
-    gathered = _gathered(p.mesh.gather, k, v, shared, p.shared_chunks()) if shared is not None else None
+    gathered = _gathered(p, k, v, shared) if shared is not None else None
     if gathered is not None:
         next(gathered)
     if plan.whole is not None:
@@ -103,24 +117,27 @@ def _core_backward(p: _Problem, dout, q, k, v, out, lses: Sequence[torch.Tensor]
         return
     rows, homeward = slice(0, plan.first), []
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for c, (kc, vc) in zip(p.shared_chunks(), gathered):
-        everywhere = torch.zeros((shared.ranks, 2, shared.rows, c.k1 - c.k0, k.shape[2]), dtype=wide, device=k.device)
+    narrow = wide if p.shared_kernel.wide_gradients else k.dtype
+    for c in p.chunks:
+        kc, vc = next(gathered)
+        grads = torch.empty((2, *kc.shape), dtype=narrow, device=k.device)
         if plan.first:
-            grads = torch.empty(
-                (2 * shared.keys, *kc.shape[1:]), dtype=wide if p.shared_kernel.wide_gradients else k.dtype, device=k.device
-            )
             qs = (rows, slice(c.q0, c.q1))
             given = dout[qs], q[qs], kc, vc, out[qs], remaining.pop(0), shared.segments, p.causal, p.scale
-            p.shared_kernel.backward(*given, dq[qs], grads[: shared.keys], grads[shared.keys :])
-            everywhere.flatten(0, 2).index_add_(0, shared.index(k.device), grads.to(wide))
-            del grads
+            p.shared_kernel.backward(*given, dq[qs], grads[0], grads[1])
         del kc, vc
+        everywhere = torch.zeros((shared.ranks, 2, shared.rows, *grads.shape[2:]), dtype=wide, device=k.device)
+        # A key is in at most two segments of a rank, so the order of these additions can't change the sum.
+        for grad, index in zip(grads, shared.index(k.device).unflatten(0, (2, shared.keys))):
+            everywhere.flatten(0, 2).index_add_(0, index, grad.to(wide))
+        del grads
         mine = torch.empty(everywhere.shape[1:], dtype=wide, device=k.device)
-        work = p.mesh.gather.reduce_scatter(mine, everywhere)
-        if homeward:
-            _arrive(*homeward.pop(), plan.first, dk, dv)
-        homeward.append((work, everywhere, mine, c))
-    _arrive(*homeward.pop(), plan.first, dk, dv)
+        homeward.append((p.mesh.gather.reduce_scatter(mine, everywhere), everywhere, mine, c))
+        del everywhere, mine
+        if len(homeward) > p.ahead:
+            _arrive(*homeward.pop(0), plan.first, dk, dv)
+    for item in homeward:
+        _arrive(*item, plan.first, dk, dv)
 
 
 def _arrive(work, everywhere: torch.Tensor, mine: torch.Tensor, c: HeadChunk, first: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
@@ -208,7 +225,7 @@ def attention(
         heads = _check(q, k, v, layout)
         plan = layout.plan(causal)
         kernels = tuple(
-            choose(q.device, q.dtype, q.shape[2], backend, segments)
+            choose(q.device, q.dtype, q.shape[2], causal, backend, segments)
             for segments in (plan.whole, plan.shared.segments if plan.shared is not None else None)
         )
     except ValueError as error:
@@ -220,7 +237,7 @@ def attention(
     if problem is not None or kernels is None or heads is None:
         raise ValueError(problem)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, _Problem(layout, heads, causal, scale, kernels))
+    return _Attention.apply(q, k, v, _Problem(layout, heads, causal, scale, kernels, q.shape[2]))
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> tuple[HeadShare, ...]:

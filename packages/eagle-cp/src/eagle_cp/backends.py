@@ -24,13 +24,13 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Kernel:
-    """`why_not(device, dtype, head_dim)` says why this kernel can't run there, or None. `wide_gradients`: `dk`, `dv` may be of a wider dtype than `k`."""
+    """`why_not(device, dtype, head_dim, causal)` says why this kernel can't run there, or None. `wide_gradients`: `dk`, `dv` may be of a wider dtype than `k`."""
 
     name: str
     forward: Callable[..., torch.Tensor]
     backward: Callable[..., None]
     wide_gradients: bool
-    why_not: Callable[[torch.device, torch.dtype, int], str | None]
+    why_not: Callable[[torch.device, torch.dtype, int, bool], str | None]
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def _cuda_half(device: torch.device, dtype: torch.dtype, capability: int, why: s
     return None
 
 
-def _fa4_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _fa4_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool) -> str | None:
     reason = _cuda_half(device, dtype, 9, "for its backward")
     if reason is None and (head_dim % 8 or head_dim > 128):
         reason = f"head dim {head_dim} is not a multiple of 8 up to 128"
@@ -57,30 +57,32 @@ def _fa4_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     return reason
 
 
-def _cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool) -> str | None:
     reason = _cuda_half(device, dtype, 8, "for its flash kernels")
     if reason is None and (head_dim % 8 or head_dim > 128):
         reason = f"head dim {head_dim} is not a multiple of 8 up to 128"
     if reason is None and not torch.backends.cudnn.is_available():
         reason = "this torch has no cuDNN"
+    if reason is None and not causal:
+        reason = "without a causal mask lengths can't be padded, and cuDNN would plan anew for every length"
     return reason
 
 
-def _aten_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _aten_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool) -> str | None:
     reason = _cuda_half(device, dtype, 8, "for FlashAttention-2")
     if reason is None and (head_dim % 8 or head_dim > 256):
         reason = f"head dim {head_dim} is not a multiple of 8 up to 256"
     return reason
 
 
-def _fa2_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    reason = _aten_why_not(device, dtype, head_dim)
+def _fa2_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool) -> str | None:
+    reason = _aten_why_not(device, dtype, head_dim, causal)
     if reason is None and varlen.fa2_module() is None:
         reason = "flash-attn 2 is not installed (pip install 'eagle-cp[flash-attn]')"
     return reason
 
 
-def _cpu_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _cpu_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool) -> str | None:
     if device.type != "cpu":
         return f"needs CPU tensors, got {device.type}"
     if dtype not in (torch.float64, torch.float32, *HALF):
@@ -103,30 +105,37 @@ KERNELS: dict[str, Kernel] = {
 LONG = 4096  # keys of the average query's segment from which cuDNN's dense blocks beat FlashAttention-2 on packed segments
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str | None = None, segments: Segments | None = None) -> Kernel:
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    causal: bool = True,
+    backend: str | None = None,
+    segments: Segments | None = None,
+) -> Kernel:
     """The fastest kernel that can run, or `backend` by name. Raises ValueError with every kernel's reason when none can."""
     if backend is not None:
         if backend not in KERNELS:
             raise ValueError(f"attention: no backend {backend!r}; known: {', '.join(KERNELS)}")
-        reason = KERNELS[backend].why_not(device, dtype, head_dim)
+        reason = KERNELS[backend].why_not(device, dtype, head_dim, causal)
         if reason:
             raise ValueError(f"attention: backend {backend!r} can't run: {reason}")
         return KERNELS[backend]
     long = segments is not None and sum(a * b for a, b in zip(segments.lengths_q, segments.lengths_k)) >= LONG * segments.total_q > 0
-    kernel, reasons = _fastest(device, dtype, head_dim, long)
+    kernel, reasons = _fastest(device, dtype, head_dim, causal, long)
     if kernel is None:
         raise ValueError(f"attention: no kernel for {str(dtype).removeprefix('torch.')}, head dim {head_dim} on {device.type}. {reasons}")
     return kernel
 
 
 @functools.cache
-def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int, long: bool) -> tuple[Kernel | None, str]:
+def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, long: bool) -> tuple[Kernel | None, str]:
     names = list(KERNELS)
     if long:
         names.insert(names.index("torch-flash"), names.pop(names.index("cudnn")))
     reasons = []
     for name in names:
-        reason = KERNELS[name].why_not(device, dtype, head_dim)
+        reason = KERNELS[name].why_not(device, dtype, head_dim, causal)
         if reason is None:
             said = f" ({'; '.join(reasons)})" if reasons else ""
             log.info("attention on %s in %s, %s segments: %s%s", device, dtype, "long" if long else "short", name, said)

@@ -26,6 +26,9 @@ class ContextMesh:
         self.ulysses, self.gather, self.context, self.device = ulysses, gather, context, device
         self.size = context.size
         self.rank = gather.rank * ulysses.size + ulysses.rank
+        self.gather_gb_s = (
+            200.0  # what an all-gather moves out of a rank per second: decides whether it is worth overlapping (236 on NVLink 4)
+        )
         self.watchdog: Watchdog | None = None
 
     @classmethod
