@@ -17,7 +17,7 @@ from eagle_train.config import SamplingConfig, TilingConfig
 from eagle_train.data.facts import FactsSource
 from eagle_train.data.measure import frame_costs
 from eagle_train.data.prepare import prepare
-from eagle_train.planning.visual import ModelFacts, caps_of, plan_visual, sample_plan, sampled_fps, wanted_column
+from eagle_train.planning.visual import ModelFacts, caps_of, plan_visual, sample_plan, wanted_column
 
 MODEL = ModelFacts(448, 256)
 SAMPLING, TILING = SamplingConfig(), TilingConfig()
@@ -122,12 +122,6 @@ def test_wanted_frames_follow_the_rate(videos, fps, max_frames):
     for index, wanted in enumerate(wanted_column(seconds.astype(float), frames, sampling).tolist()):
         expected = max(wanted_frames(float(seconds[index]), fps), 8)
         assert wanted == min(expected if max_frames is None else min(expected, max_frames), frames[index])
-
-
-def test_rate_in_the_header():
-    assert sampled_fps(20, 10.0) == 2.0
-    assert sampled_fps(1, 0.0) == 1.0
-    assert sampled_fps(10**6, 0.001) == 999.99
 
 
 def test_uniform_strategy_and_unknown_sizes(make_facts):

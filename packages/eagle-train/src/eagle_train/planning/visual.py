@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eagle_model.prompt import sampled_fps, shown_times
 from eagle_sampling import CAPS, Dropped, PlanColumns, PlanResult, TimeTable, choose_times, plan_many
 from eagle_sampling.budget import STATUS
 from eagle_tiling import Grid, select_grid, tile_counts
@@ -170,16 +171,6 @@ def _video_plan(
 def spread(available: int, count: int) -> np.ndarray:
     """`count` of `available` pages, first to last, int64 [count]."""
     return np.round(np.linspace(0, available - 1, count)).astype(np.int64) if count > 1 else np.zeros(count, np.int64)
-
-
-def shown_times(times: np.ndarray, start: float | None) -> np.ndarray:
-    """Times as the prompt prints them: from the clip's start, or from the file's zero; never below 0."""
-    return np.maximum(times - (start or 0.0), 0.0)
-
-
-def sampled_fps(count: int, seconds: float) -> float:
-    """The rate that a video's header states: frames taken per second of the clip (at most what the prompt can print)."""
-    return min(count / seconds, 999.99) if seconds > 0 else min(float(count), 999.99)
 
 
 def drop_detail(visual: VisualColumns, row: int) -> str:

@@ -1,0 +1,290 @@
+"""A sample or a pack as people see it: its tiles, its frames with their times, its text coloured by the loss mask, its budget.
+
+`view_sample` turns a planned sample into a `SampleView`: the same prompt and the same tiles that training makes, tiles reduced to
+small pictures. `to_html` (one self-contained file) and `to_terminal` (a rich renderable) are pure functions of views.
+"""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+from PIL import Image
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.text import Text as RichText
+
+from eagle_model.prompt import IGNORE_INDEX, Context, Segment, Special, VideoSpan, encode, render
+from eagle_sampling import Limits, MediaError, open_image, read_frames
+from eagle_tiling import Grid, load_rgb, tile_count, tile_image
+from eagle_train.data.documents import render_pages
+from eagle_train.data.sample import Sample, VideoRef
+from eagle_train.planning.visual import ModelFacts, SamplePlan, VideoPlan
+
+PICTURE_SIDE = 112
+"""Pixels of a tile's picture; as JPEG about 4 kB."""
+MOST_PICTURES = 96
+"""Pictures of one sample; of more frames, these are shown evenly spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One tile, frame or page: a caption, and a JPEG as a data address (None where the reading failed, or the picture is left out)."""
+
+    caption: str
+    data: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of the prompt: text, a special token, or media. kind: `text`, `special`, `image` or `frame`.
+
+    Media have `pictures`, and `grid` (columns, rows) when they are an image's tiles.
+    """
+
+    kind: str
+    text: str
+    labelled: bool = False
+    tokens: int = 0
+    grid: Grid | None = None
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampleView:
+    """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is what the plan allowed for."""
+
+    source: str
+    line: int
+    pieces: tuple[Piece, ...]
+    length: int
+    labels: int
+    text: int
+    image: int
+    frame: int
+    planned: int
+    budget: int
+    notes: tuple[str, ...] = field(default=())
+
+
+def view_sample(
+    sample: Sample,
+    plan: SamplePlan,
+    model: ModelFacts,
+    tokenizer: Any,
+    *,
+    budget: int,
+    thumbnail: bool = True,
+    limits: Limits | None = None,
+    pictures: bool = True,
+) -> SampleView:
+    """Render a planned sample as training would, and make small pictures of its tiles.
+
+    Args:
+        tokenizer: a transformers tokenizer or a `TextEncoder`.
+        budget: `max_tokens` of the stage.
+        pictures: False reads no media (for the terminal).
+
+    Media that can't be read become notes, not errors: this is for looking at problems.
+    """
+    k = model.tokens_per_tile
+    images = [tile_count(grid, thumbnail=thumbnail) * k for grid in plan.grids]
+    videos = [
+        VideoSpan(video.shown.tolist(), video.fps, k) if video.shown is not None else VideoSpan(None, video.fps, k, video.count)
+        for video in plan.videos
+    ]
+    segments = render(sample.messages, images=images, videos=videos)
+    encoded = encode(segments, tokenizer)
+    notes: list[str] = []
+    image_pictures: list[tuple[Picture, ...]] = [()] * len(plan.grids)
+    frame_pictures: list[dict[int, str | None]] = [{}] * len(plan.videos)
+    if pictures:
+        limits = limits or Limits()
+        image_pictures = [
+            _image_pictures(ref, grid, model.tile_size, thumbnail, limits, notes) for ref, grid in zip(sample.images, plan.grids)
+        ]
+        share = max(1, MOST_PICTURES // max(1, len(plan.videos)))
+        frame_pictures = [_frame_pictures(ref, video, share, limits, notes) for ref, video in zip(sample.videos, plan.videos)]
+    pieces = tuple(_pieces(segments, plan, image_pictures, frame_pictures))
+    by_kind = {kind: sum(piece.tokens for piece in pieces if piece.kind == kind) for kind in ("image", "frame")}
+    length = len(encoded.input_ids)
+    return SampleView(
+        sample.source,
+        sample.line,
+        pieces,
+        length,
+        int(np.count_nonzero(encoded.labels != IGNORE_INDEX)),
+        length - sum(by_kind.values()),
+        by_kind["image"],
+        by_kind["frame"],
+        plan.tokens,
+        budget,
+        tuple(notes),
+    )
+
+
+def _pieces(
+    segments: Sequence[Segment], plan: SamplePlan, images: list[tuple[Picture, ...]], frames: list[dict[int, str | None]]
+) -> Iterator[Piece]:
+    for segment in segments:
+        if isinstance(segment, Special):
+            yield Piece("special", segment.token, segment.labelled)
+        elif not isinstance(segment, Context):
+            yield Piece("text", segment.text, segment.labelled)
+        elif segment.media == "image":
+            grid = plan.grids[segment.index - 1]
+            text = f"image {segment.index}: {grid.cols} x {grid.rows} tiles, {segment.count} tokens"
+            yield Piece("image", text, tokens=segment.count, grid=grid, pictures=images[segment.index - 1])
+        else:
+            video, number = plan.videos[segment.index - 1], segment.frame - 1
+            caption = _frame_caption(video, number)
+            picture = Picture(caption, frames[segment.index - 1].get(number))
+            yield Piece("frame", caption, tokens=segment.count, pictures=(picture,) if picture.data else ())
+
+
+def _frame_caption(video: VideoPlan, number: int) -> str:
+    if video.shown is not None:
+        return f"{video.shown[number]:.2f} s"
+    return f"page {int(video.pages[number]) + 1}" if video.pages is not None else f"frame {number + 1}"
+
+
+def _image_pictures(ref: Any, grid: Grid, side: int, thumbnail: bool, limits: Limits, notes: list[str]) -> tuple[Picture, ...]:
+    try:
+        with open_image(ref, limits=limits) as image:
+            tiles = tile_image(image, grid, tile_size=side, thumbnail=thumbnail)
+    except (MediaError, OSError) as error:
+        notes.append(str(error))
+        return ()
+    captions = [f"tile {row + 1}, {column + 1}" for row in range(grid.rows) for column in range(grid.cols)]
+    captions += ["thumbnail"] * (len(tiles) - len(captions))
+    return tuple(Picture(caption, _jpeg(tile)) for caption, tile in zip(captions, tiles))
+
+
+def _frame_pictures(ref: VideoRef, plan: VideoPlan, most: int, limits: Limits, notes: list[str]) -> dict[int, str | None]:
+    """Pictures by frame number (0-based), of at most `most` frames."""
+    if plan.count <= most:
+        chosen = np.arange(plan.count)
+    else:
+        chosen = np.unique(np.round(np.linspace(0, plan.count - 1, most)).astype(int))
+        notes.append(f"{len(chosen)} of {plan.count} frames are pictured")
+    try:
+        if plan.times is not None:
+            assert ref.path is not None
+            tiles = read_frames(ref.path, plan.times[chosen], PICTURE_SIDE, limits=limits).pixels
+        elif ref.pages:
+            assert plan.pages is not None
+            tiles = np.stack([_page(ref.pages[page], limits) for page in plan.pages[chosen].tolist()])
+        else:
+            assert ref.path is not None
+            assert plan.pages is not None
+            tiles = render_pages(ref.path, plan.pages[chosen], PICTURE_SIDE)
+    except (MediaError, OSError) as error:
+        notes.append(str(error))
+        return {}
+    return {int(number): _jpeg(tile) for number, tile in zip(chosen, tiles)}
+
+
+def _page(ref: Any, limits: Limits) -> np.ndarray:
+    with open_image(ref, limits=limits) as image:
+        return np.asarray(load_rgb(image).resize((PICTURE_SIDE, PICTURE_SIDE)))
+
+
+def _jpeg(tile: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    image = Image.fromarray(np.asarray(tile))
+    if image.width > PICTURE_SIDE:
+        image = image.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BOX)
+    image.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@cache
+def _template() -> Any:
+    source = (files("eagle_train.watching") / "templates" / "show.html").read_text(encoding="utf-8")
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+
+
+def to_html(views: Sequence[SampleView], *, title: str, capacity: int | None = None) -> str:
+    """One self-contained page: a sample, or the samples of a pack (then `capacity` is the pack's max_tokens)."""
+    return _template().render(views=views, title=title, capacity=capacity, total=sum(view.length for view in views), groups=_groups)
+
+
+def _groups(pieces: Sequence[Piece]) -> Iterator[tuple[str, list[Piece]]]:
+    """Pieces in runs: prose (text and special tokens) and media; the tags and headers between frames stay in the prose of their run."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if piece.kind in ("image", "frame"):
+            if run:
+                yield "prose", run
+            yield piece.kind, [piece]
+            run = []
+        else:
+            run.append(piece)
+    if run:
+        yield "prose", run
+
+
+def to_terminal(views: Sequence[SampleView], *, title: str, capacity: int | None = None, width: int = 60) -> RenderableType:
+    """The same for a terminal: no pictures, frames named by their times."""
+    parts: list[RenderableType] = []
+    if capacity is not None:
+        total = sum(view.length for view in views)
+        bar = _bar([(view.length, ("cyan", "blue")[index % 2]) for index, view in enumerate(views)], capacity, width)
+        parts += [bar, RichText(f"{total} of {capacity} tokens ({total / capacity:.1%}), {len(views)} samples")]
+    for view in views:
+        parts.append(Panel(_terminal_sample(view, width), title=f"{view.source}:{view.line}", title_align="left"))
+    return Panel(Group(*parts), title=title)
+
+
+def _terminal_sample(view: SampleView, width: int) -> RenderableType:
+    text = RichText(overflow="fold")
+    frames: list[str] = []
+
+    def flush() -> None:
+        if frames:
+            shown = frames if len(frames) <= 6 else [*frames[:3], "...", *frames[-2:]]
+            text.append(f" [{len(frames)} frames: {', '.join(shown)}] ", style="magenta")
+            frames.clear()
+
+    pieces = view.pieces
+    for index, piece in enumerate(pieces):
+        if piece.kind == "frame":
+            frames.append(piece.text)
+        elif piece.kind == "image":
+            flush()
+            text.append(f" [{piece.text}] ", style="magenta")
+        elif frames and _between_frames(pieces, index):
+            continue
+        else:
+            flush()
+            style = "bold green" if piece.labelled else "dim cyan" if piece.kind == "special" else "default"
+            text.append(piece.text, style=style)
+    flush()
+    bar = _bar([(view.text, "green"), (view.image, "magenta"), (view.frame, "yellow")], view.budget, width)
+    kinds = f"text {view.text}, images {view.image}, frames {view.frame}"
+    numbers = RichText(f"{view.length} of {view.budget} tokens: {kinds}; {view.labels} labels (green)")
+    notes = [RichText(note, style="red") for note in view.notes]
+    return Group(bar, numbers, text, *notes)
+
+
+def _between_frames(pieces: Sequence[Piece], index: int) -> bool:
+    """Whether the piece is a tag or a frame's header: the next medium comes before anything but `</img>`, one text and `<img>`."""
+    following = [piece.kind for piece in pieces[index : index + 4]]
+    return pieces[index].text == "</img>" or "frame" in following
+
+
+def _bar(parts: Sequence[tuple[int, str]], total: int, width: int) -> RichText:
+    bar = RichText()
+    done = used = 0
+    for count, colour in parts:
+        done += count
+        cells = min(round(done / max(total, 1) * width), width) - used
+        bar.append("\u2588" * cells, style=colour)
+        used += cells
+    bar.append("\u2591" * (width - used), style="dim")
+    return bar
