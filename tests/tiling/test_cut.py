@@ -107,3 +107,17 @@ def test_refuses_bad_grids():
         tile_image(image, (0, 1))
     with pytest.raises(ValueError, match="tile_size = 0"):
         tile_image(image, (1, 1), tile_size=0)
+
+
+def test_into_a_batch(noise):
+    batch = np.full((5, 20, 20, 3), 7, np.uint8)
+    array = noise(50, 20)
+    part = batch[1:4]
+    assert tile_image(array, (2, 1), tile_size=20, out=part) is part
+    assert np.array_equal(batch[1:4], tile_image(array, (2, 1), tile_size=20))
+    assert (batch[[0, 4]] == 7).all()
+    for wrong in (batch[:2], batch[1:4, :10], batch[1:4].astype(float), batch.tolist()):
+        with pytest.raises(ValueError, match="out is"):
+            tile_image(array, (2, 1), tile_size=20, out=wrong)
+    with pytest.raises(TypeError, match="out is for"):
+        tile_image(torch.from_numpy(array), (2, 1), tile_size=20, out=part)

@@ -16,12 +16,23 @@ from eagle_tiling.color import load_rgb, scale_16_bit
 from eagle_tiling.grid import tile_count
 from eagle_tiling.tensor import tile_tensor
 
+# Pixels that leave Pillow at a time. A band stays in the second-level cache on its way to the tiles: cutting 1792 x 1344 took 11.4 ms
+# in bands of 32 rows and 16.6 ms through one array of the whole (16 rows: 12.6, 8 rows: 14.9; a busy core, the resize itself 80 ms).
+_BAND = 1 << 16
+
 
 @overload
-def tile_image(image: Image.Image | np.ndarray, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True) -> np.ndarray: ...
+def tile_image(
+    image: Image.Image | np.ndarray,
+    grid: tuple[int, int],
+    *,
+    tile_size: int = 448,
+    thumbnail: bool = True,
+    out: np.ndarray | None = None,
+) -> np.ndarray: ...
 @overload
-def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True) -> Any: ...
-def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True) -> Any:
+def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True, out: Any = None) -> Any: ...
+def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True, out: Any = None) -> Any:
     """Cuts `image` into `grid` = (columns, rows) tiles: uint8 [N, s, s, 3], row by row, N = `tile_count(grid, thumbnail=thumbnail)`.
 
     `image` is a Pillow image of any mode (see `load_rgb`); a numpy array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8, uint16 or
@@ -29,36 +40,57 @@ def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumb
     device. A shape that fits both ways is read as [C, H, W]. The whole image is resized to `(columns * s, rows * s)`, bicubic; the
     thumbnail, `s x s`, comes last and only when there is more than one tile.
 
+    `out`, a numpy array of the result's shape, is filled and returned instead of a new one (not for tensors), so that the tiles of many
+    images can be cut into one batch without a copy.
+
     Raises:
-        TypeError: an image of another type or dtype.
-        ValueError: no pixels, a shape that is no image, a grid or `tile_size` below 1, or a mode that can't become RGB.
+        TypeError: an image of another type or dtype, or `out` with a tensor.
+        ValueError: no pixels, a shape that is no image, a grid or `tile_size` below 1, a mode that can't become RGB, or an `out` of
+            another shape or dtype.
     """
     tiles = tile_count(grid, thumbnail=thumbnail)
     cols, rows = grid
     if tile_size < 1:
         raise ValueError(f"tile_size = {tile_size}: a tile is at least one pixel wide")
+    shape = (tiles, tile_size, tile_size, 3)
     torch = sys.modules.get("torch")  # if torch was never imported, nothing can be a tensor
     if torch is not None and isinstance(image, torch.Tensor):
+        if out is not None:
+            raise TypeError("out is for Pillow images and numpy arrays; tiles of a tensor are a new tensor")
         pixels = _tensor_pixels(image, torch)
         if pixels.device.type != "cpu":
             return tile_tensor(pixels, cols, rows, tiles, tile_size)
         picture = _from_array(pixels.permute(1, 2, 0).contiguous().numpy())
-        return torch.from_numpy(_cut(picture, cols, rows, tiles, tile_size))
+        return torch.from_numpy(_cut(picture, cols, rows, np.empty(shape, np.uint8)))
+    if out is None:
+        out = np.empty(shape, np.uint8)
+    elif not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != np.uint8:
+        what = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise ValueError(f"out is {what}: need a numpy array, uint8 {shape}, for {tiles} tiles of grid {cols} x {rows}")
     if isinstance(image, Image.Image):
         picture = load_rgb(image)
     elif isinstance(image, np.ndarray):
         picture = _from_array(image)
     else:
         raise TypeError(f"tile_image takes a Pillow image, a numpy array or a torch tensor, not {type(image).__name__}")
-    return _cut(picture, cols, rows, tiles, tile_size)
+    return _cut(picture, cols, rows, out)
 
 
-def _cut(picture: Image.Image, cols: int, rows: int, tiles: int, s: int) -> np.ndarray:
-    """picture: RGB -> uint8 [tiles, s, s, 3]."""
-    out = np.empty((tiles, s, s, 3), np.uint8)
-    whole = np.asarray(picture.resize((cols * s, rows * s), Image.Resampling.BICUBIC))
-    out[: cols * rows].reshape(rows, cols, s, s, 3)[:] = whole.reshape(rows, s, cols, s, 3).swapaxes(1, 2)
-    if tiles > cols * rows:
+def _cut(picture: Image.Image, cols: int, rows: int, out: np.ndarray) -> np.ndarray:
+    """picture: RGB -> out: uint8 [tiles, s, s, 3], filled."""
+    s = out.shape[1]
+    whole = picture.resize((cols * s, rows * s), Image.Resampling.BICUBIC)
+    if cols * rows == 1:
+        out[0] = np.asarray(whole)
+        return out
+    high = max(1, _BAND // (cols * s))
+    for row in range(rows):
+        strip = out[row * cols : (row + 1) * cols]
+        for top in range(0, s, high):
+            bottom = min(top + high, s)
+            band = np.asarray(whole.crop((0, row * s + top, cols * s, row * s + bottom)))
+            strip[:, top:bottom] = band.reshape(bottom - top, cols, s, 3).swapaxes(0, 1)
+    if len(out) > cols * rows:
         out[-1] = np.asarray(picture.resize((s, s), Image.Resampling.BICUBIC))
     return out
 
