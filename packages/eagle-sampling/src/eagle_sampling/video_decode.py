@@ -32,11 +32,14 @@ class Painter:
         self.out, self.rotation, self.mirrored, self.stopped = out, rotation, mirrored, stopped
         height, width = out.shape[1:3]
         self.size = (height, width) if rotation in (90, 270) else (width, height)
-        self.reformatter = VideoReformatter()
+        self.resize, self.pack = VideoReformatter(), VideoReformatter()
 
     def paint(self, frame: av.VideoFrame, places: list[int]) -> None:
         width, height = self.size
-        rgb = self.reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
+        # swscale's planar RGB interpolates chroma fully and rounds exactly; its packed rgb24 does neither (mean error 2.1 of 255) and takes
+        # 1.7x as long, packing included (640x360 to 448x448).
+        planar = self.resize.reformat(frame, width, height, "gbrp", interpolation="BICUBIC", threads=1)
+        rgb = self.pack.reformat(planar, width, height, "rgb24", threads=1)
         plane = rgb.planes[0]
         pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : 3 * width].reshape(height, width, 3)
         if self.mirrored:

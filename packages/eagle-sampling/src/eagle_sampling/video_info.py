@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .containers.demux import read_packets
+from .containers.matroska import read_matroska
 from .containers.mp4 import read_mp4
+from .containers.mpegts import looks_like_ts, read_mpegts
 from .containers.source import Damaged, Source
 from .containers.track import NotOurs, Track
 from .limits import DEFAULT_LIMITS, Limits, MediaError
 from .time_table import TimeTable
+
+_EBML = b"\x1a\x45\xdf\xa3"
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"pnot")
 
 
 @dataclass(frozen=True)
@@ -46,52 +54,83 @@ class VideoInfo:
     unknown: tuple[str, ...] = ()
 
     @classmethod
-    def from_track(cls, path: str, track: Track, *, exact: bool = True) -> VideoInfo:
+    def from_track(cls, path: str, track: Track) -> VideoInfo:
+        """All that an exact track says. Raises MediaError when it shows no frame."""
         order = track.presentation_order()
-        width, height = (track.height, track.width) if track.rotation in (90, 270) else (track.width, track.height)
-        table = track.time_table() if exact else None
         count = len(order)
         if not count:
             raise MediaError(f"{path}: its video track has no frames")
+        table = TimeTable.from_ticks(track.ticks[order], track.unit)
         first, last = (float(value) for value in track.seconds(order[[0, -1]]))
-        if count > 1:
-            step = (last - first) / (count - 1)
-            if table is not None and not table.constant:
-                step = float(np.median(np.diff(track.ticks[order]))) * float(track.unit)
-            # A header that gives the last frame longer than its neighbours is believed; one that cuts frames off isn't.
-            duration = max(last - first + step, (track.duration or 0.0) if table is not None and not table.constant else 0.0)
+        if count == 1:
+            duration = track.duration or track.frame_duration
+        elif table.constant:
+            duration = last - first + (last - first) / (count - 1)
         else:
-            duration = track.duration
-        keyframes = np.sort(track.seconds(np.flatnonzero(track.sync if track.shown is None else track.sync & track.shown)))
+            # The last frame's own length is anybody's guess: as long as the usual one, or what the header claims if that is longer.
+            usual = float(np.median(np.diff(track.ticks[order]))) * float(track.unit)
+            duration = max(last - first + usual, track.duration or 0.0)
+        shown = track.sync if track.shown is None else track.sync & track.shown
         return cls(
             path=path,
-            width=width,
-            height=height,
-            rotation=track.rotation,
+            **_size(track),
             fps=count / duration if duration else None,
             duration=duration,
             frame_count=count,
-            codec=track.codec,
-            container=track.container,
             times=table,
-            keyframe_times=keyframes,
-            pixel_aspect_ratio=track.pixel_aspect_ratio,
-            variable_frame_rate=None if table is None or count < 2 else not table.constant,
-            unknown=track.unknown + (() if duration else ("duration", "fps")),
+            keyframe_times=np.sort(track.seconds(np.flatnonzero(shown))),
+            variable_frame_rate=None if count < 2 else not table.constant,
+            unknown=track.unknown + (("variable_frame_rate",) if count < 2 else ()) + (() if duration else ("duration", "fps")),
+        )
+
+    @classmethod
+    def from_header(cls, path: str, track: Track) -> VideoInfo:
+        """What a header claims, of a track whose times weren't read: `ticks` are those of the keyframes in its index, if it has one."""
+        missing = {"times", "frame_count", "variable_frame_rate"}
+        fps = 1 / track.frame_duration if track.frame_duration else None
+        missing |= {name for name, value in (("fps", fps), ("duration", track.duration), ("keyframe_times", len(track.ticks))) if not value}
+        return cls(
+            path=path,
+            **_size(track),
+            fps=fps,
+            duration=track.duration,
+            frame_count=None,
+            times=None,
+            keyframe_times=track.seconds(np.arange(len(track.ticks))) if len(track.ticks) else None,
+            variable_frame_rate=None,
+            unknown=track.unknown + tuple(sorted(missing)),
         )
 
 
-def probe(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, partial: bool = False) -> VideoInfo:
-    """Facts about the first video track of `path`, exact times included.
+def _size(track: Track) -> dict[str, Any]:
+    width, height = (track.height, track.width) if track.rotation in (90, 270) else (track.width, track.height)
+    return {
+        "width": width,
+        "height": height,
+        "rotation": track.rotation,
+        "codec": track.codec,
+        "container": track.container,
+        "pixel_aspect_ratio": track.pixel_aspect_ratio,
+    }
 
+
+def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = DEFAULT_LIMITS, partial: bool = False) -> VideoInfo:
+    """Facts about the first video track of `path`.
+
+    exact: give the presentation time of every frame. Without it a Matroska file is read in its header only (3 ms instead of a scan of all
+    blocks): fps and duration are then what the header claims, and the rest is None and named in `unknown`. MP4 is exact either way.
     partial: accept a file that was cut off and describe the frames that it still holds.
     Raises MediaError when the file is missing, no video, damaged, cut off (unless `partial`), or over the limits.
     """
     name = os.fspath(path)
+    if not exact:
+        track = _header_track(name, limits)
+        if track is not None:
+            return VideoInfo.from_header(name, track)
     track = read_track(name, limits=limits)
     if track.missing and not partial:
         raise MediaError(
-            f"{name}: is cut off: {track.missing} of the {track.missing + len(track.ticks)} frames its header promises aren't in the file; "
+            f"{name}: is cut off: at least {track.missing} frames that its header promises aren't in the file, {len(track.ticks)} are; "
             "copy it again, or use what is there with partial=True"
         )
     return VideoInfo.from_track(name, track)
@@ -99,31 +138,54 @@ def probe(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, part
 
 def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | None = None) -> Track:
     """The first video track of `path`, by our parser for its container, or else by libavformat."""
-    try:
-        with Source(path) as source:
-            track = _parse(source, limits, deadline)
-    except OSError as error:
-        raise MediaError(f"{path}: can't be read: {error.strerror or error}") from error
+    with _opened(path) as source:
+        track = None
+        try:
+            head = source.read(0, 1024)
+            if head[4:8] in _MP4_BOXES:
+                track = read_mp4(source, limits)
+            elif head[:4] == _EBML:
+                track = read_matroska(source, limits)
+            elif looks_like_ts(head):
+                track = read_mpegts(source, limits)
+        except NotOurs as reason:
+            logging.getLogger(__name__).debug("%s: %s; read by libavformat", path, reason)
+        if track is None:
+            track = read_packets(path, limits, deadline)
     limits.check_frames(len(track.ticks), path)
     limits.check_size(track.width, track.height, path)
     if not len(track.ticks):
-        raise MediaError(f"{path}: its video track has no frames")
+        raise MediaError(f"{path}: its video track has no frames" + (" left: the file is cut off" if track.missing else ""))
     return track
 
 
-def _parse(source: Source, limits: Limits, deadline: float | None) -> Track:
-    if source.size == 0:
-        raise MediaError(f"{source.path}: is empty (0 bytes)")
-    head = source.read(0, 16)
+def _header_track(path: str, limits: Limits) -> Track | None:
+    """The header alone, for containers where that is less than everything."""
+    with _opened(path) as source:
+        if source.read(0, 4) != _EBML:
+            return None
+        try:
+            track = read_matroska(source, limits, exact=False)
+        except NotOurs:
+            return None
+    limits.check_size(track.width, track.height, path)
+    return track
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Source]:
+    """The file; whatever a parser stumbles over inside becomes a MediaError that names it."""
     try:
-        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof"):
-            return read_mp4(source, limits)
+        with Source(path) as source:
+            if source.size == 0:
+                raise MediaError(f"{path}: is empty (0 bytes)")
+            yield source
+    except OSError as error:
+        raise MediaError(f"{path}: can't be read: {error.strerror or error}") from error
     except Damaged as error:
-        raise MediaError(f"{source.path}: {error}") from error
-    except (struct.error, IndexError, OverflowError, ValueError) as error:
-        if isinstance(error, MediaError):
-            raise
-        raise MediaError(f"{source.path}: its header is damaged: {error}") from error
-    except NotOurs as reason:
-        logging.getLogger(__name__).debug("%s: %s; read by libavformat", source.path, reason)
-    return read_packets(source.path, limits, deadline)
+        raise MediaError(f"{path}: {error}") from error
+    except MediaError:
+        raise
+    except (struct.error, IndexError, OverflowError, ValueError, MemoryError) as error:
+        # Parsers index and unpack without asking twice; only a damaged header makes that fail.
+        raise MediaError(f"{path}: its header is damaged: {error}") from error

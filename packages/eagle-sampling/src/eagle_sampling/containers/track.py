@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..time_table import TimeTable
+from .source import Source
 
 
 class NotOurs(Exception):
@@ -43,8 +45,9 @@ class Track:
     duration: float | None = None
     missing: int = 0
     unknown: tuple[str, ...] = ()
-    # MPEG-TS: a frame's bytes are spread over transport packets; called with (descriptor, sample) instead of reading offsets/sizes.
-    scattered: object | None = None
+    frame_duration: float | None = None  # seconds, what a header claims
+    # MPEG-TS: a frame's bytes are spread over transport packets; called with (source, sample) instead of reading offsets/sizes.
+    scattered: Callable[[Source, int], bytes] | None = None
     _order: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def presentation_order(self) -> NDArray[np.int64]:
