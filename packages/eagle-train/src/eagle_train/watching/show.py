@@ -215,18 +215,22 @@ def to_html(views: Sequence[SampleView], *, title: str, capacity: int | None = N
 
 
 def _groups(pieces: Sequence[Piece]) -> Iterator[tuple[str, list[Piece]]]:
-    """Pieces in runs: prose (text and special tokens) and media; the tags and headers between frames stay in the prose of their run."""
-    run: list[Piece] = []
-    for piece in pieces:
-        if piece.kind in ("image", "frame"):
-            if run:
-                yield "prose", run
-            yield piece.kind, [piece]
+    """Pieces in runs: prose (text and special tokens), the tiles of an image, and strips of frames.
+
+    Tags and headers between the frames of a strip are left out of the prose: the captions say the same.
+    """
+    kind, run = "prose", []
+    for index, piece in enumerate(pieces):
+        here = piece.kind if piece.kind in ("image", "frame") else "prose"
+        if kind == "frame" and here == "prose" and _between_frames(pieces, index):
+            continue
+        if run and (here != kind or here == "image"):
+            yield kind, run
             run = []
-        else:
-            run.append(piece)
+        kind = here
+        run.append(piece)
     if run:
-        yield "prose", run
+        yield kind, run
 
 
 def to_terminal(views: Sequence[SampleView], *, title: str, capacity: int | None = None, width: int = 60) -> RenderableType:
@@ -243,28 +247,15 @@ def to_terminal(views: Sequence[SampleView], *, title: str, capacity: int | None
 
 def _terminal_sample(view: SampleView, width: int) -> RenderableType:
     text = RichText(overflow="fold")
-    frames: list[str] = []
-
-    def flush() -> None:
-        if frames:
-            shown = frames if len(frames) <= 6 else [*frames[:3], "...", *frames[-2:]]
-            text.append(f" [{len(frames)} frames: {', '.join(shown)}] ", style="magenta")
-            frames.clear()
-
-    pieces = view.pieces
-    for index, piece in enumerate(pieces):
-        if piece.kind == "frame":
-            frames.append(piece.text)
-        elif piece.kind == "image":
-            flush()
-            text.append(f" [{piece.text}] ", style="magenta")
-        elif frames and _between_frames(pieces, index):
+    for kind, pieces in _groups(view.pieces):
+        if kind == "frame":
+            times = [piece.text for piece in pieces]
+            shown = times if len(times) <= 6 else [*times[:3], "...", *times[-2:]]
+            text.append(f" [{len(times)} frames: {', '.join(shown)}] ", style="magenta")
             continue
-        else:
-            flush()
-            style = "bold green" if piece.labelled else "dim cyan" if piece.kind == "special" else "default"
-            text.append(piece.text, style=style)
-    flush()
+        for piece in pieces:
+            style = "bold green" if piece.labelled else "dim cyan" if piece.kind == "special" else "magenta" if kind == "image" else ""
+            text.append(f" [{piece.text}] " if kind == "image" else piece.text, style=style)
     bar = _bar([(view.text, "green"), (view.image, "magenta"), (view.frame, "yellow")], view.budget, width)
     kinds = f"text {view.text}, images {view.image}, frames {view.frame}"
     numbers = RichText(f"{view.length} of {view.budget} tokens: {kinds}; {view.labels} labels (green)")
@@ -273,9 +264,8 @@ def _terminal_sample(view: SampleView, width: int) -> RenderableType:
 
 
 def _between_frames(pieces: Sequence[Piece], index: int) -> bool:
-    """Whether the piece is a tag or a frame's header: the next medium comes before anything but `</img>`, one text and `<img>`."""
-    following = [piece.kind for piece in pieces[index : index + 4]]
-    return pieces[index].text == "</img>" or "frame" in following
+    """Whether prose after a frame is its closing tag, or the header and tag in front of the next frame."""
+    return pieces[index].text == "</img>" or any(piece.kind == "frame" for piece in pieces[index : index + 3])
 
 
 def _bar(parts: Sequence[tuple[int, str]], total: int, width: int) -> RichText:
