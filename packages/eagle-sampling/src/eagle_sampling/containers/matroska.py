@@ -1,12 +1,8 @@
-"""Matroska and WebM (RFC 9559): facts from the header, exact times from the header of every block.
-
-A scan has to hop from block to block, because nothing lists them; clusters are independent, though, so all of them are walked side by side,
-one numpy step for the j-th element of every cluster. An hour of video takes some hundred steps instead of some hundred thousand.
-"""
+"""Matroska and WebM (RFC 9559): facts from the header; exact times come from the header of every block (`matroska_blocks`)."""
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -15,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..limits import Limits
+from .matroska_blocks import scan_blocks
 from .source import Damaged, Source
 from .track import NotOurs, Track
 
@@ -27,9 +24,6 @@ _CODECS = {
 }
 _SEGMENT, _INFO, _TRACKS, _CLUSTER, _CUES, _SEEK_HEAD = 0x18538067, 0x1549A966, 0x1654AE6B, 0x1F43B675, 0x1C53BB6B, 0x114D9B74
 _MAX_HEADER = 1 << 26
-_GATHER = np.arange(24)
-# Length in bytes of a variable-size integer by its first byte; 9 is not a length.
-_LENGTH = np.array([9 - value.bit_length() if value else 9 for value in range(256)], np.int64)
 
 
 @dataclass
@@ -59,7 +53,7 @@ def read_matroska(source: Source, limits: Limits, *, exact: bool = True) -> Trac
     if not exact:
         ticks = np.unique(np.array(header.cues, np.int64))
         return _track(header, ticks, np.ones(len(ticks), bool), None, None, 0)
-    offsets, sizes, times, keys, lost = _scan(source, header, limits)
+    offsets, sizes, times, keys, lost = scan_blocks(source, header.clusters, header.number, limits)
     return _track(header, times, keys, offsets, sizes, lost or int(header.cut))
 
 
@@ -123,7 +117,12 @@ def _children(data: bytes) -> list[tuple[int, bytes]]:
 
 def _element(source: Source, at: int) -> tuple[int, int, int]:
     """(id, start of the body, size or -1) of the element at `at`."""
-    head = source.read(at, 12)
+    head = os.pread(source.descriptor, 12, at)
+    if head[:4] == b"\x1f\x43\xb6\x75" and head[4:5] > b"\x01":  # a cluster of known size: an hour has a thousand
+        length = 9 - head[4].bit_length()
+        size = int.from_bytes(head[4 : 4 + length], "big") ^ 1 << 7 * length
+        if size != (1 << 7 * length) - 1 and len(head) == 12:
+            return _CLUSTER, at + 4 + length, size
     kind, after = _vint(head, 0, keep_marker=True)
     size, after = _vint(head, after)
     return kind, at + after, size
@@ -167,9 +166,9 @@ def _read_header(source: Source, walk: bool) -> _Header:
                 _read_info(data, header)
             elif kind == _TRACKS:
                 _read_tracks(data, header)
-            elif kind == _CUES:
+            elif kind == _CUES and not walk:
                 _read_cues(data, header)
-            else:
+            elif kind == _SEEK_HEAD:
                 cues_at = _seek_to(data, _CUES)
         elif len(header.clusters) == 0 and len(seen) == 0 and body + size > source.size:
             raise Damaged("its first element is cut off")
@@ -258,102 +257,3 @@ def _seek_to(data: bytes, wanted: int) -> int | None:
         if int.from_bytes(parts.get(0x53AB, b""), "big") == wanted:
             return int.from_bytes(parts.get(0x53AC, b""), "big")
     return None
-
-
-def _scan(
-    source: Source, header: _Header, limits: Limits
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], int]:
-    """(offsets, sizes, ticks, keyframe, lost) of the track's blocks in file order."""
-    empty = np.zeros(0, np.int64)
-    if not header.clusters:
-        return empty, empty, empty, np.zeros(0, bool), 0
-    starts = np.array([start for start, _ in header.clusters], np.int64)
-    ends = np.minimum(np.array([end for _, end in header.clusters], np.int64), source.size)
-    lost = sum(end > source.size for _, end in header.clusters)
-    with mmap.mmap(source.descriptor, 0, access=mmap.ACCESS_READ) as mapped:
-        data = np.frombuffer(mapped, np.uint8)
-        try:
-            found, spoilt = _walk(data, starts, ends, header.number, limits)
-        finally:
-            del data
-    if not len(found):
-        return empty, empty, empty, np.zeros(0, bool), int(lost)
-    found = found[:, np.argsort(found[0], kind="stable")]
-    offsets, sizes, cluster_times, flags = found
-    keys = (flags & 0x80) != 0
-    keys[np.searchsorted(offsets, spoilt) - 1] = False  # a block followed by its group's ReferenceBlock
-    present = offsets + sizes <= source.size
-    lost = int(lost) + int(len(present) - np.count_nonzero(present))
-    return offsets[present], sizes[present], cluster_times[present], keys[present], lost
-
-
-def _walk(
-    data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64], number: int, limits: Limits
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Blocks of the track as int64 [4, n] (offset, size, ticks, flags), and the positions of ReferenceBlocks."""
-    positions, clusters = starts.copy(), np.arange(len(starts))
-    cluster_times = np.zeros(len(starts), np.int64)
-    blocks: list[NDArray[np.int64]] = []
-    references: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    last = len(data) - 1
-    budget = 8 * limits.max_frames
-    count = 0
-    shifts = 8 * (8 - np.minimum(np.arange(10), 8))
-    while True:
-        alive = positions < ends[clusters]
-        if not alive.all():
-            positions, clusters = positions[alive], clusters[alive]
-        if not len(positions):
-            break
-        budget -= len(positions)
-        if budget < 0:
-            raise Damaged("its clusters hold more elements than any video needs")
-        window = data[np.minimum(positions[:, None] + _GATHER, last)]
-        kind = window[:, 0].astype(np.int64)
-        id_length = _LENGTH[kind]
-        wide = id_length > 1
-        if wide.any():
-            rows = np.flatnonzero(wide)
-            if (id_length[rows] > 4).any():
-                raise Damaged("a cluster holds bytes that are no element")
-            kind[rows] = 0
-            for row in rows.tolist():  # rare: two-byte ids inside block groups
-                window[row] = data[np.minimum(positions[row] + id_length[row] - 1 + _GATHER, last)]
-        length = _LENGTH[window[:, 1]]
-        if (length > 8).any():
-            raise Damaged("a cluster holds an element without a size")
-        raw = np.ascontiguousarray(window[:, 1:9]).view(">u8")[:, 0].astype(np.uint64)
-        size = ((raw >> shifts[length].astype(np.uint64)) & ((np.uint64(1) << (7 * length).astype(np.uint64)) - np.uint64(1))).astype(
-            np.int64
-        )
-        body = positions + id_length + length
-        if (size > ends[clusters] - body).any():
-            past = size > ends[clusters] - body
-            if (ends[clusters[past]] < last + 1).any():
-                raise Damaged("an element overruns its cluster")
-        is_time = kind == 0xE7
-        if is_time.any():
-            for row in np.flatnonzero(is_time).tolist():
-                cluster_times[clusters[row]] = int.from_bytes(bytes(data[body[row] : body[row] + min(int(size[row]), 8)]), "big")
-        is_block = (kind == 0xA3) | (kind == 0xA1)
-        if is_block.any():
-            rows = np.flatnonzero(is_block)
-            inner = window[rows[:, None], 1 + length[rows][:, None] + _GATHER[:4]]
-            ours = inner[:, 0] == 0x80 | number
-            rows, inner = rows[ours], inner[ours].astype(np.int64)
-            if len(rows):
-                if (inner[:, 3] & 0x06).any():
-                    raise NotOurs("laced video blocks")
-                relative = ((inner[:, 1] << 8 | inner[:, 2]) ^ 0x8000) - 0x8000
-                flags = np.where(kind[rows] == 0xA1, 0x80, inner[:, 3])
-                blocks.append(np.stack([body[rows] + 4, size[rows] - 4, cluster_times[clusters[rows]] + relative, flags]))
-                count += len(rows)
-                if count > limits.max_frames:
-                    raise Damaged(f"more than {limits.max_frames} frames")
-        if (kind == 0xFB).any():
-            references.append(positions[kind == 0xFB])
-        positions = np.where(kind == 0xA0, body, body + size)  # a block group is entered, everything else is stepped over
-    found = np.concatenate(blocks, axis=1) if blocks else np.zeros((4, 0), np.int64)
-    if (found[1] < 0).any():
-        raise Damaged("a block is shorter than its header")
-    return found, np.concatenate(references)

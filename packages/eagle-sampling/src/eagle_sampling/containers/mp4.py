@@ -229,8 +229,12 @@ def _tables(header: _Header, limits: Limits) -> tuple[NDArray[np.int64], NDArray
     empty = np.zeros(0, np.int64)
     if n == 0:
         return empty, np.zeros(0, bool), empty, empty
-    decode = np.zeros(n, np.int64)
-    np.cumsum(_repeated(_column(tables.get(b"stts"), 2), n, "stts")[:-1], out=decode[1:])
+    durations = _column(tables.get(b"stts"), 2)
+    if len(durations) == 1 and durations[0, 0] == n:
+        decode = np.arange(n, dtype=np.int64) * durations[0, 1]
+    else:
+        decode = np.zeros(n, np.int64)
+        np.cumsum(_repeated(durations, n, "stts")[:-1], out=decode[1:])
     if b"ctts" in tables:
         decode += _repeated(_column(tables[b"ctts"], 2), n, "ctts").astype(np.int32)
     sync = np.ones(n, bool)
@@ -246,6 +250,8 @@ def _tables(header: _Header, limits: Limits) -> tuple[NDArray[np.int64], NDArray
     runs = _column(tables.get(b"stsc"), 3)
     if not len(runs) or not len(chunks) or runs[0, 0] != 1 or (runs[:, 2] != 1).any() or (np.diff(runs[:, 0]) <= 0).any():
         raise NotOurs("chunks that we can't follow")
+    if len(runs) == 1 and runs[0, 1] == 1 and len(chunks) >= n:
+        return decode, sync, chunks[:n], sizes
     per_chunk = np.repeat(runs[:, 1], np.diff(np.append(runs[:, 0], max(len(chunks) + 1, int(runs[-1, 0]) + 1))))[: len(chunks)]
     if int(per_chunk.sum()) < n:
         raise Damaged("its chunks hold fewer frames than its sizes")
@@ -260,8 +266,8 @@ def _repeated(table: NDArray[np.int64], n: int, name: str) -> NDArray[np.int64]:
     counts = table[:, 0]
     if int(counts.sum()) != n:
         raise NotOurs(f"{name} covers {int(counts.sum())} of {n} samples")
-    if len(counts) == 1:
-        return np.full(n, table[0, 1])
+    if len(counts) == n:
+        return table[:, 1]
     return np.repeat(table[:, 1], counts)
 
 
