@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipMLP, SiglipVisionEmbeddings
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.utils.generic import ModelOutput
 
 from eagle_cp import Layout
@@ -271,13 +271,10 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(module, SiglipVisionEmbeddings):
             init.normal_(module.position_embedding.weight, std=self.config.vision_config.hidden_size**-0.5)
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
-        elif isinstance(module, SiglipAttention | SiglipMLP):
-            for linear in module.children():
-                if isinstance(linear, nn.Linear):
-                    init.xavier_uniform_(linear.weight)
-                    init.zeros_(linear.bias)
         elif isinstance(module, nn.Conv2d):
             init.lecun_normal_(module.weight)
+        elif getattr(module, "xavier", False):
+            init.xavier_uniform_(module.weight)  # type: ignore[arg-type]
         elif isinstance(module, nn.Linear | nn.Embedding):
             own = self.config.initializer_range
             init.normal_(module.weight, std=self.config.text_config.initializer_range if own is None else own)

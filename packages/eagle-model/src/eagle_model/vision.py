@@ -64,6 +64,9 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.checkpoint: Callable[..., Tensor] | None = None
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Linear):
+                module.xavier = True  # type: ignore[assignment] # SigLIP's own initialisation, for whoever starts from random weights
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: uint8 [N, s, s, 3] or normalised float [N, 3, s, s] -> [N, P, d]."""

@@ -1,0 +1,116 @@
+"""`generate`: one and many images, one and many videos, batches with padding, streaming, beams; a batch answers as each row alone."""
+
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import TextIteratorStreamer
+
+from eagle_model import EagleProcessor
+
+
+@pytest.fixture(scope="module")
+def chat(make_model, make_config, small_tokenizer):
+    """A model whose answers depend on what it sees, and its processor."""
+    config = make_config(tokenizer=small_tokenizer, text_config={"initializer_range": 0.35, "num_hidden_layers": 3}, max_dynamic_tiles=4)
+    model = make_model(config, seed=3)
+    return model, EagleProcessor.for_config(small_tokenizer, config)
+
+
+def picture(seed, size=(50, 40)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def talks():
+    frames = [picture(seed, (32, 32)) for seed in range(5)]
+    timed = {"frames": frames, "times": [0.0, 0.5, 1.0, 1.5, 2.0], "fps": 2.0}
+    return {
+        "text": ("What is it?", [], []),
+        "image": ("What is it?", [picture(1)], []),
+        "images": ("<image-2> or <image-1>?", [picture(1), picture(2, (90, 30))], []),
+        "video": ("<video-1> What happens?", [], [timed]),
+        "videos": ("Compare <video-2> to <video-1>.", [], [timed, frames[:2]]),
+        "mixed": ("<video-1> has <image-1>?", [picture(4)], [timed]),
+    }
+
+
+def answer(model, inputs, **options):
+    options = {"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8} | options
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+
+
+def test_batch_equals_single(chat):
+    model, processor = chat
+    rows = list(talks().values())
+    batch = processor(
+        text=[text for text, _, _ in rows], images=[images for _, images, _ in rows], videos=[videos for _, _, videos in rows]
+    )
+    assert batch["attention_mask"][0, 0] == 0, "the batch should need padding on the left"
+    together = answer(model, batch)
+    alone = [answer(model, processor(text=text, images=images, videos=videos))[0] for text, images, videos in rows]
+    assert torch.equal(together, torch.stack(alone))
+    assert len({tuple(row.tolist()) for row in together}) > 3, "answers should depend on the prompt"
+
+
+@pytest.mark.parametrize("name", ["text", "images", "mixed"])
+def test_cache_equals_no_cache(chat, name):
+    model, processor = chat
+    text, images, videos = talks()[name]
+    inputs = processor(text=text, images=images, videos=videos)
+    assert torch.equal(answer(model, inputs), answer(model, inputs, use_cache=False))
+
+
+def test_tokens_after_a_cache_equal_one_forward(chat):
+    model, processor = chat
+    rows = list(talks().values())[:3]
+    inputs = processor(text=[text for text, _, _ in rows], images=[images for _, images, _ in rows])
+    more = torch.randint(0, 250, (3, 5))
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
+    whole = model(torch.cat([inputs["input_ids"], more], 1), attention_mask=mask, pixel_values=inputs["pixel_values"]).logits[:, -5:]
+    first = model(**inputs, use_cache=True)
+    step = model(more[:, :2], attention_mask=mask[:, :-3], past_key_values=first.past_key_values, use_cache=True)
+    rest = model(more[:, 2:], attention_mask=mask, past_key_values=step.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([step.logits, rest.logits], 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_is_the_largest_logit(chat):
+    model, processor = chat
+    inputs = processor(text="What?", images=[picture(1)])
+    generated = answer(model, inputs)
+    ids = torch.cat([inputs["input_ids"], generated], 1)
+    logits = model(ids, pixel_values=inputs["pixel_values"]).logits[0, inputs["input_ids"].shape[1] - 1 : -1]
+    logits[:, model.config.text_config.eos_token_id] = -torch.inf  # min_new_tokens forbids the end
+    assert torch.equal(logits.argmax(-1), generated[0])
+
+
+def test_beams_and_several_answers(chat):
+    model, processor = chat
+    rows = [talks()[name] for name in ("image", "text", "images")]
+    batch = processor(text=[text for text, _, _ in rows], images=[images for _, images, _ in rows])
+    beams = answer(model, batch, num_beams=3, num_return_sequences=2, min_new_tokens=0)
+    assert beams.shape[0] == 6
+    alone = answer(model, processor(text=rows[2][0], images=rows[2][1]), num_beams=3, num_return_sequences=2, min_new_tokens=0)
+    length = min(beams.shape[1], alone.shape[1])
+    assert torch.equal(beams[4:, :length], alone[:, :length])
+    torch.manual_seed(0)
+    assert answer(model, batch, do_sample=True, num_return_sequences=3).shape == (9, 8)
+
+
+def test_streaming(chat, small_tokenizer):
+    model, processor = chat
+    inputs = processor(text="What is it?", images=[picture(1)])
+    streamer = TextIteratorStreamer(small_tokenizer, skip_prompt=True, skip_special_tokens=False, timeout=60)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "streamer": streamer}
+    thread = Thread(target=model.generate, kwargs={**inputs, **options})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == small_tokenizer.decode(answer(model, inputs)[0])
+
+
+def test_stops_at_the_end_token(chat, small_tokenizer):
+    model, _ = chat
+    assert model.generation_config.eos_token_id == small_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.generation_config.pad_token_id == small_tokenizer.pad_token_id
