@@ -13,6 +13,8 @@ class Damaged(Exception):
 class Source:
     """An open file. Reads are positional, so that threads may share it."""
 
+    descriptor = -1  # what `__del__` finds when opening failed
+
     def __init__(self, path: str):
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
