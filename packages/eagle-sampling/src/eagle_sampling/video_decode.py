@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from .containers.source import Source
@@ -19,6 +19,7 @@ from .limits import Limits
 from .video_plan import Group, droppable_test, earlier_start
 
 _DECODERS = {"av1": "libdav1d"}
+_ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 _WINDOW = 1 << 18  # bytes per read; an hour of 360p has 5 kB a frame, so one read serves many
 
 
@@ -36,12 +37,17 @@ class Painter:
 
     def paint(self, frame: av.VideoFrame, places: list[int]) -> None:
         width, height = self.size
-        # swscale's planar RGB interpolates chroma fully and rounds exactly; its packed rgb24 does neither (mean error 2.1 of 255) and takes
-        # 1.7x as long, packing included (640x360 to 448x448).
-        planar = self.resize.reformat(frame, width, height, "gbrp", interpolation="BICUBIC", threads=1)
-        rgb = self.pack.reformat(planar, width, height, "rgb24", threads=1)
+        if (frame.width, frame.height) == (width, height):
+            # Its unscaled planar conversion leaves the last columns unwritten when the width isn't a multiple of 16 (libswscale 9.5).
+            rgb = self.resize.reformat(frame, width, height, "rgb24", interpolation=_ACCURATE, threads=1)
+        else:
+            # swscale's planar RGB interpolates chroma fully and rounds exactly; its packed rgb24 does neither by default (mean error
+            # 2.1 of 255) and takes 1.7x as long, packing included (640x360 to 448x448).
+            planar = self.resize.reformat(frame, width, height, "gbrp", interpolation=Interpolation.BICUBIC, threads=1)
+            rgb = self.pack.reformat(planar, width, height, "rgb24", threads=1)
         plane = rgb.planes[0]
-        pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : 3 * width].reshape(height, width, 3)
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)  # type: ignore[arg-type]
+        pixels = rows[:height, : 3 * width].reshape(height, width, 3)
         if self.mirrored:
             pixels = pixels[:, ::-1]
         if self.rotation:
@@ -87,7 +93,9 @@ class Decoder:
         self.failures: dict[int, str] = {}
         # A Packet takes its time base; giving one in which ticks are whole keeps frame.pts what the container says.
         self.unit = Fraction(track.unit)
-        self.context = av.CodecContext.create(_DECODERS.get(track.codec, track.codec), "r")
+        context = av.CodecContext.create(_DECODERS.get(track.codec, track.codec), "r")
+        assert isinstance(context, av.VideoCodecContext)
+        self.context = context
         if track.extradata:
             self.context.extradata = track.extradata
         # explode: report damage instead of painting over it. strict: assume the deepest reordering where the stream doesn't say.
@@ -99,18 +107,15 @@ class Decoder:
         """Paint the group's targets to `places[sample]`, or note why not."""
         left = {int(self.track.ticks[sample]): sample for sample in group.targets}
         start: int | None = group.start
-        attempt = 0
-        while left and start is not None:
+        reason = None
+        for attempt in range(4):
             reason = self._decode(start, max(left.values()) + 1, left, places)
-            if reason is not None:
-                for sample in left.values():
-                    self.failures[sample] = reason
-                return
-            if left:
-                start = earlier_start(self.track, start, attempt)
-                attempt += 1
+            # What looks like damage may be a reference to before an open GOP's keyframe: one keyframe earlier tells.
+            start = earlier_start(self.track, start, attempt) if left and (reason is None or attempt == 0) else None
+            if start is None:
+                break
         for sample in left.values():
-            self.failures[sample] = "the decoder gives no frame of that time"
+            self.failures[sample] = reason or "the decoder gives no frame of that time"
 
     def _decode(self, start: int, stop: int, left: dict[int, int], places: dict[int, list[int]]) -> str | None:
         """One pass over samples start ... stop - 1; takes what it finds out of `left`. Returns a reason when the data are damaged."""
@@ -121,6 +126,8 @@ class Decoder:
         reason = None
         try:
             for sample in range(start, stop):
+                if ticks[sample - start] < ticks[0] and sample not in wanted:
+                    continue  # a leading picture of an open GOP: it refers to frames before `start`, and nothing that we want refers to it
                 data = read(sample, stop)
                 if droppable is not None and sample not in wanted and droppable(data):
                     continue
@@ -145,7 +152,6 @@ class Decoder:
         return reason
 
     def _take(self, frame: av.VideoFrame, left: dict[int, int], places: dict[int, list[int]]) -> None:
-        sample = left.get(frame.pts) if frame.pts is not None else None
-        if sample is not None and not frame.is_corrupt:
+        sample = left.pop(frame.pts, None) if frame.pts is not None and not frame.is_corrupt else None
+        if sample is not None:
             self.painter.paint(frame, places[sample])
-            del left[frame.pts]

@@ -66,7 +66,7 @@ def read_mpegts(source: Source, limits: Limits) -> Track:
         codec=codec,
         width=width,
         height=height,
-        unit=unit,
+        unit=Fraction(1, 90_000),
         ticks=ticks,
         sync=keys,
         pixel_aspect_ratio=aspect,
