@@ -127,7 +127,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(create: Callable) -> Callable:
         def wrapped(*args, **kwargs):
             out = create(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
+            return out.fill_(float("nan")) if out.is_floating_point() and not out.requires_grad else out
 
         return wrapped
 

@@ -24,7 +24,7 @@ def test_kernels_in_the_interpreter():
     folder = Path(__file__).parent
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     chosen = "interpreter and not test_kernels_in_the_interpreter"
-    command = [sys.executable, "-m", "pytest", str(folder), "-q", "-x", "-k", chosen, "-m", "not gpu"]
+    command = [sys.executable, "-m", "pytest", str(folder), "-x", "-k", chosen, "-m", "not gpu"]
     run = subprocess.run(command, env=environment, cwd=folder.parents[1], capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)

@@ -6,6 +6,7 @@ from eagle_kernels import reference
 from eagle_kernels.dispatch import implementation, use_implementation
 from eagle_kernels.gelu import gelu_linear
 from eagle_kernels.linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
+from eagle_kernels.memory import DecoderShape, MemoryPlan, VisionShape, plan_memory
 from eagle_kernels.modules import LinearCrossEntropy, RMSNorm, SwiGLUMLP
 from eagle_kernels.offload import OffloadEngine, offload_checkpoint
 from eagle_kernels.rms_norm import add_rms_norm, rms_norm
@@ -13,16 +14,20 @@ from eagle_kernels.rope import rope
 from eagle_kernels.swiglu import swiglu, swiglu_mlp
 
 __all__ = [
+    "DecoderShape",
     "LinearCrossEntropy",
     "LinearCrossEntropyResult",
+    "MemoryPlan",
     "OffloadEngine",
     "RMSNorm",
     "SwiGLUMLP",
+    "VisionShape",
     "add_rms_norm",
     "gelu_linear",
     "implementation",
     "linear_cross_entropy",
     "offload_checkpoint",
+    "plan_memory",
     "reference",
     "rms_norm",
     "rope",

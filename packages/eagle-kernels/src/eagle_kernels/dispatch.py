@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ OPERATORS = ("rms_norm", "add_rms_norm", "rope", "swiglu", "swiglu_mlp", "gelu_l
 IMPLEMENTATIONS = ("triton", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_forced: ContextVar[str | None] = ContextVar("eagle_kernels_implementation", default=None)
+_forced: str | None = None  # a plain global, because torch.compile guards on those and can't trace a context variable
 
 
 @functools.cache
@@ -36,11 +35,10 @@ def implementation(name: str, device: torch.device | str | None = None, dtype: t
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    forced = _forced.get()
     if dtype not in TRITON_DTYPES:
         return "torch"
-    if forced is not None:
-        return forced
+    if _forced is not None:
+        return _forced
     if device.type != "cuda" or not has_triton():
         return "torch"
     return "triton" if _capable(device.index if device.index is not None else torch.cuda.current_device()) else "torch"
@@ -48,7 +46,7 @@ def implementation(name: str, device: torch.device | str | None = None, dtype: t
 
 def use_triton(name: str, tensor: Tensor) -> bool:
     """Whether operator `name` runs its Triton kernels for `tensor`."""
-    if _forced.get() is None and not tensor.is_cuda:
+    if _forced is None and not tensor.is_cuda:
         return False
     return implementation(name, tensor.device, tensor.dtype) == "triton"
 
@@ -61,8 +59,9 @@ def use_implementation(choice: str) -> Iterator[None]:
     """
     if choice not in IMPLEMENTATIONS:
         raise ValueError(f"use_implementation: {choice!r} is no implementation; they are {', '.join(IMPLEMENTATIONS)}")
-    token = _forced.set(choice)
+    global _forced
+    before, _forced = _forced, choice
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before

@@ -148,7 +148,8 @@ def _graph_is_kept() -> bool:
     """Whether the running backward was asked to keep its graph; then stored gradients must not be scaled in place."""
     if torch.compiler.is_compiling():
         return True
-    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    autograd = getattr(torch._C, "_autograd", None)
+    asked = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     return asked is None or asked()
 
 

@@ -1,15 +1,271 @@
-"""Activation checkpoints whose inputs wait in host memory."""
+"""Activation checkpoints whose inputs wait in host memory, copied while the GPU computes.
 
-from collections.abc import Callable
+A checkpointed call is a group: the tensors that its recomputation needs. Forward copies group i to the host when group i + 1 begins, so the
+last one never leaves the GPU; backward, on reaching group i, starts to fetch group i - 1, so two groups are on the GPU at a time. Host
+places come from one pinned arena. Everything hangs on public hooks of autograd around `torch.utils.checkpoint`, so it works with any
+function, with FSDP2 and with nested modules.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from eagle_kernels.arena import Arena
+
+# Smaller tensors (positions, cu_seqlens) stay where they are: moving them costs more launches than they cost memory.
+SMALLEST_BYTES = 1 << 20
+
+# Attention operators of torch whose outputs are worth keeping: recomputation then skips the quadratic part.
+ATTENTION_OPERATORS = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_flash_attention_forward",
+)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory without gaps, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class _Group:
+    """The tensors of one checkpointed call, known weakly: the graph owns them."""
+
+    def __init__(self, previous: "_Group | None") -> None:
+        self.previous = previous
+        self.references: list[weakref.ref[_Stored]] = []
+
+    def tensors(self) -> list["_Stored"]:
+        return [stored for reference in self.references if (stored := reference()) is not None]
+
+
+class _Stored:
+    """One tensor: on the GPU (`value`), on the host (`offset`), or on its way back (`fetched`)."""
+
+    def __init__(self, engine: "OffloadEngine", value: Tensor, group: _Group) -> None:
+        self.engine, self.group = engine, group
+        self.value: Tensor | None = value
+        self.version = value._version
+        # Strides are kept (attention returns permuted outputs, and its backward may ask for them): a dense tensor travels as flat memory.
+        if not _is_dense(value):
+            self.value = value = value.contiguous()
+            self.version = value._version
+        self.shape, self.strides, self.dtype, self.device, self.nbytes = (
+            value.shape,
+            value.stride(),
+            value.dtype,
+            value.device,
+            value.nbytes,
+        )
+        self.offset: int | None = None
+        self.fetched: Tensor | None = None
+        self.arrived: torch.cuda.Event | None = None
+        self.announced = False  # fetched ahead of its use once; a second use fetches for itself
+        self.counted = False  # within the engine's gpu_bytes
+        group.references.append(weakref.ref(self))
+
+    def resident(self) -> Tensor:
+        """The value that never left. Raises RuntimeError if something wrote over it since."""
+        assert self.value is not None
+        if self.value._version != self.version:
+            raise RuntimeError(
+                f"OffloadEngine: a checkpoint's argument of shape {tuple(self.shape)} was modified in place after the call; "
+                "its recomputation would give other values. Modify a copy instead"
+            )
+        return self.value
+
+    def __del__(self) -> None:
+        self.engine._forget(self)
+
+
+class _Keep(TorchDispatchMode):
+    """First run: stores the outputs of the chosen operators. Recomputation: returns them instead of running the operators."""
+
+    def __init__(self, engine: "OffloadEngine", group: _Group, outputs: list[Any], replay: bool) -> None:
+        super().__init__()
+        self.engine, self.group, self.outputs, self.replay = engine, group, outputs, replay
+        self.position = 0
+
+    def __enter__(self) -> "_Keep":
+        self.position = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name not in self.engine.keep_operators:
+            return func(*args, **(kwargs or {}))
+        if self.replay:
+            out = self.outputs[self.position]
+            self.position += 1
+            return tree_map_only(_Stored, self.engine._fetch, out)
+        out = func(*args, **(kwargs or {}))
+        self.outputs.append(tree_map_only(Tensor, lambda tensor: self.engine._store(tensor.detach(), self.group), out))
+        return out
 
 
 class OffloadEngine:
-    """Keeps checkpointed hidden states in one pinned arena of host memory (being built)."""
+    """Stores what checkpoints keep: the first `gpu_bytes` on the GPU, the rest in `host_bytes` of pinned memory, made once.
+
+    keep_operators: names of operators (`ATTENTION_OPERATORS`, or "namespace::name" of a custom one) whose outputs are stored too, so that
+    recomputation doesn't run them again. host_available: what the host can spare, if the system's own figure is wrong.
+    On a CPU it stores in ordinary memory and copies at once. Raises MemoryError, with the numbers, when the host has too little.
+    """
+
+    def __init__(
+        self,
+        host_bytes: int,
+        *,
+        gpu_bytes: int = 0,
+        device: torch.device | str | None = None,
+        keep_operators: Iterable[str] = (),
+        host_available: int | None = None,
+    ) -> None:
+        if gpu_bytes < 0:
+            raise ValueError(f"OffloadEngine: gpu_bytes is {gpu_bytes}, expected 0 or more")
+        self.device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        self.cuda = self.device.type == "cuda"
+        self.arena = Arena(host_bytes, pin=self.cuda, available=host_available)
+        self.gpu_bytes = gpu_bytes
+        self.gpu_used = 0
+        self.keep_operators = frozenset(keep_operators)
+        self._out = torch.cuda.Stream(self.device) if self.cuda else None
+        self._in = torch.cuda.Stream(self.device) if self.cuda else None
+        self._leaving: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._last: _Group | None = None
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, rebuilt in backward from its stored arguments. Tensors that every layer shares belong into the function's
+        closure, not into `args`: every argument of at least 1 MiB is stored for every call."""
+        if not torch.is_grad_enabled():
+            return function(*args)
+        group = self._begin()
+        kept: list[Any] = []
+        context: Callable[[], Any] = noop_context_fn
+        if self.keep_operators:
+
+            def first_and_again() -> tuple[_Keep, _Keep]:
+                return _Keep(self, group, kept, replay=False), _Keep(self, group, kept, replay=True)
+
+            context = first_and_again
+
+        with saved_tensors_hooks(lambda tensor: self._pack(tensor, group), self._unpack):
+            return checkpoint(function, *args, use_reentrant=False, context_fn=context)
+
+    def _begin(self) -> _Group:
+        """A new group; what the one before it stored leaves for the host now."""
+        self._settle()
+        previous = self._last
+        while previous is not None and not previous.tensors():
+            previous = previous.previous
+        for stored in previous.tensors() if previous is not None else ():
+            self._leave(stored)
+        self._last = _Group(previous)
+        return self._last
+
+    def _settle(self) -> None:
+        """Give back the GPU memory of what has left: the current stream waits for those copies, long done by now, and nobody else does."""
+        for _, event in self._leaving:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        self._leaving.clear()
+
+    def _pack(self, tensor: Tensor, group: _Group) -> Any:
+        movable = tensor.device.type == self.device.type and not isinstance(tensor, torch.nn.Parameter)
+        return self._store(tensor, group) if movable else tensor
+
+    def _unpack(self, packed: Any) -> Tensor:
+        return self._fetch(packed) if isinstance(packed, _Stored) else packed
+
+    def _store(self, tensor: Tensor, group: _Group) -> Any:
+        if tensor.nbytes < SMALLEST_BYTES:
+            return tensor
+        stored = _Stored(self, tensor, group)
+        if self.gpu_used + tensor.nbytes <= self.gpu_bytes:
+            self.gpu_used += tensor.nbytes
+            stored.counted = True
+        return stored
+
+    def _leave(self, stored: _Stored) -> None:
+        """Start the copy to the host; the tensor's memory is given back when the next group begins."""
+        if stored.value is None or stored.counted:
+            return
+        value, offset = stored.resident(), self.arena.take(stored.nbytes)
+        host = self.arena.view(offset, stored.shape.numel(), stored.dtype)
+        value = value.as_strided((value.numel(),), (1,))
+        if self._out is not None and self._in is not None:
+            self._out.wait_stream(torch.cuda.current_stream(self.device))
+            self._out.wait_stream(self._in)  # the place may still be read by an earlier fetch
+            with torch.cuda.stream(self._out):
+                host.copy_(value, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(self._out)
+            self._leaving.append((value, event))
+        else:
+            host.copy_(value)
+        stored.offset, stored.value = offset, None
+
+    def _bring(self, stored: _Stored) -> None:
+        """Start the copy from the host."""
+        assert stored.offset is not None
+        host = self.arena.view(stored.offset, stored.shape.numel(), stored.dtype)
+        fetched = torch.empty(stored.shape.numel(), dtype=stored.dtype, device=stored.device)
+        if self._in is not None and self._out is not None:
+            # The new buffer may be memory that queued work still uses, and the host's copy must be complete.
+            self._in.wait_stream(torch.cuda.current_stream(self.device))
+            self._in.wait_stream(self._out)
+            with torch.cuda.stream(self._in):
+                fetched.copy_(host, non_blocking=True)
+                stored.arrived = torch.cuda.Event()
+                stored.arrived.record(self._in)
+        else:
+            fetched.copy_(host)
+        stored.fetched, stored.announced = fetched, True
+
+    def _fetch(self, stored: _Stored) -> Tensor:
+        """The tensor, on its device, for the current stream; its group and the one before it are on their way afterwards."""
+        self._settle()
+        if stored.offset is not None and stored.fetched is None:
+            self._bring(stored)
+        for group in (stored.group, stored.group.previous):
+            for other in group.tensors() if group is not None else ():
+                if other.offset is not None and not other.announced:
+                    self._bring(other)
+        if stored.value is not None:
+            return stored.resident().detach()
+        assert stored.fetched is not None
+        if stored.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(stored.arrived)
+        # Handed over and not kept: a second backward through the same graph fetches again.
+        value, stored.fetched, stored.arrived = stored.fetched, None, None
+        return value.as_strided(stored.shape, stored.strides)
+
+    def _forget(self, stored: _Stored) -> None:
+        if stored.fetched is not None and self._in is not None:
+            stored.fetched.record_stream(self._in)  # fetched ahead and never used: its copy may still be running
+        if stored.offset is not None:
+            self.arena.give(stored.offset, stored.nbytes)
+            stored.offset = None
+        if stored.counted:
+            self.gpu_used -= stored.nbytes
+            stored.counted = False
 
 
 def offload_checkpoint(function: Callable[..., Any], *args: Any, engine: OffloadEngine | None = None) -> Any:
-    """`function(*args)`, rebuilt in backward; with an engine the tensors in `args` wait in host memory until then."""
-    return checkpoint(function, *args, use_reentrant=False)
+    """`function(*args)`, rebuilt in backward; with an engine the tensors in `args` wait in host memory until then.
+
+    Without an engine it is `torch.utils.checkpoint` (non-reentrant): the same result, with `args` kept where they are.
+    """
+    if engine is None:
+        return checkpoint(function, *args, use_reentrant=False)
+    return engine.checkpoint(function, *args)

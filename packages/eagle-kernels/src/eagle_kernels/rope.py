@@ -54,7 +54,9 @@ class _RopeInPlace(torch.autograd.Function):
         ctx.mark_dirty(q, k)
         return q, k
 
-    backward = _Rope.backward
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _Rope.backward(ctx, dq, dk)
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:

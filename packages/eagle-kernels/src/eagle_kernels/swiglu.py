@@ -71,7 +71,7 @@ class _SwiGLUMLP(torch.autograd.Function):
         rows = ctx.rows or max(1, x.shape[0])
         # One block needs no running sum: the matmul accumulates in float32 and rounds once, to the dtype that is asked for.
         wide = x.dtype if x.dtype == torch.float64 else torch.float32
-        sums = [
+        sums: list[Tensor | None] = [
             torch.zeros(weight.shape, dtype=wide, device=weight.device) if need and x.shape[0] == 0 else None
             for weight, need in zip((w_gate, w_up, w_down), needed[1:])
         ]
@@ -88,11 +88,11 @@ class _SwiGLUMLP(torch.autograd.Function):
             pairs = ((dgate, part), (dup, part), (dpart, inner))
             for slot, (left, right) in enumerate(pairs):
                 if needed[slot + 1]:
-                    first = sums[slot] is None
-                    if first:
+                    total, first = sums[slot], sums[slot] is None
+                    if total is None:
                         dtype = ctx.dtypes[slot] if rows >= x.shape[0] else wide
-                        sums[slot] = torch.empty((left.shape[1], right.shape[1]), dtype=dtype, device=x.device)
-                    accumulate_(sums[slot], left.t(), right, first)
+                        total = sums[slot] = torch.empty((left.shape[1], right.shape[1]), dtype=dtype, device=x.device)
+                    accumulate_(total, left.t(), right, first)
         return (dx, *(s.to(dtype) if s is not None else None for s, dtype in zip(sums, ctx.dtypes)), None, None)
 
 

@@ -4,6 +4,8 @@ A program owns one row. It reads the row once for maximum and sum, and once more
 last comes first, so most of the second read is served by the L2 cache.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# (a kernel is called through kernel[grid], of which a type checker sees only the function)
 import torch
 import triton
 import triton.language as tl
@@ -11,10 +13,22 @@ from torch import Tensor
 
 
 @triton.jit
+def exp(x, PRECISE: tl.constexpr):
+    """e^x. The hardware's exp2 of x log2(e) loses bits to the rounding of that product; PRECISE puts them back."""
+    if PRECISE:
+        product = x * 1.4426950408889634
+        rest = tl.fma(x, 1.4426950408889634, -product) + x * 1.925963033500119e-08
+        exact = tl.exp2(product) * (1.0 + 0.6931471805599453 * rest)
+        return tl.where(x > -100.0, exact, tl.exp(x))
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
 def loss_kernel(
     logits_ptr, index_ptr, labels_ptr, weights_ptr, scale_ptr, losses_ptr, weighted_ptr, start, vocab, smoothing, z_loss,
     HAS_INDEX: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_SCALE: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     token = start + row
@@ -37,16 +51,16 @@ def loss_kernel(
     plain = tl.zeros((BLOCK,), dtype=tl.float32)
     for block in range(0, blocks):
         offset = block * BLOCK + column
-        x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf")).to(tl.float32)
+        x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf"), eviction_policy=FIRST).to(tl.float32)
         update = tl.maximum(largest, x)
         # A lane that has seen nothing but -inf must not compute inf - inf.
         base = tl.where(update == -float("inf"), 0.0, update)
-        total = total * tl.exp(largest - base) + tl.exp(x - base)
+        total = total * exp(largest - base, PRECISE) + exp(x - base, PRECISE)
         largest = update
         if SMOOTHING:
             plain += tl.where(offset < vocab, x, 0.0)
     maximum = tl.max(largest, axis=0)
-    denominator = tl.sum(total * tl.exp(largest - maximum), axis=0)
+    denominator = tl.sum(total * exp(largest - maximum, PRECISE), axis=0)
     log_sum = tl.log(denominator)
     lse = maximum + log_sum
 
@@ -67,10 +81,10 @@ def loss_kernel(
             uniform = scale * smoothing / vocab
         for step in range(0, blocks):
             offset = (blocks - 1 - step) * BLOCK + column
-            x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf")).to(tl.float32)
-            gradient = tl.exp(x - maximum) * factor - uniform
+            x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf"), eviction_policy=SECOND).to(tl.float32)
+            gradient = exp(x - maximum, PRECISE) * factor - uniform
             gradient = tl.where(offset == label, gradient - scale * (1.0 - smoothing), gradient)
-            tl.store(logits_ptr + offset, gradient.to(logits_ptr.dtype.element_ty), mask=offset < vocab)
+            tl.store(logits_ptr + offset, gradient.to(logits_ptr.dtype.element_ty), mask=offset < vocab, eviction_policy=SECOND)
 
 
 @triton.jit
@@ -87,8 +101,8 @@ def scale_kernel(x_ptr, out_ptr, scale_ptr, divide_ptr, count, HAS_DIVIDE: tl.co
 
 def loss_shape(vocab: int, itemsize: int) -> tuple[int, int]:
     """(columns of a block, warps)."""
-    block = min(triton.next_power_of_2(vocab), 16384 if itemsize == 2 else 8192)
-    return block, max(1, min(32, block // 512))
+    block = min(triton.next_power_of_2(vocab), 4096)
+    return block, max(1, min(16, block // 256))
 
 
 def launch_loss(
@@ -102,7 +116,7 @@ def launch_loss(
         logits, index if index is not None else labels, labels, weights if weights is not None else losses,
         scale if scale is not None else losses, losses, weighted, start, logits.shape[1], smoothing, z_loss,
         HAS_INDEX=index is not None, HAS_WEIGHTS=weights is not None, HAS_SCALE=scale is not None, SMOOTHING=smoothing > 0,
-        GRADIENT=gradient, BLOCK=block, num_warps=warps,
+        GRADIENT=gradient, PRECISE=logits.dtype == torch.float32, BLOCK=block, FIRST="", SECOND="", num_warps=warps,
     )  # fmt: skip
 
 

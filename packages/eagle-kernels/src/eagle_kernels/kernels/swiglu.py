@@ -1,12 +1,14 @@
 """SwiGLU kernels: pure streams, so one program is one block of elements and the only aim is wide loads."""
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# (a kernel is called through kernel[grid], of which a type checker sees only the function)
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048
-WARPS = 4
+BLOCK = 1024
+WARPS, BACKWARD_WARPS = 4, 8  # the fastest of nine shapes on an H200, by 1 %
 
 
 @triton.jit
@@ -71,6 +73,19 @@ def launch_backward(dout: Tensor, gate: Tensor, up: Tensor, rebuild: bool) -> tu
     (d, g, u), rows, cols = streams(dout, gate, up)
     blocks = triton.cdiv(cols, BLOCK)
     backward_kernel[(rows * blocks,)](
-        d, g, u, dgate, dup, out, cols, blocks, d.stride(0), g.stride(0), u.stride(0), REBUILD=rebuild, BLOCK=BLOCK, num_warps=WARPS
-    )
+        d,
+        g,
+        u,
+        dgate,
+        dup,
+        out,
+        cols,
+        blocks,
+        d.stride(0),
+        g.stride(0),
+        u.stride(0),
+        REBUILD=rebuild,
+        BLOCK=BLOCK,
+        num_warps=BACKWARD_WARPS,
+    )  # fmt: skip
     return dgate, dup, out
