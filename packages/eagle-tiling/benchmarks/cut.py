@@ -2,7 +2,8 @@
 
     python packages/eagle-tiling/benchmarks/cut.py [--pairs 25] [--no-write]
 
-Each round runs all once, in turning order; a ratio is the median of the rounds' ratios. `out=` cuts into memory that is there already. Writes results/cut.{json,md}.
+Each round runs all once, in turning order; a ratio is the median of the rounds' ratios. `out=` cuts into memory that is there already.
+Writes results/cut.{json,md}.
 """
 
 from __future__ import annotations
