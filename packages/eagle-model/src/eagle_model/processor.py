@@ -181,7 +181,7 @@ class EagleProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What `processor_config.json` holds."""
-        return {"processor_class": type(self).__name__, **asdict(self.settings)}
+        return {"processor_class": EagleProcessor.__name__, **asdict(self.settings)}
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the tokenizer and `processor_config.json`. Raises ValueError for push_to_hub, which isn't supported."""
@@ -241,4 +241,13 @@ def _with_media(talk: Conversation, images: Any, videos: Any) -> Conversation:
     return talk._replace(images=talk.images or list(images or ()), videos=talk.videos or list(videos or ()))
 
 
+class Eagle2_5_VLProcessor(EagleProcessor):
+    """The name that released folders give their processor; `AutoProcessor` looks it up by that."""
+
+
+class Eagle2_5_VLConfig(EagleConfig):
+    """The name of the released configuration class; only there because processors are registered by configuration class."""
+
+
 AutoProcessor.register(EagleConfig, EagleProcessor, exist_ok=True)
+AutoProcessor.register(Eagle2_5_VLConfig, Eagle2_5_VLProcessor, exist_ok=True)

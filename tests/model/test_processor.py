@@ -1,0 +1,252 @@
+"""The processor: the same ids as the prompt, tiles in the order of the prompt, budgets kept, and files."""
+
+import base64
+import io
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from eagle_model import EagleProcessor, PromptError, VideoSpan, encode, register, render
+from eagle_model.media import BudgetError, MediaSettings, open_video, read_image, size_of
+from eagle_sampling import MediaError
+from eagle_tiling import load_rgb, select_grid, tile_image
+
+SETTINGS = {"tile_size": 32, "tokens_per_tile": 4, "max_tiles": 6}
+
+
+@pytest.fixture(scope="module")
+def processor(small_tokenizer):
+    return EagleProcessor(small_tokenizer, **SETTINGS)
+
+
+def picture(seed=0, size=(50, 40)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """Three seconds at 10 frames a second; frame i is grey of 8 i."""
+    path = tmp_path_factory.mktemp("video") / "grey.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(30):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 8 * i, np.uint8), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def test_image(processor, small_tokenizer):
+    image = picture()
+    inputs = processor(text="What?", images=[image])
+    grid = select_grid(50, 40, max_tiles=6, tile_size=32)
+    tiles = tile_image(image, grid, tile_size=32)
+    assert inputs["pixel_values"].dtype == torch.uint8
+    assert np.array_equal(inputs["pixel_values"].numpy(), tiles)
+    expected = encode(render([{"role": "user", "content": "What?"}], images=[4 * len(tiles)], add_generation_prompt=True), small_tokenizer)
+    assert inputs["input_ids"][0].tolist() == expected.input_ids.tolist()
+    assert inputs["attention_mask"].all()
+
+
+def test_forms_of_one_conversation(processor, tmp_path):
+    image = picture()
+    image.save(tmp_path / "a.png")
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    message = {"role": "user", "content": "<image-1>What?"}
+
+    def blocks(block):
+        return [{"role": "user", "content": [block, {"type": "text", "text": "What?"}]}]
+
+    encoded = base64.b64encode(content.getvalue()).decode()
+    rendered = processor.apply_chat_template(blocks({"type": "image", "image": image}), add_generation_prompt=True)
+    forms = [
+        processor(text="<image-1>What?", images=image),
+        processor(messages=[message], images=[tmp_path / "a.png"]),
+        processor(messages=[message], images=[content.getvalue()]),
+        processor(messages=[message], images=[np.asarray(image)]),
+        processor(messages=[message], images=[torch.from_numpy(np.asarray(image).copy())]),
+        processor(messages=blocks({"type": "image", "image": image})),
+        processor(messages=blocks({"type": "image", "path": str(tmp_path / "a.png")})),
+        processor(messages=blocks({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}})),
+        processor(text=[rendered], images=[[image]]),
+        processor.apply_chat_template(blocks({"type": "image", "image": image}), add_generation_prompt=True, tokenize=True),
+    ]
+    for form in forms[1:]:
+        assert torch.equal(form["input_ids"], forms[0]["input_ids"])
+        # Tensors are resized by torch, within 2/255 of Pillow.
+        assert (form["pixel_values"].int() - forms[0]["pixel_values"].int()).abs().max() <= 2
+
+
+def test_tiles_follow_the_prompt(processor):
+    small, large = picture(1, (30, 30)), picture(2, (100, 30))
+    inputs = processor(text="<image-2> then <image-1>", images=[small, large])
+    parts = [tile_image(image, select_grid(*image.size, max_tiles=6, tile_size=32), tile_size=32) for image in (large, small)]
+    assert np.array_equal(inputs["pixel_values"].numpy(), np.concatenate(parts))
+
+
+def test_exif_alpha_and_modes(processor):
+    image = picture(3, (60, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated
+    content = io.BytesIO()
+    image.save(content, "JPEG", exif=exif)
+    assert size_of(read_image(content.getvalue())) == (20, 60)
+    for mode in ("RGBA", "L", "P", "CMYK"):
+        assert read_image(image.convert(mode)).mode == "RGB"
+        assert processor(text="x", images=[image.convert(mode)])["pixel_values"].shape[-1] == 3
+
+
+def test_video_file(processor, video, small_tokenizer):
+    inputs = processor(text="Describe <video-1>", videos=[video])
+    # 3 seconds at 2 a second are 6 frames; a video is asked for at least 8.
+    assert inputs["pixel_values"].shape == (8, 32, 32, 3)
+    text = small_tokenizer.decode(inputs["input_ids"][0]).replace("<IMG_CONTEXT>", "")
+    assert "Describe The first video sampled with 2.67 fps: Frame 1 sample at 0.00s: <img></img>Frame 2 sample at 0.40s: " in text
+    assert "Frame 8 sample at 2.90s: <img></img><|im_end|>" in text
+    means = inputs["pixel_values"].float().mean((1, 2, 3))
+    assert means[0] < 6
+    assert (means.diff() > 15).all()
+    clip = processor(text="x", videos=[{"path": video, "start": 1.0, "end": 2.0}])
+    text = small_tokenizer.decode(clip["input_ids"][0])
+    assert "sampled with 8.00 fps: Frame 1 sample at 0.00s: " in text
+    assert "Frame 8 sample at 0.90s: " in text
+
+
+def test_video_of_frames_and_pages(processor, small_tokenizer):
+    frames = [picture(seed, (64, 32)) for seed in range(3)]
+    timed = processor(text="x", videos=[{"frames": frames, "times": [0.0, 2.0, 4.0], "fps": 0.5}])
+    pages = processor(text="x", videos=[frames])
+    array = processor(text="x", videos=[np.stack([np.asarray(frame) for frame in frames])])
+    assert torch.equal(pages["input_ids"], array["input_ids"])
+    assert torch.equal(pages["pixel_values"], array["pixel_values"])
+    assert "sampled with 0.50 fps: Frame 1 sample at 0.00s: " in small_tokenizer.decode(timed["input_ids"][0])
+    assert "The first video: Frame 1: " in small_tokenizer.decode(pages["input_ids"][0])
+    blocks = processor(messages=[{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "x"}]}])
+    assert torch.equal(blocks["input_ids"], pages["input_ids"])
+
+
+@pytest.mark.parametrize("budget", [200, 240, 320, 500, 2000])
+def test_budget_is_kept_and_used(processor, video, budget):
+    messages = [{"role": "user", "content": "<image-1> and <video-1> <image-2>"}]
+    row = processor.process(messages, [picture(1, (200, 100)), picture(2)], [video], max_tokens=budget + 80)
+    assert len(row.input_ids) <= budget + 80
+    assert (row.input_ids == processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")).sum() == 4 * len(row.tiles)
+    free = processor.process(messages, [picture(1, (200, 100)), picture(2)], [video])
+    if budget == 2000:
+        assert np.array_equal(row.tiles, free.tiles)
+    elif budget == 200:
+        assert len(row.tiles) < len(free.tiles)
+
+
+def test_too_small_a_budget_is_said(processor, video):
+    with pytest.raises(BudgetError, match="100 tokens"):
+        processor(text="x", videos=[video], max_tokens=100)
+
+
+def test_batch_pads_on_the_left(processor):
+    inputs = processor(text=["Hi", "What is this?"], images=[None, [picture()]])
+    assert inputs["attention_mask"][0, 0] == 0
+    assert inputs["attention_mask"][:, -1].all()
+    assert (inputs["input_ids"][inputs["attention_mask"] == 0] == processor.tokenizer.pad_token_id).all()
+    right = processor(text=["Hi", "What is this?"], images=[None, [picture()]], padding_side="right", return_tensors="np")
+    assert right["attention_mask"][:, 0].all()
+    assert isinstance(right["input_ids"], np.ndarray)
+    assert "pixel_values" not in processor(text=["Hi", "What is this?"])
+
+
+def test_labels(processor, small_tokenizer):
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    inputs = processor(messages=messages, return_labels=True)
+    expected = encode(render(messages), small_tokenizer)
+    assert inputs["labels"][0].tolist() == expected.labels.tolist()
+    assert inputs["input_ids"][0].tolist() == expected.input_ids.tolist()
+
+
+def test_chatml_strings(processor, small_tokenizer):
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A\nB"}]
+    again = processor(text=processor.apply_chat_template(messages))
+    assert again["input_ids"][0].tolist() == encode(render(messages), small_tokenizer).input_ids.tolist()
+    with pytest.raises(PromptError, match="ChatML"):
+        processor(text="before <|im_start|>user\nQ<|im_end|>\n")
+    with pytest.raises(PromptError, match="ChatML"):
+        processor(text="<|im_start|>user\nQ<|im_end|>\nafter")
+    with pytest.raises(ValueError, match="template"):
+        processor.apply_chat_template(messages, chat_template="{{ messages }}")
+    # The tokenizer's own template is the same text.
+    assert small_tokenizer.apply_chat_template(messages, tokenize=False) == processor.apply_chat_template(messages)
+
+
+def test_save_and_load(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "processor_config.json").read_text())
+    assert written["processor_class"] == "EagleProcessor"
+    again = EagleProcessor.from_pretrained(tmp_path)
+    assert again.settings == processor.settings == MediaSettings(**SETTINGS)
+    a, b = (each(text="<image-1> 12?", images=[picture()]) for each in (processor, again))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert EagleProcessor.from_pretrained(tmp_path, max_tiles=2).settings.max_tiles == 2
+    register()
+    assert AutoProcessor.from_pretrained(tmp_path).settings == processor.settings
+    assert "tile_size" in repr(again)
+
+
+def test_released_like_folder(small_tokenizer, make_config, tmp_path):
+    """Without settings of ours they come from the model's configuration."""
+    make_config(tokenizer=small_tokenizer, max_dynamic_tiles=9).save_pretrained(tmp_path)
+    small_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Eagle2_5_VLProcessor", "tokens_per_tile": 4}))
+    settings = EagleProcessor.from_pretrained(tmp_path).settings
+    assert (settings.tile_size, settings.tokens_per_tile, settings.max_tiles, settings.thumbnail) == (32, 4, 9, True)
+    register()
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path), EagleProcessor)
+
+
+def test_wrong_use_is_said(processor, tmp_path):
+    with pytest.raises(PromptError, match="text or messages"):
+        processor(images=[picture()])
+    with pytest.raises(ValueError, match="2 lists"):
+        processor(text=["a", "b"], images=[picture(), picture()])
+    with pytest.raises(PromptError, match="<image-2>"):
+        processor(text="<image-2>", images=[picture()])
+    with pytest.raises(PromptError, match="once"):
+        processor(messages=[{"role": "user", "content": [{"type": "image", "image": picture()}]}], images=[picture()])
+    with pytest.raises(PromptError, match="'audio'"):
+        processor(messages=[{"role": "user", "content": [{"type": "audio", "audio": 1}]}])
+    with pytest.raises(PromptError, match="no image"):
+        processor(messages=[{"role": "user", "content": [{"type": "image"}]}])
+    with pytest.raises(MediaError, match=r"missing\.png"):
+        processor(text="x", images=[tmp_path / "missing.png"])
+    with pytest.raises(MediaError):
+        processor(text="x", videos=[tmp_path / "missing.mp4"])
+    with pytest.raises(ValueError, match="network"):
+        processor(text="x", images=["https://example.com/a.png"])
+    with pytest.raises(ValueError, match="base64"):
+        processor(text="x", images=["data:image/png;base64,???"])
+    with pytest.raises(ValueError, match="2 frames but 1 times"):
+        processor(text="x", videos=[{"frames": [picture(), picture()], "times": [0.0]}])
+    with pytest.raises(ValueError, match="without frames"):
+        open_video({}, MediaSettings())
+    with pytest.raises(ValueError, match="padding_side"):
+        processor(text="x", padding_side="middle")
+
+
+def test_same_ids_as_training(processor, video, small_tokenizer):
+    """What a trainer builds from a plan and what the processor builds from media are the same prompt."""
+    messages = [{"role": "user", "content": "<image-1>?"}, {"role": "assistant", "content": "ok"}]
+    image = picture()
+    tiles = tile_image(load_rgb(image), select_grid(*image.size, max_tiles=6, tile_size=32), tile_size=32)
+    span = VideoSpan([0.0, 0.4, 0.8, 1.2, 1.7, 2.1, 2.5, 2.9], 8 / 3, 4)
+    expected = encode(render(messages, images=[4 * len(tiles)], videos=[span]), small_tokenizer)
+    row = processor.process(messages, [image], [video])
+    assert row.input_ids.tolist() == expected.input_ids.tolist()
+    assert row.labels.tolist() == expected.labels.tolist()
+    assert np.array_equal(row.tiles[8:], tiles), "the video has no placeholder, so it comes first"
