@@ -60,10 +60,13 @@ def _floor_bucket(n: int) -> int:
     return n // step * step
 
 
-def make_batches(segments: Segments, causal: bool, dense: Dense, device: torch.device) -> list[Batch]:
-    """Cuts `segments` into dense blocks and groups those of equal shape. Squares come first and write each query row once."""
-    squares: dict[int, list[tuple[int, int, int, int]]] = {}  # length -> (first query row, its slot, first key row, keys)
-    rectangles: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}  # lengths -> (first query row, queries, first key row, keys)
+Shapes = dict[tuple[int, int], list[tuple[int, int, int, int]]]
+
+
+def _blocks(segments: Segments, causal: bool, dense: Dense) -> tuple[dict[int, list[tuple[int, int, int, int]]], Shapes]:
+    """Squares by length: (first query row, its slot, first key row, keys); rectangles by lengths: (first query row, queries, first key row, keys)."""
+    squares: dict[int, list[tuple[int, int, int, int]]] = {}
+    rectangles: Shapes = {}
     for q0, k0, nq, nk in zip(segments.cu_q, segments.cu_k, segments.lengths_q, segments.lengths_k):
         if not causal:
             rectangles.setdefault((nq, nk), []).append((q0, nq, k0, nk))
@@ -73,6 +76,20 @@ def make_batches(segments: Segments, causal: bool, dense: Dense, device: torch.d
         squares.setdefault(bucket_length(nk - cut, dense.same_shapes), []).append((q0, before - cut, k0 + cut, nk - cut))
         if cut:
             rectangles.setdefault((bucket_length(nq, True) if dense.same_shapes else nq, cut), []).append((q0, nq, k0, cut))
+    return squares, rectangles
+
+
+def count_calls(segments: Segments, causal: bool, dense: Dense) -> int:
+    """Dense calls that the forward of `segments` takes, long batches not counted twice."""
+    key = ("calls", dense, causal)
+    if key not in segments.cache:
+        segments.cache[key] = sum(map(len, _blocks(segments, causal, dense)))
+    return segments.cache[key]
+
+
+def make_batches(segments: Segments, causal: bool, dense: Dense, device: torch.device) -> list[Batch]:
+    """Cuts `segments` into dense blocks and groups those of equal shape. Squares come first and write each query row once."""
+    squares, rectangles = _blocks(segments, causal, dense)
     batches = []
     for length, items in sorted(squares.items()):
         per_batch = max(1, dense.max_rows // length)

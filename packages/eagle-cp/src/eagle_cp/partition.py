@@ -3,7 +3,7 @@
 A document shared by `r` ranks is cut into a nest: rank 0 gets the first and the last piece, rank `r-1` the two in the middle, so that each
 rank's tokens see half of the document on average and its work is proportional to its tokens. Whole documents are dealt out longest first.
 The fewest documents are shared that bring the work of the ranks within `tolerance`; the pieces of shared documents need not be equal, and
-take up what whole documents leave uneven. So no document is padded, whatever its length.
+take up what whole documents leave uneven, in tokens and in work. So no document is padded, whatever its length.
 """
 
 from __future__ import annotations
@@ -96,14 +96,15 @@ def _attempt(lengths: Sequence[int], by_length: list[int], count: int, targets: 
         return None
     shared = sorted(by_length[:count])
     pieces: list[list[Piece]] = [[] for _ in targets]
-    left, nest = list(needs), list(range(ranks))
-    for d in shared:
+    left = list(needs)
+    mean = sum(_pairs(0, n) for n in lengths) / ranks
+    for d in by_length[count - 1 :: -1] if count else []:  # the longest last: it evens out what the others leave
         counts = _apportion(lengths[d], left)
-        # Back pieces see more keys than front pieces; where tokens are odd, the odd one goes to the front.
-        for i, piece in _nest(d, counts, nest):
+        left = [a - b for a, b in zip(left, counts)]
+        wanted = [mean - w for w in work] if d == by_length[0] else None
+        for i, piece in _nest(d, lengths[d], counts, wanted):
             pieces[i].append(piece)
             work[i] += _pairs(piece.start, piece.stop)
-        left = [a - b for a, b in zip(left, counts)]
     ordered = tuple(Share(tuple(sorted(p)), tuple(sorted(w))) for p, w in zip(pieces, whole))
     return Partition(ordered, tuple(shared), tuple(work))
 
@@ -123,21 +124,29 @@ def _apportion(length: int, left: list[int]) -> list[int]:
     return counts
 
 
-def _nest(document: int, counts: list[int], nest: list[int]) -> list[tuple[int, Piece]]:
-    """Front pieces in the order of `nest`, back pieces in the reverse order; touching pieces of one rank become one."""
-    result, at = [], 0
-    fronts = {i: (counts[i] + 1) // 2 for i in nest}
+def _nest(document: int, length: int, counts: list[int], wanted: list[float] | None) -> list[tuple[int, Piece]]:
+    """One front and one back piece for each rank with `counts[i]` tokens, nested; touching pieces of one rank become one.
+
+    `wanted`: the work that each rank should get, reached by moving tokens between its front and its back piece. With the document's inside
+    `[a, b)` still to give away, `n` tokens of which `f` in front do `f (a - b + n) + n b - n (n - 1) / 2` pairs: linear in `f`.
+    """
+    nest = [i for i, n in enumerate(counts) if n]
+    if wanted is not None:
+        nest.sort(key=lambda i: (-wanted[i] / counts[i], i))  # who needs the most work a token gets the document's end
+    fronts: list[tuple[int, Piece]] = []
+    backs: list[tuple[int, Piece]] = []
+    a, b = 0, length
     for i in nest:
-        if fronts[i]:
-            result.append((i, Piece(document, at, at + fronts[i])))
-            at += fronts[i]
-    for i in reversed(nest):
-        back = counts[i] - fronts[i]
-        if not back:
-            continue
-        if result[-1][0] == i and result[-1][1].stop == at:
-            result[-1] = (i, Piece(document, result[-1][1].start, at + back))
-        else:
-            result.append((i, Piece(document, at, at + back)))
-        at += back
-    return result
+        n = counts[i]
+        front = (n + 1) // 2
+        if wanted is not None and b - a > n:
+            front = min(n, max(0, round((n * b - n * n / 2 + n / 2 - wanted[i]) / (b - a - n))))
+        if b - a == n:  # the innermost rank: one piece
+            fronts.append((i, Piece(document, a, b)))
+            break
+        if front:
+            fronts.append((i, Piece(document, a, a + front)))
+        if n - front:
+            backs.append((i, Piece(document, b - (n - front), b)))
+        a, b = a + front, b - (n - front)
+    return fronts + backs[::-1]

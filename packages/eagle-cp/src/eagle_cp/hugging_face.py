@@ -1,0 +1,68 @@
+"""Attention for Hugging Face models without patches: a function in transformers' own registry.
+
+    register_attention()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="eagle_cp")
+    model(input_ids=layout.shard(ids)[None], position_ids=layout.shard(positions)[None], use_cache=False, eagle_layout=layout)
+
+Models hand unknown keyword arguments down to their attention function, which is how the layout arrives. The batch dimension must be 1: a batch is
+packed into one sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from eagle_cp.attention import attention
+from eagle_cp.layout import Layout
+
+
+def register_attention(name: str = "eagle_cp") -> None:
+    """Adds `name` to transformers' attention and mask registries. Needs transformers (`pip install 'eagle-cp[transformers]'`); changes no model."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, hugging_face_attention)
+    AttentionMaskInterface.register(name, _no_mask)
+
+
+def _no_mask(*_, **__) -> None:
+    """Documents and causality come from the layout; models get no mask."""
+
+
+def hugging_face_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    eagle_layout: Layout | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_,
+) -> tuple[torch.Tensor, None]:
+    """transformers' calling convention: `query: [1, Hq, T, D]`, `key`, `value: [1, Hk, T, D]` -> `[1, T, Hq, D]`.
+
+    Raises ValueError for what can't be done exactly: a mask, dropout, a sliding window shorter than the longest document, soft caps, sinks, a cache.
+    """
+    if eagle_layout is None:
+        raise ValueError("eagle_cp attention: no layout; call the model with eagle_layout=Layout.single(...) or Layout.build(...)")
+    if attention_mask is not None:
+        raise ValueError("eagle_cp attention: masks are not supported, documents come from the layout; leave attention_mask out")
+    if dropout:
+        raise ValueError(f"eagle_cp attention: dropout {dropout} is not supported; set attention_dropout to 0")
+    if sliding_window is not None and sliding_window < max(eagle_layout.lengths):
+        raise ValueError(
+            f"eagle_cp attention: a sliding window of {sliding_window} is not supported for documents of {max(eagle_layout.lengths)}"
+        )
+    if softcap is not None or s_aux is not None:
+        raise ValueError("eagle_cp attention: soft-capped scores and attention sinks are not supported")
+    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"eagle_cp attention: query {tuple(query.shape)}, key {tuple(key.shape)}; pack the batch into one sequence and call with use_cache=False"
+        )
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    out = attention(*(x[0].transpose(0, 1) for x in (query, key, value)), eagle_layout, causal=causal, scale=scaling)
+    return out[None], None
