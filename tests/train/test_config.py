@@ -103,7 +103,7 @@ def test_paths_start_from_the_file(tmp_path, monkeypatch):
 
 
 def test_unreadable_files_say_where(tmp_path):
-    with pytest.raises(ConfigError, match="nothing.yaml: can't be read"):
+    with pytest.raises(ConfigError, match=r"nothing.yaml: can't be read"):
         load_config(tmp_path / "nothing.yaml")
     path = tmp_path / "config.yaml"
     for text, message in (

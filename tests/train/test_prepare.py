@@ -275,3 +275,20 @@ def test_json_array_is_named(tmp_path, row, make_config, tokenizer):
     (tmp_path / "rows.jsonl").write_text(json.dumps([row()]))
     with pytest.raises(ConfigError, match=r"JSON array.*jq"):
         prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer)
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(tmp_path, row, make_config, write_jsonl, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", [row()] * 4)
+
+    def change(step):
+        write_jsonl(path, [row("Longer than before?")] * 4)
+
+    config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 2})
+    with pytest.raises(PrepareError, match="changed while it was being read"):
+        prepare(config, tokenizer, progress=change)
+    assert prepare(config, tokenizer).good_rows == 4
+
+
+def test_planning_and_preparing_load_no_torch():
+    code = "import sys, eagle_train.data.prepare, eagle_train.planning.stages, eagle_train.watching.show; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def index_annotation(path: Path, shard_rows: int, cache: Path) -> AnnotationInde
             return AnnotationIndex(**{**content, "shards": tuple(Shard(*shard) for shard in content["shards"])})
     index = _scan(path, shard_rows, stat.st_mtime_ns)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = known.with_suffix(".tmp")
+    temporary = known.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(asdict(index)), encoding="utf-8")
     temporary.replace(known)
     return index

@@ -1,6 +1,7 @@
 """What was not used, and why: one JSON line per row, so that counts at the end add up to the rows at the start."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -55,7 +56,7 @@ def encode(entry: Entry) -> bytes:
 def write_entries(path: Path, entries: Iterable[Entry]) -> None:
     """A whole ledger file, atomically: the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         for entry in entries:
             file.write(encode(entry))

@@ -29,7 +29,7 @@ from eagle_model.prompt_costs import PromptCosts
 from eagle_train.config import Config, Source
 
 from .annotation import AnnotationIndex, Shard, index_annotation, read_lines
-from .facts import FACTS_VERSION, SCHEMA, Facts, assemble, root_of
+from .facts import FACTS_VERSION, SCHEMA, Facts, FrameCosts, assemble, root_of
 from .ledger import Entry, Ledger, read_entries, top_reasons, write_entries
 from .measure import Measurer, frame_costs
 from .recipe import Recipe, recipe_of
@@ -104,7 +104,7 @@ def prepare(
     """
     started = time.monotonic()
     recipe = recipe_of(config, evaluation=evaluation)
-    plans = [_SourcePlan(config, name, source, tokenizer) for name, source in recipe.sources.items()]
+    plans = _source_plans(config, recipe, tokenizer)
     state = _State(config, plans, progress)
     todo = state.look()
     workers = min(config.data.workers or _cpus(), max(len(todo), 1))
@@ -119,8 +119,9 @@ def prepare(
     finally:
         where = "prepare eval" if evaluation else "prepare"
         Ledger(config.run.folder / "ledger.jsonl").replace(_entries(plans, where), where=where)
+    costs = frame_costs(PromptCosts(tokenizer))
     for plan in plans:
-        plan.finish(tokenizer)
+        plan.finish(costs)
     good, bad, blank = (sum(getattr(plan.counts, name) for plan in plans) for name in _Counts._fields)
     lines = sum(plan.index.lines for plan in plans)
     if good + bad + blank != lines:
@@ -146,7 +147,7 @@ def prepare(
 def load_facts(config: Config, tokenizer: Any, *, evaluation: bool = False) -> Facts:
     """Facts that `prepare` made for exactly this configuration and tokenizer; raises PrepareError when there are none."""
     recipe = recipe_of(config, evaluation=evaluation)
-    plans = [_SourcePlan(config, name, source, tokenizer) for name, source in recipe.sources.items()]
+    plans = _source_plans(config, recipe, tokenizer)
     missing = [plan.name for plan in plans if not (plan.folder / "done.json").exists()]
     if missing:
         raise PrepareError(
@@ -178,10 +179,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
+def _source_plans(config: Config, recipe: Recipe, tokenizer: Any) -> list["_SourcePlan"]:
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    return [_SourcePlan(config, name, source, fingerprint) for name, source in recipe.sources.items()]
+
+
 class _SourcePlan:
     """One source: its key, its folder, its shards, and the counts so far."""
 
-    def __init__(self, config: Config, name: str, source: Source, tokenizer: Any) -> None:
+    def __init__(self, config: Config, name: str, source: Source, fingerprint: str) -> None:
         self.name = name
         self.source = source
         data = config.data
@@ -191,7 +197,7 @@ class _SourcePlan:
             "version": FACTS_VERSION,
             "annotation": self.index.digest,
             "root": str(root_of(source).resolve()),
-            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "tokenizer": fingerprint,
             "system": config.prompt.system,
             "verify": data.verify,
             "limits": limits,
@@ -210,8 +216,11 @@ class _SourcePlan:
         for number, shard in enumerate(self.index.shards):
             yield _Work(self.name, self.source.annotation, root_of(self.source), shard, self.part(number), self.system, self.max_line_bytes)
 
-    def finish(self, tokenizer: Any) -> None:
-        """Write done.json, which makes the source complete."""
+    def finish(self, costs: FrameCosts) -> None:
+        """Write done.json, which makes the source complete; PrepareError when the annotation file changed meanwhile."""
+        stat = self.source.annotation.stat()
+        if (stat.st_size, stat.st_mtime_ns) != (self.index.size, self.index.mtime_ns):
+            raise PrepareError(f"{self.source.annotation}: changed while it was being read; run prepare again")
         done = self.folder / "done.json"
         if done.exists():
             return
@@ -224,9 +233,9 @@ class _SourcePlan:
             "bad_rows": self.counts.bad,
             "blank_lines": self.counts.blank,
             "parts": [self.part(number).name for number in range(len(self.index.shards))],
-            "frame_costs": frame_costs(PromptCosts(tokenizer)).table,
+            "frame_costs": costs.table,
         }
-        temporary = done.with_name("done.json.tmp")
+        temporary = done.with_name(f"done.json.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(content), encoding="utf-8")
         temporary.replace(done)
 

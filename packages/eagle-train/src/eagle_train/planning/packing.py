@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 WINDOW = 1 << 16
-DEALT = (0.9, 0.7, 0.5)
+DEALT = (0.95, 0.9, 0.5)
 """Shares of the tokens that are dealt in rounds, tried in order."""
 TOLERANCE = 2000
 """A better balanced packing may have one pack in this many more than best fit decreasing has (0.05 % of fill)."""
@@ -77,13 +77,19 @@ def _pack_window(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     order = np.argsort(-lengths, kind="stable")
     descending = lengths[order]
     least = -(-int(descending.sum()) // capacity)
-    bins, used = _best_fit(descending, capacity)
-    allowed = used + used // TOLERANCE
+    dealt = []
     for share in DEALT:
-        dealt, count = _deal(descending, capacity, max(least, int(used * 0.999)), share)
-        if count <= allowed:
-            bins, used = dealt, count
+        dealt.append(_deal(descending, capacity, least, share))
+        if dealt[-1][1] <= least + least // TOLERANCE:
+            bins, used = dealt[-1]
             break
+    else:
+        bins, used = _best_fit(descending, capacity)
+        allowed = used + used // TOLERANCE
+        # Within what is allowed the most even one wins, but one with clearly fewer packs beats them all.
+        fewest = min(count for _, count in dealt)
+        if fewest <= allowed:
+            bins, used = next(candidate for candidate in dealt if candidate[1] <= min(allowed, fewest + fewest // TOLERANCE))
     result = np.empty(len(lengths), np.int64)
     result[order] = bins
     return result, used
