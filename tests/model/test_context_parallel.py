@@ -1,0 +1,75 @@
+"""The model over two context ranks: losses and gradients add up to those of one process, tiles and all."""
+
+import multiprocessing
+import os
+import tempfile
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from eagle_cp import ContextMesh, Layout, plan_tiles
+
+LENGTHS = (70, 9, 30)
+TILES = (5, 0, 2)
+
+
+def make_pack(tiles):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 100, (sum(LENGTHS),), generator=generator)
+    start = 0
+    for length, count in zip(LENGTHS, tiles):
+        ids[start + 3 : start + 3 + 4 * count] = 100
+        start += length
+    targets = torch.randint(0, 100, ids.shape, generator=generator)
+    targets[::3] = -100
+    return {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS]),
+        "targets": targets,
+        "token_weights": torch.rand(ids.shape[0], generator=generator, dtype=torch.float64),
+    }, torch.randint(0, 256, (sum(tiles), 32, 32, 3), dtype=torch.uint8, generator=generator)
+
+
+def step(model, pack, tiles, layout):
+    loss = model(**pack, tiles=tiles, layout=layout, denominator=torch.tensor(7.0, dtype=torch.float64)).loss
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def rank_main(rank, store, model, counts, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    mesh = ContextMesh.from_device_mesh(dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("gather", "ulysses")))
+    pack, tiles = make_pack(counts)
+    cu_seqlens = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    layout = Layout.build(cu_seqlens, mesh, num_heads=4, num_kv_heads=2)
+    plan = plan_tiles(layout, pack["input_ids"] == 100, 4)
+    local = {name: layout.shard(tensor, fill=-100 if name == "targets" else 0) for name, tensor in pack.items()}
+    loss, gradients = step(model, local, tiles[plan.first : plan.last], layout)
+    results.put((rank, loss, {name: gradient.numpy() for name, gradient in gradients.items()}))
+    results.close()
+    results.join_thread()
+    dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("counts", [TILES, (1, 0, 0)], ids=["tiles on both ranks", "tiles on one"])
+def test_two_ranks_add_up(make_model, counts):
+    model = make_model().double()
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        processes = [context.Process(target=rank_main, args=(rank, f"{folder}/store", model, counts, results)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        answers = [results.get(timeout=100) for _ in processes]
+        for process in processes:
+            process.join(20)
+    pack, tiles = make_pack(counts)
+    loss, gradients = step(model, pack, tiles, Layout.single([0, *torch.tensor(LENGTHS).cumsum(0).tolist()]))
+    assert sum(answer[1] for answer in answers) == pytest.approx(loss, rel=1e-9)
+    for name, gradient in gradients.items():
+        total = sum(torch.from_numpy(answer[2][name]) for answer in answers)
+        torch.testing.assert_close(total, gradient, atol=1e-9 * max(1.0, gradient.abs().max().item()), rtol=1e-7, msg=name)
