@@ -6,23 +6,27 @@ then workers that decode those and nothing else. Memory is the output, one decod
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import av
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .containers.demux import read_packets
 from .containers.source import Source
-from .containers.track import Track
+from .containers.track import NotOurs, Track
 from .frames import TIME_EPSILON
 from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError
-from .video_decode import Decoder, Painter
+from .video_decode import Decoder, FileReader, Painter
 from .video_info import read_track
-from .video_linear import decode_linear
+from .video_linear import PacketStream, decode_linear
 from .video_plan import Group, group_targets
 
 
@@ -77,16 +81,16 @@ def read_frames(
     elif out.shape != shape or out.dtype != np.uint8:
         raise ValueError(f"out must be uint8 {list(shape)}, not {out.dtype} {list(out.shape)}")
 
-    places: dict[int, list[int]] = {}
-    for i, sample in enumerate(samples.tolist()):
-        if sample >= 0:
-            places.setdefault(sample, []).append(i)
+    places = _places(samples)
     failures: dict[int, str] = {}
     if places:
-        if track.offsets is None and track.scattered is None:
-            failures = _decode_from_front(name, track, places, out, watch, limits)
-        else:
-            failures = _decode_groups(name, track, places, out, workers, watch, limits)
+        try:
+            failures = _decode(name, track, places, out, workers, watch, limits)
+        except NotOurs:  # a transport stream that turns out to be irregular inside
+            track = read_packets(name, limits, watch.deadline)
+            samples, errors = _find(track, asked, tolerance)
+            places = _places(samples)
+            failures = _decode(name, track, places, out, 1, watch, limits)
     for sample, reason in failures.items():
         errors += [FrameError(i, float(asked[i]), reason) for i in places[sample]]
     return _result(name, track, asked, samples, out, sorted(errors, key=lambda error: error.index), on_error)
@@ -137,24 +141,39 @@ def _output_size(track: Track, size: int | tuple[int, int] | None) -> tuple[int,
     return int(width), int(height)
 
 
-def _decode_groups(
+def _places(samples: NDArray[np.int64]) -> dict[int, list[int]]:
+    """Sample -> the rows of the output that show it."""
+    places: dict[int, list[int]] = {}
+    for i, sample in enumerate(samples.tolist()):
+        if sample >= 0:
+            places.setdefault(sample, []).append(i)
+    return places
+
+
+def _decode(
     name: str, track: Track, places: dict[int, list[int]], out: NDArray[np.uint8], workers: int, watch: _Watch, limits: Limits
 ) -> dict[int, str]:
-    """Decode what `places` (sample -> rows of out) needs; returns sample -> reason for what failed."""
-    groups = group_targets(track, np.fromiter(places, np.int64))
-    count = min(workers, len(groups))
-    threads = max(1, workers // len(groups))
+    """Decode what `places` needs into `out`; returns sample -> reason for what failed."""
     failures: dict[int, str] = {}
     problems: list[BaseException] = []
-    # Dearest first: the last to finish are then cheap ones, and the workers end together.
-    todo: queue.SimpleQueue[Group] = queue.SimpleQueue()
-    for group in sorted(groups, key=lambda group: -group.cost) if count > 1 else groups:
-        todo.put(group)
+    painter = functools.partial(Painter, out, track.rotation, track.mirrored, lambda: watch.stopped)
+    if not track.timed:
+        _in_threads([lambda: failures.update(_from_front(name, track, places, painter(), watch))], watch, problems)
+        return failures
 
-    def work(source: Source) -> None:
-        try:
-            painter = Painter(out, track.rotation, track.mirrored, lambda: watch.stopped)
-            decoder = Decoder(source, track, painter, limits, watch.check, threads)
+    groups = group_targets(track, np.fromiter(places, np.int64))
+    indexed = track.offsets is not None or track.scattered is not None
+    crew = min(workers, len(groups)) if indexed else 1
+    todo: queue.SimpleQueue[Group] = queue.SimpleQueue()
+    # Dearest first: the last to finish are then cheap ones, and the workers end together. One worker goes from front to back.
+    for group in sorted(groups, key=lambda group: -group.cost) if crew > 1 else groups:
+        todo.put(group)
+    try:
+        source = Source(name)
+
+        def work() -> None:
+            reader = FileReader(source, track, limits) if indexed else PacketStream(name)
+            decoder = Decoder(reader, track, painter(), watch.check, max(1, workers // len(groups)))
             while not problems:
                 try:
                     group = todo.get_nowait()
@@ -162,66 +181,49 @@ def _decode_groups(
                     break
                 decoder.run(group, places)
             failures.update(decoder.failures)
-        except BaseException as error:  # handed to the caller's thread, which raises it
-            problems.append(error)
 
-    try:
-        source = Source(name)
-    except OSError as error:
+        _in_threads([work] * crew, watch, problems)
+    except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{name}: can't be read: {error.strerror or error}") from error
-    if count == 1 and watch.deadline is None:
-        with source:
-            work(source)
-    else:
-        # Daemons: a thread that hangs in a decoder must not keep the process from ending. The last one to go closes the file.
-        crew = [threading.Thread(target=work, args=(source,), daemon=True, name=f"decode {name}") for _ in range(count)]
-        for thread in crew:
-            thread.start()
-        for thread in crew:
-            thread.join(None if watch.deadline is None else max(0.0, watch.deadline - time.monotonic()) + 0.05)
-        if any(thread.is_alive() for thread in crew):
-            watch.stopped = True
-            raise watch.error()
-        source.close()
-    if problems:
-        raise problems[0]
     return failures
 
 
-def _decode_from_front(
-    name: str, track: Track, places: dict[int, list[int]], out: NDArray[np.uint8], watch: _Watch, limits: Limits
-) -> dict[int, str]:
-    """The same for containers whose frames only libavformat can find."""
-    left = {int(track.ticks[sample]): sample for sample in places}
-    problems: list[BaseException] = []
-    failures: dict[int, str] = {}
+def _in_threads(jobs: list[Callable[[], None]], watch: _Watch, problems: list[BaseException]) -> None:
+    """Run the jobs side by side (one without a time limit runs right here) and raise the first problem."""
+    if len(jobs) == 1 and watch.deadline is None:
+        jobs[0]()
+        return
 
-    def work() -> None:
-        painter = Painter(out, track.rotation, track.mirrored, lambda: watch.stopped)
-        reason = "the decoder gives no frame of that time"
+    def guarded(job: Callable[[], None]) -> None:
         try:
-            for tick, frame in decode_linear(name, set(left), watch.check):
-                painter.paint(frame, places[left.pop(tick)])
-        except MediaError as error:
-            if watch.deadline is not None and time.monotonic() > watch.deadline:
-                problems.append(error)
-            reason = str(error).removeprefix(f"{name}: ")
+            job()
         except BaseException as error:  # handed to the caller's thread, which raises it
             problems.append(error)
-        failures.update((sample, reason) for sample in left.values())
 
-    if watch.deadline is None:
-        work()
-    else:
-        thread = threading.Thread(target=work, daemon=True, name=f"decode {name}")
+    # Daemons: a thread that hangs in a decoder must not keep the process from ending.
+    crew = [threading.Thread(target=guarded, args=(job,), daemon=True, name=f"decode {watch.name}") for job in jobs]
+    for thread in crew:
         thread.start()
-        thread.join(max(0.0, watch.deadline - time.monotonic()) + 0.05)
-        if thread.is_alive():
-            watch.stopped = True
-            raise watch.error()
+    for thread in crew:
+        thread.join(None if watch.deadline is None else max(0.0, watch.deadline - time.monotonic()) + 0.05)
+    if any(thread.is_alive() for thread in crew):
+        watch.stopped = True
+        raise watch.error()
     if problems:
         raise problems[0]
-    return failures
+
+
+def _from_front(name: str, track: Track, places: dict[int, list[int]], painter: Painter, watch: _Watch) -> dict[int, str]:
+    """The whole way, for packets without times."""
+    left = {int(track.ticks[sample]): sample for sample in places}
+    reason = "the decoder gives no frame of that time"
+    try:
+        for tick, frame in decode_linear(name, set(left), watch.check):
+            painter.paint(frame, places[left.pop(tick)])
+    except MediaError as error:
+        watch.check()  # out of time is an error of the call, not of a frame
+        reason = str(error).removeprefix(f"{name}: ")
+    return {sample: reason for sample in left.values()}
 
 
 def _result(

@@ -6,7 +6,7 @@ A worker has its own single-threaded decoder; libav releases the interpreter's l
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
+from typing import Protocol
 
 import av
 import numpy as np
@@ -58,18 +58,41 @@ class Painter:
             self.out[place] = pixels
 
 
-class SampleReader:
-    """The bytes of samples, in windows that serve many."""
+class PacketReader(Protocol):
+    """Hands out encoded frames by sample number."""
+
+    context: av.VideoCodecContext
+
+    def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
+        """Sample `sample` of a pass that ends before `stop`; None when it isn't `wanted` and nothing depends on it."""
+        ...
+
+
+class FileReader:
+    """Packets read from where the index says, in windows that serve many, with a decoder of our own."""
 
     def __init__(self, source: Source, track: Track, limits: Limits):
         self.source, self.track, self.limits = source, track, limits
+        self.droppable = droppable_test(track.codec, track.extradata)
         self.begin, self.window = 0, b""
+        context = av.CodecContext.create(_DECODERS.get(track.codec, track.codec), "r")
+        assert isinstance(context, av.VideoCodecContext)
+        if track.extradata:
+            context.extradata = track.extradata
+        self.context = context
 
-    def read(self, sample: int, stop: int) -> bytes:
-        """Sample `sample`; the window may reach as far as sample `stop - 1`."""
+    def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
         track = self.track
-        if track.scattered is not None:
-            return track.scattered(self.source, sample)
+        data = self._read(sample, stop) if track.scattered is None else track.scattered(self.source, sample)
+        if not wanted and self.droppable is not None and self.droppable(data):
+            return None
+        packet = av.Packet(data)
+        packet.pts = int(track.ticks[sample])
+        packet.time_base = track.unit
+        return packet
+
+    def _read(self, sample: int, stop: int) -> bytes:
+        track = self.track
         assert track.offsets is not None
         assert track.sizes is not None
         offset, size = int(track.offsets[sample]), int(track.sizes[sample])
@@ -85,23 +108,14 @@ class SampleReader:
 class Decoder:
     """Decodes groups. `failures` maps a sample to the reason why its frame couldn't be had."""
 
-    def __init__(self, source: Source, track: Track, painter: Painter, limits: Limits, check: Callable[[], None], threads: int = 1):
-        self.track, self.painter, self.check = track, painter, check
-        self.reader = SampleReader(source, track, limits)
-        self.droppable = droppable_test(track.codec, track.extradata)
-        self.places: dict[int, list[int]] = {}
+    def __init__(self, reader: PacketReader, track: Track, painter: Painter, check: Callable[[], None], threads: int = 1):
+        self.reader, self.track, self.painter, self.check = reader, track, painter, check
         self.failures: dict[int, str] = {}
-        # A Packet takes its time base; giving one in which ticks are whole keeps frame.pts what the container says.
-        self.unit = Fraction(track.unit)
-        context = av.CodecContext.create(_DECODERS.get(track.codec, track.codec), "r")
-        assert isinstance(context, av.VideoCodecContext)
-        self.context = context
-        if track.extradata:
-            self.context.extradata = track.extradata
+        context = reader.context
         # explode: report damage instead of painting over it. strict: assume the deepest reordering where the stream doesn't say.
-        self.context.options = {"err_detect": "explode", "strict": "1"} if track.codec == "h264" else {"err_detect": "explode"}
-        self.context.thread_count = threads
-        self.context.thread_type = "FRAME" if threads > 1 else "NONE"
+        context.options = {"err_detect": "explode", "strict": "1"} if track.codec == "h264" else {"err_detect": "explode"}
+        context.thread_count = threads
+        context.thread_type = "FRAME" if threads > 1 else "NONE"
 
     def run(self, group: Group, places: dict[int, list[int]]) -> None:
         """Paint the group's targets to `places[sample]`, or note why not."""
@@ -121,34 +135,31 @@ class Decoder:
         """One pass over samples start ... stop - 1; takes what it finds out of `left`. Returns a reason when the data are damaged."""
         ticks = self.track.ticks[start:stop].tolist()
         wanted = set(left.values())
-        droppable, read, decode, unit = self.droppable, self.reader.read, self.context.decode, self.unit
+        read, context = self.reader.packet, self.reader.context
         sent = start
         reason = None
         try:
             for sample in range(start, stop):
                 if ticks[sample - start] < ticks[0] and sample not in wanted:
                     continue  # a leading picture of an open GOP: it refers to frames before `start`, and nothing that we want refers to it
-                data = read(sample, stop)
-                if droppable is not None and sample not in wanted and droppable(data):
+                sent = sample
+                packet = read(sample, stop, sample in wanted)
+                if packet is None:
                     continue
                 self.check()
-                packet = av.Packet(data)
-                packet.pts = ticks[sample - start]
-                packet.time_base = unit
-                sent = sample
-                for frame in decode(packet):
+                for frame in context.decode(packet):
                     self._take(frame, left, places)
         except av.FFmpegError as error:
             at = float(self.track.seconds(np.array([sent]))[0])
             reason = f"the data of the frame at {at:.3f} s are damaged ({error.strerror or error})"
         try:
-            for frame in decode(None):
+            for frame in context.decode(None):
                 # After damage only what was complete before it counts.
                 if reason is None or left.get(frame.pts if frame.pts is not None else -1, stop) < sent:
                     self._take(frame, left, places)
         except av.FFmpegError as error:
             reason = reason or f"the decoder fails at the end of the group ({error.strerror or error})"
-        self.context.flush_buffers()
+        context.flush_buffers()
         return reason
 
     def _take(self, frame: av.VideoFrame, left: dict[int, int], places: dict[int, list[int]]) -> None:

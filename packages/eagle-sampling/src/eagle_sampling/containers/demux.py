@@ -53,6 +53,7 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
                 shown=None if all(shown) else np.array(shown, bool),
                 pixel_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
                 duration=duration,
+                timed=timed,
                 unknown=("rotation",),
             )
     except (av.FFmpegError, OSError) as error:

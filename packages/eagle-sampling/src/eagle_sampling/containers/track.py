@@ -45,6 +45,7 @@ class Track:
     duration: float | None = None
     missing: int = 0
     unknown: tuple[str, ...] = ()
+    timed: bool = True  # False: packets carry no times, only a decode from the front tells which frame is which
     frame_duration: float | None = None  # seconds, what a header claims
     # MPEG-TS: a frame's bytes are spread over transport packets; called with (source, sample) instead of reading offsets/sizes.
     scattered: Callable[[Source, int], bytes] | None = None
