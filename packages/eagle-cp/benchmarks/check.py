@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from eagle_cp import ContextMesh, Layout, attention
+from eagle_cp import ContextMesh, Layout, attention, exchange_tiles, plan_tiles
 from eagle_cp.backends import KERNELS
 from eagle_cp.segments import Segments
 
@@ -94,6 +94,24 @@ def check_split(mesh, backend, lengths, heads, causal):
     return {"layout": repr(layout), "errors": [round(x, 5) for x in split], "ratio": [round(a / b, 3) for a, b in zip(split, alone)]}
 
 
+def check_tiles(mesh):
+    """Features reach the rows of their tokens, gradients the tiles; exact, since nothing is computed on the way."""
+    lengths = [4000, 13, 1500, 700]
+    total = sum(lengths)
+    layout = Layout.build([0, *torch.tensor(lengths).cumsum(0).tolist()], mesh, num_heads=28, num_kv_heads=4)
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[100 : 100 + 256 * 9] = mask[4100 : 4100 + 256 * 3] = True
+    torch.manual_seed(7)
+    features, grads = (torch.randn(12 * 256, 64, device="cuda", dtype=torch.bfloat16) for _ in "fg")
+    plan = plan_tiles(layout, mask, 256)
+    mine = features[plan.first * 256 : plan.last * 256].clone().requires_grad_()
+    rows = exchange_tiles(mine, layout)
+    order = mask.cumsum(0)[layout.local_tokens()[plan.local_rows]] - 1  # which feature each local row wants
+    (grad,) = torch.autograd.grad(rows, mine, grads[order.cuda()])
+    same = bool((rows == features[order.cuda()]).all()) and bool((grad == grads[plan.first * 256 : plan.last * 256]).all())
+    return {"exact": same, "tiles": [plan.first, plan.last], "rows": len(plan.local_rows)}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
@@ -123,6 +141,7 @@ def main():
     sys.modules["eagle_cp.attention"].FINE_ROWS = 4000  # so that "one" goes one key/value head at a time
     packs = {"one": [9001], "mixed": [5003, 1, 700, 1201, 33, 2000], "short": [700, 512, 900, 30, 1, 411, 640]}
     for u, mesh in meshes.items():
+        attempt(f"tiles u={u} r={world // u}", check_tiles, mesh)
         for name in usable:
             for pack, lengths in packs.items():
                 attempt(f"split u={u} r={world // u} {name} {pack} 28/4", check_split, mesh, name, lengths, (28, 4), True)

@@ -20,19 +20,17 @@ def _inputs(shape_q, shape_kv):
 
 
 def usp(lengths, heads, kv_heads, dim, *, ulysses: bool):
-    """yunchang (USP): Ulysses, or the zigzag ring, around torch's FlashAttention-2. One document only without flash-attn's varlen kernels."""
+    """yunchang (USP): Ulysses, or the zigzag ring, around FlashAttention-2. One document."""
     if len(lengths) > 1:
-        raise Unavailable("its varlen path needs the flash-attn 2 package")
+        raise Unavailable("its Ulysses and zigzag paths take no packed documents")
     from yunchang import LongContextAttention, set_seq_parallel_pg
     from yunchang.kernels import AttnType
 
     world, rank = dist.get_world_size(), dist.get_rank()
     set_seq_parallel_pg(*((world, 1) if ulysses else (1, world)), rank, world)
-    module = LongContextAttention(ring_impl_type="basic" if ulysses else "zigzag", attn_type=AttnType.TORCH_FLASH)
+    module = LongContextAttention(ring_impl_type="basic" if ulysses else "zigzag", attn_type=AttnType.FA)
     local = lengths[0] // world
-    # Its torch kernels take equal head counts only.
-    inputs = _inputs((1, local, heads, dim), (1, local, heads, dim))
-    return lambda q, k, v: module(q, k, v, causal=True), inputs
+    return lambda q, k, v: module(q, k, v, causal=True), _inputs((1, local, heads, dim), (1, local, kv_heads, dim))
 
 
 def usp_exchange_with_fa4(lengths, heads, kv_heads, dim):
@@ -79,8 +77,8 @@ def torch_context_parallel(lengths, heads, kv_heads, dim, *, cudnn: bool):
     return step, inputs
 
 
-def ring_flash_attn(lengths, heads, kv_heads, dim):
-    """ring-flash-attn's zigzag, where it imports."""
+def ring_zigzag(lengths, heads, kv_heads, dim):
+    """ring-flash-attn's zigzag ring around FlashAttention-2."""
     from ring_flash_attn import zigzag_ring_flash_attn_func
 
     if len(lengths) > 1:
@@ -90,11 +88,27 @@ def ring_flash_attn(lengths, heads, kv_heads, dim):
     return lambda q, k, v: zigzag_ring_flash_attn_func(q, k, v, causal=True), inputs
 
 
+def ring_llama3(lengths, heads, kv_heads, dim):
+    """ring-flash-attn's llama3: all-gather of keys and values, packs cut into equal parts without balancing."""
+    from ring_flash_attn import llama3_flash_attn_prepare_cu_seqlens, llama3_flash_attn_varlen_func
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    cu = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    cu_q, cu_k, max_q, max_k, where = llama3_flash_attn_prepare_cu_seqlens(cu, True, rank, world)
+    local = sum(lengths) // world
+
+    def step(q, k, v):
+        return llama3_flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, heads_k_stride=1, local_k_slice=where, causal=True)
+
+    return step, _inputs((local, heads, dim), (local, kv_heads, dim))
+
+
 RIVALS = {
     "USP Ulysses (FA2)": lambda *a: usp(*a, ulysses=True),
     "USP zigzag ring (FA2)": lambda *a: usp(*a, ulysses=False),
     "USP all-to-all + flash-attn-4": usp_exchange_with_fa4,
     "torch context_parallel (FA2)": lambda *a: torch_context_parallel(*a, cudnn=False),
     "torch context_parallel (cuDNN)": lambda *a: torch_context_parallel(*a, cudnn=True),
-    "ring-flash-attn zigzag": ring_flash_attn,
+    "ring-flash-attn zigzag (FA2)": ring_zigzag,
+    "ring-flash-attn llama3 (FA2)": ring_llama3,
 }

@@ -1,0 +1,53 @@
+"""The transformers integration refuses what it can't do exactly, and leaves other models alone."""
+
+import pytest
+import torch
+from eagle_cp import Layout, register_attention
+from eagle_cp.hugging_face import hugging_face_attention
+
+
+class Module(torch.nn.Module):
+    is_causal = True
+
+
+def call(**changes):
+    arguments = {"query": torch.randn(1, 4, 6, 8), "key": torch.randn(1, 2, 6, 8), "value": torch.randn(1, 2, 6, 8)}
+    arguments |= {"eagle_layout": Layout.single([0, 2, 6]), **changes}
+    return hugging_face_attention(Module(), **arguments)
+
+
+def test_shapes_follow_transformers():
+    out, weights = call()
+    assert out.shape == (1, 6, 4, 8)
+    assert weights is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eagle_layout": None}, "no layout"),
+        ({"attention_mask": torch.zeros(1, 1, 6, 6)}, "masks are not supported"),
+        ({"dropout": 0.1}, "dropout 0.1 is not supported"),
+        ({"sliding_window": 3}, "sliding window of 3"),
+        ({"softcap": 30.0}, "soft-capped"),
+        ({"query": torch.randn(2, 4, 6, 8)}, "pack the batch"),
+        ({"key": torch.randn(1, 2, 9, 8), "value": torch.randn(1, 2, 9, 8)}, "use_cache=False"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_a_window_longer_than_every_document_is_no_window():
+    torch.testing.assert_close(call(query=torch.ones(1, 4, 6, 8), sliding_window=4)[0].shape, call()[0].shape)
+
+
+def test_registering_adds_a_name_and_changes_no_model():
+    from transformers import AttentionInterface
+    from transformers.models.qwen2 import modeling_qwen2
+
+    before = modeling_qwen2.eager_attention_forward
+    register_attention("eagle_cp_test")
+    assert AttentionInterface()["eagle_cp_test"] is hugging_face_attention
+    assert modeling_qwen2.eager_attention_forward is before

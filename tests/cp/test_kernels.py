@@ -1,0 +1,103 @@
+"""Packed kernels against the plain float64 reference: segments with fewer queries than keys, padding, and the bucketed shapes that cuDNN gets."""
+
+import dataclasses
+
+import pytest
+import torch
+from eagle_cp import Layout, attention
+from eagle_cp.backends import KERNELS, choose
+from eagle_cp.blockwise import CPU, blockwise_backward, blockwise_forward, bucket_length
+from eagle_cp.segments import Segments
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def segment_reference(q, k, v, segments, causal, scale):
+    group, out = q.shape[1] // k.shape[1], []
+    for a, b, c, d in zip(segments.cu_q, segments.cu_q[1:], segments.cu_k, segments.cu_k[1:]):
+        kd, vd = (x[c:d].repeat_interleave(group, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], kd) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones(b - a, d - c, dtype=torch.bool).triu(1 + (d - c) - (b - a)), -torch.inf)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vd))
+    return torch.cat(out)
+
+
+lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 300)), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("same_shapes", [False, True])
+@settings(deadline=None, max_examples=25)
+@given(lengths, st.booleans(), st.sampled_from([(4, 2), (3, 3), (6, 1)]), st.integers(0, 99))
+def test_blockwise_segments(same_shapes, pairs, causal, heads, seed):
+    dense = dataclasses.replace(CPU, same_shapes=same_shapes and causal, max_rows=256)
+    cumulative = lambda n: [0, *torch.tensor(n).cumsum(0).tolist()]
+    segments = Segments(cumulative([a for a, _ in pairs]), cumulative([a + b for a, b in pairs]))
+    torch.manual_seed(seed)
+    q, dout = (torch.randn(segments.total_q, heads[0], 8, dtype=torch.float64) for _ in "qd")
+    k, v = (torch.randn(segments.total_k, heads[1], 8, dtype=torch.float64) for _ in "kv")
+    out, dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, q, k, v))
+    lse = blockwise_forward(dense, q, k, v, segments, causal, 0.3, out)
+    blockwise_backward(dense, dout, q, k, v, out, lse, segments, causal, 0.3, dq, dk, dv)
+    for x in (q, k, v):
+        x.requires_grad_()
+    expected = segment_reference(q, k, v, segments, causal, 0.3)
+    for got, want in zip((out, dq, dk, dv), (expected, *torch.autograd.grad(expected, (q, k, v), dout))):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 1 << 18), st.booleans())
+def test_buckets_are_few_and_tight(n, fine):
+    length = bucket_length(n, fine)
+    assert length >= n
+    assert length - n < max(128, n / 16) if fine else (length - n) * 8 < max(8, n) + 8
+    assert bucket_length(length, fine) == length
+
+
+def test_segments_of_documents_shorter_than_their_queries():
+    with pytest.raises(ValueError, match="3 queries and 2 keys"):
+        Segments([0, 3], [0, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_single_rank_precision(cp, dtype, causal):
+    """One rank in fp32 and bf16: as close to float64 as torch's own attention, document by document."""
+    lengths = [1, 7, 130, 64, 65, 3]
+    case = {"lengths": lengths, "heads": 6, "kv_heads": 2, "dim": 32, "seed": 0, "dtype": str(dtype).split(".")[1]}
+    q, k, v, dout = cp.inputs(case)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    cu = cp.cumulative(lengths)
+
+    def torch_own(q, k, v):
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), is_causal=causal, enable_gqa=True
+            )[0].transpose(0, 1)
+            for a, b in zip(cu, cu[1:])
+        ]
+        return torch.cat(parts)
+
+    def errors(function):
+        out = function(*inputs)
+        got = (out, *torch.autograd.grad(out, inputs, dout))
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, wanted)]
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = cp.reference(*exact, cu, causal)
+    wanted = [x.detach() for x in (out, *torch.autograd.grad(out, exact, dout.double()))]
+    ours = errors(lambda *x: attention(*x, Layout.single(cu), causal=causal))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), ours, errors(torch_own)):
+        assert a <= 1.2 * b + 1e-7, f"{name}: {a:.2e}, torch's own {b:.2e}"
+
+
+def test_choice_says_why():
+    assert choose(torch.device("cpu"), torch.float64, 64).name == "cpu"
+    assert list(KERNELS) == ["flash-attn-4", "torch-flash", "cudnn", "flash-attn", "cpu"]
+    with pytest.raises(ValueError, match=r"backend 'cudnn' can't run: needs CUDA tensors, got cpu"):
+        choose(torch.device("cpu"), torch.float32, 64, backend="cudnn")
+    with pytest.raises(ValueError, match=r"no backend 'flash'; known: flash-attn-4"):
+        choose(torch.device("cpu"), torch.float32, 64, backend="flash")
+    with pytest.raises(ValueError, match=r"no kernel for int64.*cpu: takes float64"):
+        choose(torch.device("cpu"), torch.int64, 64)

@@ -1,0 +1,149 @@
+"""shard and unshard on one rank and many, and errors that every rank raises alike."""
+
+import pytest
+import torch
+from eagle_cp import ContextMesh, Layout
+from eagle_cp.layout import agree
+
+LENGTHS = [50, 3, 1, 17, 8]
+
+
+def sharding(meshes, case):
+    """shard then unshard gives everything back; so do the gradients."""
+    for mesh in meshes.values():
+        total = sum(case)
+        layout = Layout.build([0, *torch.tensor(case).cumsum(0).tolist()], mesh, num_heads=8, num_kv_heads=8)
+        ids = torch.arange(total)
+        local = layout.shard(ids, fill=-100)
+        assert local.shape == (layout.local,)
+        assert int((local == -100).sum()) == int((layout.local_tokens() < 0).sum())
+        assert torch.equal(layout.unshard(local), ids)
+        x = torch.randn(2, total, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(layout.unshard(layout.shard(x, dim=1), dim=1), x)
+        assert torch.equal(layout.unshard(layout.shard(x, dim=-2), dim=-2), x)
+        # Every rank's loss depends on all tokens through unshard; the gradient of a row sums over the ranks' losses.
+        leaf = layout.shard(x, dim=1).requires_grad_()
+        weight = torch.randn(2, total, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        (layout.unshard(leaf, dim=1) * weight).sum().backward()
+        torch.testing.assert_close(leaf.grad, layout.shard(weight, dim=1) * mesh.size)
+        whole = x.clone().requires_grad_()
+        (layout.shard(whole, dim=1) ** 2).sum().backward()
+        tokens = layout.local_tokens()
+        expected = torch.zeros_like(x)
+        expected[:, tokens[tokens >= 0]] = 2 * x[:, tokens[tokens >= 0]]
+        torch.testing.assert_close(whole.grad, expected)
+    return True
+
+
+def bad_input(meshes, case):
+    """The error of each rank, for input that is wrong in the way `case` says."""
+    kind, bad_rank = case
+    mesh = meshes[1]
+    wrong = bad_rank is None or mesh.rank == bad_rank
+    cu = [0, 5, 3] if kind == "falling" and wrong else [0, 5, 20] if kind == "other" and wrong else [0, 5, 21]
+    heads = (6, 4) if kind == "heads" and wrong else (8, 4)
+    try:
+        layout = Layout.build(cu, mesh, num_heads=heads[0], num_kv_heads=heads[1], verify=bad_rank is not None)
+        from eagle_cp import attention
+
+        dtype = torch.int64 if kind == "dtype" and wrong else torch.float32
+        rows = layout.local + (kind == "rows" and wrong)
+        q, k = torch.ones(rows, 8, 4, dtype=dtype), torch.ones(rows, 4, 4, dtype=dtype)
+        attention(q, k, k, layout)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def hang(meshes, folder):
+    """Rank 1 comes 1.2 s late to a collective; the others' watchdogs say so."""
+    import time
+
+    import torch.distributed as dist
+
+    mesh, reports = meshes[1], []
+    from eagle_cp.watchdog import Watchdog
+
+    store = dist.FileStore(folder, mesh.size)
+    with Watchdog(mesh.groups(), timeout=0.3, store=store, report=reports.append):
+        if mesh.rank == 1:
+            time.sleep(1.2)
+        mesh.context.gather_rows(torch.zeros(3))
+    return reports
+
+
+FUNCTIONS = {"sharding": sharding, "bad_input": bad_input, "hang": hang}
+
+
+def test_single_is_the_identity():
+    layout = Layout.single(torch.tensor([0, 4, 9]))
+    x = torch.randn(9, 2)
+    assert layout.shard(x) is x
+    assert layout.unshard(x) is x
+    assert (layout.total, layout.local, layout.pad, layout.cu_seqlens) == (9, 9, 0, (0, 4, 9))
+    alone = Layout.build([0, 4, 9], ContextMesh.single(), num_heads=3, num_kv_heads=1)
+    assert alone.shard(x) is x
+    assert torch.equal(alone.order(), torch.arange(9))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_shard_and_unshard(ranks, size):
+    for case in (LENGTHS, [1], [64], [1] * 7):
+        assert all(ranks(size).call("sharding", case))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("falling", "document 1 has length -2"),
+        ("heads", "6 query heads can't share 4 key/value heads"),
+        ("dtype", "no kernel for int64"),
+        ("rows", "tokens, the layout"),
+    ],
+)
+def test_bad_input_is_the_same_error_on_every_rank(ranks, kind, message):
+    everywhere = ranks(3).call("bad_input", (kind, None))
+    assert len(set(everywhere)) == 1
+    assert message in everywhere[0]
+    # Wrong on one rank only: with verify=True every rank raises, and says whose fault it is.
+    one = ranks(3).call("bad_input", (kind, 2))
+    assert len(set(one)) == 1
+    assert "context rank 2: " in one[0]
+    assert message in one[0]
+
+
+def test_ranks_that_disagree_are_named(ranks):
+    errors = ranks(3).call("bad_input", ("other", 1))
+    assert len(set(errors)) == 1
+    assert "[0, 2] / [1]" in errors[0]
+
+
+def test_watchdog_says_who_waits_for_what(ranks, tmp_path):
+    reports = ranks(3).call("hang", str(tmp_path / "store"))
+    for rank in (0, 2):
+        text = "\n".join(reports[rank])
+        assert f"rank {rank} has waited" in text
+        assert "all_gather number" in text
+        assert "rank 1: not in a collective" in text or "rank 1: has called none yet" in text
+    assert reports[1] == []
+
+
+def test_agreement_of_one():
+    agree(ContextMesh.single(), None, "facts", "what")
+    with pytest.raises(ValueError, match="context rank 0: broken"):
+        agree(ContextMesh.single(), "broken", "facts", "what")
+
+
+@pytest.mark.parametrize(
+    ("cu", "message"),
+    [([0], "expected"), ([1, 2], "expected"), ([0, 2, 2], "document 1 has length 0"), ([0, 3, 1], "document 1 has length -2")],
+)
+def test_lengths_that_do_not_add_up(cu, message):
+    with pytest.raises(ValueError, match=message):
+        Layout.single(cu)
+
+
+def test_shard_of_the_wrong_length():
+    layout = Layout.build([0, 4], ContextMesh.single(), num_heads=1, num_kv_heads=1)
+    with pytest.raises(ValueError, match="should have the pack's 4 tokens"):
+        layout.shard(torch.zeros(3))

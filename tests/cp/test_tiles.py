@@ -1,0 +1,127 @@
+"""A tiny SigLIP, connector and language model over a context group: outputs and every gradient equal one process, also with ranks without tiles."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from eagle_cp import ContextMesh, Layout, exchange_tiles, plan_tiles, register_attention
+
+TOKENS_PER_TILE = 4
+
+
+@functools.cache
+def models(attention):
+    from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    vision = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+            vision_use_head=False, attn_implementation="eager",
+        )
+    )  # fmt: skip
+    connector = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 32))
+    language = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            attn_implementation=attention,
+        )
+    )  # fmt: skip
+    return torch.nn.ModuleDict({"vision": vision, "connector": connector, "language": language}).double()
+
+
+def batch(case):
+    """Documents of `lengths` tokens; `tiles` says after which token of which document a tile's features start."""
+    generator = torch.Generator().manual_seed(3)
+    cu = [0, *np.cumsum(case["lengths"]).tolist()]
+    ids = torch.randint(1, 50, (cu[-1],), generator=generator)
+    for document, at in case["tiles"]:
+        ids[cu[document] + at : cu[document] + at + TOKENS_PER_TILE] = 0  # 0 stands for the image token
+    pixels = torch.randn(len(case["tiles"]), 3, 8, 8, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 50, (cu[-1],), generator=generator)
+    weights = torch.rand(cu[-1], generator=generator, dtype=torch.float64)
+    positions = torch.cat([torch.arange(n) for n in case["lengths"]])
+    return cu, ids, pixels, targets, weights, positions
+
+
+def loss_of(logits, targets, weights, total):
+    return (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum() / total
+
+
+def sharded_step(meshes, case):
+    register_attention()
+    model = models("eagle_cp")
+    model.zero_grad()
+    cu, ids, pixels, targets, weights, positions = batch(case)
+    mesh = meshes[case["ulysses"]] if meshes else ContextMesh.single()
+    layout = Layout.build(cu, mesh, num_heads=4, num_kv_heads=2)
+    plan = plan_tiles(layout, ids == 0, TOKENS_PER_TILE)
+    for group in mesh.groups():
+        group.record = []
+    mine = pixels[plan.first : plan.last]
+    encoded = model["vision"](mine if len(mine) else torch.zeros(1, 3, 8, 8).double()).last_hidden_state  # its reshapes need an image
+    features = model["connector"](encoded[: len(mine)])
+    rows = exchange_tiles(features, layout)
+    embeds = model["language"].get_input_embeddings()(layout.shard(ids))
+    embeds = embeds.index_copy(0, plan.local_rows, rows)
+    out = model["language"](inputs_embeds=embeds[None], position_ids=layout.shard(positions)[None], use_cache=False, eagle_layout=layout)
+    loss = loss_of(out.logits[0], layout.shard(targets), layout.shard(weights), weights.sum())
+    loss.backward()
+    record = {group.name: (group.ranks, [tuple(c) for c in group.record]) for group in mesh.groups()}
+    grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), grads, record, plan.last - plan.first
+
+
+def plain_step(case):
+    """One process, no packing: every document by itself through torch's own attention."""
+    model = models("sdpa")
+    model.zero_grad()
+    cu, ids, pixels, targets, weights, _ = batch(case)
+    features = model["connector"](model["vision"](pixels).last_hidden_state).flatten(0, 1) if len(pixels) else None
+    embeds = model["language"].get_input_embeddings()(ids)
+    if features is not None:
+        embeds = embeds.masked_scatter((ids == 0)[:, None], features)
+    logits = [model["language"](inputs_embeds=embeds[None, a:b], use_cache=False).logits[0] for a, b in zip(cu, cu[1:])]
+    loss = loss_of(torch.cat(logits), targets, weights, weights.sum())
+    loss.backward()
+    return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+FUNCTIONS = {"sharded_step": sharded_step}
+CASES = [
+    {"lengths": [30, 12, 5], "tiles": [(0, 2), (0, 6), (0, 20), (1, 1), (1, 7)]},
+    {"lengths": [40, 3], "tiles": [(0, 30)]},  # fewer tiles than ranks
+    {"lengths": [9, 8, 7, 3], "tiles": []},
+]
+
+
+def compare(cp, results, case):
+    loss, expected = plain_step(case)
+    assert abs(sum(r[0] for r in results) - loss) < 1e-12
+    cp.same_order([(None, None, r[2]) for r in results])
+    for name, grad in expected.items():
+        total = sum(r[1].get(name, 0) for r in results)
+        np.testing.assert_allclose(total, grad, rtol=0, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_process(cp, case):
+    compare(cp, [sharded_step(None, case)], case)
+
+
+@pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (2, 2), (3, 1), (4, 2)])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_vision_connector_and_language(cp, ranks, size, ulysses, case):
+    results = ranks(size).call("sharded_step", {**case, "ulysses": ulysses})
+    assert sum(r[3] for r in results) == len(case["tiles"])
+    assert max(r[3] for r in results) - min(r[3] for r in results) <= 1
+    compare(cp, results, case)
+
+
+def test_bad_plans():
+    layout = Layout.build([0, 10], ContextMesh.single(), num_heads=1, num_kv_heads=1)
+    with pytest.raises(ValueError, match="3 feature tokens are not a multiple of 4"):
+        plan_tiles(layout, torch.arange(10) < 3, 4)
+    with pytest.raises(ValueError, match=r"expected \[10\]"):
+        plan_tiles(layout, torch.zeros(9, dtype=torch.bool), 4)
