@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import random
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -115,6 +116,7 @@ def check_tiles(mesh):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
+    parser.add_argument("--match", default=".", help="regular expression over the names of checks")
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=60), device_id=torch.device("cuda", torch.cuda.current_device()))
@@ -123,6 +125,8 @@ def main():
     rows = []
 
     def attempt(name, function, *arguments):
+        if not re.search(args.match, name):
+            return
         try:
             row = {"check": name, **function(*arguments)}
         except Exception as e:
