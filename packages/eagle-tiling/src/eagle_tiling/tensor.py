@@ -18,22 +18,22 @@ _SUPPORT = 2.0
 
 
 @lru_cache(maxsize=64)
-def bicubic_weights(size: int, new_size: int) -> np.ndarray:
-    """Weights of Pillow's antialiased bicubic along one axis: float32 [new_size, size], every row sums to 1."""
+def bicubic_taps(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pillow's antialiased bicubic along one axis: places int64 and weights float32, both [new_size, taps]; each row of weights sums to 1.
+
+    A row's places all differ and lie in 0..size-1; what Pillow would leave out has weight 0.
+    """
     scale = size / new_size
     stretch = max(scale, 1.0)
     support = _SUPPORT * stretch
     centre = (np.arange(new_size) + 0.5) * scale
     first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
     last = np.minimum((centre + support + 0.5).astype(np.int64), size)  # one past the end
-    place = first[:, None] + np.arange(int((last - first).max()))
-    inside = place < last[:, None]
+    taps = int((last - first).max())
+    place = np.minimum(first, size - taps)[:, None] + np.arange(taps)
+    inside = (place >= first[:, None]) & (place < last[:, None])
     weights = np.where(inside, _bicubic((place - centre[:, None] + 0.5) / stretch), 0.0)
-    weights /= weights.sum(axis=1, keepdims=True)
-    dense = np.zeros((new_size, size), np.float32)
-    rows = np.broadcast_to(np.arange(new_size)[:, None], place.shape)
-    dense[rows[inside], place[inside]] = weights[inside]
-    return dense
+    return place, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _bicubic(x: np.ndarray) -> np.ndarray:
@@ -74,15 +74,20 @@ def _resize(rgb: Any, width: int, height: int) -> Any:
 def _across(rgb: Any, width: int) -> Any:
     if rgb.shape[2] == width:
         return rgb
-    weights = rgb.new_tensor(bicubic_weights(rgb.shape[2], width))
-    return (rgb @ weights.T).round().clamp(0, 255)
+    return (rgb @ _matrix(rgb, rgb.shape[2], width).T).round().clamp(0, 255)
 
 
 def _down(rgb: Any, height: int) -> Any:
     if rgb.shape[1] == height:
         return rgb
-    weights = rgb.new_tensor(bicubic_weights(rgb.shape[1], height))
-    return (weights @ rgb).round().clamp(0, 255)
+    return (_matrix(rgb, rgb.shape[1], height) @ rgb).round().clamp(0, 255)
+
+
+def _matrix(like: Any, size: int, new_size: int) -> Any:
+    """The weights as a float matrix [new_size, size] on the device of `like`; only the taps travel there."""
+    place, weights = bicubic_taps(size, new_size)
+    places = like.new_zeros(()).long().new_tensor(place)
+    return like.new_zeros((new_size, size)).scatter_(1, places, like.new_tensor(weights))
 
 
 def _vertical_first(width: int, height: int, new_width: int, new_height: int) -> bool:
