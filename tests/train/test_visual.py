@@ -124,10 +124,11 @@ def test_wanted_frames_follow_the_rate(videos, fps, max_frames):
         assert wanted == min(expected if max_frames is None else min(expected, max_frames), frames[index])
 
 
-def test_uniform_strategy_and_unknown_sizes(make_facts):
-    facts = make_facts([{"text": 100, "videos": [(1000, 10)]}])
-    visual = plan_visual(facts, 32768, MODEL, sampling=SamplingConfig(strategy="uniform"), tiling=TILING)
-    assert visual.frames.tolist() == [32]
+def test_uniform_takes_a_fixed_number_of_frames(make_facts):
+    facts = make_facts([{"text": 100, "videos": [video]} for video in ((1000, 10), (40, 10), (20, 10), 500)])
+    for max_frames, frames in ((None, [32, 32, 20, 32]), (64, [64, 40, 20, 64])):
+        sampling = SamplingConfig(strategy="uniform", max_frames=max_frames)
+        assert plan_visual(facts, 65536, MODEL, sampling=sampling, tiling=TILING).frames.tolist() == frames
 
 
 def test_speed(make_facts):

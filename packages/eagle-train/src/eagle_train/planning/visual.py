@@ -11,7 +11,7 @@ import numpy as np
 
 from eagle_model.prompt import sampled_fps, shown_times
 from eagle_sampling import CAPS, Dropped, PlanColumns, PlanResult, TimeTable, choose_times, plan_many
-from eagle_sampling.budget import STATUS
+from eagle_sampling.budget import FRAMES_PER_VIDEO, STATUS
 from eagle_tiling import Grid, select_grid, tile_counts
 from eagle_train.config import SamplingConfig, TilingConfig
 from eagle_train.data.facts import Facts
@@ -92,12 +92,13 @@ def plan_visual(facts: Facts, max_tokens: int, model: ModelFacts, *, sampling: S
             image_tokens=tiles * k,
             video_offsets=video_offsets,
             wanted=wanted,
-            minimum=np.minimum(available, sampling.min_frames),
+            minimum=np.minimum(wanted, sampling.min_frames),
             frame_tokens=overhead + k,
         ),
         max_tokens=max_tokens,
         caps=caps,
         strategy=sampling.strategy,
+        frames_per_video=sampling.max_frames or FRAMES_PER_VIDEO,
     )
     fits = result.status == 0
     column = np.maximum(result.image_cap_index, 0).astype(np.int64)  # -1 in dropped rows
@@ -129,7 +130,10 @@ def wanted_column(seconds: np.ndarray, available: np.ndarray, sampling: Sampling
     """Frames to aim at, int64 [V]: `fps` a second (`eagle_sampling.wanted_frames` over columns), all pages of a document.
 
     Never fewer than `min_frames` where the video has them, as in the original, and at most `max_frames` and what there is.
+    The strategy "uniform" asks for `max_frames` (32 unless told) of every video, whatever its length.
     """
+    if sampling.strategy == "uniform":
+        return np.minimum(available, sampling.max_frames or FRAMES_PER_VIDEO).astype(np.int64)
     document = np.isnan(seconds)
     by_rate = np.maximum(np.floor(np.where(document, 0.0, seconds) * sampling.fps + 1e-6), 1)
     wanted = np.where(document, available, np.maximum(by_rate, sampling.min_frames)).astype(np.int64)
