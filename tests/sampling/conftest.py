@@ -65,16 +65,22 @@ def decode_all(path: Path, size: tuple[int, int] | None = None, rotation: int = 
     pictures = {}
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "NONE"
-        try:
-            for frame in container.decode(video=0):
+        packets = container.demux(video=0)
+        while True:
+            try:
+                packet = next(packets, None)
+                frames = [] if packet is None else packet.decode()
+            except av.FFmpegError:
+                continue  # a damaged file: ffmpeg goes on with the next packet
+            for frame in frames:
                 width, height = size or (frame.width, frame.height)
                 if rotation in (90, 270) and size is None:
                     width, height = height, width
                 picture = np.zeros((1, height, width, 3), np.uint8)
                 Painter(picture, rotation, mirrored, lambda: False).paint(frame, [0])
                 pictures[frame.pts] = picture[0]
-        except av.FFmpegError:
-            pass  # a damaged file: what came before counts
+            if packet is None:
+                break
     return pictures
 
 

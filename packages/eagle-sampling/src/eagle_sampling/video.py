@@ -129,7 +129,10 @@ def _find(track: Track, asked: NDArray[np.float64], tolerance: float) -> tuple[N
         near = np.where(np.abs(key_seconds[left] - asked) <= np.abs(key_seconds[right] - asked), left, right)
         samples = np.where(np.abs(key_seconds[near] - asked) <= tolerance, keys[near], samples)
     reason = f"the video shows frames from {seconds[0]:.6f} to {end:.6f} s"
-    return np.where(bad, -1, samples), [FrameError(int(i), float(asked[i]), reason) for i in np.flatnonzero(bad)]
+    errors = [FrameError(int(i), float(asked[i]), reason) for i in np.flatnonzero(bad)]
+    twice = np.isin(track.ticks[samples], track.doubled()) & ~bad
+    errors += [FrameError(int(i), float(asked[i]), "two frames of the file claim this time") for i in np.flatnonzero(twice)]
+    return np.where(bad | twice, -1, samples), errors
 
 
 def _output_size(track: Track, size: int | tuple[int, int] | None) -> tuple[int, int]:

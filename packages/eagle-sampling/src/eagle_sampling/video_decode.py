@@ -111,6 +111,7 @@ class Decoder:
     def __init__(self, reader: PacketReader, track: Track, painter: Painter, check: Callable[[], None], threads: int = 1):
         self.reader, self.track, self.painter, self.check = reader, track, painter, check
         self.failures: dict[int, str] = {}
+        self.orderly = not len(track.doubled())
         context = reader.context
         # explode: report damage instead of painting over it. strict: assume the deepest reordering where the stream doesn't say.
         context.options = {"err_detect": "explode", "strict": "1"} if track.codec == "h264" else {"err_detect": "explode"}
@@ -119,50 +120,59 @@ class Decoder:
 
     def run(self, group: Group, places: dict[int, list[int]]) -> None:
         """Paint the group's targets to `places[sample]`, or note why not."""
-        left = {int(self.track.ticks[sample]): sample for sample in group.targets}
+        left = set(group.targets)
         start: int | None = group.start
         reason = None
         for attempt in range(4):
-            reason = self._decode(start, max(left.values()) + 1, left, places)
+            reason = self._decode(start, max(left) + 1, left, places)
             # What looks like damage may be a reference to before an open GOP's keyframe: one keyframe earlier tells.
             start = earlier_start(self.track, start, attempt) if left and (reason is None or attempt == 0) else None
             if start is None:
                 break
-        for sample in left.values():
+        for sample in left:
             self.failures[sample] = reason or "the decoder gives no frame of that time"
 
-    def _decode(self, start: int, stop: int, left: dict[int, int], places: dict[int, list[int]]) -> str | None:
+    def _decode(self, start: int, stop: int, left: set[int], places: dict[int, list[int]]) -> str | None:
         """One pass over samples start ... stop - 1; takes what it finds out of `left`. Returns a reason when the data are damaged."""
         ticks = self.track.ticks[start:stop].tolist()
-        wanted = set(left.values())
+        number = {ticks[sample - start]: sample for sample in left}
+        painted: list[int] = []
+        damaged = stop  # the first sample whose picture isn't whole; what is decoded after it may refer to it
         read, context = self.reader.packet, self.reader.context
-        sent = start
-        reason = None
+
+        def take(frame: av.VideoFrame) -> None:
+            nonlocal damaged
+            if frame.is_corrupt and frame.pts in ticks:
+                damaged = min(damaged, start + ticks.index(frame.pts))
+            sample = number.pop(frame.pts, None) if frame.pts is not None else None
+            if sample is not None and sample < damaged:
+                self.painter.paint(frame, places[sample])
+                painted.append(sample)
+
+        sent, reason = start, None
         try:
             for sample in range(start, stop):
-                if ticks[sample - start] < ticks[0] and sample not in wanted:
+                tick = ticks[sample - start]
+                wanted = sample in left
+                if tick < ticks[0] and not wanted and self.orderly:
                     continue  # a leading picture of an open GOP: it refers to frames before `start`, and nothing that we want refers to it
                 sent = sample
-                packet = read(sample, stop, sample in wanted)
+                packet = read(sample, stop, wanted)
                 if packet is None:
                     continue
                 self.check()
                 for frame in context.decode(packet):
-                    self._take(frame, left, places)
+                    take(frame)
         except av.FFmpegError as error:
-            at = float(self.track.seconds(np.array([sent]))[0])
-            reason = f"the data of the frame at {at:.3f} s are damaged ({error.strerror or error})"
+            damaged, reason = min(damaged, sent), error.strerror or str(error)
         try:
             for frame in context.decode(None):
-                # After damage only what was complete before it counts.
-                if reason is None or left.get(frame.pts if frame.pts is not None else -1, stop) < sent:
-                    self._take(frame, left, places)
+                take(frame)
         except av.FFmpegError as error:
-            reason = reason or f"the decoder fails at the end of the group ({error.strerror or error})"
+            reason = reason or error.strerror or str(error)
         context.flush_buffers()
-        return reason
-
-    def _take(self, frame: av.VideoFrame, left: dict[int, int], places: dict[int, list[int]]) -> None:
-        sample = left.pop(frame.pts, None) if frame.pts is not None and not frame.is_corrupt else None
-        if sample is not None:
-            self.painter.paint(frame, places[sample])
+        left.difference_update(sample for sample in painted if sample < damaged)
+        if damaged == stop and reason is None:
+            return None
+        at = float(self.track.seconds(np.array([min(damaged, stop - 1)]))[0])
+        return f"the data of the frame at {at:.3f} s are damaged ({reason or 'the picture is incomplete'})"

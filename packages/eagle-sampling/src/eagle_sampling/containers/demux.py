@@ -20,6 +20,8 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
                 raise MediaError(f"{path}: has no video track")
             stream = container.streams.video[0]
             context = stream.codec_context
+            if context is None:
+                raise MediaError(f"{path}: no decoder is known for its video track")
             ticks: list[int] = []
             sync: list[bool] = []
             shown: list[bool] = []

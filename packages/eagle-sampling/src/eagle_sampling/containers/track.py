@@ -58,8 +58,10 @@ class Track:
             self._order = order if self.shown is None else order[self.shown[order]]
         return self._order
 
-    def time_table(self) -> TimeTable:
-        return TimeTable.from_ticks(self.ticks[self.presentation_order()], self.unit)
+    def doubled(self) -> NDArray[np.int64]:
+        """Ticks at which more than one frame claims to appear: a damaged index, or a muxer that rounded two frames to one time."""
+        ticks = self.ticks[self.presentation_order()]
+        return np.unique(ticks[1:][np.diff(ticks) == 0])
 
     def seconds(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
         """Presentation times of the samples, each correctly rounded."""
