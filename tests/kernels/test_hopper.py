@@ -7,7 +7,7 @@ import torch
 
 import eagle_kernels
 
-pytestmark = pytest.mark.skipif(not eagle_kernels.dispatch.has_triton(), reason="triton isn't installed")
+pytestmark = pytest.mark.skipif(not eagle_kernels.dispatch.HAS_TRITON, reason="triton isn't installed")
 
 
 def leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -21,13 +21,13 @@ def batch_ms(function: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(stop) / calls
 
 
-def interleaved_ms(contenders: dict[str, Callable[[], object]], rounds: int = 9, batch: float = 10.0) -> dict[str, float]:
+def interleaved_ms(contenders: dict[str, Callable[[], object]], rounds: int = 9, batch: float = 10.0, most: int = 50) -> dict[str, float]:
     """Median milliseconds of each contender: `rounds` rounds in which everyone runs a batch of about `batch` ms in turn."""
     calls = {}
     for name, function in contenders.items():
         function()
         once = batch_ms(function, 2)
-        calls[name] = max(1, min(50, int(batch / once)))
+        calls[name] = max(1, min(most, int(batch / once)))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, function in contenders.items():

@@ -121,16 +121,15 @@ def losses(bandwidth: float) -> None:
     labels = torch.randint(0, VOCAB, (3584,), device="cuda")
     found, weighted = torch.empty(3584, device="cuda"), torch.empty(3584, device="cuda")
 
-    def run(block: int, warps: int, first: str, second: str) -> Callable[[], object]:
+    def run(block: int, warps: int) -> Callable[[], object]:
         return lambda: cross_entropy.loss_kernel[(3584,)](
             logits, labels, labels, found, found, found, weighted, 0, VOCAB, 0.0, 0.0,
             HAS_INDEX=False, HAS_WEIGHTS=False, HAS_SCALE=False, SMOOTHING=False,
-            GRADIENT=True, PRECISE=False, BLOCK=block, FIRST=first, SECOND=second, num_warps=warps,
+            GRADIENT=True, PRECISE=False, BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
-    hints = (("", ""), ("evict_last", "evict_first"), ("", "evict_first"))
-    shapes = [s + h for s in ((2048, 8), (2048, 16), (4096, 16), (4096, 32), (8192, 16), (8192, 32), (16384, 32)) for h in hints]
-    race("loss (block, warps, first, second)", {s: run(*s) for s in shapes}, 2 * logits.nbytes / bandwidth * 1e3)
+    shapes = [(1024, 4), (1024, 8), (2048, 4), (2048, 8), (2048, 16), (4096, 8), (4096, 16), (4096, 32), (8192, 16), (8192, 32)]
+    race("loss (block, warps)", {s: run(*s) for s in shapes}, 2 * logits.nbytes / bandwidth * 1e3)
     gradient = torch.randn(VOCAB, HIDDEN, device="cuda")
     one = torch.ones((), device="cuda")
     print(f"scale to bf16 {batch_ms(lambda: cross_entropy.launch_scale(gradient, one, None, BF16, False), 5):.3f} ms")

@@ -15,9 +15,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _forced: str | None = None  # a plain global, because torch.compile guards on those and can't trace a context variable
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -39,8 +37,10 @@ def implementation(name: str, device: torch.device | str | None = None, dtype: t
         return "torch"
     if _forced is not None:
         return _forced
-    if device.type != "cuda" or not has_triton():
+    if device.type != "cuda" or not HAS_TRITON:
         return "torch"
+    if torch.compiler.is_compiling():
+        return "triton"  # what compiles for the device can run there, and asking the driver can't be traced
     return "triton" if _capable(device.index if device.index is not None else torch.cuda.current_device()) else "torch"
 
 

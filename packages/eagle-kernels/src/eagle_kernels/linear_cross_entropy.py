@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eagle_kernels import checks, reference
 from eagle_kernels.dispatch import use_triton
-from eagle_kernels.matmul import accumulate_, gradient_dtype
+from eagle_kernels.matmul import accumulate_, gradient_dtype, product_in_float32
 from eagle_kernels.registry import register
 
 # Logits of one chunk: 3584 rows of 152064 in bf16 are 1.02 GiB. Fewer rows make the matmuls slower, more rows only cost memory.
@@ -90,13 +90,16 @@ def _forward(
         chunk = logits[: stop - start]
         torch.mm(part, weight.t(), out=chunk)
         launch_loss(chunk, rows, labels, token_weights, scale, losses, weighted, start, smoothing, z_loss, gradient)
-        if need_hidden:
-            if index is None:
-                torch.mm(chunk, weight, out=dhidden[start:stop])
-            else:
-                dhidden.index_copy_(0, index, torch.mm(chunk, weight))
         if need_weight:
             accumulate_(dweight, chunk.t(), part, first=start == 0)
+        del part
+        if need_hidden:
+            product = product_in_float32(chunk, weight)
+            if index is None:
+                dhidden[start:stop] = product
+            else:
+                dhidden.index_copy_(0, index, product.to(dhidden.dtype))
+            del product
     loss = weighted.sum()
     if scale is None:
         loss = loss / divisor

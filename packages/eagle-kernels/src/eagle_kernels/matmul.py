@@ -26,6 +26,14 @@ def accumulate_(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
                 out[start : start + SLICE_ROWS] += part
 
 
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` as float32 (float64 for float64). A long inner dimension (a vocabulary) makes cuBLAS split it and add the parts in the
+    result's dtype: in bf16 that costs more accuracy than everything else in the operator."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.ops.aten.mm.dtype(a, b, torch.float32)
+    return a @ b
+
+
 def gradient_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which `weight` wants its gradient: `weight.grad_dtype` where the caller set one (torch >= 2.11), else its own."""
     if torch.compiler.is_compiling() or not weight.is_leaf:

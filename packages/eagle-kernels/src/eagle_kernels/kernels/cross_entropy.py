@@ -25,10 +25,24 @@ def exp(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def load_logits(logits_ptr, offset, label, vocab, PRECISE: tl.constexpr):
+    """Logits at `offset`, -inf beyond the vocabulary and, if PRECISE, at the label."""
+    x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf"), eviction_policy="evict_last").to(tl.float32)
+    if PRECISE:
+        x = tl.where(offset == label, -float("inf"), x)
+    return x
+
+
+@triton.jit
+def finite(x):
+    return tl.where(x == -float("inf"), 0.0, x)
+
+
+@triton.jit
 def loss_kernel(
     logits_ptr, index_ptr, labels_ptr, weights_ptr, scale_ptr, losses_ptr, weighted_ptr, start, vocab, smoothing, z_loss,
     HAS_INDEX: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_SCALE: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
-    PRECISE: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    PRECISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     token = start + row
@@ -42,49 +56,75 @@ def loss_kernel(
     if HAS_SCALE:
         scale = weight / tl.load(scale_ptr).to(tl.float32)
     logits_ptr += row * vocab
-    blocks = tl.cdiv(vocab, BLOCK)
     column = tl.arange(0, BLOCK)
+    valid = (label >= 0) & (label < vocab)
+    picked = tl.load(logits_ptr + label, mask=valid, other=float("nan")).to(tl.float32)
 
-    # Every lane keeps its own maximum and sum, so that a block costs no reduction across threads.
+    # Every lane keeps its own maximum and sum, so that a block costs no reduction across threads, and rescales its sum once per four
+    # columns: the exponential unit is as busy here as the memory. In float32 the label is left out of the sum, so that 1 - p comes
+    # from what the others have and not from a difference of nearly equal numbers.
     largest = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     plain = tl.zeros((BLOCK,), dtype=tl.float32)
-    for block in range(0, blocks):
-        offset = block * BLOCK + column
-        x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf"), eviction_policy=FIRST).to(tl.float32)
-        update = tl.maximum(largest, x)
+    for start_column in range(0, vocab, 4 * BLOCK):
+        offset = start_column + column
+        a = load_logits(logits_ptr, offset, label, vocab, PRECISE)
+        b = load_logits(logits_ptr, offset + BLOCK, label, vocab, PRECISE)
+        c = load_logits(logits_ptr, offset + 2 * BLOCK, label, vocab, PRECISE)
+        d = load_logits(logits_ptr, offset + 3 * BLOCK, label, vocab, PRECISE)
+        update = tl.maximum(largest, tl.maximum(tl.maximum(a, b), tl.maximum(c, d)))
         # A lane that has seen nothing but -inf must not compute inf - inf.
         base = tl.where(update == -float("inf"), 0.0, update)
-        total = total * exp(largest - base, PRECISE) + exp(x - base, PRECISE)
+        fresh = (exp(a - base, PRECISE) + exp(b - base, PRECISE)) + (exp(c - base, PRECISE) + exp(d - base, PRECISE))
+        total = total * exp(largest - base, PRECISE) + fresh
         largest = update
         if SMOOTHING:
-            plain += tl.where(offset < vocab, x, 0.0)
+            plain += (finite(a) + finite(b)) + (finite(c) + finite(d))
     maximum = tl.max(largest, axis=0)
-    denominator = tl.sum(total * exp(largest - maximum, PRECISE), axis=0)
+    if PRECISE:
+        maximum = tl.maximum(maximum, picked)
+    rest = tl.sum(total * exp(largest - maximum, PRECISE), axis=0)
+    denominator = rest
     log_sum = tl.log(denominator)
+    if PRECISE:
+        own = exp(picked - maximum, PRECISE)
+        denominator = rest + own
+        # log(1 + rest) without losing a small rest (Kahan): the rounding of 1 + rest is divided out again.
+        shifted = denominator + (-1.0)
+        log_sum = tl.where((own == 1.0) & (shifted > 0.0), tl.log(denominator) * (rest / shifted), tl.log(denominator))
+        log_sum = tl.where((own == 1.0) & (shifted == 0.0), rest, log_sum)
     lse = maximum + log_sum
 
-    valid = (label >= 0) & (label < vocab)
-    picked = tl.load(logits_ptr + label, mask=valid, other=float("nan")).to(tl.float32)
     loss = (maximum - picked) + log_sum
     if SMOOTHING:
-        loss = (1.0 - smoothing) * loss + smoothing * ((maximum - tl.sum(plain, axis=0) / vocab) + log_sum)
+        mean = tl.sum(plain, axis=0)
+        if PRECISE:
+            mean += picked
+        mean /= vocab
+        loss = (1.0 - smoothing) * loss + smoothing * ((maximum - mean) + log_sum)
     loss += z_loss * lse * lse
     tl.store(losses_ptr + token, loss)
     tl.store(weighted_ptr + start + row, loss * scale)
 
     if GRADIENT:
         tl.debug_barrier()  # the label's logit is read by one thread and overwritten by another
-        factor = scale * (1.0 + 2.0 * z_loss * lse) / denominator
+        softmax = scale * (1.0 + 2.0 * z_loss * lse)
+        factor = softmax / denominator
         uniform = 0.0
         if SMOOTHING:
             uniform = scale * smoothing / vocab
+        blocks = tl.cdiv(vocab, BLOCK)
         for step in range(0, blocks):
             offset = (blocks - 1 - step) * BLOCK + column
-            x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf"), eviction_policy=SECOND).to(tl.float32)
+            x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf"), eviction_policy="evict_first").to(tl.float32)
             gradient = exp(x - maximum, PRECISE) * factor - uniform
-            gradient = tl.where(offset == label, gradient - scale * (1.0 - smoothing), gradient)
-            tl.store(logits_ptr + offset, gradient.to(logits_ptr.dtype.element_ty), mask=offset < vocab, eviction_policy=SECOND)
+            if PRECISE:
+                at_label = (softmax - scale * (1.0 - smoothing)) - rest * factor - uniform
+                gradient = tl.where(offset == label, at_label, gradient)
+            else:
+                gradient = tl.where(offset == label, gradient - scale * (1.0 - smoothing), gradient)
+            gradient = gradient.to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + offset, gradient, mask=offset < vocab, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -116,7 +156,7 @@ def launch_loss(
         logits, index if index is not None else labels, labels, weights if weights is not None else losses,
         scale if scale is not None else losses, losses, weighted, start, logits.shape[1], smoothing, z_loss,
         HAS_INDEX=index is not None, HAS_WEIGHTS=weights is not None, HAS_SCALE=scale is not None, SMOOTHING=smoothing > 0,
-        GRADIENT=gradient, PRECISE=logits.dtype == torch.float32, BLOCK=block, FIRST="", SECOND="", num_warps=warps,
+        GRADIENT=gradient, PRECISE=logits.dtype == torch.float32, BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 
