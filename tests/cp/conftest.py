@@ -128,7 +128,8 @@ def _serve(rank, size, store_path, pipe, functions):
 def ranks(request):
     """`ranks(size)`: a group of that size that lives as long as the module; extra functions from the module's `FUNCTIONS`."""
     groups = {}
-    functions = {"attention": run_attention, **getattr(request.module, "FUNCTIONS", {})}
+    functions = getattr(request.module, "FUNCTIONS", {})
+    functions["attention"] = run_attention
 
     def get(size):
         if size not in groups:

@@ -1,7 +1,10 @@
 """Outputs and gradients of every split equal the plain float64 reference, and every rank calls the same collectives in the same order."""
 
+import sys
+
 import pytest
 import torch
+from eagle_cp import ContextMesh, Layout, attention
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -9,8 +12,63 @@ SPLITS = [(size, u) for size in (2, 3, 4, 8) for u in range(1, size + 1) if size
 HEADS = [(8, 2), (28, 4), (9, 3), (8, 1), (8, 8), (12, 4)]
 
 
-def check(cp, ranks, size, case, tolerance=1e-10):
-    results = ranks(size).call("attention", case)
+def paced(meshes, case):
+    """The attention case with keys going one head at a time, and collectives ahead of the kernels or not."""
+    module = sys.modules["eagle_cp.attention"]
+    before, speed = module.FINE_ROWS, meshes[case["ulysses"]].gather_gb_s
+    module.FINE_ROWS, meshes[case["ulysses"]].gather_gb_s = 1, 1e-6 if case["ahead"] else 1e12
+    try:
+        return FUNCTIONS["attention"](meshes, case)
+    finally:
+        module.FINE_ROWS, meshes[case["ulysses"]].gather_gb_s = before, speed
+
+
+def from_meshes(meshes, case):
+    """Every way to build a context mesh gives the same ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = meshes[1].size
+    flat = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
+    square = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("gather", "ulysses"))
+    built = [
+        ContextMesh.from_device_mesh(flat["cp"], ulysses=2),
+        ContextMesh.from_device_mesh(square),
+        ContextMesh.from_group(ulysses=2),
+        meshes[2],
+    ]
+    errors = []
+    for wrong in (lambda: ContextMesh.from_device_mesh(square, ulysses=size), lambda: ContextMesh.from_group(ulysses=3)):
+        try:
+            wrong()
+        except ValueError as error:
+            errors.append(str(error))
+    return [(m.rank, m.size, [g.ranks for g in m.groups()]) for m in built], errors
+
+
+def checkpointed(meshes, case):
+    """Two layers of attention under activation checkpointing: every rank repeats its collectives in the same order."""
+    from torch.utils.checkpoint import checkpoint
+
+    mesh = meshes[case["ulysses"]]
+    layout = Layout.build([0, *torch.tensor(case["lengths"]).cumsum(0).tolist()], mesh, num_heads=4, num_kv_heads=2)
+    x = torch.randn(layout.total, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def layer(x):
+        return x + attention(x, x[:, :2] * 2, x[:, 2:] * 3, layout)
+
+    results = []
+    for wrap in (lambda x: layer(x), lambda x: checkpoint(layer, x, use_reentrant=False)):
+        local = layout.shard(x).clone().requires_grad_()
+        wrap(wrap(local)).square().sum().backward()
+        results.append(local.grad)
+    return torch.equal(*results)
+
+
+FUNCTIONS = {"paced": paced, "from_meshes": from_meshes, "checkpointed": checkpointed}
+
+
+def check(cp, ranks, size, case, tolerance=1e-10, function="attention"):
+    results = ranks(size).call(function, case)
     got = cp.assemble(results, sum(case["lengths"]))
     q, k, v, dout = cp.inputs(case)
     for x in (q, k, v):
@@ -52,3 +110,44 @@ def test_28_heads_over_any_number_of_ranks(cp, ranks, size, ulysses):
     check(cp, ranks, size, {
         "lengths": [97, 1, 30, 2, 41], "heads": 28, "kv_heads": 4, "dim": 8, "causal": True, "seed": 1, "ulysses": ulysses,
     })  # fmt: skip
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (4, 2), (4, 1), (3, 1)])
+def test_one_head_at_a_time_beside_the_kernels_or_between(cp, ranks, size, ulysses, ahead):
+    for lengths in ([120], [70, 5, 33, 2], [3, 3]):
+        check(cp, ranks, size, {
+            "lengths": lengths, "heads": 14, "kv_heads": 7, "dim": 8, "causal": True, "seed": 5, "ulysses": ulysses, "ahead": ahead,
+        }, function="paced")  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (4, 1), (8, 1), (4, 2), (2, 2)])
+def test_bf16_error_is_that_of_one_rank(cp, ranks, size, ulysses):
+    """Splitting adds at most a tenth to the bf16 error of one rank's kernel: what is summed over ranks is summed in fp32."""
+    case = {"lengths": [700, 90, 260], "heads": 8, "kv_heads": 2, "dim": 32, "causal": True, "seed": 2, "dtype": "bfloat16", "ulysses": ulysses}
+    q, k, v, dout = cp.inputs(case)
+    cu = cp.cumulative(case["lengths"])
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    out = cp.reference(*exact, cu)
+    wanted = [x.detach() for x in (out, *torch.autograd.grad(out, exact, dout.double()))]
+    alone = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*alone, Layout.single(cu))
+    one = (out, *torch.autograd.grad(out, alone, dout))
+    split = cp.assemble(ranks(size).call("attention", case), sum(case["lengths"]))
+    for name, a, b, ref in zip(("out", "dq", "dk", "dv"), split, one, wanted):
+        error, single = (a - ref).norm() / ref.norm(), (b.detach().double() - ref).norm() / ref.norm()
+        assert error <= 1.1 * single, f"{name}: {error:.2e} on {size} ranks, {single:.2e} on one"
+
+
+def test_context_meshes(ranks):
+    results = ranks(4).call("from_meshes")
+    for rank, (built, errors) in enumerate(results):
+        assert all(m == built[0] for m in built)
+        assert built[0] == (rank, 4, [[rank - rank % 2, rank - rank % 2 + 1], [rank % 2, rank % 2 + 2], [0, 1, 2, 3]])
+        assert "ulysses=4, but the mesh's second dimension has 2" in errors[0]
+        assert "nearest split that works is 2" in errors[1]
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_activation_checkpointing(ranks, ulysses):
+    assert all(ranks(2).call("checkpointed", {"lengths": [31, 4, 1], "ulysses": ulysses}))

@@ -157,18 +157,23 @@ def blockwise_forward(
     groups = 1 if dense.grouped else q.shape[1] // k.shape[1]
     wide = _wide(q.dtype)
     lse = torch.empty((q.shape[0], q.shape[1]), dtype=wide, device=q.device)
-    for batch in _batches(segments, causal, dense, q.device):
+    batches = _batches(segments, causal, dense, q.device)
+    merges = causal and any(not batch.causal for batch in batches)
+    total = torch.empty(q.shape, dtype=wide, device=q.device) if merges and out.dtype != wide else out  # rounded once, after merging
+    for batch in batches:
         block_out, block_lse = dense.forward(*_inputs(batch, q, k, v, groups), batch.causal, scale)
         block_out = _flat(block_out, batch.slots_q)
         block_lse = _flat(block_lse.unsqueeze(-1), batch.slots_q).squeeze(-1).to(wide)
         if causal and not batch.causal:  # a rectangle: its square is already there
             old_lse = lse.index_select(0, batch.rows_q)
             new_lse = torch.logaddexp(old_lse, block_lse)
-            old_out = out.index_select(0, batch.rows_q) * (old_lse - new_lse).exp().unsqueeze(-1)
+            old_out = total.index_select(0, batch.rows_q) * (old_lse - new_lse).exp().unsqueeze(-1)
             block_out = old_out + block_out * (block_lse - new_lse).exp().unsqueeze(-1)
             block_lse = new_lse
-        out.index_copy_(0, batch.rows_q, block_out.to(out.dtype))
+        total.index_copy_(0, batch.rows_q, block_out.to(total.dtype))
         lse.index_copy_(0, batch.rows_q, block_lse)
+    if total is not out:
+        out.copy_(total)
     return lse.t().contiguous()
 
 
@@ -208,12 +213,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# Half precision is raised to fp32 on CPUs: most run that faster too, and blocks are then merged before they are rounded.
 def _cpu_forward(q, k, v, causal: bool, scale: float):
+    q, k, v = (x.to(_wide(x.dtype)) for x in (q, k, v))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
 def _cpu_backward(dout, q, k, v, out, lse, causal: bool, scale: float):
-    # Half precision is raised to fp32: most CPUs run that faster too. A padded query row has lse 0, out 0 and dout 0, and adds nothing.
+    # A padded query row has lse 0, out 0 and dout 0, and adds nothing.
     dout, q, k, v, out = (x.to(_wide(x.dtype)) for x in (dout, q, k, v, out))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 

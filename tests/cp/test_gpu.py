@@ -1,0 +1,63 @@
+"""On a GPU: every kernel that can run there against float64, also into strided slices and with fewer queries than keys; and one rank end to end.
+
+Several GPUs: packages/eagle-cp/benchmarks/check.py, under torchrun.
+"""
+
+import pytest
+import torch
+from eagle_cp import Layout, attention
+from eagle_cp.backends import KERNELS
+from eagle_cp.segments import Segments
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def reference(q, k, v, segments, causal):
+    group, out = q.shape[1] // k.shape[1], []
+    for a, b, c, d in zip(segments.cu_q, segments.cu_q[1:], segments.cu_k, segments.cu_k[1:]):
+        kd, vd = (x[c:d].repeat_interleave(group, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], kd) * q.shape[2] ** -0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).triu(1 + (d - c) - (b - a)), -torch.inf)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vd))
+    return torch.cat(out)
+
+
+def relative(x, ref):
+    return ((x.double() - ref).norm() / ref.norm()).item()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", [n for n in KERNELS if n != "cpu"])
+def test_kernel(name, causal):
+    kernel, device = KERNELS[name], torch.device("cuda", torch.cuda.current_device())
+    reason = kernel.why_not(device, torch.bfloat16, 128, causal)
+    if reason:
+        pytest.skip(reason)
+    segments = Segments([0, 1, 4, 134, 600, 1624, 1688], [0, 1, 6, 136, 836, 2884, 2948])
+
+    def half(rows, heads, fill=None):  # a slice of a tensor with twice the heads
+        wide = torch.randn(rows, 2 * heads, 128, device=device, dtype=torch.bfloat16)
+        return (wide if fill is None else wide.fill_(fill))[:, heads:]
+
+    q, dout = half(segments.total_q, 14), half(segments.total_q, 14)
+    k, v = half(segments.total_k, 2), half(segments.total_k, 2)
+    out, dq, dk, dv = (half(x.shape[0], x.shape[1], torch.nan) for x in (q, q, k, v))
+    lse = kernel.forward(q, k, v, segments, causal, 128**-0.5, out=out)
+    kernel.backward(dout, q, k, v, out, lse, segments, causal, 128**-0.5, dq, dk, dv)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    ref = reference(*exact, segments, causal)
+    for x, wanted in zip((out, dq, dk, dv), (ref, *torch.autograd.grad(ref, exact, dout.double()))):
+        assert relative(x, wanted.detach()) < 4e-3
+
+
+def test_the_fastest_kernel_end_to_end():
+    cu = [0, 700, 701, 1500]
+    q, k, v = (torch.randn(1500, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (28, 4, 4))
+    out = attention(q, k, v, Layout.single(cu))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    ref = reference(*exact, Segments(cu, cu), True)
+    dout = torch.randn_like(out)
+    grads, wanted = torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(ref, exact, dout.double())
+    for x, y in zip((out, *grads), (ref, *wanted)):
+        assert relative(x.detach(), y.detach()) < 4e-3
