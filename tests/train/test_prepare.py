@@ -172,7 +172,7 @@ if __name__ == "__main__":
 def test_kill_nine_loses_at_most_a_shard_a_worker(tmp_path, row, make_config, write_jsonl, tokenizer):
     (tmp_path / "tokenizer.pickle").write_bytes(pickle.dumps(tokenizer))
     (tmp_path / "killed.py").write_text(KILLED)
-    count = 10000
+    count = 4000
     write_jsonl(tmp_path / "rows.jsonl", [row(f"Question {index}") for index in range(count)])
     process = subprocess.Popen([sys.executable, tmp_path / "killed.py", tmp_path], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -188,7 +188,7 @@ def test_kill_nine_loses_at_most_a_shard_a_worker(tmp_path, row, make_config, wr
         time.sleep(0.1)
     config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 50})
     folder = next(path for path in (tmp_path / "runs/test/facts").iterdir() if path.name.startswith("s-"))
-    (folder / "part-00199.parquet.99999.tmp").write_bytes(b"half a file")
+    (folder / "part-00079.parquet.99999.tmp").write_bytes(b"half a file")
     report = prepare(config, tokenizer)
     assert 300 <= report.rows_reused < count
     assert report.facts.column("line").tolist() == list(range(1, count + 1))
@@ -203,13 +203,13 @@ def _alive(pid: int) -> bool:
 
 
 def test_bad_rows_stop_the_run_with_reasons(tmp_path, row, make_config, write_jsonl, tokenizer):
-    write_jsonl(tmp_path / "rows.jsonl", [row(image=f"missing{index}.png") if index % 10 == 0 else row() for index in range(3000)])
+    write_jsonl(tmp_path / "rows.jsonl", [row(image=f"missing{index}.png") if index % 10 == 0 else row() for index in range(1200)])
     config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 500})
     with pytest.raises(PrepareError, match=r"100 of 1000 rows.*\n  media-missing: 100 rows, for example s:1: .*missing0.png"):
         prepare(config, tokenizer)
     ledger = [json.loads(line) for line in (tmp_path / "runs/test/ledger.jsonl").read_text().splitlines()]
     assert len(ledger) == 100
-    assert prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"limits": {"max_bad_fraction": 0.1}}), tokenizer).bad_rows == 300
+    assert prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"limits": {"max_bad_fraction": 0.1}}), tokenizer).bad_rows == 120
     with pytest.raises(PrepareError, match="max_bad_rows allows 99"):
         prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"limits": {"max_bad_rows": 99, "max_bad_fraction": 1}}), tokenizer)
 
@@ -275,3 +275,22 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path, row, make_config, wr
 def test_planning_and_preparing_load_no_torch():
     code = "import sys, eagle_train.data.prepare, eagle_train.planning.stages, eagle_train.watching.show; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("patience", [0.05, 100.0])
+def test_processes_start_when_the_work_is_long(tmp_path, row, make_config, write_jsonl, tokenizer, monkeypatch, patience):
+    from eagle_train.data import prepare as module
+
+    rows = [row(f"Question {index}") for index in range(1500)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    started = []
+    monkeypatch.setattr(module, "POOL_PAYS_AFTER", patience)
+    monkeypatch.setattr(module, "_run_in_processes", lambda todo, workers, *rest: started.extend(todo))
+    config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 50, "workers": None})
+    if patience > 1:
+        assert prepare(config, tokenizer).good_rows == 1500
+        assert not started
+    else:
+        with pytest.raises(RuntimeError, match="not the 1500 lines"):  # what the processes would have done is missing, and noticed
+            prepare(config, tokenizer)
+        assert 0 < len(started) < 30

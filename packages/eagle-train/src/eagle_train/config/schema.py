@@ -133,7 +133,7 @@ class DataConfig(Section):
     eval_recipe: Path | None = Field(default=None, description="Recipe of the held-out rows; excludes eval_sources.")
     eval_sources: dict[str, Source] = Field(default_factory=dict, description="Held-out sources, by name.")
     facts: Path | None = Field(default=None, description="Folder of prepared facts, may be shared between runs; null: <run folder>/facts.")
-    workers: int | None = Field(default=None, ge=1, description="Processes of prepare; null: one per CPU of this process.")
+    workers: int | None = Field(default=None, ge=1, description="Processes of prepare; null: one per CPU once it takes long.")
     verify: Literal["header", "ends", "decode"] = Field(
         default="ends",
         description="How prepare checks images and videos: header (sizes only), ends (also that the file is whole to its end, cheap), "

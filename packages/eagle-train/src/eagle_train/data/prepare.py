@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 ALWAYS_ALLOWED = 10
 """Bad rows per source that never stop a run (unless the limit is 0): a share means nothing for a handful of rows."""
+POOL_PAYS_AFTER = 5.0
+"""Seconds of work before processes are started: starting one costs 2-5 s, in which this process measures 15-40 thousand rows."""
 _CHECK_AFTER = 1000
 
 
@@ -107,27 +109,21 @@ def prepare(
     plans = _source_plans(config, recipe, tokenizer)
     state = _State(config, plans, progress)
     todo = state.look()
-    workers = min(config.data.workers or _cpus(), max(len(todo), 1))
     try:
-        if workers <= 1:
-            worker = Measurer(tokenizer, config.data.limits, config.data.verify)
-            for plan, work in todo:
-                state.finished(plan, _run_shard(work, worker))
-        else:
-            _run_in_processes(todo, workers, config, tokenizer, state)
+        _run(state, todo, config, tokenizer)
         state.check_limits(final=True)
     finally:
         where = "prepare eval" if evaluation else "prepare"
         Ledger(config.run.folder / "ledger.jsonl").replace(_entries(plans, where), where=where)
-    costs = frame_costs(PromptCosts(tokenizer))
-    for plan in plans:
-        plan.finish(costs)
     good, bad, blank = (sum(getattr(plan.counts, name) for plan in plans) for name in _Counts._fields)
     lines = sum(plan.index.lines for plan in plans)
     if good + bad + blank != lines:
         raise RuntimeError(
             f"{good} good + {bad} bad rows + {blank} empty lines are not the {lines} lines that were read; please report this"
         )
+    costs = frame_costs(PromptCosts(tokenizer))
+    for plan in plans:
+        plan.finish(costs)
     reasons: dict[str, int] = {}
     for entry in _entries(plans, where):
         reasons[entry.reason] = reasons.get(entry.reason, 0) + 1
@@ -291,6 +287,20 @@ class _State:
     def _stop(self, message: str, plans: list[_SourcePlan]) -> None:
         lines = "".join(f"\n  {line}" for line in top_reasons(_entries(plans, "prepare")))
         raise PrepareError(f"{message}; most frequent reasons:{lines}\nAll of them: {self.ledger}. Repair the rows, or raise the limit.")
+
+
+def _run(state: "_State", todo: list[tuple["_SourcePlan", _Work]], config: Config, tokenizer: Any) -> None:
+    """All shards, in this process or in several; without data.workers, processes are started when the work turns out to be long."""
+    workers = config.data.workers or _cpus()
+    seconds = POOL_PAYS_AFTER if config.data.workers is None else 0.0
+    if todo and (workers == 1 or seconds or len(todo) == 1):
+        measurer = Measurer(tokenizer, config.data.limits, config.data.verify)
+        deadline = time.monotonic() + seconds
+        while todo and (workers == 1 or len(todo) == 1 or time.monotonic() < deadline):
+            plan, work = todo.pop(0)
+            state.finished(plan, _run_shard(work, measurer))
+    if todo:
+        _run_in_processes(todo, min(workers, len(todo)), config, tokenizer, state)
 
 
 def _run_in_processes(todo: list[tuple[_SourcePlan, _Work]], workers: int, config: Config, tokenizer: Any, state: _State) -> None:
