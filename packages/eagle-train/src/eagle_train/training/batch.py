@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, PromptError, TextEncoder, VideoSpan, encode, media_order, render
+from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, PromptError, VideoSpan, encode, media_order, render
 from eagle_sampling import Limits, MediaError, open_image, read_frames
 from eagle_tiling import load_rgb, tile_count, tile_image
+from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.facts import Facts
 from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import RowError, Sample, VideoRef, normalise, read_row
@@ -96,29 +97,6 @@ class Tokenised(NamedTuple):
     labels: np.ndarray
 
 
-class CachedEncoder(TextEncoder):
-    """A `TextEncoder` that remembers short texts: frame headers, roles and common questions come again and again."""
-
-    LONGEST = 200
-    ENTRIES = 1 << 16
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer)
-        self._known: dict[str, list[int]] = {}
-
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, tokenised by itself."""
-        missing = list(dict.fromkeys(text for text in texts if text not in self._known))
-        if missing:
-            fresh = dict(zip(missing, super().pieces(missing)))
-            if len(self._known) + len(fresh) > self.ENTRIES:
-                self._known.clear()
-                fresh |= dict(zip(texts, super().pieces(texts)))
-            self._known |= {text: ids for text, ids in fresh.items() if len(text) <= self.LONGEST}
-            return [fresh[text] if text in fresh else self._known[text] for text in texts]
-        return [self._known[text] for text in texts]
-
-
 def address_of(facts: Facts, row: int) -> Address:
     """Where row `row` of the facts stands."""
     source = facts.source_of(row)
@@ -132,7 +110,7 @@ def load_sample(address: Address) -> Sample:
     return normalise(row, address.source, root=address.root, line=address.line, system=address.system)
 
 
-def tokenise(sample: Sample, plan: SamplePlan, encoder: TextEncoder, k: int, *, thumbnail: bool, generation: bool = False) -> Tokenised:
+def tokenise(sample: Sample, plan: SamplePlan, encoder: CachedEncoder, k: int, *, thumbnail: bool, generation: bool = False) -> Tokenised:
     """Ids and labels of a planned sample. `generation`: end with the assistant's header instead of an answer."""
     images = [tile_count(grid, thumbnail=thumbnail) * k for grid in plan.grids]
     videos = [
@@ -184,7 +162,7 @@ def token_weight(labels: int, weighting: Weighting) -> float:
 
 def materialise(
     pack: Sequence[Planned],
-    encoder: TextEncoder,
+    encoder: CachedEncoder,
     model: ModelFacts,
     *,
     thumbnail: bool = True,
@@ -230,7 +208,7 @@ def materialise(
 
 
 def assemble(
-    samples: Sequence[tuple[Address, Tokenised, np.ndarray]], encoder: TextEncoder, model: ModelFacts, *, weighting: Weighting
+    samples: Sequence[tuple[Address, Tokenised, np.ndarray]], encoder: CachedEncoder, model: ModelFacts, *, weighting: Weighting
 ) -> Batch:
     """Join tokenised samples and their tiles. Without any sample: one ignored token, so that every rank has something to run."""
     side = model.tile_size

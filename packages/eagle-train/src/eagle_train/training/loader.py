@@ -21,10 +21,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from eagle_sampling import Limits
+from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.ledger import Entry
 from eagle_train.planning.visual import ModelFacts
 
-from .batch import Address, Batch, CachedEncoder, Planned, Weighting, materialise
+from .batch import Address, Batch, Planned, Weighting, materialise
 
 logger = logging.getLogger(__name__)
 

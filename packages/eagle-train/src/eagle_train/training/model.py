@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eagle_model.prompt import IMG_CONTEXT
 from eagle_train.config import Config, ConfigError
 from eagle_train.planning.visual import ModelFacts
 
@@ -43,24 +44,15 @@ def model_config(config: Config, tokenizer: Any) -> Any:
         result = EagleConfig.from_pretrained(config.model.path)
         if config.model.overrides:
             result = EagleConfig(**_merged(result.to_dict(), config.model.overrides))
+        result.image_token_index = int(tokenizer.convert_tokens_to_ids(IMG_CONTEXT))
     else:
         name = config.model.preset or "tiny"
         if name not in PRESETS:
             raise ConfigError(f"model.preset: there is no preset {name!r}; known: {', '.join(PRESETS)}")
-        base = preset(name)
-        result = EagleConfig(**_merged(base.to_dict(), config.model.overrides)) if config.model.overrides else base
-        _fit_vocabulary(result, tokenizer)
-    result.image_token_index = int(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
-    if len(tokenizer) > result.text_config.vocab_size and config.model.path is None:
-        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model room for {result.text_config.vocab_size}")
+        result = preset(name, tokenizer=tokenizer, **config.model.overrides)
     result.min_dynamic_tiles, result.max_dynamic_tiles = config.tiling.min_tiles, config.tiling.max_tiles
     result.use_thumbnail = config.tiling.thumbnail
     return result
-
-
-def _fit_vocabulary(model: Any, tokenizer: Any) -> None:
-    """A model from random weights gets as many embeddings as its tokenizer needs, in a multiple of 64 (matrix units like that)."""
-    model.text_config.vocab_size = -(-len(tokenizer) // 64) * 64
 
 
 def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from eagle_cp import Layout
 from eagle_sampling import Limits
 from eagle_train.config import Config
+from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.facts import Facts
 from eagle_train.data.ledger import Ledger
 from eagle_train.planning.stages import StageSchedule
 from eagle_train.watching.metrics import Metrics
 
 from . import checkpoint
-from .batch import Batch, CachedEncoder, Planned, address_of
+from .batch import Batch, Planned, address_of
 from .loader import Loader, Reading, Task
 from .model import build_model, model_facts, tokenizer_folder
 from .optim import learning_rate, make_optimizer, set_trainable

@@ -1,0 +1,5 @@
+"""The command `eagle`: parsing and printing only. Whatever a verb needs is imported when it runs, so that `--help` is instant."""
+
+from .app import app, main
+
+__all__ = ["app", "main"]

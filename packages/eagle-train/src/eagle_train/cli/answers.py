@@ -1,0 +1,76 @@
+"""Verbs about what a model says: eval and chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .options import Device, RunFolder
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    data: Annotated[Path | None, typer.Option(help="Annotation file (JSONL) to ask instead of the run's.", show_default=False)] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of --data's media; left out: that of the file.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows of each source.", show_default=False)] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of the run; left out: the newest.", show_default=False)] = None,
+    device: Device = None,
+) -> None:
+    """Ask held-out questions and compare word for word, beside the best answer that never looks."""
+    from eagle_train.config import Source
+    from eagle_train.training.parallel import start_world
+    from eagle_train.training.run import ask, get_ready, load_trained, open_run, write_answers
+
+    from .progress import Printer, quiet
+    from .tables import score_table
+
+    quiet()
+    config = open_run(run)
+    if data is not None:
+        source = Source(annotation=data.absolute(), root=root.absolute() if root else None)
+        vars(config.data)["eval_recipe"], vars(config.data)["eval_sources"] = None, {data.stem: source}
+    world = start_world(config.parallel.model_copy(update={"dtype": "float32"}), device)
+    printer = Printer(silent=not world.is_main)
+    with printer.preparing() as progress:
+        ready = get_ready(config, world, progress)
+    model, at = load_trained(config, ready.tokenizer, world, checkpoint)
+    printer.say(f"{run}: stage {at.stage_name}, step {at.step}")
+    with printer.counting("questions") as counted:
+        result = ask(ready, model, world, limit=limit, progress=counted)
+    if world.is_main:
+        print(score_table(result))
+        print(f"answers: {write_answers(result, config.run.folder)}")
+    world.close()
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(help="Run folder, or a folder of an exported or released model.", show_default=False)],
+    question: Annotated[str | None, typer.Argument(help="A question; left out: a conversation.", show_default=False)] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given often.", show_default=False)] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Video file; may be given often.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    device: Device = None,
+) -> None:
+    """Ask a trained model about images and videos: one question, or a conversation (an empty line ends it)."""
+    from .progress import quiet
+
+    quiet()
+    from eagle_train.training.chat import Chat
+
+    talk = Chat.open(run, images=image or (), videos=video or (), device=device, max_new_tokens=max_new_tokens)
+    if question is not None:
+        print(talk.ask(question))
+        return
+    while True:
+        try:
+            asked = input("> ").strip()
+        except EOFError:
+            return
+        if not asked:
+            return
+        print(talk.ask(asked))

@@ -1,0 +1,127 @@
+"""Verbs about data and plans: init, prepare, plan, show, lmdb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .options import ConfigFile, Overrides
+
+lmdb_app = typer.Typer(help="Images in one file: build an LMDB, or check one.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(lmdb_app, name="lmdb")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("eagle.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Write the JSON Schema (for editors) instead.")] = False,
+) -> None:
+    """Write a commented configuration with every default."""
+    import json
+
+    from eagle_train.config import Config, ConfigError
+
+    from .template import commented_config
+
+    if path.exists() and not force:
+        raise ConfigError(f"{path} is there already; --force writes over it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(Config.json_schema(), indent=1) + "\n" if schema else commented_config(), encoding="utf-8")
+    print(f"wrote {path}" + ("" if schema else f"; next: fill in model and data, then eagle plan {path}"))
+
+
+@app.command()
+def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Measure every row once, on all CPUs; what can't be used goes to the ledger."""
+    from eagle_train.config import load_config
+    from eagle_train.data.prepare import prepare as run_prepare
+    from eagle_train.training.model import load_run_tokenizer
+    from eagle_train.watching.progress import prepare_progress
+
+    loaded = load_config(config, overrides or ())
+    tokenizer = load_run_tokenizer(loaded)
+    for evaluation in (False, True):
+        if evaluation and loaded.data.eval_recipe is None and not loaded.data.eval_sources:
+            continue
+        with prepare_progress() as progress:
+            report = run_prepare(loaded, tokenizer, evaluation=evaluation, progress=progress)
+        what = "held-out rows" if evaluation else "rows"
+        print(f"{report.rows} {what}: {report.good_rows} good, {report.bad_rows} in the ledger, {report.seconds:.1f} s")
+        for reason, number in sorted(report.reasons.items(), key=lambda item: -item[1]):
+            print(f"  {reason}: {number}")
+        for note in report.notes:
+            print(f"note: {note}")
+    print(f"facts: {loaded.facts_folder}")
+    if (loaded.run.folder / "ledger.jsonl").exists():
+        print(f"ledger: {loaded.run.folder / 'ledger.jsonl'}")
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    defaults: Annotated[bool, typer.Option(help="Also print every value that was chosen for you.")] = True,
+) -> None:
+    """Say what would be trained: stages, steps, packs, how full, and what does not fit."""
+    from eagle_train.config import explain_defaults, load_config
+    from eagle_train.training.planning import plan_run
+
+    from .tables import plan_table
+
+    loaded = load_config(config, overrides or ())
+    if defaults:
+        for default in explain_defaults(loaded):
+            print(f"default  {default.path} = {default.value}")
+        print()
+    print(plan_table(plan_run(loaded)))
+
+
+@app.command()
+def show(
+    config: ConfigFile,
+    row: Annotated[str | None, typer.Option(help="A row, as source:line.", metavar="SOURCE:LINE", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="Stage whose budget is used; left out: the first.", show_default=False)] = None,
+    pack: Annotated[int, typer.Option(help="Without --row: number of the pack in the stage's first epoch.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with pictures.", show_default=False)] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Look at the held-out rows.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Show a sample or a pack as the model will see it: tiles, frames with times, text with its loss mask, the budget."""
+    from rich.console import Console
+
+    from eagle_train.config import load_config
+    from eagle_train.training.planning import view
+    from eagle_train.watching.show import to_html, to_terminal
+
+    found = view(load_config(config, overrides or ()), row=row, stage=stage, pack=pack, evaluation=held_out)
+    Console().print(to_terminal(found.views, title=found.title, capacity=found.capacity))
+    if html is not None:
+        html.write_text(to_html(found.views, title=found.title, capacity=found.capacity), encoding="utf-8")
+        print(f"wrote {html}")
+
+
+@lmdb_app.command("build")
+def lmdb_build(
+    output: Annotated[Path, typer.Argument(help="LMDB file to write.")],
+    sources: Annotated[list[Path], typer.Argument(help="Folders of images, or Parquet or tar shards.")],
+) -> None:
+    """Put images into one LMDB; continues where it stopped, and verifies what it wrote."""
+    from eagle_sampling.lmdb_build import build_lmdb
+
+    report = build_lmdb(output, sources)
+    print(f"{output}: {report}")
+
+
+@lmdb_app.command("check")
+def lmdb_check(path: Annotated[Path, typer.Argument(help="LMDB file.")]) -> None:
+    """Read every value of an LMDB and name those that are no images."""
+    from eagle_sampling.lmdb_build import check_lmdb
+
+    report = check_lmdb(path)
+    print(f"{path}: {report}")
+    if getattr(report, "bad", None):
+        raise typer.Exit(3)

@@ -1,0 +1,130 @@
+"""What `eagle doctor` looks at: versions, devices, which implementations run, codecs, memory, and cures for problems."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from typing import NamedTuple
+
+
+class Finding(NamedTuple):
+    """One line; `cure` says what to do when it is a problem, `serious` that training can't work so."""
+
+    name: str
+    value: str
+    cure: str = ""
+    serious: bool = False
+
+
+PACKAGES = (
+    *("eagle-train", "eagle-model", "eagle-cp", "eagle-kernels", "eagle-sampling", "eagle-tiling"),
+    *("torch", "triton", "transformers", "numpy", "pillow", "av", "lmdb", "pyarrow"),
+)
+OPTIONAL = {
+    "flash-attn-4": "the fastest attention on NVIDIA GPUs: pip install flash-attn-4",
+    "easy-vqa": "the quickstart's images: pip install 'eagle-train[quickstart]'",
+    "pypdfium2": "PDF documents: pip install 'eagle-sampling[pdf]'",
+}
+
+
+def examine() -> list[Finding]:
+    """All findings, quick ones first."""
+    return [
+        Finding("python", platform.python_version()),
+        *(_version(name) for name in PACKAGES),
+        *(_optional(name, cure) for name, cure in OPTIONAL.items()),
+        *_machine(),
+        *_devices(),
+        *_kernels(),
+        *_codecs(),
+    ]
+
+
+def _version(name: str) -> Finding:
+    try:
+        return Finding(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        if name == "triton":
+            return Finding(name, "not installed", "" if platform.system() != "Linux" else "fused GPU operators need it: pip install triton")
+        return Finding(name, "not installed", f"pip install {name}", serious=True)
+
+
+def _optional(name: str, what: str) -> Finding:
+    try:
+        return Finding(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, f"not installed (optional; {what})")
+
+
+def _machine() -> list[Finding]:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    findings = [Finding("CPUs", f"{cpus} of {os.cpu_count()}, {platform.machine()}, {platform.system()}")]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        findings.append(Finding("memory", f"{total / 2**30:.0f} GiB", "" if total > 3 * 2**30 else "prepare with data.workers: 1"))
+    free = shutil.disk_usage(".").free
+    findings.append(Finding("disk here", f"{free / 2**30:.0f} GiB free", "" if free > 2**30 else "checkpoints need room: set run.dir"))
+    return findings
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        found = os.path.exists("/proc/driver/nvidia/version")
+        cure = "this torch was built without CUDA: reinstall torch from the default index" if found and built is None else ""
+        if found and built is not None:
+            cure = f"the driver doesn't work with CUDA {built}: check nvidia-smi, or install a torch for your driver"
+        return [Finding("GPU", "none that torch can use; tiny models train on the CPU", cure)]
+    findings = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = (properties.major, properties.minor)
+        cure = "" if capability >= (8, 0) else "bfloat16 and the fused operators need compute capability 8.0 (Ampere) or newer"
+        findings.append(
+            Finding(
+                f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{capability[0]}{capability[1]}", cure
+            )
+        )
+    return findings
+
+
+def _kernels() -> list[Finding]:
+    import torch
+
+    from eagle_cp import backends
+    from eagle_kernels import implementation
+    from eagle_kernels.dispatch import OPERATORS
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    by_choice: dict[str, list[str]] = {}
+    for name in OPERATORS:
+        by_choice.setdefault(implementation(name, device), []).append(name)
+    findings = [Finding(f"operators by {choice}", ", ".join(names)) for choice, names in by_choice.items()]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    reasons = []
+    for name, kernel in backends.KERNELS.items():
+        try:
+            backends.choose(device, dtype, 128, backend=name)
+            reasons.append(f"{name}: can run")
+        except (ValueError, TypeError) as error:
+            reasons.append(f"{name}: {str(error).split(': ', 2)[-1]}" if kernel else name)
+    return [*findings, Finding(f"attention on {device.type}", "; ".join(reasons))]
+
+
+def _codecs() -> list[Finding]:
+    import av
+
+    names = {"h264": "h264", "hevc": "hevc", "vp9": "vp9", "av1": ("libdav1d", "av1"), "mpeg4": "mpeg4"}
+    missing = [name for name, codecs in names.items() if not any(codec in av.codecs_available for codec in _as_tuple(codecs))]
+    cure = f"videos in {', '.join(missing)} can't be read: install PyAV from its wheel (pip install av), it brings them" if missing else ""
+    version = ".".join(str(number) for number in av.library_versions["libavcodec"])
+    return [Finding("video codecs", f"libavcodec {version}: " + ", ".join(name for name in names if name not in missing), cure)]
+
+
+def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value

@@ -1,0 +1,16 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Argument(help="Configuration (YAML); eagle init writes one.", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder, for example runs/quickstart.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one value: --set stages.0.lr=1e-5. May be given often.", metavar="KEY=VALUE"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: a GPU when there is one.", show_default=False)]

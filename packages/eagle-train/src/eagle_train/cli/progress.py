@@ -1,0 +1,82 @@
+"""What training says while it runs: on a terminal one line that moves, in a file a line now and then."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+
+class Printer:
+    """Prints messages and the progress line; `silent` for ranks that aren't the first."""
+
+    def __init__(self, silent: bool = False) -> None:
+        self.silent = silent
+        self.moving = sys.stderr.isatty()
+        self._open = False
+        self._last = 0.0
+
+    def say(self, text: str) -> None:
+        """A message of its own."""
+        if self.silent:
+            return
+        self._close()
+        print(text, flush=True)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A metrics record: a step moves the line, an evaluation is a message."""
+        from eagle_train.watching.metrics import progress_line
+
+        if self.silent:
+            return
+        if record["kind"] == "eval":
+            scores = ", ".join(
+                f"{name} {score['accuracy']:.3f} (without looking {score['blind']:.3f})" for name, score in record["scores"].items()
+            )
+            self.say(f"{record['stage']}  after step {record['total_step']}: {scores}")
+        elif record["kind"] == "step":
+            self.line(progress_line(record), last=record["step"] == record["steps"])
+
+    def line(self, text: str, last: bool = False) -> None:
+        """One line that replaces the one before; where that can't be, one line in ten seconds."""
+        if self.silent:
+            return
+        if self.moving:
+            sys.stderr.write("\r\x1b[2K" + text)
+            sys.stderr.flush()
+            self._open = True
+            if last:
+                self._close()
+        elif last or time.monotonic() - self._last > 10:
+            self._last = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def _close(self) -> None:
+        if self._open:
+            sys.stderr.write("\n")
+            self._open = False
+
+    def preparing(self) -> Any:
+        """Progress of prepare: a context that gives its callback."""
+        if self.silent:
+            return nullcontext(None)
+        self._close()
+        from eagle_train.watching.progress import prepare_progress
+
+        return prepare_progress()
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A count that moves."""
+        yield lambda done, total: self.line(f"{done} of {total} {what}", last=done == total)
+
+
+def quiet() -> None:
+    """Our own log messages as plain lines; libraries only when something is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("eagle_train").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -1,0 +1,71 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eagle_train.planning.stages import StageSchedule
+    from eagle_train.training.evaluate import Evaluation
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def plan_table(schedules: Sequence[StageSchedule]) -> str:
+    """The stages of a run before it is trained: numbers of one epoch, and how many steps are made."""
+    rows = [("stage", "L_max", "rows", "dropped", "packs", "fill", "longest", "tokens", "tiles", "labels", "steps/epoch", "steps")]
+    notes = []
+    for schedule in schedules:
+        s = schedule.plan(0).summary()
+        rows.append(
+            (
+                schedule.stage.name,
+                str(schedule.stage.max_tokens),
+                str(s.rows_used),
+                str(s.rows_dropped),
+                str(s.packs),
+                f"{s.fill:.1%}",
+                str(s.longest_sample),
+                str(s.tokens),
+                str(s.tiles),
+                str(s.label_tokens),
+                str(s.steps),
+                str(schedule.steps),
+            )
+        )
+        for reason, number in s.drops.items():
+            notes.append(f"stage {schedule.stage.name}: {number} rows dropped: {reason}")
+    return "\n".join([table(rows), *notes])
+
+
+def score_table(result: Evaluation) -> str:
+    """Accuracy beside the blind answer, per source, and for questions that aren't yes or no."""
+    rows = [("questions", "asked", "right", "without looking")]
+
+    def add(name: str, score: tuple[int, float, float]) -> None:
+        rows.append((name, str(score[0]), f"{score[1]:.3f}", f"{score[2]:.3f}"))
+
+    by_source = result.by_source()
+    for source, score in by_source.items():
+        add(source, score)
+        unread = sum(bool(answer.problem) for answer in result.answers if answer.source == source)
+        if unread:
+            rows.append((f"  of them not answerable (counted wrong): {unread}", "", "", ""))
+        for expected in ("open", "yes/no"):
+            part = result.score(
+                lambda answer, source=source, closed=expected == "yes/no": (
+                    answer.source == source and (answer.expected.casefold() in ("yes", "no")) == closed
+                )
+            )
+            if 0 < part.questions < score.questions:
+                add(f"  {expected}", part)
+    return table(rows)

@@ -1,0 +1,84 @@
+"""A configuration file to start from: every section and key with its default and what it means, generated from the schema."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from eagle_train.config import Config, StageConfig
+
+WIDTH = 118
+# What most people change first is written out; everything else stands behind a '#' with its default.
+_WRITTEN = {("model", "preset"), ("model", "tokenizer"), ("data", "recipe"), ("run", "name")}
+_STARTS = {("model", "preset"): "tiny", ("model", "tokenizer"): "tokenizer", ("data", "recipe"): "recipe.yaml", ("run", "name"): "my-run"}
+
+
+def commented_config() -> str:
+    """YAML text: what must be filled in, and everything else as comments."""
+    lines = [
+        "# A run of eagle train. Lines that start with '#' show defaults; remove the '#' to change one.",
+        "# eagle plan says what this trains, before anything is trained. Paths are relative to this file.",
+        "",
+    ]
+    for name, field in Config.model_fields.items():
+        kind = field.annotation
+        lines += _comment(field.description or "", "")
+        lines.append(f"{name}:")
+        if name == "stages":
+            lines += _stages()
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            body = _section(kind, name, "  ")
+            # A section that only has comments would be null; an empty mapping keeps it a section.
+            if all(line.lstrip().startswith("#") for line in body):
+                lines[-1] = f"{name}: {{}}" if False else f"# {name}:"
+            lines += body
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _stages() -> list[str]:
+    lines = []
+    for number, (name, tokens) in enumerate((("32k", "32K"), ("64k", "64K"), ("128k", "128K"))):
+        lines += [f"  - name: {name}", f"    max_tokens: {tokens}"]
+        if number == 0:
+            lines += _section(StageConfig, "stages", "    ", skip={"name", "max_tokens"})
+    return lines
+
+
+def _section(kind: type[BaseModel], path: str, indent: str, skip: set[str] | None = None) -> list[str]:
+    lines: list[str] = []
+    for name, field in kind.model_fields.items():
+        if skip and name in skip:
+            continue
+        inner = field.annotation
+        lines += _comment(field.description or "", indent)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            lines.append(f"{indent}# {name}:")
+            lines += [
+                f"{indent}# {line[len(indent) :]}" if not line.lstrip().startswith("#") else line
+                for line in _section(inner, name, indent + "  ")
+            ]
+            continue
+        key = (path, name)
+        value = _STARTS.get(key, field.get_default(call_default_factory=True))
+        lines.append(f"{indent}{'' if key in _WRITTEN else '# '}{name}: {_text(value)}")
+    return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, str) and value.replace("-", "").replace(".", "").replace("_", "").replace("/", "").isalnum():
+        return value
+    return json.dumps(value)
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    return [f"{indent}# {line}" for line in textwrap.wrap(text, WIDTH - len(indent) - 2)]

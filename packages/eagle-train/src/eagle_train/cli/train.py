@@ -1,0 +1,82 @@
+"""Verbs about training: train (and its quickstart), export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .options import Device, Overrides, RunFolder
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="Configuration (YAML), or the word quickstart.", show_default=False)],
+    overrides: Overrides = None,
+    device: Device = None,
+    folder: Annotated[Path, typer.Option("--dir", help="quickstart only: where its data and its run go.")] = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="quickstart only: remove an earlier quickstart run first.")] = False,
+) -> None:
+    """Prepare, plan, train all stages, evaluate. The same command continues a run that was interrupted.
+
+    Several GPUs or machines: torchrun --nproc-per-node 8 -m eagle_train.cli train CONFIG.
+    """
+    from .progress import Printer, quiet
+
+    quiet()
+    if config == "quickstart":
+        from eagle_train.quickstart.run import run_quickstart
+
+        from .tables import plan_table, score_table
+
+        run_quickstart(folder, Printer(), overrides=overrides or (), fresh=fresh, tables=(plan_table, score_table))
+        return
+    from eagle_train.config import explain_defaults, load_config
+
+    loaded = load_config(config, overrides or ())
+
+    from eagle_train.training.parallel import start_world
+    from eagle_train.training.run import ask, get_ready, has_evaluation, train, write_answers
+    from eagle_train.watching.report import write_report
+
+    from .tables import plan_table, score_table
+
+    world = start_world(loaded.parallel, device)
+    printer = Printer() if world.is_main else Printer(silent=True)
+    for default in explain_defaults(loaded):
+        printer.say(f"default  {default.path} = {default.value}")
+    try:
+        with printer.preparing() as progress:
+            ready = get_ready(loaded, world, progress)
+        trainer = train(ready, world, on_record=printer.record, on_start=lambda trainer: printer.say(plan_table(trainer.schedules)))
+        if has_evaluation(loaded):
+            result = ask(ready, trainer.model, world, limit=loaded.eval.limit)
+            if world.is_main:
+                write_answers(result, loaded.run.folder)
+                printer.say(score_table(result))
+        if world.is_main:
+            write_report(loaded.run.folder)
+            printer.say(f"run folder: {loaded.run.folder}\nask it: eagle chat {loaded.run.folder} --image picture.png 'a question'")
+    finally:
+        world.close()
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of the run; left out: the newest.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Write a run's weights in the layout of the released Eagle 2.5 checkpoints."""
+    from eagle_train.config import ConfigError
+
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"--dtype {dtype}: one of bfloat16, float16, float32")
+    from eagle_train.training.run import export as run_export
+    from eagle_train.training.run import open_run
+
+    done = run_export(open_run(run), output, checkpoint_path=checkpoint, dtype=dtype)
+    print(f"wrote {output} (stage {done['from']['stage_name']}, step {done['from']['step']})")

@@ -1,0 +1,149 @@
+"""easy-VQA as rows: one shape in one colour on each of 5 000 images, 48 248 questions about them, and videos made of the images.
+
+Training rows hold up to two turns about one image, one on its shape and one on its colour, in an order in which the first question
+doesn't give the second answer away. Turning and mirroring an image changes none of its answers, so rows see it in different positions.
+Held-out rows are the package's own test questions, one each, on the images as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lmdb
+import numpy as np
+from PIL import Image
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+DESCRIBE = "what is shown?"
+TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.TRANSVERSE)
+"""Positions in which an image is stored; the first is as it is."""
+
+
+class Turn(NamedTuple):
+    """A question and its answer."""
+
+    question: str
+    answer: str
+
+
+class Split(NamedTuple):
+    """Images (paths) of easy-VQA with their questions, by image number."""
+
+    paths: dict[int, str]
+    turns: dict[int, list[Turn]]
+
+
+def load_split(name: str) -> Split:
+    """`train` or `test`. Raises ImportError saying what to install."""
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise ImportError("the quickstart reads its images from the package easy-vqa: pip install 'eagle-train[quickstart]'") from error
+    training = name == "train"
+    paths = easy_vqa.get_train_image_paths() if training else easy_vqa.get_test_image_paths()
+    questions = easy_vqa.get_train_questions() if training else easy_vqa.get_test_questions()
+    turns: defaultdict[int, list[Turn]] = defaultdict(list)
+    for question, answer, image in zip(*questions):
+        turns[image].append(Turn(question, answer))
+    return Split(dict(paths), dict(turns))
+
+
+def description(turns: Iterable[Turn]) -> str | None:
+    """`red circle`, when the questions of an image tell both; they never contradict each other."""
+    known = {
+        word for turn in turns if turn.answer not in ("yes", "no") for word in f"{turn.question} {turn.answer}".replace("?", " ").split()
+    }
+    colour = next((word for word in COLOURS if word in known), None)
+    shape = next((word for word in SHAPES if word in known), None)
+    return f"{colour} {shape}" if colour and shape else None
+
+
+def about_shape(turn: Turn) -> bool:
+    """Whether the answer depends on the shape (else on the colour)."""
+    if turn.answer in ("yes", "no"):
+        return any(shape in turn.question for shape in SHAPES)
+    return turn.answer in SHAPES
+
+
+def tells(turn: Turn) -> bool:
+    """Whether the question itself says what is in the image ("what is the blue shape?")."""
+    return turn.answer not in ("yes", "no") and any(word in turn.question for word in (*SHAPES, *COLOURS))
+
+
+def pair_turns(turns: Sequence[Turn], rng: np.random.Generator) -> list[list[Turn]]:
+    """Conversations of one or two turns that use every turn once: shape and colour, the telling question last."""
+    mixed = [turns[index] for index in rng.permutation(len(turns))]
+    piles = [[turn for turn in mixed if about_shape(turn)], [turn for turn in mixed if not about_shape(turn)]]
+    rows = []
+    while any(piles):
+        row = [pile.pop() for pile in piles if pile]
+        if rng.random() < 0.5:
+            row.reverse()
+        row.sort(key=tells)
+        if len(row) == 2 and tells(row[0]):  # both tell: each would be the other's answer
+            rows.append([row.pop()])
+        rows.append(row)
+    return rows
+
+
+def conversation(turns: Sequence[Turn], placeholder: str) -> list[dict[str, str]]:
+    """Turns in the originals' form; the medium stands before the first question."""
+    result = []
+    for index, turn in enumerate(turns):
+        result.append({"from": "human", "value": f"{placeholder}{turn.question}" if index == 0 else turn.question})
+        result.append({"from": "gpt", "value": turn.answer})
+    return result
+
+
+def write_images(split: Split, path: Path, positions: int) -> None:
+    """All images as PNG in an LMDB, key `<image>-<position>`, in `positions` of `TURNS`."""
+    environment = lmdb.open(str(path), subdir=False, map_size=1 << 30, sync=False, metasync=False)
+    with environment.begin(write=True) as transaction:
+        for number, image_path in split.paths.items():
+            with Image.open(image_path) as file:
+                image = file.convert("RGB")
+            for position in range(positions):
+                turn = TURNS[position]
+                buffer = io.BytesIO()
+                (image if turn is None else image.transpose(turn)).save(buffer, "PNG", compress_level=1)
+                transaction.put(f"{number}-{position}".encode(), buffer.getvalue())
+    environment.sync(True)
+    environment.close()
+
+
+def image_row(number: int, position: int, turns: Sequence[Turn], database: str) -> dict[str, Any]:
+    """One row about one image."""
+    return {"image": {"lmdb_file": database, "lmdb_key": f"{number}-{position}"}, "conversations": conversation(turns, "<image>")}
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """JSONL; returns how many rows."""
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return len(lines)
+
+
+def description_rows(split: Split, database: str, positions: int) -> list[dict[str, Any]]:
+    """What is shown, for every image whose questions tell, in every position."""
+    told = {number: said for number, turns in split.turns.items() if (said := description(turns))}
+    return [image_row(number, position, [Turn(DESCRIBE, said)], database) for position in range(positions) for number, said in told.items()]
+
+
+def question_rows(split: Split, database: str, positions: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """All training questions, once each."""
+    rows = []
+    for number, turns in split.turns.items():
+        for index, row in enumerate(pair_turns(turns, rng)):
+            rows.append(image_row(number, (number + index) % positions, row, database))
+    return rows
+
+
+def test_rows(split: Split, database: str) -> list[dict[str, Any]]:
+    """All test questions, one a row."""
+    return [image_row(number, 0, [turn], database) for number, turns in split.turns.items() for turn in turns]

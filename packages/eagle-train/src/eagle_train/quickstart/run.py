@@ -1,0 +1,129 @@
+"""`eagle train quickstart`: build the data, prepare, plan, train three stages, ask all held-out questions, say where everything is."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from eagle_train.config import load_config
+from eagle_train.training.evaluate import Answer, Evaluation
+from eagle_train.training.parallel import start_world
+from eagle_train.training.run import ask, export, get_ready, train, write_answers
+from eagle_train.watching.metrics import Metrics
+from eagle_train.watching.report import write_report
+
+from .build import Size, build, configuration, write_configuration
+
+
+class Says(Protocol):
+    """Where the quickstart tells what happens."""
+
+    def say(self, text: str) -> None: ...
+    def record(self, record: dict[str, Any]) -> None: ...
+    def preparing(self) -> Any: ...
+    def counting(self, what: str) -> Any: ...
+
+
+def run_quickstart(
+    folder: Path,
+    printer: Says,
+    *,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    size: Size | None = None,
+    tables: tuple[Callable[..., str], Callable[..., str]] | None = None,
+) -> Evaluation:
+    """The whole way from nothing; continues what an earlier call began. Returns the answers to all held-out questions."""
+    begin = time.monotonic()
+    size = size or Size()
+
+    def clock() -> str:
+        return f"[{time.monotonic() - begin:5.1f} s]"
+
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "quickstart.yaml"
+    data = folder / "quickstart-data"
+    printer.say(f"{clock()} building rows from easy-VQA, encoding H.264 videos from its images, training a tokenizer")
+    counts = build(data, size)
+    printer.say("  " + ", ".join(f"{name}: {count} rows" for name, count in counts.items()))
+    if fresh or not path.is_file():
+        write_configuration(path, configuration(data, size))
+    config = load_config(path, overrides)
+    if fresh and config.run.folder.exists():
+        shutil.rmtree(config.run.folder)
+    world = start_world(config.parallel)
+    try:
+        printer.say(f"{clock()} preparing: what every row costs, once for all context lengths")
+        with printer.preparing() as progress:
+            ready = get_ready(config, world, progress)
+        printer.say(f"{clock()} {len(ready.facts)} training rows and {len(ready.eval_facts or ())} held-out rows are ready; the plan:")
+
+        def started(trainer: Any) -> None:
+            if tables is not None:
+                printer.say(tables[0](trainer.schedules))
+            parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+            printer.say(
+                f"{clock()} training {parameters:,} parameters from random weights, {trainer.total_steps} steps, on {world.device.type}"
+            )
+
+        trainer = train(ready, world, on_record=printer.record, on_start=started)
+        printer.say(f"{clock()} trained; asking all held-out questions")
+        with printer.counting("questions") as counted:
+            result = ask(ready, trainer.model, world, progress=counted)
+        if world.is_main:
+            run = config.run.folder
+            write_answers(result, run)
+            scores = {name: score._asdict() for name, score in result.by_source().items()}
+            Metrics(run / "metrics.jsonl").write(
+                {
+                    "kind": "final",
+                    "stage": "final",
+                    "total_step": trainer.total_steps,
+                    "scores": scores,
+                    "accuracy": result.score().accuracy,
+                }
+            )
+            if tables is not None:
+                printer.say(tables[1](result))
+            by_question = sorted({answer.question for answer in result.answers if "video" in answer.source})
+            for question in by_question:
+                score = result.score(lambda answer, question=question: answer.question == question)
+                printer.say(f"  video, {question!r}: {score.accuracy:.3f} of {score.questions} right, {score.blind:.3f} without looking")
+            plot = write_report(run)
+            export(config, run / "model", dtype="float32")
+            printer.say(farewell(run, plot, data, result, clock()))
+        return result
+    finally:
+        world.close()
+
+
+def farewell(run: Path, plot: Path, data: Path, result: Evaluation, took: str) -> str:
+    """Where things are, and what to try next."""
+    video = data / "videos" / "test" / "0000.mp4"
+    picture = _example(result)
+    return "\n".join(
+        [
+            f"{took} done. Run folder: {run}",
+            f"  plot of loss and accuracy: {plot}",
+            f"  every answer: {run / 'answers.jsonl'}",
+            f"  the model as a checkpoint in Eagle 2.5's layout: {run / 'model'}",
+            "Ask it yourself:",
+            f"  eagle chat {run} --video {video} 'what is shown at the end?'",
+            *([f"  eagle chat {run} --image {picture[0]} '{picture[1]}'"] if picture else []),
+        ]
+    )
+
+
+def _example(result: Evaluation) -> tuple[str, str] | None:
+    """A held-out picture to ask about."""
+    try:
+        import easy_vqa
+    except ImportError:
+        return None
+    paths = easy_vqa.get_test_image_paths()
+    answer: Answer | None = next((one for one in result.answers if one.source == "test_questions"), None)
+    return (paths[0], "what shape is in the image?") if answer is not None and 0 in paths else None

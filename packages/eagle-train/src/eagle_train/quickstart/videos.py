@@ -1,0 +1,75 @@
+"""Videos for the quickstart: real H.264, a few seconds of one easy-VQA image after the other, and questions about when what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from PIL import Image
+
+from .easy_vqa_data import Split, Turn, conversation, description
+
+FPS = 4
+SECONDS_PER_SCENE = 2
+SIDE = 64
+AT_END = "what is shown at the end?"
+AT_START = "what is shown at the start?"
+IN_ORDER = "in what order?"
+LONGEST_ORDER = 3
+"""Scenes up to which the order is asked for: beyond, one wrong shape anywhere would make the answer wrong."""
+
+
+class Clip(NamedTuple):
+    """A video file and what its scenes show, in order."""
+
+    path: Path
+    scenes: tuple[str, ...]
+
+
+def encode(path: Path, images: Sequence[Image.Image]) -> None:
+    """Each image for `SECONDS_PER_SCENE` seconds, `FPS` frames a second, H.264 in MP4."""
+    with av.open(str(path), "w") as container:
+        # Nearly lossless: colours are what is asked about.
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "12", "g": str(FPS * 4)})
+        stream.width = stream.height = SIDE
+        stream.pix_fmt = "yuv420p"
+        for image in images:
+            frame = av.VideoFrame.from_image(image)
+            for _ in range(FPS * SECONDS_PER_SCENE):
+                frame.pts = None
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def make_clips(split: Split, folder: Path, lengths: Sequence[int], rng: np.random.Generator) -> list[Clip]:
+    """One clip of each length (in scenes), of images drawn at random among those whose questions tell what they show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {number: said for number, turns in split.turns.items() if (said := description(turns))}
+    numbers = np.array(sorted(told))
+    clips = []
+    for index, length in enumerate(lengths):
+        chosen = rng.choice(numbers, length, replace=False).tolist()
+        images = []
+        for number in chosen:
+            with Image.open(split.paths[number]) as file:
+                images.append(file.convert("RGB"))
+        path = folder / f"{index:04d}.mp4"
+        encode(path, images)
+        clips.append(Clip(path, tuple(told[number] for number in chosen)))
+    return clips
+
+
+def turns_about(clip: Clip) -> list[Turn]:
+    """The questions of a clip."""
+    turns = [Turn(AT_END, clip.scenes[-1]), Turn(AT_START, clip.scenes[0])]
+    if len(clip.scenes) <= LONGEST_ORDER:
+        turns.append(Turn(IN_ORDER, ", ".join(clip.scenes)))
+    return turns
+
+
+def video_row(clip: Clip, turns: Sequence[Turn], root: Path) -> dict[str, Any]:
+    """One row about one clip."""
+    return {"video": str(clip.path.relative_to(root)), "conversations": conversation(turns, "<video>")}

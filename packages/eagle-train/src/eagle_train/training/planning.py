@@ -1,0 +1,85 @@
+"""What a run would train, and what a row or pack looks like: for the verbs plan and show. No model is made and nothing trained."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from eagle_train.config import Config, ConfigError
+from eagle_train.data.facts import Facts
+from eagle_train.data.ledger import Ledger
+from eagle_train.data.prepare import load_facts, prepare
+from eagle_train.planning.stages import StageSchedule
+from eagle_train.planning.visual import plan_visual, sample_plan
+
+from .batch import address_of, load_sample
+from .model import load_run_tokenizer, model_config, model_facts
+
+
+class View(NamedTuple):
+    """Views (`eagle_train.watching.show`) of the samples of a pack, or of one row (capacity None)."""
+
+    views: list[Any]
+    title: str
+    capacity: int | None
+
+
+def plan_run(config: Config) -> list[StageSchedule]:
+    """Prepare (or find it prepared) and plan all stages; rows that a stage drops go to the ledger."""
+    tokenizer = load_run_tokenizer(config)
+    facts = prepare(config, tokenizer).facts
+    described = model_facts(model_config(config, tokenizer))
+    schedules = [StageSchedule(facts, config, stage, described) for stage in config.stages]
+    ledger = Ledger(config.run.folder / "ledger.jsonl")
+    for schedule in schedules:
+        ledger.replace(schedule.plan(0).drops(), where=f"stage {schedule.stage.name}")
+    return schedules
+
+
+def view(config: Config, *, row: str | None, stage: str | None, pack: int, evaluation: bool) -> View:
+    """One row (`source:line`), or a pack of a stage's first epoch. Raises ConfigError for a name or number that isn't there."""
+    from eagle_train.watching.show import view_sample
+
+    tokenizer = load_run_tokenizer(config)
+    facts = load_facts(config, tokenizer, evaluation=evaluation)
+    names = [one.name for one in config.stages]
+    if stage is not None and stage not in names:
+        raise ConfigError(f"no stage is called {stage!r}; they are {', '.join(names)}")
+    chosen = config.stages[names.index(stage) if stage is not None else (-1 if evaluation else 0)]
+    described = model_facts(model_config(config, tokenizer))
+    if row is None and evaluation:
+        raise ConfigError("held-out rows aren't packed; name one with --row source:line")
+    if row is None:
+        plan = StageSchedule(facts, config, chosen, described).plan(0)
+        if not 0 <= pack < plan.packs:
+            raise ConfigError(f"stage {chosen.name} has packs 0 ... {plan.packs - 1}, there is no {pack}")
+        plans, title, capacity = plan.samples(pack), f"stage {chosen.name}, pack {pack} of {plan.packs}", chosen.max_tokens
+    else:
+        number = find_row(facts, row)
+        visual = plan_visual(facts, chosen.max_tokens, described, sampling=config.sampling, tiling=config.tiling)
+        plans = [sample_plan(facts, visual, number, described, sampling=config.sampling, tiling=config.tiling)]
+        title, capacity = f"{row} in stage {chosen.name}", None
+    views = [
+        view_sample(
+            load_sample(address_of(facts, plan.row)),
+            plan,
+            described,
+            tokenizer,
+            budget=chosen.max_tokens,
+            thumbnail=config.tiling.thumbnail,
+        )
+        for plan in plans
+    ]
+    return View(views, title, capacity)
+
+
+def find_row(facts: Facts, name: str) -> int:
+    """The row `source:line`; raises ConfigError when there is none (it may be in the ledger)."""
+    source_name, _, line = name.rpartition(":")
+    for source in facts.sources:
+        if source.name == source_name and line.isdigit():
+            lines = facts.column("line")[source.first : source.first + source.rows]
+            found = (lines == int(line)).nonzero()[0]
+            if len(found):
+                return source.first + int(found[0])
+            raise ConfigError(f"source {source_name} has no usable row in line {line}; if the line exists, the ledger says why")
+    raise ConfigError(f"{name!r}: expected source:line with a source of {', '.join(source.name for source in facts.sources)}")
