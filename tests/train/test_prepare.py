@@ -294,3 +294,23 @@ def test_processes_start_when_the_work_is_long(tmp_path, row, make_config, write
         with pytest.raises(RuntimeError, match="not the 1500 lines"):  # what the processes would have done is missing, and noticed
             prepare(config, tokenizer)
         assert 0 < len(started) < 30
+
+
+def test_sources_without_good_rows_keep_their_place(tmp_path, row, make_config, write_jsonl, tokenizer):
+    write_jsonl(tmp_path / "empty.jsonl", [])
+    write_jsonl(tmp_path / "bad.jsonl", [b"x"])
+    write_jsonl(tmp_path / "good.jsonl", [row(), row()])
+    names = ("empty", "bad", "good", "last")
+    files = {"last": "empty"}
+    report = prepare(make_config({name: {"annotation": f"{files.get(name, name)}.jsonl"} for name in names}), tokenizer)
+    assert [(source.name, source.first, source.rows, source.bad_rows) for source in report.facts.sources] == [
+        ("empty", 0, 0, 0),
+        ("bad", 0, 0, 1),
+        ("good", 0, 2, 0),
+        ("last", 2, 0, 0),
+    ]
+    assert [report.facts.source_of(index).name for index in range(2)] == ["good", "good"]
+    assert report.facts.lists("image_width")[0].tolist() == [0, 0, 0]
+    nothing = prepare(make_config({"empty": {"annotation": "empty.jsonl"}}), tokenizer)
+    assert (len(nothing.facts), nothing.rows) == (0, 0)
+    assert nothing.facts.lists("video_seconds")[0].tolist() == [0]
