@@ -170,6 +170,8 @@ def test_wrong_use_is_said(make_model, make_config):
     model = make_model()
     with pytest.raises(ValueError, match="position_ids"):
         model(torch.arange(3), layout=layout(3))
+    with pytest.raises(TypeError, match="target"):
+        model(torch.arange(3), position_ids=torch.arange(3), layout=layout(3), target=torch.arange(3))
     with pytest.raises(ValueError, match="attention_mask"):
         model(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 4))
     with pytest.raises(ValueError, match="row 1"):

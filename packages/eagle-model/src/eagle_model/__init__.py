@@ -12,6 +12,7 @@ from eagle_model.prompt_costs import PromptCosts
 if TYPE_CHECKING:
     from eagle_model.configuration import EagleConfig
     from eagle_model.eagle import EagleForConditionalGeneration, EagleOutput
+    from eagle_model.parts import assemble
     from eagle_model.presets import PRESETS, preset
     from eagle_model.processor import EagleProcessor
 
@@ -23,6 +24,7 @@ _HOMES = {
     "EagleForConditionalGeneration": "eagle",
     "EagleOutput": "eagle",
     "EagleProcessor": "processor",
+    "assemble": "parts",
     "preset": "presets",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "Special",
     "Text",
     "VideoSpan",
+    "assemble",
     "encode",
     "preset",
     "register",

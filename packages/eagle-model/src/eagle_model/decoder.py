@@ -27,6 +27,7 @@ class AttentionContext:
     positions: int [T]. inv_freq: float32 [D/2]. layout: the pack, for packed attention.
     cache: keys and values of earlier tokens (a transformers `Cache`), or None. rows: [T], where each token stands in the padded batch
     (flat index into B * L). mask: bool [B, 1, L, K], which keys each new token sees; None means packed attention. shape: (B, L).
+    backend: kernel of packed attention by its name in eagle-cp; None takes the fastest.
     """
 
     positions: Tensor
@@ -36,6 +37,7 @@ class AttentionContext:
     rows: Tensor | None = None
     mask: Tensor | None = None
     shape: tuple[int, int] = (1, 0)
+    backend: str | None = None
 
 
 class Norm(nn.Module):
@@ -82,7 +84,7 @@ class Attention(nn.Module):
             if context.cache is not None:
                 context.cache.update(self._pad(k, context), self._pad(v, context), self.index)
             assert context.layout is not None
-            out = attention(q, k, v, context.layout, scale=self.scale)
+            out = attention(q, k, v, context.layout, scale=self.scale, backend=context.backend)
         else:
             keys, values = context.cache.update(self._pad(k, context), self._pad(v, context), self.index)
             padded = F.scaled_dot_product_attention(

@@ -24,6 +24,8 @@ from eagle_model.decoder import AttentionContext, DecoderLayer, Head, LanguageMo
 from eagle_model.vision import VisionModel, VisionTower, make_connector, pixel_shuffle
 
 IGNORE_INDEX = -100
+#: What transformers passes to every model and this one has no use for.
+IGNORED_ARGUMENTS = frozenset({"return_dict", "output_attentions", "output_hidden_states", "cache_position"})
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -69,6 +71,8 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.vision_model = VisionModel(vision, config.select_layer)
         self.mlp1 = make_connector(width, text.hidden_size, config.mlp_connector_layers)
         self.language_model = LanguageModel(text)
+        #: Kernel of packed attention by its name in eagle-cp; None takes the fastest that runs.
+        self.attention_backend: str | None = None
         self.post_init()
 
     # ---- parts -------------------------------------------------------------------------------------------------------------------
@@ -168,11 +172,14 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: uint8 tiles [N, s, s, 3] or normalised float [N, 3, s, s]; labels [B, L], not shifted; logits_to_keep: only the last
         so many positions (0: all). Gives logits, the loss (mean over labels) with labels, and the cache with use_cache.
         """
+        unknown = {name for name, value in kwargs.items() if value is not None} - IGNORED_ARGUMENTS
+        if unknown:
+            raise TypeError(f"forward has no argument {', '.join(sorted(unknown))}")
         if layout is not None:
             if position_ids is None:
                 raise ValueError("packed forward needs position_ids [T], which restart with every sample")
             hidden = self.embed(input_ids, tiles, context_index, layout)
-            context = AttentionContext(position_ids, self._inv_freq(hidden), layout)
+            context = AttentionContext(position_ids, self._inv_freq(hidden), layout, backend=self.attention_backend)
             hidden = self.language_model.model(hidden, context)
             head = self.language_model.lm_head
             if targets is None:

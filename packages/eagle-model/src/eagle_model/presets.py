@@ -83,6 +83,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+#: What all models in use today have, unlike the defaults of configuration files.
+IN_USE: dict[str, Any] = {
+    "select_layer": -1,
+    "dynamic_image_size": True,
+    "use_thumbnail": True,
+    "min_dynamic_tiles": 1,
+    "max_dynamic_tiles": 12,
+    "template": "qwen2-chat",
+}
+
+
 def preset(name: str, *, tokenizer: Any = None, **changes: Any) -> EagleConfig:
     """The configuration of that name; `changes` replace keyword arguments of `EagleConfig`, and update its two parts.
 
@@ -91,15 +102,7 @@ def preset(name: str, *, tokenizer: Any = None, **changes: Any) -> EagleConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}; they are {', '.join(PRESETS)}")
-    values: dict[str, Any] = {
-        "select_layer": -1,
-        "dynamic_image_size": True,
-        "use_thumbnail": True,
-        "min_dynamic_tiles": 1,
-        "max_dynamic_tiles": 12,
-        "template": "qwen2-chat",
-        **changes,
-    }
+    values = IN_USE | changes
     for part in ("vision_config", "text_config"):
         values[part] = PRESETS[name][part] | changes.get(part, {})
     if tokenizer is not None:
