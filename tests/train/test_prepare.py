@@ -106,7 +106,11 @@ def test_second_run_finds_everything(media, rows, make_config, write_jsonl, toke
     assert (first.rows_reused, second.rows_reused) == (0, 6)
     assert second.facts.table.equals(first.facts.table)
     assert load_facts(config, tokenizer).table.equals(first.facts.table)
-    assert [(step.rows_done, step.rows_total) for step in seen] == [(2, 6), (4, 6), (6, 6)]
+    assert [(step.rows_done, step.rows_total) for step in seen] == [(6, 6)]
+    next((media / "runs/test/facts").glob("s-*/done.json")).unlink()  # a run that was killed at its very end
+    third = prepare(config, tokenizer, progress=seen.append)
+    assert (third.rows_reused, third.facts.table.equals(first.facts.table)) == (6, True)
+    assert [(step.rows_done, step.rows_total) for step in seen[1:]] == [(2, 6), (4, 6), (6, 6)]
 
 
 def test_key_covers_what_facts_depend_on(media, rows, make_config, write_jsonl, tokenizer):

@@ -212,6 +212,14 @@ class _SourcePlan:
         for number, shard in enumerate(self.index.shards):
             yield _Work(self.name, self.source.annotation, root_of(self.source), shard, self.part(number), self.system, self.max_line_bytes)
 
+    def done(self) -> _Counts | None:
+        """Counts of the whole source when an earlier run completed it."""
+        done = self.folder / "done.json"
+        if not done.exists():
+            return None
+        content = json.loads(done.read_text(encoding="utf-8"))
+        return _Counts(content["rows"], content["bad_rows"], content["blank_lines"])
+
     def finish(self, costs: FrameCosts) -> None:
         """Write done.json, which makes the source complete; PrepareError when the annotation file changed meanwhile."""
         stat = self.source.annotation.stat()
@@ -251,6 +259,10 @@ class _State:
         """Shards that are still to do; those that are there are counted."""
         todo = []
         for plan in self.plans:
+            if (counts := plan.done()) is not None:
+                self.reused += sum(counts)
+                self.finished(plan, counts)
+                continue
             for work in plan.works():
                 counts = _counts_of(work.part)
                 if counts is None:
