@@ -130,3 +130,44 @@ def make_facts() -> Callable[..., Facts]:
         return Facts(pa.table(columns, schema=SCHEMA), tuple(sources), costs, None, "key")
 
     return make
+
+
+@pytest.fixture
+def colour_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, write_jsonl: Any, write_video: Any) -> Callable[..., Config]:
+    """A small run of a tiny model in the test's folder: coloured images in one and in many tiles, a video, two short stages."""
+
+    def make(rows: int = 24, **sections: Any) -> Config:
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        colours = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
+        content = []
+        for index in range(rows):
+            name = list(colours)[index % 3]
+            Image.new("RGB", (32, 32) if index % 2 else (64, 32), colours[name]).save(tmp_path / f"{index}.png")
+            talk = [{"from": "human", "value": "<image>what color?"}, {"from": "gpt", "value": name}]
+            content.append({"image": f"{index}.png", "conversations": talk})
+        write_video(tmp_path / "clip.mp4", frames=20)
+        content.append({"video": "clip.mp4", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "noise"}]})
+        write_jsonl(tmp_path / "rows.jsonl", content)
+        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        defaults: dict[str, Any] = {
+            "run": {"name": "run"},
+            "model": {
+                "preset": "tiny",
+                "tokenizer": "tokenizer",
+                "overrides": {
+                    "vision_config": small | {"image_size": 32, "patch_size": 8},
+                    "text_config": small | {"num_key_value_heads": 2},
+                },
+            },
+            "data": {"sources": {"rows": {"annotation": "rows.jsonl"}}, "workers": 1},
+            "stages": [
+                {"name": "one", "max_tokens": 640, "steps": 4, "packs_per_step": 2, "lr": 1e-3},
+                {"name": "two", "max_tokens": 1280, "steps": 2, "packs_per_step": 2, "lr": 1e-3, "train": ["connector", "language"]},
+            ],
+            "parallel": {"dtype": "float32"},
+            "loader": {"workers": 0},
+            "checkpoint": {"every": 3, "keep": 1},
+        }
+        return parse_config({**defaults, **sections}, base=tmp_path)
+
+    return make

@@ -106,22 +106,33 @@ def show(
 
 @lmdb_app.command("build")
 def lmdb_build(
-    output: Annotated[Path, typer.Argument(help="LMDB file to write.")],
-    sources: Annotated[list[Path], typer.Argument(help="Folders of images, or Parquet or tar shards.")],
+    output: Annotated[Path, typer.Argument(help="LMDB to write.", show_default=False)],
+    sources: Annotated[list[Path], typer.Argument(help="Folders of images, image files, tar or Parquet shards.", show_default=False)],
 ) -> None:
-    """Put images into one LMDB; continues where it stopped, and verifies what it wrote."""
+    """Put images into one LMDB; continues where it stopped."""
     from eagle_sampling.lmdb_build import build_lmdb
 
     report = build_lmdb(output, sources)
+    _problems(report.problems)
     print(f"{output}: {report}")
+    if report.problems:
+        raise typer.Exit(3)
 
 
 @lmdb_app.command("check")
-def lmdb_check(path: Annotated[Path, typer.Argument(help="LMDB file.")]) -> None:
-    """Read every value of an LMDB and name those that are no images."""
+def lmdb_check(path: Annotated[Path, typer.Argument(help="LMDB to read.", show_default=False)]) -> None:
+    """Read every value of an LMDB and name those that are damaged or no images."""
     from eagle_sampling.lmdb_build import check_lmdb
 
     report = check_lmdb(path)
+    _problems(report.problems)
     print(f"{path}: {report}")
-    if getattr(report, "bad", None):
+    if not report.ok:
         raise typer.Exit(3)
+
+
+def _problems(problems: list[tuple[str, str]]) -> None:
+    for key, reason in problems[:20]:
+        print(f"{key}: {reason}")
+    if len(problems) > 20:
+        print(f"and {len(problems) - 20} more")

@@ -1,8 +1,9 @@
 """Checkpoints that survive a kill at any moment: written under another name, made durable, then renamed.
 
-A checkpoint is a folder `<stage>-<step>` (`<stage>-end` at the end of a stage) with `torch.distributed.checkpoint` files (weights, and
-the optimizer's state unless the stage is over) and `state.json`. A folder with that name is whole; one that starts with `.writing-` is what a kill left and is removed at the
-next start. Nothing else is ever deleted, except by the keep rule, and only after the newer checkpoint is complete.
+A checkpoint is a folder `<stage>-<step>` (`<stage>-end` at the end of a stage) with `torch.distributed.checkpoint` files (weights,
+and the optimizer's state unless the stage is over) and `state.json`. A folder with that name is whole; one that starts with
+`.writing-` is what a kill left and is removed at the next start. Nothing else is ever deleted, except by the keep rule, and only
+after the newer checkpoint is complete.
 Whatever the number of ranks that wrote it, any other number can read it.
 """
 

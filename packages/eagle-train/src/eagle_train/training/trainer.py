@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eagle_cp import Layout
+from eagle_cp import Layout, plan_tiles
+from eagle_model.prompt import IGNORE_INDEX
 from eagle_sampling import Limits
 from eagle_train.config import Config
 from eagle_train.data.encoding import CachedEncoder
@@ -79,9 +80,9 @@ class Trainer:
         self.schedules = [StageSchedule(facts, config, stage, model_facts(self.described)) for stage in config.stages]
         self.total_steps = sum(schedule.steps for schedule in self.schedules)
         self._pending: _Pending | None = None
+        self._waiting: dict[str, Any] | None = None
+        self._pace: float | None = None
         self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0}
-        if world.context.size > 1:
-            raise NotImplementedError("training with context-parallel ranks needs the vision exchange of eagle_cp in the model's forward")
 
     @property
     def checkpoints(self) -> Path:
@@ -174,7 +175,9 @@ class Trainer:
             batches.append(item[1])
         numbers = [[b.label_weight, b.tokens, len(b.tiles), len(b.sample_ids), len(b.failed), b.num_kept] for b in batches]
         # float64 on the CPU (gloo): known before the first forward, and no device waits for it.
-        totals = world.sum(torch.tensor(numbers, dtype=torch.float64).sum(0))
+        # The ranks of a context group hold the same packs: the first of them counts.
+        mine = torch.tensor(numbers, dtype=torch.float64).sum(0) * (world.context.rank == 0)
+        totals = world.sum(mine)
         weight, tokens, tiles, samples, missing, labels = totals.tolist()
         lr = learning_rate(step, schedule.steps, stage)
         for group in optimizer.param_groups:
@@ -185,7 +188,8 @@ class Trainer:
             if is_sharded(self.model):
                 self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
             loss += self._forward_backward(batch, denominator)
-            self.ledger.extend(batch.failed)
+            if world.context.rank == 0:
+                self.ledger.extend(batch.failed)
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(learning, limit)
@@ -215,24 +219,31 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch, denominator: Tensor) -> Tensor:
         device = self.world.device
-        move = _pinned if device.type == "cuda" else torch.from_numpy
-
-        def put(array: Any) -> Tensor:
-            return move(array).to(device, non_blocking=True)
-
-        output = self.model(
-            put(batch.input_ids),
-            position_ids=put(batch.position_ids),
-            layout=Layout.single(batch.cu_seqlens),
-            tiles=put(batch.tiles),
-            context_index=put(batch.context_index),
-            targets=put(batch.targets),
-            token_weights=put(batch.token_weights),
-            denominator=denominator,
-            num_kept=batch.num_kept,
-        )
+        pin = device.type == "cuda"
+        fields, layout, num_kept = self._share(batch)
+        moved = {name: (value.pin_memory() if pin else value).to(device, non_blocking=True) for name, value in fields.items()}
+        output = self.model(**moved, layout=layout, denominator=denominator, num_kept=num_kept)
         output.loss.backward()
         return output.loss.detach()
+
+    def _share(self, batch: Batch) -> tuple[dict[str, Tensor], Layout, int]:
+        """What this rank computes of a pack: all of it, or its share among the ranks of its context group."""
+        names = ("input_ids", "position_ids", "targets", "token_weights")
+        fields = {name: torch.from_numpy(getattr(batch, name)) for name in names}
+        tiles = torch.from_numpy(batch.tiles)
+        if self.world.context.size == 1:
+            index = torch.from_numpy(batch.context_index)
+            return fields | {"tiles": tiles, "context_index": index}, Layout.single(batch.cu_seqlens), batch.num_kept
+        text = self.described.text_config
+        layout = Layout.build(
+            batch.cu_seqlens, self.world.context, num_heads=text.num_attention_heads, num_kv_heads=text.num_key_value_heads
+        )
+        is_feature = torch.zeros(layout.total, dtype=torch.bool)
+        is_feature[torch.from_numpy(batch.context_index)] = True
+        plan = plan_tiles(layout, is_feature, self.described.tokens_per_tile)
+        fields = {name: layout.shard(value, fill=IGNORE_INDEX if name == "targets" else 0) for name, value in fields.items()}
+        kept = int(((fields["targets"] != IGNORE_INDEX) & (fields["token_weights"] != 0)).sum())
+        return fields | {"tiles": tiles[plan.first : plan.last]}, layout, kept
 
     # ---- numbers -----------------------------------------------------------------------------------------------------------------
 
@@ -255,7 +266,7 @@ class Trainer:
 
     def _publish(self, record: dict[str, Any], last: bool) -> None:
         """Records are written one step late, when their loss is there; the last one of a stage at once."""
-        waiting, self._waiting = getattr(self, "_waiting", None), record
+        waiting, self._waiting = self._waiting, record
         if waiting is not None:
             self._write_step(waiting)
         if last:
@@ -263,14 +274,24 @@ class Trainer:
 
     def _flush(self) -> None:
         self._check()
-        waiting, self._waiting = getattr(self, "_waiting", None), None
+        waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._write_step(waiting)
 
     def _write_step(self, record: dict[str, Any]) -> None:
         if self.world.is_main and (record["step"] % self.config.run.log_every == 0 or record["step"] == record["steps"]):
-            left = self.total_steps - record["total_step"]
-            self._record(record | {"eta": left * record["seconds"]})
+            self._record(record | {"eta": self._left(record)})
+
+    def _left(self, record: dict[str, Any]) -> float:
+        """Seconds to the end of the run: what is left in tokens of capacity, at the pace of the last steps."""
+        room = [schedule.stage.max_tokens * schedule.stage.packs_per_step for schedule in self.schedules]
+        names = [schedule.stage.name for schedule in self.schedules]
+        number = names.index(record["stage"])
+        pace = record["seconds"] / room[number]
+        self._pace = pace if self._pace is None else 0.9 * self._pace + 0.1 * pace
+        left = (record["steps"] - record["step"]) * room[number]
+        left += sum(schedule.steps * size for schedule, size in list(zip(self.schedules, room))[number + 1 :])
+        return left * self._pace
 
     def _record(self, record: dict[str, Any]) -> None:
         self.metrics.write(record)
@@ -282,6 +303,7 @@ class Trainer:
     def _new_model(self, train: Any = None) -> nn.Module:
         model = build_model(self.config, self.tokenizer)
         set_trainable(model, train or self.config.stages[0].train)
+        model.attention_backend = None if self.config.model.attention == "auto" else self.config.model.attention
         model.set_activation_checkpointing({"keep": "none", "recompute": "full", "offload": "offload"}.get(self._activations(), "none"))
         return shard_model(model.to(self.world.device), self.world, self.config.parallel)
 
@@ -312,7 +334,3 @@ class Trainer:
                 for place, pack in enumerate(plan.packs_of(place_in_epoch, self.world.data_rank, self.world.data)):
                     planned = tuple(Planned(address_of(self.facts, sample.row), sample) for sample in plan.samples(pack))
                     yield Task((number, current, place), planned, schedule.stage.loss_weighting)
-
-
-def _pinned(array: Any) -> Tensor:
-    return torch.from_numpy(array).pin_memory()

@@ -1,0 +1,62 @@
+"""Metrics survive a cut line, a resume, and numbers that JSON hasn't got."""
+
+import json
+
+from eagle_train.watching.metrics import Metrics, duration, progress_line, same_run
+
+STEP = {
+    "kind": "step",
+    "stage": "a",
+    "step": 1,
+    "steps": 9,
+    "loss": 1.5,
+    "lr": 1e-3,
+    "tokens_per_second": 1234.5678,
+    "tiles_per_second": 5.0,
+    "data_wait": 0.01,
+    "seconds": 0.5,
+    "eta": 125.0,
+    "total_step": 1,
+}
+
+
+def test_lines_come_back_and_a_cut_line_is_left_out(tmp_path):
+    metrics = Metrics(tmp_path / "run" / "metrics.jsonl")
+    metrics.write(STEP)
+    metrics.write(STEP | {"total_step": 2, "loss": float("nan")})
+    with open(metrics.path, "a") as file:
+        file.write('{"kind": "st')
+    records = list(metrics)
+    assert [record["total_step"] for record in records] == [1, 2]
+    assert records[0]["tokens_per_second"] == 1234.568
+    assert records[1]["loss"] == "nan"
+    for line in metrics.path.read_text().splitlines()[:2]:
+        json.loads(line, parse_constant=lambda name: 1 / 0)
+
+
+def test_rewind_forgets_what_came_after(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.rewind(3)
+    for step in range(1, 6):
+        metrics.write(STEP | {"total_step": step})
+    metrics.rewind(3)
+    metrics.write(STEP | {"total_step": 4})
+    assert [record["total_step"] for record in metrics] == [1, 2, 3, 4]
+
+
+def test_same_run_leaves_out_the_machine():
+    [kept] = same_run([STEP])
+    assert "loss" in kept
+    assert not {"seconds", "eta", "tokens_per_second"} & set(kept)
+
+
+def test_progress_line_has_loss_speed_and_time_left():
+    line = progress_line(STEP)
+    assert "1/9" in line
+    assert "1.5000" in line
+    assert "1,235 tok/s" in line
+    assert "2:05" in line
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (3.4, 61, 3723)] == ["3 s", "1:01", "1:02:03"]

@@ -1,0 +1,34 @@
+"""The plot of a run is drawn from its metrics alone."""
+
+import pytest
+from PIL import Image
+
+from eagle_train.watching.metrics import Metrics
+from eagle_train.watching.report import summary, write_report
+
+
+def fill(path):
+    metrics = Metrics(path / "metrics.jsonl")
+    for step in range(1, 21):
+        stage, base = ("a", 0) if step <= 10 else ("b", 10)
+        metrics.write(
+            {"kind": "step", "stage": stage, "step": step - base, "steps": 10, "total_step": step, "loss": 2.0 / step, "lr": 1e-3}
+            | {"tokens_per_second": 100.0, "seconds": 0.1, "missing": 1 if step == 4 else 0, "seen_tokens": step * 10}
+        )
+    scores = {"held": {"questions": 50, "accuracy": 0.8, "blind": 0.5}}
+    metrics.write({"kind": "eval", "stage": "b", "total_step": 20, "scores": scores, "accuracy": 0.8})
+
+
+def test_plot_and_summary(tmp_path):
+    fill(tmp_path)
+    with Image.open(write_report(tmp_path)) as image:
+        assert min(image.size) > 500
+        assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
+    text = summary(tmp_path)
+    assert "stage a: step 10 of 10, loss 2.000 -> 0.200, 100 tok/s, 1 samples missing" in text
+    assert "held: 0.800 of 50 questions right at step 20, 0.500 without looking" in text
+
+
+def test_without_steps_it_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no steps yet"):
+        write_report(tmp_path)
