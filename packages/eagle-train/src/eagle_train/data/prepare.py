@@ -8,7 +8,6 @@ the ledger first, so after a kill (also -9) a part exists whole or not at all, a
 
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -21,21 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from eagle_model.prompt import VideoSpan, encode, render, to_text
 from eagle_model.prompt_costs import PromptCosts
 from eagle_train.config import Config, Source
 
-from .annotation import AnnotationIndex, Shard, index_annotation, read_lines
-from .facts import FACTS_VERSION, SCHEMA, Facts, FrameCosts, assemble, root_of
-from .ledger import Entry, Ledger, read_entries, top_reasons, write_entries
+from .annotation import AnnotationIndex, index_annotation
+from .facts import FACTS_VERSION, Facts, FrameCosts, assemble, root_of
+from .ledger import Entry, Ledger, read_entries, top_reasons
 from .measure import Measurer, frame_costs
+from .parts import Counts, Work, counts_of, ledger_of, run_shard
 from .recipe import Recipe, recipe_of
-from .sample import RowError, normalise, parse_row
-
-logger = logging.getLogger(__name__)
 
 ALWAYS_ALLOWED = 10
 """Bad rows per source that never stop a run (unless the limit is 0): a share means nothing for a handful of rows."""
@@ -73,24 +67,6 @@ class PrepareReport:
     seconds: float
 
 
-class _Counts(NamedTuple):
-    good: int
-    bad: int
-    blank: int
-
-
-class _Work(NamedTuple):
-    """One shard of one source, as a worker gets it."""
-
-    source: str
-    annotation: Path
-    root: Path
-    shard: Shard
-    part: Path
-    system: str | None
-    max_line_bytes: int
-
-
 def prepare(
     config: Config, tokenizer: Any, *, evaluation: bool = False, progress: Callable[[Progress], None] | None = None
 ) -> PrepareReport:
@@ -115,7 +91,7 @@ def prepare(
     finally:
         where = "prepare eval" if evaluation else "prepare"
         Ledger(config.run.folder / "ledger.jsonl").replace(_entries(plans, where), where=where)
-    good, bad, blank = (sum(getattr(plan.counts, name) for plan in plans) for name in _Counts._fields)
+    good, bad, blank = (sum(getattr(plan.counts, name) for plan in plans) for name in Counts._fields)
     lines = sum(plan.index.lines for plan in plans)
     if good + bad + blank != lines:
         raise RuntimeError(
@@ -201,24 +177,24 @@ class _SourcePlan:
         }
         self.key = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=10).hexdigest()
         self.folder = config.facts_folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{self.key}"
-        self.counts = _Counts(0, 0, 0)
+        self.counts = Counts(0, 0, 0)
         self.system = config.prompt.system
         self.max_line_bytes = data.limits.max_line_bytes
 
     def part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.parquet"
 
-    def works(self) -> Iterator[_Work]:
+    def works(self) -> Iterator[Work]:
         for number, shard in enumerate(self.index.shards):
-            yield _Work(self.name, self.source.annotation, root_of(self.source), shard, self.part(number), self.system, self.max_line_bytes)
+            yield Work(self.name, self.source.annotation, root_of(self.source), shard, self.part(number), self.system, self.max_line_bytes)
 
-    def done(self) -> _Counts | None:
+    def done(self) -> Counts | None:
         """Counts of the whole source when an earlier run completed it."""
         done = self.folder / "done.json"
         if not done.exists():
             return None
         content = json.loads(done.read_text(encoding="utf-8"))
-        return _Counts(content["rows"], content["bad_rows"], content["blank_lines"])
+        return Counts(content["rows"], content["bad_rows"], content["blank_lines"])
 
     def finish(self, costs: FrameCosts) -> None:
         """Write done.json, which makes the source complete; PrepareError when the annotation file changed meanwhile."""
@@ -255,7 +231,7 @@ class _State:
         self.total = sum(plan.index.lines for plan in plans)
         self.done = self.reused = 0
 
-    def look(self) -> list[tuple[_SourcePlan, _Work]]:
+    def look(self) -> list[tuple[_SourcePlan, Work]]:
         """Shards that are still to do; those that are there are counted."""
         todo = []
         for plan in self.plans:
@@ -264,7 +240,7 @@ class _State:
                 self.finished(plan, counts)
                 continue
             for work in plan.works():
-                counts = _counts_of(work.part)
+                counts = counts_of(work.part)
                 if counts is None:
                     todo.append((plan, work))
                 else:
@@ -272,8 +248,8 @@ class _State:
                     self.finished(plan, counts)
         return todo
 
-    def finished(self, plan: _SourcePlan, counts: _Counts) -> None:
-        plan.counts = _Counts(*(a + b for a, b in zip(plan.counts, counts)))
+    def finished(self, plan: _SourcePlan, counts: Counts) -> None:
+        plan.counts = Counts(*(a + b for a, b in zip(plan.counts, counts)))
         self.done += sum(counts)
         if self.progress is not None:
             bad = sum(plan.counts.bad for plan in self.plans)
@@ -301,7 +277,7 @@ class _State:
         raise PrepareError(f"{message}; most frequent reasons:{lines}\nAll of them: {self.ledger}. Repair the rows, or raise the limit.")
 
 
-def _run(state: "_State", todo: list[tuple["_SourcePlan", _Work]], config: Config, tokenizer: Any) -> None:
+def _run(state: "_State", todo: list[tuple["_SourcePlan", Work]], config: Config, tokenizer: Any) -> None:
     """All shards, in this process or in several; without data.workers, processes are started when the work turns out to be long."""
     workers = config.data.workers or _cpus()
     seconds = POOL_PAYS_AFTER if config.data.workers is None else 0.0
@@ -310,12 +286,12 @@ def _run(state: "_State", todo: list[tuple["_SourcePlan", _Work]], config: Confi
         deadline = time.monotonic() + seconds
         while todo and (workers == 1 or len(todo) == 1 or time.monotonic() < deadline):
             plan, work = todo.pop(0)
-            state.finished(plan, _run_shard(work, measurer))
+            state.finished(plan, run_shard(work, measurer))
     if todo:
         _run_in_processes(todo, min(workers, len(todo)), config, tokenizer, state)
 
 
-def _run_in_processes(todo: list[tuple[_SourcePlan, _Work]], workers: int, config: Config, tokenizer: Any, state: _State) -> None:
+def _run_in_processes(todo: list[tuple[_SourcePlan, Work]], workers: int, config: Config, tokenizer: Any, state: _State) -> None:
     # Spawned: nothing of this process (threads, CUDA, open environments) is inherited half alive.
     pool = ProcessPoolExecutor(
         workers,
@@ -324,7 +300,7 @@ def _run_in_processes(todo: list[tuple[_SourcePlan, _Work]], workers: int, confi
         initargs=(tokenizer, config.data.limits, config.data.verify, os.getpid()),
     )
     queue = iter(todo)
-    running: dict[Future[_Counts], tuple[_SourcePlan, _Work]] = {}
+    running: dict[Future[Counts], tuple[_SourcePlan, Work]] = {}
     try:
         while True:
             while len(running) < 2 * workers and (item := next(queue, None)) is not None:
@@ -363,63 +339,15 @@ def _start_worker(tokenizer: Any, limits: Any, verify: str, parent: int) -> None
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(work: _Work) -> _Counts:
+def _work(work: Work) -> Counts:
     assert _worker is not None
-    return _run_shard(work, _worker)
-
-
-def _run_shard(work: _Work, measurer: Measurer) -> _Counts:
-    """Measure the rows of a shard and write its part; returns its counts."""
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    bad: list[Entry] = []
-    blank = 0
-    for line, offset, content in read_lines(work.annotation, work.shard, work.max_line_bytes):
-        try:
-            if isinstance(content, RowError):
-                raise content
-            if not content.strip():
-                blank += 1
-                continue
-            sample = normalise(parse_row(content), work.source, root=work.root, line=line, system=work.system)
-            facts = measurer.measure(sample)
-        except RowError as error:
-            bad.append(Entry(work.source, line, error.reason, error.detail))
-            continue
-        facts |= {"line": line, "offset": offset, "size": len(content)}
-        for name in columns:
-            columns[name].append(facts[name])
-    counts = _Counts(len(columns["line"]), len(bad), blank)
-    _write_part(work.part, columns, bad, counts)
-    return counts
-
-
-def _write_part(part: Path, columns: dict[str, list[Any]], bad: list[Entry], counts: _Counts) -> None:
-    part.parent.mkdir(parents=True, exist_ok=True)
-    write_entries(_ledger_of(part), bad)
-    schema = SCHEMA.with_metadata({"counts": json.dumps(counts)})
-    temporary = part.with_name(f"{part.name}.{os.getpid()}.tmp")
-    pq.write_table(pa.table(columns, schema=schema), temporary, compression="zstd")
-    os.replace(temporary, part)
-
-
-def _counts_of(part: Path) -> _Counts | None:
-    """Counts of a part that exists, else None (and what a killed run left of it is removed)."""
-    if not part.exists():
-        for leftover in part.parent.glob(f"{part.name}.*.tmp"):
-            leftover.unlink(missing_ok=True)
-        return None
-    metadata = pq.read_schema(part).metadata or {}
-    return _Counts(*json.loads(metadata[b"counts"]))
-
-
-def _ledger_of(part: Path) -> Path:
-    return part.with_name(part.name.removesuffix(".parquet") + ".ledger.jsonl")
+    return run_shard(work, _worker)
 
 
 def _entries(plans: list[_SourcePlan], where: str) -> Iterator[Entry]:
     for plan in plans:
         for number in range(len(plan.index.shards)):
-            path = _ledger_of(plan.part(number))
+            path = ledger_of(plan.part(number))
             if path.exists():
                 for entry in read_entries(path):
                     yield Entry(entry.source, entry.line, entry.reason, entry.detail, where)
