@@ -114,6 +114,9 @@ def assert_as_exact_as_torch(relative_error) -> Callable[..., None]:
         for position, (value, other, expected) in enumerate(zip(fused, plain, exact)):
             assert value.shape == expected.shape
             assert value.dtype == other.dtype
+            if value.numel() < 64:
+                # So few elements have no statistics: rounding once, each way, may differ by this much.
+                floor = max(floor, 1.25 * torch.finfo(dtype).eps)
             error, allowed = relative_error(value, expected), max(2 * relative_error(other, expected), floor)
             assert error <= allowed, f"result {position}: error {error:.2e}, torch's twice {allowed:.2e}"
 

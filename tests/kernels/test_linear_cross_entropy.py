@@ -30,7 +30,7 @@ def options(device: str, tokens: int) -> list[dict]:
     weights[::5] = 0
     return [
         {},
-        {"denominator": torch.tensor(1000.0, device=device)},
+        {"denominator": torch.tensor(40.0, device=device)},
         {"token_weights": weights, "denominator": torch.tensor(3.5, device=device)},
         {"label_smoothing": 0.1, "z_loss": 1e-3, "token_weights": weights},
     ]

@@ -57,7 +57,7 @@ def _forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, denominator: Tensor | None,
     smoothing: float, z_loss: float, ignore_index: int, num_kept: int, need_hidden: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from eagle_kernels.kernels.cross_entropy import launch_loss
+    from eagle_kernels.kernels.cross_entropy import launch_loss, launch_scatter
 
     device, (tokens, _), vocab = hidden.device, hidden.shape, weight.shape[0]
     gradient = need_hidden or need_weight
@@ -98,7 +98,7 @@ def _forward(
             if index is None:
                 dhidden[start:stop] = product
             else:
-                dhidden.index_copy_(0, index, product.to(dhidden.dtype))
+                launch_scatter(product, index, dhidden)
             del product
     loss = weighted.sum()
     if scale is None:

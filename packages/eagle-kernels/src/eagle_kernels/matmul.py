@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from eagle_kernels.registry import register
+
 SLICE_ROWS = 8192  # of the fallback: bounds its temporary to 8192 rows of the result
 
 
-def accumulate_(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """`out = a @ b` (first) or `out += a @ b`. out: [M, N] float32 (or a's dtype), a: [M, K], b: [K, N]; no temporary on CUDA."""
+def _accumulate_(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=0.0 if first else 1.0, out=out)
     elif out.is_cuda:
@@ -24,6 +25,15 @@ def accumulate_(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
                 out[start : start + SLICE_ROWS] = part
             else:
                 out[start : start + SLICE_ROWS] += part
+
+
+# An operator of its own, because torch 2.11 can't trace the matmuls whose result is wider than their operands.
+register("accumulate_(Tensor(a!) out, Tensor a, Tensor b, bool first) -> ()", _accumulate_, lambda out, a, b, first: None)
+
+
+def accumulate_(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """`out = a @ b` (first) or `out += a @ b`. out: [M, N] float32 (or a's dtype), a: [M, K], b: [K, N]; no temporary on CUDA."""
+    torch.ops.eagle_kernels.accumulate_(out, a, b, first)
 
 
 def product_in_float32(a: Tensor, b: Tensor) -> Tensor:

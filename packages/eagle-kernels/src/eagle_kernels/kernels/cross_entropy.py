@@ -4,7 +4,7 @@ A program owns one row. It reads the row once for maximum and sum, and once more
 last comes first, so most of the second read is served by the L2 cache.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
 # (a kernel is called through kernel[grid], of which a type checker sees only the function)
 import torch
 import triton
@@ -90,7 +90,7 @@ def loss_kernel(
         own = exp(picked - maximum, PRECISE)
         denominator = rest + own
         # log(1 + rest) without losing a small rest (Kahan): the rounding of 1 + rest is divided out again.
-        shifted = denominator + (-1.0)
+        shifted = denominator - 1.0
         log_sum = tl.where((own == 1.0) & (shifted > 0.0), tl.log(denominator) * (rest / shifted), tl.log(denominator))
         log_sum = tl.where((own == 1.0) & (shifted == 0.0), rest, log_sum)
     lse = maximum + log_sum
@@ -128,6 +128,16 @@ def loss_kernel(
 
 
 @triton.jit
+def scatter_kernel(x_ptr, index_ptr, out_ptr, cols, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(index_ptr + row)
+    for start in range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=0.0)
+        tl.store(out_ptr + target * cols + col, x.to(out_ptr.dtype.element_ty), mask=col < cols)
+
+
+@triton.jit
 def scale_kernel(x_ptr, out_ptr, scale_ptr, divide_ptr, count, HAS_DIVIDE: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     scale = tl.load(scale_ptr).to(tl.float32)
     if HAS_DIVIDE:
@@ -139,10 +149,10 @@ def scale_kernel(x_ptr, out_ptr, scale_ptr, divide_ptr, count, HAS_DIVIDE: tl.co
         tl.store(out_ptr + offset, (x * scale).to(out_ptr.dtype.element_ty), mask=offset < count)
 
 
-def loss_shape(vocab: int, itemsize: int) -> tuple[int, int]:
+def loss_shape(vocab: int) -> tuple[int, int]:
     """(columns of a block, warps)."""
-    block = min(triton.next_power_of_2(vocab), 4096)
-    return block, max(1, min(16, block // 256))
+    block = min(triton.next_power_of_2(vocab), 2048)
+    return block, max(1, min(16, block // 128))
 
 
 def launch_loss(
@@ -151,13 +161,19 @@ def launch_loss(
 ) -> None:  # fmt: skip
     """Losses of `logits` [n, V], whose rows are kept rows `start .. start + n`, into `losses` [T] (at each row's token) and, weighted and
     divided by `scale`, into `weighted` [kept]; with `gradient` the logits become the gradient of the weighted sum."""
-    block, warps = loss_shape(logits.shape[1], logits.element_size())
+    block, warps = loss_shape(logits.shape[1])
     loss_kernel[(logits.shape[0],)](
         logits, index if index is not None else labels, labels, weights if weights is not None else losses,
         scale if scale is not None else losses, losses, weighted, start, logits.shape[1], smoothing, z_loss,
         HAS_INDEX=index is not None, HAS_WEIGHTS=weights is not None, HAS_SCALE=scale is not None, SMOOTHING=smoothing > 0,
         GRADIENT=gradient, PRECISE=logits.dtype == torch.float32, BLOCK=block, num_warps=warps,
     )  # fmt: skip
+
+
+def launch_scatter(x: Tensor, index: Tensor, out: Tensor) -> None:
+    """`out[index[i]] = x[i]`, rounded to out's dtype on the way. x: [n, H], index: [n], out: [T, H], both contiguous."""
+    block = min(1024, triton.next_power_of_2(x.shape[1]))
+    scatter_kernel[(x.shape[0],)](x, index, out, x.shape[1], BLOCK=block, num_warps=4)
 
 
 def launch_scale(x: Tensor, scale: Tensor, divide: Tensor | None, dtype: torch.dtype, in_place: bool) -> Tensor:
