@@ -1,9 +1,11 @@
-"""Groups of gloo ranks for the tests: forked once per module after torch is imported (starting Python anew costs seconds), fed through pipes."""
+"""Groups of gloo ranks for the tests: forked once per module after torch is imported (starting Python anew costs seconds), fed through
+pipes."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -18,13 +20,15 @@ import torch.distributed as dist
 from eagle_cp import ContextMesh, Layout, attention
 
 torch.set_num_threads(1)
+# The first gradient makes torch import sympy; here once, instead of in every forked rank.
+torch.autograd.grad((_x := torch.ones(1, requires_grad=True)) * 2, _x, torch.ones(1))
 
 
 def reference_attention(q, k, v, cu_seqlens, causal=True, scale=None):
     """Plain softmax attention per document. q: [T, Hq, D], k, v: [T, Hk, D]; any dtype, differentiable."""
     group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5 if scale is None else scale
     out = []
-    for a, b in zip(cu_seqlens, cu_seqlens[1:]):
+    for a, b in itertools.pairwise(cu_seqlens):
         kd, vd = (x[a:b].repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[a:b], kd) * scale
         if causal:

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
-from eagle_cp import ContextMesh, Layout, attention
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from eagle_cp import ContextMesh, Layout, attention
 
 SPLITS = [(size, u) for size in (2, 3, 4, 8) for u in range(1, size + 1) if size % u == 0]
 HEADS = [(8, 2), (28, 4), (9, 3), (8, 1), (8, 8), (12, 4)]
@@ -124,7 +125,16 @@ def test_one_head_at_a_time_beside_the_kernels_or_between(cp, ranks, size, ulyss
 @pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (4, 1), (8, 1), (4, 2), (2, 2)])
 def test_bf16_error_is_that_of_one_rank(cp, ranks, size, ulysses):
     """Splitting adds at most a tenth to the bf16 error of one rank's kernel: what is summed over ranks is summed in fp32."""
-    case = {"lengths": [700, 90, 260], "heads": 8, "kv_heads": 2, "dim": 32, "causal": True, "seed": 2, "dtype": "bfloat16", "ulysses": ulysses}
+    case = {
+        "lengths": [700, 90, 260],
+        "heads": 8,
+        "kv_heads": 2,
+        "dim": 32,
+        "causal": True,
+        "seed": 2,
+        "dtype": "bfloat16",
+        "ulysses": ulysses,
+    }
     q, k, v, dout = cp.inputs(case)
     cu = cp.cumulative(case["lengths"])
     exact = [x.double().requires_grad_() for x in (q, k, v)]

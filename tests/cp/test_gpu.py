@@ -1,10 +1,12 @@
-"""On a GPU: every kernel that can run there against float64, also into strided slices and with fewer queries than keys; and one rank end to end.
+"""On a GPU: every kernel that can run there against float64, also into strided slices and with fewer queries than keys; and one rank end
+to end.
 
 Several GPUs: packages/eagle-cp/benchmarks/check.py, under torchrun.
 """
 
 import pytest
 import torch
+
 from eagle_cp import Layout, attention
 from eagle_cp.backends import KERNELS
 from eagle_cp.segments import Segments

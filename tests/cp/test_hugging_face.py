@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from eagle_cp import Layout, register_attention
 from eagle_cp.hugging_face import hugging_face_attention
 

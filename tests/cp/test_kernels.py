@@ -1,15 +1,18 @@
-"""Packed kernels against the plain float64 reference: segments with fewer queries than keys, padding, and the bucketed shapes that cuDNN gets."""
+"""Packed kernels against the plain float64 reference: segments with fewer queries than keys, padding, and the bucketed shapes that cuDNN
+gets."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from eagle_cp import Layout, attention
 from eagle_cp.backends import KERNELS, choose
 from eagle_cp.blockwise import CPU, blockwise_backward, blockwise_forward, bucket_length
 from eagle_cp.segments import Segments
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def segment_reference(q, k, v, segments, causal, scale):
@@ -75,7 +78,7 @@ def test_single_rank_precision(cp, dtype, causal):
             torch.nn.functional.scaled_dot_product_attention(
                 *(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), is_causal=causal, enable_gqa=True
             )[0].transpose(0, 1)
-            for a, b in zip(cu, cu[1:])
+            for a, b in itertools.pairwise(cu)
         ]
         return torch.cat(parts)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from eagle_cp import ContextMesh, Layout
 from eagle_cp.layout import agree
 

@@ -1,12 +1,14 @@
 """Every token is on one rank, ranks hold equal tokens, and work is balanced with few shared documents."""
 
+import itertools
 import random
 
 import pytest
-from eagle_cp.heads import split_heads
-from eagle_cp.partition import partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from eagle_cp.heads import split_heads
+from eagle_cp.partition import partition
 
 
 def covered(split, lengths):
@@ -26,7 +28,7 @@ def covered(split, lengths):
         spans.sort()
         assert spans[0][0] == 0
         assert spans[-1][1] == lengths[d]
-        assert all(x[1] == y[0] for x, y in zip(spans, spans[1:])), spans
+        assert all(x[1] == y[0] for x, y in itertools.pairwise(spans)), spans
     return tokens, work
 
 

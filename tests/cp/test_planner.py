@@ -1,6 +1,7 @@
 """The planner prefers what must be better, respects limits, and explains."""
 
 import pytest
+
 from eagle_cp import explain, plan_context
 from eagle_cp.planner import Hardware
 
@@ -44,7 +45,7 @@ def test_memory_limit():
     by_split = {c.ulysses: c.peak_mb / 1024 for c in free.candidates}
     limited = plan_context([131072], 2, memory_gib=(by_split[1] + by_split[2]) / 2, **MODEL)
     assert limited.ulysses == min(by_split, key=by_split.get)
-    with pytest.raises(ValueError, match="no split works.*GiB allowed"):
+    with pytest.raises(ValueError, match=r"no split works.*GiB allowed"):
         plan_context([131072], 2, memory_gib=0.1, **MODEL)
 
 

@@ -1,10 +1,13 @@
-"""A tiny SigLIP, connector and language model over a context group: outputs and every gradient equal one process, also with ranks without tiles."""
+"""A tiny SigLIP, connector and language model over a context group: outputs and every gradient equal one process, also with ranks without
+tiles."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
 import torch
+
 from eagle_cp import ContextMesh, Layout, exchange_tiles, plan_tiles, register_attention
 
 TOKENS_PER_TILE = 4
@@ -82,7 +85,7 @@ def plain_step(case):
     embeds = model["language"].get_input_embeddings()(ids)
     if features is not None:
         embeds = embeds.masked_scatter((ids == 0)[:, None], features)
-    logits = [model["language"](inputs_embeds=embeds[None, a:b], use_cache=False).logits[0] for a, b in zip(cu, cu[1:])]
+    logits = [model["language"](inputs_embeds=embeds[None, a:b], use_cache=False).logits[0] for a, b in itertools.pairwise(cu)]
     loss = loss_of(torch.cat(logits), targets, weights, weights.sum())
     loss.backward()
     return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}

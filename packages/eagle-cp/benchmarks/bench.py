@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node=2 packages/eagle-cp/benchmarks/bench.py --out results.json
 
-TFLOP/s per GPU = (4 forward, 10 backward) x attended pairs x query heads x head dim / GPUs / time; the slowest rank's median of CUDA-event times.
-"""
+TFLOP/s per GPU = (4 forward, 10 backward) x attended pairs x query heads x head dim / GPUs / time; the slowest rank's median of
+CUDA-event times."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import flash_attn_2_from_torch
 import packs
 import torch
 import torch.distributed as dist
+from rivals import RIVALS, Unavailable
+
 from eagle_cp import ContextMesh, Layout, attention
 from eagle_cp.backends import KERNELS
-import flash_attn_2_from_torch
-from rivals import RIVALS, Unavailable
 
 HEADS, KV_HEADS, DIM = 28, 4, 128
 
@@ -44,7 +45,8 @@ def slowest(value: float) -> float:
 
 
 def time_ms(function, seconds: float) -> float:
-    """Median time, each repetition between two events after a barrier; as many repetitions (2 to 20) as fit `seconds`, after one that isn't counted."""
+    """Median time, each repetition between two events after a barrier; as many repetitions (2 to 20) as fit `seconds`, after one that
+    isn't counted."""
 
     def once():
         dist.barrier()
@@ -142,7 +144,7 @@ def main():
     world, began = dist.get_world_size(), time.time()
     meshes = {u: ContextMesh.from_group(ulysses=u) for u in range(1, world + 1) if world % u == 0}
     result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(),
         "gpus": world,
         "heads": [HEADS, KV_HEADS, DIM],

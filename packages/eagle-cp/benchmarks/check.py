@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from eagle_cp import ContextMesh, Layout, attention, exchange_tiles, plan_tiles
 from eagle_cp.backends import KERNELS
 from eagle_cp.segments import Segments

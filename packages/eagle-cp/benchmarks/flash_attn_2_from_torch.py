@@ -1,4 +1,5 @@
-"""The functions of flash-attn 2 that rivals import, from the FlashAttention-2 kernels inside torch, so that they run without building that package.
+"""The functions of flash-attn 2 that rivals import, from the FlashAttention-2 kernels inside torch, so that they run without building
+that package.
 
 `install()` puts them into this process's `sys.modules`; for the benchmark only.
 """

@@ -1,6 +1,6 @@
 """Turns a result of bench.py into a Markdown table and a plot.
 
-    python packages/eagle-cp/benchmarks/report.py packages/eagle-cp/benchmarks/results/DATE-MACHINE.json [--plot]
+python packages/eagle-cp/benchmarks/report.py packages/eagle-cp/benchmarks/results/DATE-MACHINE.json [--plot]
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from pathlib import Path
 
 
 def table(result: dict) -> str:
-    lines = ["| pack | method | forward ms | fwd+bwd ms | TFLOP/s per GPU: forward | backward | both | peak GiB |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| pack | method | forward ms | fwd+bwd ms | TFLOP/s per GPU: forward | backward | both | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         if "error" in row:
             if not row["error"].startswith("does not run"):
@@ -19,8 +22,8 @@ def table(result: dict) -> str:
             continue
         name = f"**{row['method']}**" if row["method"].startswith("ours") else row["method"]
         lines.append(
-            f"| {row['pack']} | {name} | {row['forward_ms']:.1f} | {row['both_ms']:.1f} | {row['forward_tflops']:.0f} | {row['backward_tflops']:.0f}"
-            f" | {row['both_tflops']:.0f} | {row['peak_gib']:.2f} |"
+            f"| {row['pack']} | {name} | {row['forward_ms']:.1f} | {row['both_ms']:.1f} | {row['forward_tflops']:.0f}"
+            f" | {row['backward_tflops']:.0f} | {row['both_tflops']:.0f} | {row['peak_gib']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -40,7 +43,9 @@ def plot(result: dict, path: Path) -> None:
         axis.bar_label(bars, fmt="%.0f", fontsize=7)
         axis.set_title(pack, fontsize=10)
         axis.tick_params(labelsize=7)
-    figure.suptitle(f"TFLOP/s per GPU, forward + backward, {result['gpus']} x {result['gpu']}, {result['date']} (red: eagle-cp, grey: one GPU)")
+    figure.suptitle(
+        f"TFLOP/s per GPU, forward + backward, {result['gpus']} x {result['gpu']}, {result['date']} (red: eagle-cp, grey: one GPU)"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
@@ -49,9 +54,10 @@ if __name__ == "__main__":
     source = Path(sys.argv[1])
     found = json.loads(source.read_text())
     source.with_suffix(".md").write_text(
-        f"# {found['gpus']} x {found['gpu']}, {found['date']}\n\n{json.dumps(found['versions'])}\n\nCeilings: {json.dumps(found['ceilings'])}\n\n"
-        f"{found['heads'][0]} query and {found['heads'][1]} key/value heads of {found['heads'][2]}, bf16, causal. A row's `run` is in the JSON:"
-        " rows of one run were measured one after the other in one process.\n\n" + table(found) + "\n"
+        f"# {found['gpus']} x {found['gpu']}, {found['date']}\n\n{json.dumps(found['versions'])}\n\n"
+        f"Ceilings: {json.dumps(found['ceilings'])}\n\n"
+        f"{found['heads'][0]} query and {found['heads'][1]} key/value heads of {found['heads'][2]}, bf16, causal. A row's `run` is in the"
+        " JSON: rows of one run were measured one after the other in one process.\n\n" + table(found) + "\n"
     )
     if "--plot" in sys.argv:
         plot(found, source.with_suffix(".png"))

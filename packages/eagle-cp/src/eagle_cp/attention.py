@@ -1,8 +1,8 @@
 """Packed attention over a layout: Ulysses inside, all-gathered keys and values outside, exact in every gradient.
 
-Forward of a rank: exchange tokens for heads (Ulysses) -> whole documents with their own keys, while the keys and values of the shared ones travel
--> pieces of shared documents, a few heads at a time, while the next heads' keys travel -> exchange back. Backward gathers again
-rather than keep what was gathered, and sends `dK`, `dV` home with a reduce-scatter in fp32 while the next heads are computed.
+Forward of a rank: exchange tokens for heads (Ulysses) -> whole documents with their own keys, while the keys and values of the shared ones
+travel -> pieces of shared documents, all heads or one key/value head after the other -> exchange back. Backward gathers again rather than
+keep what was gathered, and sends `dK`, `dV` home with a reduce-scatter in fp32.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.distributed import Work
 
 from eagle_cp.backends import Kernel, choose
 from eagle_cp.heads import HeadChunk, HeadShare, split_heads
 from eagle_cp.layout import AttentionPlan, Layout, SharedPlan, agree
 from eagle_cp.ulysses import repeats_kv, to_heads, to_tokens
 
-# Shared rows a rank from which keys go one head at a time. On 2 H200, one document, flash-attn-4: 128K tokens (65536 rows) lose 1 % of the speed by it
-# and need 2.6 GiB instead of 4.2; 256K lose 1 % and need 5.3 GiB instead of 8.3.
+# Shared rows a rank from which keys go one head at a time. On 2 H200, one document, flash-attn-4: 128K tokens (65536 rows) lose 1 % of
+# the speed by it and need 2.6 GiB instead of 4.2; 256K lose 1 % and need 5.3 GiB instead of 8.3.
 FINE_ROWS = 98304
 OVERLAP = 0.05  # share of the compute that gathering may take before it is overlapped
 
@@ -36,9 +37,9 @@ class _Problem:
     def _pace(self, dim: int) -> tuple[tuple[HeadChunk, ...], bool]:
         """Head chunks of shared documents, and whether collectives run beside the kernels. The same on every rank of a gather group.
 
-        A collective beside a kernel waits for free multiprocessors on both sides while it holds those it has: on 2 H200 over NVLink, where the
-        gather takes 1 % of the forward, overlapping it cost 4 %. So it is overlapped where the links are slow against the compute.
-        """
+        A collective beside a kernel waits for free multiprocessors on both sides while it holds those it has: on 2 H200 over NVLink,
+        where the gather takes 1 % of the forward, overlapping it cost 4 %. So it is overlapped where the links are slow against the
+        compute."""
         shared, share = self.plan.shared, self.share
         if shared is None:
             return share.chunks, False
@@ -76,7 +77,8 @@ def _gathered(p: _Problem, k: torch.Tensor, v: torch.Tensor, shared: SharedPlan)
 
 
 def _core_forward(p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`q: [rows, hq, D]`, `k`, `v: [rows, hk, D]` of a gather rank -> out, and the log-sum-exps of whole documents, then of shared ones, per chunk."""
+    """`q: [rows, hq, D]`, `k`, `v: [rows, hk, D]` of a gather rank -> out, and the log-sum-exps of whole documents, then of shared ones,
+    per chunk."""
     plan, shared = p.plan, p.plan.shared
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     out[plan.last :].zero_()
@@ -117,7 +119,8 @@ def _core_backward(p: _Problem, dout, q, k, v, out, lses: Sequence[torch.Tensor]
             _into(p.whole_kernel, given, dq[qs], dk[ks], dv[ks])
     if gathered is None or shared is None:
         return
-    rows, homeward = slice(0, plan.first), []
+    rows = slice(0, plan.first)
+    homeward: list[tuple[Work, torch.Tensor, torch.Tensor, HeadChunk]] = []
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     narrow = wide if p.shared_kernel.wide_gradients else k.dtype
     for c in p.chunks:
@@ -142,7 +145,11 @@ def _core_backward(p: _Problem, dout, q, k, v, out, lses: Sequence[torch.Tensor]
         _arrive(*item, plan.first, dk, dv)
 
 
-def _arrive(work, everywhere: torch.Tensor, mine: torch.Tensor, c: HeadChunk, first: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
+def _split(x: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return x[:, :heads], x[:, heads : heads + kv_heads], x[:, heads + kv_heads :]
+
+
+def _arrive(work: Work, everywhere: torch.Tensor, mine: torch.Tensor, c: HeadChunk, first: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
     work.wait()
     dk[:first, c.k0 : c.k1].copy_(mine[0, :first])
     dv[:first, c.k0 : c.k1].copy_(mine[1, :first])
@@ -162,7 +169,7 @@ def _into(kernel: Kernel, given: tuple, dq: torch.Tensor, dk: torch.Tensor, dv: 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: _Problem):
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: _Problem) -> torch.Tensor:
         ctx.problem = p
         ulysses, share = p.mesh.ulysses, p.share
         if ulysses.size == 1:
@@ -170,7 +177,7 @@ class _Attention(torch.autograd.Function):
             ctx.save_for_backward(q, k, v, out, *lses)
             return out
         qkv = to_heads(ulysses, p.shares, (q, k, v), "qkk")
-        out, lses = _core_forward(p, *qkv.split((share.num_q, share.num_kv, share.num_kv), dim=1))
+        out, lses = _core_forward(p, *_split(qkv, share.num_q, share.num_kv))
         ctx.save_for_backward(qkv, out, *lses)
         local = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         to_tokens(ulysses, p.shares, out, "q", (local,))
@@ -186,8 +193,7 @@ class _Attention(torch.autograd.Function):
             _core_backward(p, dout, q, k, v, out, lses, dq, dk, dv)
             return dq, dk, dv, None
         qkv, out, *lses = ctx.saved_tensors
-        kinds = (share.num_q, share.num_kv, share.num_kv)
-        q, k, v = qkv.split(kinds, dim=1)
+        q, k, v = _split(qkv, share.num_q, share.num_kv)
         dout = to_heads(ulysses, shares, (dout,), "q")
         local, dim = p.layout.local, q.shape[2]
         dq_local = q.new_empty((local, shares[-1].q1, dim))
@@ -195,13 +201,13 @@ class _Attention(torch.autograd.Function):
             wide = torch.float64 if q.dtype == torch.float64 else torch.float32
             dq = q.new_empty(q.shape)
             dkv = torch.empty((k.shape[0], 2 * share.num_kv, dim), dtype=wide, device=q.device)
-            _core_backward(p, dout, q, k, v, out, lses, dq, *dkv.split(share.num_kv, dim=1))
+            _core_backward(p, dout, q, k, v, out, lses, dq, dkv[:, : share.num_kv], dkv[:, share.num_kv :])
             dk_local, dv_local = (torch.empty((local, shares[-1].k1, dim), dtype=wide, device=q.device) for _ in "kv")
             to_tokens(ulysses, shares, dq, "q", (dq_local,))
             to_tokens(ulysses, shares, dkv, "kk", (dk_local, dv_local))
             return dq_local, dk_local.to(k.dtype), dv_local.to(v.dtype), None
         grads = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        _core_backward(p, dout, q, k, v, out, lses, *grads.split(kinds, dim=1))
+        _core_backward(p, dout, q, k, v, out, lses, *_split(grads, share.num_q, share.num_kv))
         dk_local, dv_local = (q.new_empty((local, shares[-1].k1, dim)) for _ in "kv")
         to_tokens(ulysses, shares, grads, "qkk", (dq_local, dk_local, dv_local))
         return dq_local, dk_local, dv_local, None
@@ -219,17 +225,16 @@ def attention(
 ) -> torch.Tensor:
     """Attention inside each document of the pack. `q: [T_local, Hq, D]`, `k`, `v: [T_local, Hk, D]` -> `[T_local, Hq, D]`.
 
-    Rows are those of `layout.shard`. `scale` defaults to `D ** -0.5`; `backend` is a name in `eagle_cp.backends.KERNELS` (default: the fastest
-    that can run). The output of pad rows is zero. Raises ValueError, before any collective, when shapes, heads or dtype don't fit.
-    """
+    Rows are those of `layout.shard`. `scale` defaults to `D ** -0.5`; `backend` is a name in `eagle_cp.backends.KERNELS` (default: the
+    fastest that can run). The output of pad rows is zero. Raises ValueError, before any collective, when shapes, heads or dtype don't
+    fit."""
     problem, kernels, heads = None, None, layout.heads
     try:
         heads = _check(q, k, v, layout)
         plan = layout.plan(causal)
-        kernels = tuple(
-            choose(q.device, q.dtype, q.shape[2], causal, backend, segments)
-            for segments in (plan.whole, plan.shared.segments if plan.shared is not None else None)
-        )
+        shared = plan.shared.segments if plan.shared is not None else None
+        where = q.device, q.dtype, q.shape[2], causal, backend
+        kernels = choose(*where, plan.whole), choose(*where, shared)
     except ValueError as error:
         problem = str(error)
     if layout.verify:
@@ -238,15 +243,15 @@ def attention(
         agree(layout.mesh, problem, facts, "attention: dtype, shapes, causal or scale")
     if problem is not None or kernels is None or heads is None:
         raise ValueError(problem)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, _Problem(layout, heads, causal, scale, kernels, q.shape[2]))
+    factor = float(q.shape[2] ** -0.5 if scale is None else scale)
+    return _Attention.apply(q, k, v, _Problem(layout, heads, causal, factor, kernels, q.shape[2]))
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> tuple[HeadShare, ...]:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected [T, Hq, D], [T, Hk, D], [T, Hk, D] without a batch"
-            " dimension: pack the batch into one sequence"
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected [T, Hq, D], [T, Hk, D], [T, Hk, D] without a"
+            " batch dimension: pack the batch into one sequence"
         )
     if q.shape[0] != layout.local:
         raise ValueError(

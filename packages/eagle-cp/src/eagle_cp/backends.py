@@ -24,7 +24,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Kernel:
-    """`why_not(device, dtype, head_dim, causal)` says why this kernel can't run there, or None. `wide_gradients`: `dk`, `dv` may be of a wider dtype than `k`."""
+    """`why_not(device, dtype, head_dim, causal)` says why this kernel can't run there, or None. `wide_gradients`: `dk`, `dv` may be of a
+    wider dtype than `k`."""
 
     name: str
     forward: Callable[..., torch.Tensor]
@@ -102,8 +103,8 @@ KERNELS: dict[str, Kernel] = {
         Kernel("cpu", *_blockwise[CPU], True, _cpu_why_not),
     )
 }
-# Attended pairs per dense call, one head, from which cuDNN's blocks beat FlashAttention-2 on packed segments. On H200: 32 documents of 4096 (one call
-# of 134M pairs) 351 against 284 TFLOP/s; a log-normal pack (12M a call) 195 against 255.
+# Attended pairs per dense call, one head, from which cuDNN's blocks beat FlashAttention-2 on packed segments. On H200: 32 documents of
+# 4096 (one call of 134M pairs) 351 against 284 TFLOP/s; a log-normal pack (12M a call) 195 against 255.
 PAIRS_PER_CALL = 50_000_000
 
 

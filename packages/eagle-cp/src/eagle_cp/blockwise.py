@@ -1,9 +1,9 @@
 """Packed attention from kernels that know only dense blocks with a top-left causal mask (torch's CPU flash kernel, cuDNN through torch).
 
-A segment is cut into a square on the diagonal (causal) and the rectangle of keys before it (full); where both exist the results are merged by
-their log-sum-exps. Squares of similar length share one padded batch: with a top-left causal mask no real query sees a padded key, which
-all lie to its right, so padding is exact. Each block's backward gets the merged output and log-sum-exp, which makes the sum over blocks exact.
-"""
+A segment is cut into a square on the diagonal (causal) and the rectangle of keys before it (full); where both exist the results are
+merged by their log-sum-exps. Squares of similar length share one padded batch: with a top-left causal mask no real query sees a padded
+key, which all lie to its right, so padding is exact. Each block's backward gets the merged output and log-sum-exp, which makes the sum
+over blocks exact."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from eagle_cp.segments import Segments
 
 
 class Batch(NamedTuple):
-    """Blocks of one shape that run as one dense call. `rows_*`: rows of the packed tensors; `slots_*`: where they go in `[blocks * length]`, None if
-    they fill it in order."""
+    """Blocks of one shape that run as one dense call. `rows_*`: rows of the packed tensors; `slots_*`: where they go in `[blocks *
+    length]`, None if they fill it in order."""
 
     blocks: int
     length_q: int
@@ -32,7 +32,8 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense kernel. `forward(q, k, v, causal, scale)` on `[B, H, L, D]` -> out, lse `[B, H, L]`; `backward(dout, q, k, v, out, lse, causal, scale)`.
+    """A dense kernel. `forward(q, k, v, causal, scale)` on `[B, H, L, D]` -> out, lse `[B, H, L]`; `backward(dout, q, k, v, out, lse,
+    causal, scale)`.
 
     `same_shapes`: shapes are rounded up to few distinct ones, also of rectangles, because the kernel plans anew for each.
     `grouped`: takes fewer key/value heads than query heads.
@@ -64,7 +65,8 @@ Shapes = dict[tuple[int, int], list[tuple[int, int, int, int]]]
 
 
 def _blocks(segments: Segments, causal: bool, dense: Dense) -> tuple[dict[int, list[tuple[int, int, int, int]]], Shapes]:
-    """Squares by length: (first query row, its slot, first key row, keys); rectangles by lengths: (first query row, queries, first key row, keys)."""
+    """Squares by length: (first query row, its slot, first key row, keys); rectangles by lengths: (first query row, queries, first key
+    row, keys)."""
     squares: dict[int, list[tuple[int, int, int, int]]] = {}
     rectangles: Shapes = {}
     for q0, k0, nq, nk in zip(segments.cu_q, segments.cu_k, segments.lengths_q, segments.lengths_k):

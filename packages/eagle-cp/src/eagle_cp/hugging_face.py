@@ -4,9 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="eagle_cp")
     model(input_ids=layout.shard(ids)[None], position_ids=layout.shard(positions)[None], use_cache=False, eagle_layout=layout)
 
-Models hand unknown keyword arguments down to their attention function, which is how the layout arrives. The batch dimension must be 1: a batch is
-packed into one sequence.
-"""
+Models hand unknown keyword arguments down to their attention function, which is how the layout arrives. The batch dimension must be 1: a
+batch is packed into one sequence."""
 
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ from eagle_cp.layout import Layout
 
 
 def register_attention(name: str = "eagle_cp") -> None:
-    """Adds `name` to transformers' attention and mask registries. Needs transformers (`pip install 'eagle-cp[transformers]'`); changes no model."""
+    """Adds `name` to transformers' attention and mask registries. Needs transformers (`pip install 'eagle-cp[transformers]'`); changes no
+    model."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, hugging_face_attention)
@@ -45,8 +45,8 @@ def hugging_face_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' calling convention: `query: [1, Hq, T, D]`, `key`, `value: [1, Hk, T, D]` -> `[1, T, Hq, D]`.
 
-    Raises ValueError for what can't be done exactly: a mask, dropout, a sliding window shorter than the longest document, soft caps, sinks, a cache.
-    """
+    Raises ValueError for what can't be done exactly: a mask, dropout, a sliding window shorter than the longest document, soft caps,
+    sinks, a cache."""
     if eagle_layout is None:
         raise ValueError("eagle_cp attention: no layout; call the model with eagle_layout=Layout.single(...) or Layout.build(...)")
     if attention_mask is not None:
@@ -61,8 +61,10 @@ def hugging_face_attention(
         raise ValueError("eagle_cp attention: soft-capped scores and attention sinks are not supported")
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"eagle_cp attention: query {tuple(query.shape)}, key {tuple(key.shape)}; pack the batch into one sequence and call with use_cache=False"
+            f"eagle_cp attention: query {tuple(query.shape)}, key {tuple(key.shape)}; pack the batch into one sequence and call with"
+            " use_cache=False"
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    out = attention(*(x[0].transpose(0, 1) for x in (query, key, value)), eagle_layout, causal=causal, scale=scaling)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = attention(q, k, v, eagle_layout, causal=causal, scale=scaling)
     return out[None], None

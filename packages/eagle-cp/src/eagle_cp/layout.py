@@ -1,8 +1,7 @@
 """Layout: which token of a pack lives on which rank, and all metadata that attention needs, computed once per batch on the host.
 
-Every gather rank holds the same number of rows: pieces of shared documents first, then whole documents, then (rarely) a few pad rows, fewer in the
-whole group than it has ranks, that nothing attends to. Its Ulysses ranks hold equal consecutive parts of those rows.
-"""
+Every gather rank holds the same number of rows: pieces of shared documents first, then whole documents, then (rarely) a few pad rows,
+fewer in the whole group than it has ranks, that nothing attends to. Its Ulysses ranks hold equal consecutive parts of those rows."""
 
 from __future__ import annotations
 
@@ -38,9 +37,8 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor | Sequence[int]) -> tuple[int, ...
 class SharedPlan:
     """Attention of one gather rank's pieces of shared documents over the gathered keys and values `[gather, 2, rows, heads, D]`.
 
-    `rows`: rows that every rank sends (the longest rank's; a shorter rank sends some of its own rows too, which nobody reads); `queries`: this rank's
-    own. `index` picks the keys, then the values, of all segments from the gathered rows.
-    """
+    `rows`: rows that every rank sends (the longest rank's; a shorter rank sends some of its own rows too, which nobody reads); `queries`:
+    this rank's own. `index` picks the keys, then the values, of all segments from the gathered rows."""
 
     def __init__(self, segments: Segments, index: torch.Tensor, rows: int, ranks: int):
         self.segments, self.rows, self.ranks = segments, rows, ranks
@@ -64,8 +62,8 @@ class AttentionPlan:
 
 
 class Layout:
-    """Made by `single` or `build`. Host values: `cu_seqlens`; `total` tokens of the pack; `local` rows on this rank (the same on every rank, pad
-    rows included); `mesh`; `partition`; `heads`, the head shares of the Ulysses ranks (None: any number of heads)."""
+    """Made by `single` or `build`. Host values: `cu_seqlens`; `total` tokens of the pack; `local` rows on this rank (the same on every
+    rank, pad rows included); `mesh`; `partition`; `heads`, the head shares of the Ulysses ranks (None: any number of heads)."""
 
     def __init__(self, cu_seqlens: tuple[int, ...], mesh: ContextMesh, heads: tuple[HeadShare, ...] | None, tolerance: float, verify: bool):
         self.cu_seqlens, self.mesh, self.heads, self.verify = cu_seqlens, mesh, heads, verify
@@ -98,10 +96,9 @@ class Layout:
     ) -> Layout:
         """The layout of a pack over `mesh`; every rank passes the same values. No communication, unless `verify`.
 
-        `tolerance`: how far the attention work of the ranks may differ before more documents are shared. `verify`: two small collectives (here and at
-        the first attention) make sure that all ranks agree, and an error of one becomes an error of all instead of a hang.
-        Raises ValueError for lengths that don't add up, or heads that can't be split.
-        """
+        `tolerance`: how far the attention work of the ranks may differ before more documents are shared. `verify`: two small collectives
+        (here and at the first attention) make sure that all ranks agree, and an error of one becomes an error of all instead of a hang.
+        Raises ValueError for lengths that don't add up, or heads that can't be split."""
         problem, cu, heads = None, (), None
         try:
             cu = check_cu_seqlens(cu_seqlens)
@@ -157,14 +154,15 @@ class Layout:
     def shard(self, x: torch.Tensor, dim: int = 0, *, fill: float = 0) -> torch.Tensor:
         """This rank's rows of `x`, which has the pack's `total` tokens along `dim`; pad rows get `fill` (give -100 for labels).
 
-        Shift labels before sharding: a row's neighbour may be on another rank. Differentiable: the gradient of the tokens of other ranks is zero here.
-        """
+        Shift labels before sharding: a row's neighbour may be on another rank. Differentiable: the gradient of the tokens of other ranks
+        is zero here."""
         if x.shape[dim] != self.total:
             raise ValueError(f"shard: dimension {dim} of {tuple(x.shape)} should have the pack's {self.total} tokens")
         return x if self.mesh.size == 1 else Shard.apply(x, self, dim, fill)
 
     def unshard(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """The inverse of `shard`: all `total` tokens, in order, on every rank (one all-gather). Its gradient sums what all ranks send back."""
+        """The inverse of `shard`: all `total` tokens, in order, on every rank (one all-gather). Its gradient sums what all ranks send
+        back."""
         if x.shape[dim] != self.local:
             raise ValueError(f"unshard: dimension {dim} of {tuple(x.shape)} should have this rank's {self.local} rows")
         return x if self.mesh.size == 1 else Unshard.apply(x, self, dim)
@@ -207,7 +205,8 @@ class Layout:
 
     def __repr__(self) -> str:
         return (
-            f"Layout({len(self.lengths)} documents, {self.total} tokens, {self.mesh.gather.size} gather x {self.mesh.ulysses.size} ulysses ranks,"
+            f"Layout({len(self.lengths)} documents, {self.total} tokens,"
+            f" {self.mesh.gather.size} gather x {self.mesh.ulysses.size} ulysses ranks,"
             f" {self.local} rows each, {len(self.partition.shared)} documents shared, imbalance {self.partition.imbalance:.1%})"
         )
 

@@ -1,8 +1,7 @@
 """ContextMesh: the ranks that share a sequence, in two levels. Ulysses (all-to-all over heads) inside, all-gather of KV outside.
 
-Rank `(g, u)` of a `gather x ulysses` mesh holds part `u` of the tokens of gather rank `g`. Neighbouring ranks are in one Ulysses group, which moves
-more data, so that it stays within a host. The caller builds it and passes it on; nothing is global.
-"""
+Rank `(g, u)` of a `gather x ulysses` mesh holds part `u` of the tokens of gather rank `g`. Neighbouring ranks are in one Ulysses group,
+which moves more data, so that it stays within a host. The caller builds it and passes it on; nothing is global."""
 
 from __future__ import annotations
 
@@ -46,12 +45,12 @@ class ContextMesh:
             return cls.from_group(mesh.get_group(), ulysses=ulysses or 1)
         if mesh.ndim != 2:
             raise ValueError(
-                f"context mesh: expected a mesh of 1 or 2 dimensions (gather, ulysses), got {mesh.ndim}: pass a sub-mesh such as mesh['cp']"
+                f"context mesh: expected a mesh of 1 or 2 dimensions (gather, ulysses), got {mesh.ndim}; pass a sub-mesh such as mesh['cp']"
             )
         if ulysses is not None and ulysses != mesh.size(1):
             raise ValueError(f"context mesh: ulysses={ulysses}, but the mesh's second dimension has {mesh.size(1)} ranks")
         ranks = mesh.mesh.flatten().tolist()
-        whole = dist.new_group(ranks, use_local_synchronization=True)
+        whole = _new_group(ranks)
         return cls(*_groups(mesh.get_group(1), mesh.get_group(0), whole))
 
     @classmethod
@@ -78,8 +77,8 @@ class ContextMesh:
         else:
             # Each rank makes just the groups that it is in; the members of one group make it in the same order.
             first = rank - rank % ulysses
-            inner = dist.new_group(ranks[first : first + ulysses], use_local_synchronization=True)
-            outer = dist.new_group(ranks[rank % ulysses :: ulysses], use_local_synchronization=True)
+            inner = _new_group(ranks[first : first + ulysses])
+            outer = _new_group(ranks[rank % ulysses :: ulysses])
         return cls(*_groups(inner, outer, group))
 
     def groups(self) -> tuple[Group, Group, Group]:
@@ -92,6 +91,13 @@ class ContextMesh:
         """
         self.watchdog = Watchdog(self.groups(), timeout, store)
         return self.watchdog
+
+
+def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+    group = dist.new_group(ranks, use_local_synchronization=True)
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"context mesh: this rank is not one of {ranks}")
+    return group
 
 
 def _groups(inner: dist.ProcessGroup | None, outer: dist.ProcessGroup | None, whole: dist.ProcessGroup):

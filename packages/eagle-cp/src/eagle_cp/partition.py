@@ -1,4 +1,5 @@
-"""Who holds which tokens: long documents in zigzag over all ranks, short ones whole on one rank, equal tokens and nearly equal work for everybody.
+"""Who holds which tokens: long documents in zigzag over all ranks, short ones whole on one rank, equal tokens and nearly equal work for
+everybody.
 
 A document shared by `r` ranks is cut into a nest: rank 0 gets the first and the last piece, rank `r-1` the two in the middle, so that each
 rank's tokens see half of the document on average and its work is proportional to its tokens. Whole documents are dealt out longest first.
@@ -22,7 +23,8 @@ class Piece(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one rank holds, in local order: pieces of shared documents first (document by document, front before back), then whole documents."""
+    """What one rank holds, in local order: pieces of shared documents first (document by document, front before back), then whole
+    documents."""
 
     pieces: tuple[Piece, ...]
     whole: tuple[int, ...]
@@ -43,8 +45,8 @@ class Partition(NamedTuple):
 def partition(lengths: Sequence[int], ranks: int, *, tolerance: float = 0.02) -> Partition:
     """Splits documents of `lengths` tokens over `ranks`; rank `i` gets `total // ranks` tokens, the first `total % ranks` ranks one more.
 
-    Deterministic. The result's `imbalance` is at most `tolerance` whenever sharing some set of the longest documents achieves it, else the best found.
-    """
+    Deterministic. The result's `imbalance` is at most `tolerance` whenever sharing some set of the longest documents achieves it, else
+    the best found."""
     total = sum(lengths)
     targets = [total // ranks + (i < total % ranks) for i in range(ranks)]
     by_length = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))

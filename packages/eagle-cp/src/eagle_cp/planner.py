@@ -1,7 +1,8 @@
-"""Which split of a context group is fastest for a pack, by arithmetic: kernel time, bytes over the links, peak memory, before any GPU is touched.
+"""Which split of a context group is fastest for a pack, by arithmetic: kernel time, bytes over the links, peak memory, before any GPU is
+touched.
 
-The rates are defaults measured on H200 with flash-attn-4 (README); pass your own. The model counts one attention layer, forward and backward.
-"""
+The rates are defaults measured on H200 with flash-attn-4 (README); pass your own. The model counts one attention layer, forward and
+backward."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Hardware(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """One split. Times in ms, `ulysses_mb` and `gather_mb` sent per rank, `peak_mb` of a rank; all for one attention layer, forward and backward.
+    """One split. Times in ms, `ulysses_mb` and `gather_mb` sent per rank, `peak_mb` of a rank; all for one attention layer, forward and
+    backward.
 
     `reason` says why the split can't be used, or is empty.
     """
@@ -66,7 +68,8 @@ def plan_context(
     hardware: Hardware | None = None,
     memory_gib: float | None = None,
 ) -> ContextPlan:
-    """The fastest split `ulysses x gather = ranks` for documents of `lengths` tokens in bf16, within `memory_gib` for one attention layer if given.
+    """The fastest split `ulysses x gather = ranks` for documents of `lengths` tokens in bf16, within `memory_gib` for one attention layer
+    if given.
 
     Raises ValueError, with each split's reason, when none can be used.
     """

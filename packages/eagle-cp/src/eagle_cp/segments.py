@@ -1,8 +1,8 @@
 """Segments: the one description of packed attention that every kernel gets.
 
-Segment `i` is the queries `[cu_q[i], cu_q[i+1])` with the keys `[cu_k[i], cu_k[i+1])`. Its queries are the *last* ones of its keys (bottom-right
-causal alignment), which is how a rank sees a chunk of a document together with everything before it. A whole document is the square case.
-"""
+Segment `i` is the queries `[cu_q[i], cu_q[i+1])` with the keys `[cu_k[i], cu_k[i+1])`. Its queries are the *last* ones of its keys
+(bottom-right causal alignment), which is how a rank sees a chunk of a document together with everything before it. A whole document is
+the square case."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Vision tiles of a context group: each rank encodes an even share, and features go only to the ranks whose tokens need them.
 
-Tile `i` of `N` belongs to the rank whose share of `0..N-1` holds it; shares are consecutive, so that a rank opens as few files and decodes as few
-frames as it can. Feature rows then travel in one all-to-all to the rows of the sequence that hold their tokens, gradients the same way back.
-"""
+Tile `i` of `N` belongs to the rank whose share of `0..N-1` holds it; shares are consecutive, so that a rank opens as few files and
+decodes as few frames as it can. Feature rows then travel in one all-to-all to the rows of the sequence that hold their tokens, gradients
+the same way back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from eagle_cp.layout import Layout
 
 
 class TilePlan:
-    """Which tiles this rank encodes and where feature rows go. Host-side and deterministic: every rank computes the same plan without communication.
+    """Which tiles this rank encodes and where feature rows go. Host-side and deterministic: every rank computes the same plan without
+    communication.
 
-    `first`, `last`: this rank's tiles; `count`: all tiles; `local_rows`: local rows of the layout that hold a feature, `int64 [m]`, ascending.
-    """
+    `first`, `last`: this rank's tiles; `count`: all tiles; `local_rows`: local rows of the layout that hold a feature, `int64 [m]`,
+    ascending."""
 
     def __init__(self, layout: Layout, is_feature: torch.Tensor, tokens_per_tile: int):
         if is_feature.shape != (layout.total,):
@@ -26,8 +27,8 @@ class TilePlan:
         features = int(mask.sum())
         if tokens_per_tile < 1 or features % tokens_per_tile:
             raise ValueError(
-                f"tiles: {features} feature tokens are not a multiple of {tokens_per_tile} tokens per tile; every tile must have all its tokens in"
-                " one pack"
+                f"tiles: {features} feature tokens are not a multiple of {tokens_per_tile} tokens per tile; every tile must have all its"
+                " tokens in one pack"
             )
         mesh = layout.mesh
         self.tokens_per_tile, self.count = tokens_per_tile, features // tokens_per_tile
@@ -69,8 +70,9 @@ class _Index:
 
 
 def plan_tiles(layout: Layout, is_feature: torch.Tensor, tokens_per_tile: int) -> TilePlan:
-    """Plans the exchange of a batch and keeps it in `layout.tiles`. `is_feature: bool [total]` marks the tokens of the whole pack that hold features,
-    in the order of tiles (`input_ids == image_token_id`). Raises ValueError when they are no multiple of `tokens_per_tile`."""
+    """Plans the exchange of a batch and keeps it in `layout.tiles`. `is_feature: bool [total]` marks the tokens of the whole pack that
+    hold features, in the order of tiles (`input_ids == image_token_id`). Raises ValueError when they are no multiple of
+    `tokens_per_tile`."""
     layout.tiles = TilePlan(layout, is_feature, tokens_per_tile)
     return layout.tiles
 
@@ -102,10 +104,10 @@ def _all_to_all(layout: Layout, rows: torch.Tensor, sent: list[int], received: l
 def exchange_tiles(features: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Features of the tiles that this rank encoded -> features of its local rows. Call `plan_tiles(layout, ...)` once per batch before.
 
-    `features: [last - first, k, H]` or `[(last - first) * k, H]`, in the order of tiles; a rank without tiles passes zero of them and still takes part.
-    Returns `[m, H]`, one row for each of `layout.tiles.local_rows`, in order. One rank: the same rows, no communication. Differentiable; the
-    backward is the exact reverse, so use the result in the loss on every rank, also where it has no row.
-    """
+    `features: [last - first, k, H]` or `[(last - first) * k, H]`, in the order of tiles; a rank without tiles passes zero of them and
+    still takes part. Returns `[m, H]`, one row for each of `layout.tiles.local_rows`, in order. One rank: the same rows, no
+    communication. Differentiable; the backward is the exact reverse, so use the result in the loss on every rank, also where it has no
+    row."""
     flat = features.flatten(0, 1) if features.ndim == 3 else features
     if layout.mesh.size == 1:
         return flat
@@ -117,7 +119,7 @@ def exchange_tiles(features: torch.Tensor, layout: Layout) -> torch.Tensor:
     expected = (plan.last - plan.first) * plan.tokens_per_tile
     if flat.ndim != 2 or flat.shape[0] != expected:
         raise ValueError(
-            f"exchange_tiles: got features {tuple(features.shape)}, this rank encodes tiles [{plan.first}, {plan.last}) of {plan.count}, that is"
-            f" {expected} rows of {plan.tokens_per_tile} per tile"
+            f"exchange_tiles: got features {tuple(features.shape)}, this rank encodes tiles [{plan.first}, {plan.last}) of {plan.count},"
+            f" that is {expected} rows of {plan.tokens_per_tile} per tile"
         )
     return _Exchange.apply(flat, layout, plan)

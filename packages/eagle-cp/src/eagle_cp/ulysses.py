@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +12,8 @@ from eagle_cp.heads import HeadShare
 
 
 def to_heads(group: Group, shares: tuple[HeadShare, ...], parts: Sequence[torch.Tensor], kinds: str) -> torch.Tensor:
-    """`parts`: tensors `[local, H, D]`, `kinds` one letter each: "q" has query heads, "k" key/value heads. -> `[rows, heads of this rank, D]`, the
-    parts side by side along the heads. One collective."""
+    """`parts`: tensors `[local, H, D]`, `kinds` one letter each: "q" has query heads, "k" key/value heads. -> `[rows, heads of this rank,
+    D]`, the parts side by side along the heads. One collective."""
     local, dim = parts[0].shape[0], parts[0].shape[2]
     spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
     counts = [sum(b - a for a, b in span) for span in spans]
@@ -33,8 +34,8 @@ def to_heads(group: Group, shares: tuple[HeadShare, ...], parts: Sequence[torch.
 
 
 def to_tokens(group: Group, shares: tuple[HeadShare, ...], x: torch.Tensor, kinds: str, wholes: Sequence[torch.Tensor]) -> None:
-    """The reverse: `x: [rows, heads of this rank, D]` goes into `wholes: [local, H, D]`, one for each letter of `kinds`. Heads that several ranks
-    had are summed in `x`'s dtype. One collective."""
+    """The reverse: `x: [rows, heads of this rank, D]` goes into `wholes: [local, H, D]`, one for each letter of `kinds`. Heads that
+    several ranks had are summed in `x`'s dtype. One collective."""
     rows, _, dim = x.shape
     local = rows // group.size
     spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
@@ -58,7 +59,8 @@ def to_tokens(group: Group, shares: tuple[HeadShare, ...], x: torch.Tensor, kind
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """`target.copy_(source)` for `[rows, heads, D]` slices, 16 bytes at a time where both are aligned (torch moves strided bf16 by the element)."""
+    """`target.copy_(source)` for `[rows, heads, D]` slices, 16 bytes at a time where both are aligned (torch moves strided bf16 by the
+    element)."""
     if target.dtype == source.dtype and _aligned(target) and _aligned(source):
         target, source = target.view(torch.complex128), source.view(torch.complex128)
     target.copy_(source)
@@ -71,4 +73,4 @@ def _aligned(x: torch.Tensor) -> bool:
 
 def repeats_kv(shares: tuple[HeadShare, ...]) -> bool:
     """Whether some key/value head is on several ranks, so that its gradient is a sum."""
-    return any(a.k1 > b.k0 for a, b in zip(shares, shares[1:]))
+    return any(a.k1 > b.k0 for a, b in itertools.pairwise(shares))

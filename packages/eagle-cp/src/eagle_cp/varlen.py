@@ -1,10 +1,11 @@
-"""Kernels that take packed segments as they are: flash-attn-4, torch's FlashAttention-2, flash-attn 2. Causal masks are bottom-right aligned in all."""
+"""Kernels that take packed segments as they are: flash-attn-4, torch's FlashAttention-2, flash-attn 2; bottom-right causal masks in all."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from eagle_cp.segments import Segments
 
 
 @functools.cache
-def find(module: str, *names: str):
+def find(module: str, *names: str) -> Any:
     """`module` if it can be imported and has `names`, else None."""
     try:
         if importlib.util.find_spec(module.split(".")[0]) is None:
@@ -23,11 +24,11 @@ def find(module: str, *names: str):
     return found if all(hasattr(found, name) for name in names) else None
 
 
-def fa4_module():
+def fa4_module() -> Any:
     return find("flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd")
 
 
-def fa2_module():
+def fa2_module() -> Any:
     return find("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
 
 

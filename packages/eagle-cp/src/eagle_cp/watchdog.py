@@ -18,7 +18,8 @@ log = logging.getLogger("eagle_cp.watchdog")
 
 
 class Watchdog:
-    """A thread that looks at the unfinished collectives of `groups` a few times per `timeout` seconds. Use as a context manager, or `stop()`.
+    """A thread that looks at the unfinished collectives of `groups` a few times per `timeout` seconds. Use as a context manager, or
+    `stop()`.
 
     `report` gets the text (default: logged as an error). A hang is reported once; nothing is killed or cancelled.
     """
