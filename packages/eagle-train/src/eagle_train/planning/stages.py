@@ -208,24 +208,21 @@ def pack_costs(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 def whole_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int) -> Packs:
     """Split packs (the costliest first, samples dealt alternately) until steps are whole; add empty packs when samples run out."""
-    missing = -len(packs) % packs_per_step
-    groups = None
-    while missing:
-        groups = groups or [packs.items[a:b] for a, b in zip(packs.offsets[:-1], packs.offsets[1:])]
-        costs = np.array([sample_costs(lengths[group]).sum() if len(group) > 1 else -1.0 for group in groups])
-        candidates = np.argsort(-costs, kind="stable")[:missing]
-        candidates = candidates[costs[candidates] > 0]
-        if not len(candidates):
-            groups += [np.zeros(0, np.int64)] * missing
-            break
-        for index in candidates.tolist():
-            longest_first = groups[index][np.argsort(-lengths[groups[index]], kind="stable")]
-            groups[index] = longest_first[::2]
-            groups.append(longest_first[1::2])
-            missing -= 1
-    if groups is None:
-        return packs
-    return Packs(np.concatenate([[0], np.cumsum([len(group) for group in groups])]), np.concatenate(groups))
+    while missing := -len(packs) % packs_per_step:
+        counts = np.diff(packs.offsets)
+        costs = np.where(counts > 1, pack_costs(lengths[packs.items], packs.offsets), -1.0)
+        split = np.argsort(-costs, kind="stable")[:missing]
+        split = split[costs[split] > 0]
+        if not len(split):
+            return Packs(np.concatenate([packs.offsets, np.full(missing, packs.offsets[-1])]), packs.items)
+        owner = np.repeat(np.arange(len(packs)), counts)
+        for new, index in enumerate(split.tolist(), start=len(packs)):
+            first, last = packs.offsets[index : index + 2]
+            longest_first = first + np.argsort(-lengths[packs.items[first:last]], kind="stable")
+            owner[longest_first[1::2]] = new
+        items = packs.items[np.argsort(owner, kind="stable")]
+        packs = Packs(np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(packs) + len(split)))]), items)
+    return packs
 
 
 def order_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int, seed: int) -> Packs:
