@@ -56,6 +56,14 @@ def test_save_checkpoint_is_what_save_pretrained_writes(make_model, tmp_path, dt
     assert equal(model, EagleForConditionalGeneration.from_pretrained(tmp_path / "b", dtype=dtype))
 
 
+def test_save_checkpoint_in_another_dtype(make_model, tmp_path):
+    model = make_model()
+    save_checkpoint(model.state_dict(), model.config, tmp_path, dtype=torch.bfloat16)
+    again = EagleForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16
+    assert equal(model.to(torch.bfloat16), again)
+
+
 def test_shards(make_model, tmp_path):
     model = make_model()
     save_checkpoint(model.state_dict(), model.config, tmp_path, max_shard_bytes=60_000)

@@ -205,3 +205,14 @@ def test_resizing_the_vocabulary_keeps_a_head_that_takes_its_loss(make_model):
         assert model(ids[None]).logits.shape == (1, 12, 131)
         assert model.config.text_config.vocab_size == 131
         assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+def test_bfloat16_stays_near_float32(make_model, pack):
+    model = make_model()
+    options = {"layout": layout(*LENGTHS), "denominator": torch.tensor(17.0)}
+    exact = model(**pack, **options).loss
+    rounded = model.to(torch.bfloat16)(**pack, **options).loss
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
+    rounded.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -1,5 +1,6 @@
 """Checkpoint folders in the layout of the released models: safetensors (one file or shards with an index) and `config.json`."""
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eagle_model.configuration import EagleConfig
+from eagle_model.configuration import ARCHITECTURE, EagleConfig
 
 HEAD = "language_model.lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -112,6 +113,9 @@ def save_checkpoint(
         part = {name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous() for name in names}
         save_file(part, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
+    config = copy.deepcopy(config)
+    config.dtype = dtype or next(iter(tensors.values())).dtype
+    config.architectures = [ARCHITECTURE]
     config.save_pretrained(folder)
     if len(shards) > 1:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)

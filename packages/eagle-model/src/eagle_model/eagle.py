@@ -216,12 +216,16 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids = (seen.long().cumsum(1) - 1).clamp_min(0)[:, past:]
         if use_cache and cache is None:
             cache = DynamicCache()
-        # A row without any token would be an empty document; it can't be asked about either.
-        valid = seen[:, past:]
-        counts = valid.sum(1).tolist()
-        if min(counts) == 0:
-            raise ValueError(f"row {counts.index(0)} of the batch has no token")
-        rows = valid.flatten().nonzero().squeeze(1)
+        starts = [0]
+        if past:
+            # All new tokens run, padding or not: nothing has to be known on the host between two tokens of an answer.
+            rows = torch.arange(batch * length, device=seen.device)
+        else:
+            for row, count in enumerate(seen.sum(1).tolist()):
+                if count == 0:
+                    raise ValueError(f"row {row} of the batch has no token")
+                starts.append(starts[-1] + count)
+            rows = seen.flatten().nonzero().squeeze(1)
         hidden = self.embed(input_ids.flatten()[rows], pixel_values)
         context = AttentionContext(
             position_ids.expand(batch, length).flatten()[rows], self._inv_freq(hidden), cache=cache, rows=rows, shape=(batch, length)
@@ -231,7 +235,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             order = torch.arange(past + length, device=seen.device)
             context.mask = (seen[:, None, :] & (order[None, None, :] <= order[None, past:, None]))[:, None]
         else:
-            context.layout = Layout.single([sum(counts[:row]) for row in range(batch + 1)])
+            context.layout = Layout.single(starts)
         hidden = self.language_model.model(hidden, context)
 
         head = self.language_model.lm_head

@@ -1,5 +1,6 @@
 """Sizes by name, from `tiny` (a CPU learns with it in minutes) to `8b` (the released model)."""
 
+from copy import deepcopy
 from typing import Any
 
 from eagle_model.configuration import EagleConfig
@@ -104,7 +105,7 @@ def preset(name: str, *, tokenizer: Any = None, **changes: Any) -> EagleConfig:
         raise ValueError(f"no preset is called {name!r}; they are {', '.join(PRESETS)}")
     values = IN_USE | changes
     for part in ("vision_config", "text_config"):
-        values[part] = PRESETS[name][part] | changes.get(part, {})
+        values[part] = deepcopy(PRESETS[name][part]) | changes.get(part, {})
     if tokenizer is not None:
         values["image_token_index"] = TextEncoder(tokenizer).token_id(IMG_CONTEXT)
         size = len(tokenizer) if name == "tiny" else max(len(tokenizer), values["text_config"]["vocab_size"])
