@@ -161,3 +161,12 @@ def test_context_meshes(ranks):
 @pytest.mark.parametrize("ulysses", [1, 2])
 def test_activation_checkpointing(ranks, ulysses):
     assert all(ranks(2).call("checkpointed", {"lengths": [31, 4, 1], "ulysses": ulysses}))
+
+
+def test_the_order_checker_can_fail(cp):
+    calls = [[0, "all_gather", "gather", 8, "float32"], [1, "reduce_scatter", "gather", 8, "float32"]]
+    agreed = [(None, None, {"gather": ([0, 1], calls)}), (None, None, {"gather": ([0, 1], calls)})]
+    cp.same_order(agreed)
+    for other in (calls[::-1], calls[:1], [calls[0], [1, "reduce_scatter", "gather", 9, "float32"]]):
+        with pytest.raises(AssertionError, match="order of collectives differs"):
+            cp.same_order([agreed[0], (None, None, {"gather": ([0, 1], other)})])

@@ -96,6 +96,7 @@ CASES = [
     {"lengths": [30, 12, 5], "tiles": [(0, 2), (0, 6), (0, 20), (1, 1), (1, 7)]},
     {"lengths": [40, 3], "tiles": [(0, 30)]},  # fewer tiles than ranks
     {"lengths": [9, 8, 7, 3], "tiles": []},
+    {"lengths": [6, 40, 5], "tiles": [(0, 1), (1, 2), (1, 30), (2, 0)]},  # rows of a rank in another order than tiles
 ]
 
 
