@@ -13,13 +13,54 @@ __version__ = "0.1.0"
 _HOME = {
     name: module
     for module, names in {
-        "budget": ("CAPS", "STRATEGIES", "Dropped", "PlanColumns", "PlanResult", "VideoRequest", "VisualPlan", "plan", "plan_many"),
-        "frames": ("choose_chapters", "choose_times", "clip_range", "wanted_frames"),
-        "images": ("ImageRef", "image_size", "open_image", "read_bytes"),
-        "limits": ("DEFAULT_LIMITS", "FrameError", "Limits", "MediaError"),
-        "video_info": ("VideoInfo", "probe"),
+        "budget": (
+            "CAPS",
+            "STRATEGIES",
+            "Dropped",
+            "PlanColumns",
+            "PlanResult",
+            "VideoRequest",
+            "VisualPlan",
+            "plan",
+            "plan_many",
+        ),
+        "documents": (
+            "animation_times",
+            "page_count",
+            "page_sizes",
+            "read_pages",
+        ),
+        "frames": (
+            "choose_chapters",
+            "choose_times",
+            "clip_range",
+            "wanted_frames",
+        ),
+        "images": (
+            "ImageRef",
+            "image_size",
+            "open_image",
+            "read_bytes",
+        ),
+        "limits": (
+            "DEFAULT_LIMITS",
+            "FrameError",
+            "Limits",
+            "MediaError",
+        ),
+        "lmdb_build": (
+            "build_lmdb",
+            "check_lmdb",
+        ),
         "time_table": ("TimeTable",),
-        "video": ("Frames", "read_frames"),
+        "video": (
+            "Frames",
+            "read_frames",
+        ),
+        "video_info": (
+            "VideoInfo",
+            "probe",
+        ),
     }.items()
     for name in names
 }
@@ -40,24 +81,32 @@ __all__ = [
     "VideoInfo",
     "VideoRequest",
     "VisualPlan",
+    "animation_times",
+    "build_lmdb",
+    "check_lmdb",
     "choose_chapters",
     "choose_times",
     "clip_range",
     "image_size",
     "open_image",
+    "page_count",
+    "page_sizes",
     "plan",
     "plan_many",
     "probe",
     "read_bytes",
     "read_frames",
+    "read_pages",
     "wanted_frames",
 ]
 
 if TYPE_CHECKING:
     from .budget import CAPS, STRATEGIES, Dropped, PlanColumns, PlanResult, VideoRequest, VisualPlan, plan, plan_many
+    from .documents import animation_times, page_count, page_sizes, read_pages
     from .frames import choose_chapters, choose_times, clip_range, wanted_frames
     from .images import ImageRef, image_size, open_image, read_bytes
     from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError
+    from .lmdb_build import build_lmdb, check_lmdb
     from .time_table import TimeTable
     from .video import Frames, read_frames
     from .video_info import VideoInfo, probe

@@ -118,6 +118,7 @@ def _after_fork() -> None:
 
 def _close_when_idle() -> None:
     """Call with the lock held, so that no new transaction begins."""
+    _by_name.clear()  # first: who reads in a loop now comes to wait for the lock instead of borrowing the transaction again
     for entry in _by_real_path.values():
         held: list[Any] = []
         while len(held) < entry.created:
@@ -132,4 +133,3 @@ def _close_when_idle() -> None:
         with contextlib.suppress(lmdb.Error):
             entry.environment.close()
     _by_real_path.clear()
-    _by_name.clear()

@@ -9,7 +9,6 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from ..time_table import TimeTable
 from .source import Source
 
 
