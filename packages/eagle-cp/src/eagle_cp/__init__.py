@@ -19,3 +19,5 @@ __all__ = [
     "plan_tiles",
     "register_attention",
 ]
+
+__version__ = "0.1.0"
