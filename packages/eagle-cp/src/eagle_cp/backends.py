@@ -124,11 +124,18 @@ def choose(
         if reason:
             raise ValueError(f"attention: backend {backend!r} can't run: {reason}")
         return KERNELS[backend]
-    long = segments is not None and segments.pairs(causal) >= PAIRS_PER_CALL * max(1, count_calls(segments, causal, CUDNN))
+    long = segments is not None and _is_long(segments, causal)
     kernel, reasons = _fastest(device, dtype, head_dim, causal, long)
     if kernel is None:
         raise ValueError(f"attention: no kernel for {str(dtype).removeprefix('torch.')}, head dim {head_dim} on {device.type}. {reasons}")
     return kernel
+
+
+def _is_long(segments: Segments, causal: bool) -> bool:
+    key = ("long", causal)
+    if key not in segments.cache:  # asked for in every layer
+        segments.cache[key] = segments.pairs(causal) >= PAIRS_PER_CALL * max(1, count_calls(segments, causal, CUDNN))
+    return segments.cache[key]
 
 
 @functools.cache

@@ -197,18 +197,28 @@ def blockwise_backward(
     """Writes `dq`, `dk`, `dv` (of any floating dtype), summed over blocks in fp32 (fp64 for fp64)."""
     groups = 1 if dense.grouped else q.shape[1] // k.shape[1]
     wide = _wide(q.dtype)
-    totals = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v)]
+    batches = _batches(segments, causal, dense, q.device)
+    targets = (dq, dk, dv)
+    # Rows are in several blocks only where squares and rectangles meet; elsewhere each is written once, without a sum in wide precision.
+    merges = causal and any(not batch.causal for batch in batches)
+    totals = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in targets] if merges else targets
     lse_rows = lse.t().unsqueeze(-1)
-    for batch in _batches(segments, causal, dense, q.device):
+    for batch in batches:
         ob, gb = (_pick(x, batch.rows_q, batch.slots_q, batch.blocks, batch.length_q) for x in (out, dout))
         lb = _pick(lse_rows, batch.rows_q, batch.slots_q, batch.blocks, batch.length_q).squeeze(-1).contiguous()
-        dqb, dkb, dvb = dense.backward(gb, *_inputs(batch, q, k, v, groups), ob, lb, batch.causal, scale)
-        totals[0].index_add_(0, batch.rows_q, _flat(dqb, batch.slots_q).to(wide))
-        for total, part in zip(totals[1:], (dkb, dvb)):
-            part = _flat(part, batch.slots_k).to(wide)
-            total.index_add_(0, batch.rows_k, part if groups == 1 else part.unflatten(1, (-1, groups)).sum(2))
-    for x, total in zip((dq, dk, dv), totals):
-        x.copy_(total)
+        grads = dense.backward(gb, *_inputs(batch, q, k, v, groups), ob, lb, batch.causal, scale)
+        for i, (total, grad) in enumerate(zip(totals, grads)):
+            rows, slots = (batch.rows_k, batch.slots_k) if i else (batch.rows_q, batch.slots_q)
+            part = _flat(grad, slots)
+            if i and groups > 1:
+                part = part.to(wide).unflatten(1, (-1, groups)).sum(2)
+            if merges:
+                total.index_add_(0, rows, part.to(wide))
+            else:
+                total.index_copy_(0, rows, part.to(total.dtype))
+    if merges:
+        for x, total in zip(targets, totals):
+            x.copy_(total)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
