@@ -50,7 +50,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("poisoned_memory", "small_chunks")
 def test_is_as_exact_as_torch(device, assert_as_exact_as_torch):
     for dtype in dtypes(device):
-        for tokens, hidden, vocab in [(37, 33, 50), (1, 8, 3)]:
+        for tokens, hidden, vocab in [(21 if device == "cpu" else 37, 33, 50), (1, 8, 3)]:
             for option in options(device, tokens):
                 inputs = example(device, tokens, hidden, vocab, labelled=1.0 if tokens == 1 else 0.7)
                 if tokens == 1:
@@ -99,7 +99,7 @@ def test_nothing_labelled_is_zero_with_zero_gradients(device, num_kept):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_known_count_gives_the_same_and_a_wrong_one_is_nan(device):
-    inputs = example(device, 50, 8, 30)
+    inputs = example(device, 25, 8, 30)
     kept = int((inputs["labels"] >= 0).sum())
     with use_implementation("triton"):
         expected = linear_cross_entropy(**inputs)
@@ -136,7 +136,7 @@ def test_backward_twice_and_scaled(device):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_float32_weight_gradient(device, relative_error):
-    inputs = example(device, 300, 8, 30)
+    inputs = example(device, 70, 8, 30)
     half = {name: value.half() if name in BOTH else value for name, value in inputs.items()}
     exact = [half[name].double().requires_grad_() for name in BOTH]
     linear_cross_entropy(*exact, inputs["labels"]).backward()

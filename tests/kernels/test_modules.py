@@ -51,3 +51,17 @@ def test_public_names():
         "reference", "rms_norm", "rope", "swiglu", "swiglu_mlp", "use_implementation",
     }  # fmt: skip
     assert all(hasattr(eagle_kernels, name) for name in eagle_kernels.__all__)
+
+
+def test_autocast_with_float32_parameters():
+    x, labels = torch.randn(5, 8), torch.randint(0, 10, (5,))
+    mlp, head = SwiGLUMLP(8, 12), LinearCrossEntropy(8, 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mlp(x)
+        assert out.dtype == torch.bfloat16
+        loss = head(out, labels)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert mlp.up_proj.weight.grad is not None
+    assert head.weight.grad is not None
+    assert head.weight.grad.dtype == torch.float32

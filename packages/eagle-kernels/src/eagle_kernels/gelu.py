@@ -16,6 +16,8 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, approxima
     """
     checks.gelu_linear(x, weight, bias, approximate)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if torch.is_autocast_enabled(x.device.type):
+        return reference.gelu_linear(x, weight, bias, approximate)
     if use_triton("gelu_linear", x) and approximate == "tanh" and bias is not None and not wanted:
         flat = x.reshape(-1, x.shape[-1])
         return torch.ops.aten._addmm_activation(bias, flat, weight.t(), use_gelu=True).view(*x.shape[:-1], weight.shape[0])

@@ -115,8 +115,13 @@ def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows:
     and the weight gradients is about `6 * rows * I` elements, whatever the length, for two more matmuls in backward. Weight gradients of
     the blocks add up in float32. None: everything at once, gate and up are kept. Raises ValueError or TypeError on inputs that don't fit.
     """
-    checks.mlp(x, w_gate, w_up, w_down, rows)
     dtypes = tuple(gradient_dtype(weight) for weight in (w_gate, w_up, w_down))
+    if torch.is_autocast_enabled(x.device.type):
+        lower = torch.get_autocast_dtype(x.device.type)
+        x, w_gate, w_up, w_down = (tensor.to(lower) for tensor in (x, w_gate, w_up, w_down))
+        with torch.autocast(x.device.type, enabled=False):
+            return swiglu_mlp(x, w_gate, w_up, w_down, rows=rows)
+    checks.mlp(x, w_gate, w_up, w_down, rows)
     w_gate, w_up, w_down = (checks.gathered(weight) for weight in (w_gate, w_up, w_down))
     if not use_triton("swiglu_mlp", x):
         return reference.swiglu_mlp(x, w_gate, w_up, w_down, rows=rows)
