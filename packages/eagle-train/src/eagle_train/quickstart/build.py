@@ -16,7 +16,7 @@ import yaml
 from .easy_vqa_data import Split, description_rows, load_split, question_rows, test_rows, write_images, write_rows
 from .videos import make_clips, turns_about, video_row
 
-VERSION = 2
+VERSION = 3
 
 
 MODEL = {
@@ -27,9 +27,11 @@ MODEL = {
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
+        "initializer_range": 0.12,
     },
 }
-"""0.3 M parameters: what two cores can train from nothing in two and a half minutes."""
+"""0.3 M parameters: what two cores can train from nothing in two and a half minutes. The usual initializer_range of 0.02 is made for
+widths in the thousands; with it this model had not found the shapes after 1000 steps, with about 1 / sqrt(width) it has after 600."""
 
 
 class Size(NamedTuple):
@@ -39,7 +41,7 @@ class Size(NamedTuple):
     positions: int = 4
     train_clips: int = 240
     test_clips: int = 60
-    steps: tuple[int, int, int] = (1100, 450, 250)
+    steps: tuple[int, int, int] = (900, 360, 240)
     tokens: tuple[int, int, int] = (1024, 2048, 4096)
     packs: tuple[int, int, int] = (1, 1, 1)
 
@@ -106,8 +108,8 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
     names = ("short", "middle", "long")
     sources = (
         {"descriptions": 1.0},
-        {"descriptions": 0.25, "questions": 1.0, "videos": 1.0},
-        {"questions": 1.0, "videos": 1.0},
+        {"descriptions": 0.5, "questions": 1.0, "videos": 4.0},
+        {"questions": 1.0, "videos": 4.0},
     )
     rates = (1.0e-3, 1.2e-3, 1.2e-3)
     stages = []

@@ -83,8 +83,9 @@ def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     state = _state(model, with_optimizer)
     try:
         dcp.load(state, checkpoint_id=str(path), no_dist=world.size == 1)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: does not fit this model: {error}") from error
+    except dcp.api.CheckpointException as error:
+        reasons = "; ".join(dict.fromkeys(str(failure[0]) for failure in error.failures.values()))
+        raise CheckpointError(f"{path}: can't be read, or does not fit this model: {reasons}") from error
     set_model_state_dict(model, state["model"])
     if with_optimizer is not None:
         set_optimizer_state_dict(model, with_optimizer, state["optimizer"])

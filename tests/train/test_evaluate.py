@@ -1,0 +1,94 @@
+"""Answers are compared word for word; the blind answer is the most frequent one; batches change no answer."""
+
+import shutil
+
+import pytest
+import torch
+
+from eagle_train.training.chat import Chat
+from eagle_train.training.evaluate import Answer, Blind, Evaluation, normalised, question_text, training_pairs
+from eagle_train.training.parallel import start_world
+from eagle_train.training.run import ask, export, get_ready, open_run, train, write_answers
+
+
+def test_normalised_forgives_case_spacing_and_outer_punctuation():
+    assert normalised("  Red  Circle. ") == normalised("red circle")
+    assert normalised("red, blue") != normalised("red blue")
+    assert normalised("3.5") == "3.5"
+
+
+def test_questions_lose_their_placeholders():
+    assert question_text("<image>\nwhat color?") == "what color?"
+    assert question_text("<video-2> first, then <image-1> what?") == "first, then what?"
+
+
+def test_blind_answers_are_the_most_frequent():
+    blind = Blind(iter([("q", "a"), ("q", "b"), ("q", "b"), ("r", "c"), ("r", "c"), ("r", "c")]))
+    assert [blind.answer(text) for text in ("q", "r", "never seen")] == ["b", "c", "c"]
+    assert Blind(iter(())).answer("q") == ""
+
+
+def test_scores_count_what_has_no_answer_as_wrong():
+    answers = [
+        Answer("a", 1, "q", "yes", "Yes", "no"),
+        Answer("a", 2, "q", "no", "yes", "no"),
+        Answer("b", 3, "q", "", "", "", "gone"),
+    ]
+    result = Evaluation(tuple(answers), 1.0)
+    assert result.score() == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert result.by_source()["b"].accuracy == 0.0
+
+
+@pytest.fixture
+def run(colour_run, tmp_path, write_jsonl):
+    """A run that was trained a little, with held-out rows of all kinds: fine, gone, too long."""
+    held_out = [
+        {"image": f"{index}.png", "conversations": [{"from": "human", "value": "<image>what color?"}, {"from": "gpt", "value": name}]}
+        for index, name in enumerate(["red", "green", "blue", "red", "green"])
+    ]
+    held_out.append({"conversations": [{"from": "human", "value": "x" * 5000}, {"from": "gpt", "value": "red"}]})
+    write_jsonl(tmp_path / "held_out.jsonl", held_out)
+    stages = [{"name": "s", "max_tokens": 1280, "steps": 3, "packs_per_step": 1, "lr": 3e-3}]
+    config = colour_run(
+        data={"sources": {"rows": {"annotation": "rows.jsonl"}}, "eval_sources": {"held": {"annotation": "held_out.jsonl"}}, "workers": 1},
+        eval={"batch_size": 3, "max_new_tokens": 4, "every": 2},
+        stages=stages,
+    )
+    return config
+
+
+def test_a_run_is_asked_exported_and_talked_to(run, tmp_path):
+    torch.set_num_threads(1)
+    world = start_world(run.parallel, "cpu")
+    ready = get_ready(run)
+    assert list(training_pairs(ready.facts))[0] == ("what color?", "red")
+    records = []
+    trainer = train(ready, world, on_record=records.append)
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    assert [record["total_step"] for record in evaluations] == [2]
+    assert evaluations[0]["scores"]["held"]["questions"] == 6
+    (tmp_path / "3.png").rename(tmp_path / "elsewhere.png")
+    together = ask(ready, trainer.model, world)
+    assert [answer.line for answer in together.answers] == [1, 2, 3, 4, 5, 6]
+    assert [bool(answer.problem) for answer in together.answers] == [False, False, False, True, False, True]
+    assert "3.png" in together.answers[3].problem
+    (tmp_path / "elsewhere.png").rename(tmp_path / "3.png")
+    vars(run.eval)["batch_size"] = 1
+    alone = ask(ready, trainer.model, world)
+    for number in (0, 1, 2, 4):
+        assert alone.answers[number] == together.answers[number]
+    assert len(write_answers(alone, run.run.folder).read_text().splitlines()) == 6
+
+    # The same answer from a chat with the run, and with what it exports, wherever the folder is moved.
+    asked = tmp_path / "1.png"
+    expected = alone.answers[1].given
+    moved = tmp_path / "moved"
+    shutil.move(run.run.folder, moved)
+    assert Chat.open(moved, images=[asked], max_new_tokens=4, device="cpu").ask("what color?") == expected
+    export(open_run(moved), tmp_path / "model", dtype="float32")
+    talk = Chat.open(tmp_path / "model", images=[asked], max_new_tokens=4, device="cpu")
+    assert talk.ask("what color?") == expected
+    talk.ask("are you sure?")
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+    with pytest.raises(FileNotFoundError, match="nothing.png"):
+        Chat.open(moved, images=[tmp_path / "nothing.png"])

@@ -1,0 +1,120 @@
+"""The loader: the order of the tasks whatever the workers do, bounded bytes, and a stuck or dying reader costs one sample."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from eagle_sampling import Limits
+from eagle_train.data.encoding import CachedEncoder
+from eagle_train.data.prepare import prepare
+from eagle_train.planning.stages import StageSchedule
+from eagle_train.planning.visual import ModelFacts
+from eagle_train.training.batch import Planned, address_of
+from eagle_train.training.loader import Loader, LoaderError, Reading, Task
+
+MODEL = ModelFacts(32, 4)
+
+
+@pytest.fixture
+def tasks(colour_run, tokenizer):
+    """Every pack of some epochs as a task, key = number."""
+    config = colour_run()
+    facts = prepare(config, tokenizer).facts
+    schedule = StageSchedule(facts, config, config.stages[0], MODEL)
+    result = []
+    for epoch in range(3):
+        plan = schedule.plan(epoch)
+        for pack in range(plan.packs):
+            planned = tuple(Planned(address_of(facts, sample.row), sample) for sample in plan.samples(pack))
+            result.append(Task(len(result), planned, "token"))
+    return result
+
+
+@pytest.fixture
+def reading(tasks, tmp_path):
+    return Reading(str(tmp_path / "tokenizer"), MODEL, True, Limits())
+
+
+def here(tasks, reading, tokenizer):
+    return list(Loader(tasks, reading, workers=0, encoder=CachedEncoder(tokenizer)))
+
+
+def test_workers_give_what_the_process_itself_gives(tasks, reading, tokenizer):
+    expected = here(tasks, reading, tokenizer)
+    with Loader(tasks, reading, workers=2, prefetch=1 << 20) as loader:
+        given = list(loader)
+        assert loader.get() is None
+    assert [key for key, _ in given] == list(range(len(tasks)))
+    for (_, a), (_, b) in zip(expected, given):
+        for name in ("input_ids", "targets", "position_ids", "tiles", "context_index", "token_weights"):
+            assert (getattr(a, name) == getattr(b, name)).all(), name
+        assert (a.cu_seqlens, a.sample_ids, a.num_kept, a.label_weight) == (b.cu_seqlens, b.sample_ids, b.num_kept, b.label_weight)
+
+
+def test_no_more_is_read_ahead_than_the_bytes_allow(tasks, reading):
+    asked = []
+
+    def watched():
+        for task in tasks:
+            asked.append(task.key)
+            yield task
+
+    size = tasks[0].nbytes(MODEL)
+    with Loader(watched(), reading, workers=1, prefetch=2 * size) as loader:
+        key, batch = loader.get()
+        deadline = time.monotonic() + 20
+        while len(asked) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        assert key == 0
+        assert 2 <= len(asked) <= 5
+        assert batch.nbytes <= 1.5 * size
+        assert len(list(loader)) == len(tasks) - 1
+
+
+def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tmp_path, caplog):
+    # A named pipe that nobody writes to: opening it never returns.
+    stuck = tasks[0].pack[0].address.line
+    dying = tasks[1].pack[0].address.line
+    for line in (stuck, dying):
+        if (tmp_path / f"{line - 1}.png").exists():
+            (tmp_path / f"{line - 1}.png").unlink()
+        os.mkfifo(tmp_path / (f"{line - 1}.png" if line <= 24 else "clip.mp4.fifo"))
+    begin = time.monotonic()
+    with Loader(tasks[:2], reading, workers=2, stuck_after=8.0) as loader:
+        while loader._workers[1].place.value != 0 and time.monotonic() < begin + 60:
+            time.sleep(0.05)
+        os.kill(loader._workers[1].process.pid, signal.SIGKILL)
+        given = dict(loader)
+    assert time.monotonic() - begin < 90
+    for number, line, reasons in ((0, stuck, {"stuck"}), (1, dying, {"died", "stuck"})):
+        [entry] = given[number].failed
+        assert entry.line == line
+        assert entry.reason in reasons
+        assert len(given[number].sample_ids) == len(tasks[number].pack) - 1
+    assert "is left out" in caplog.text
+
+
+def test_a_reader_that_can_not_start_is_an_error_with_its_reason(tasks, reading):
+    with Loader(tasks, reading._replace(tokenizer="/nowhere"), workers=1) as loader:
+        with pytest.raises(LoaderError, match="nowhere"):
+            loader.get()
+
+
+def test_an_error_of_the_plan_reaches_the_consumer(tasks, reading):
+    def broken():
+        yield tasks[0]
+        raise ValueError("no such step")
+
+    with Loader(broken(), reading, workers=1) as loader:
+        with pytest.raises(ValueError, match="no such step"):
+            list(loader)
+
+
+def test_bytes_are_estimated_from_above(tasks, reading, tokenizer):
+    for task, (_, batch) in zip(tasks, here(tasks, reading, tokenizer)):
+        assert np.isfinite(batch.nbytes)
+        assert batch.nbytes <= task.nbytes(MODEL)

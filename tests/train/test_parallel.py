@@ -1,0 +1,84 @@
+"""Two processes over gloo with FSDP2, and two that share each pack, train what one process trains."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle_train.config import ConfigError, ParallelConfig, dump_config
+from eagle_train.training.parallel import start_world
+from eagle_train.training.run import get_ready, load_trained, train
+from eagle_train.watching.metrics import Metrics
+
+CHILD = Path(__file__).with_name("train_on_ranks.py")
+
+
+def train_alone(config):
+    torch.set_num_threads(1)
+    train(get_ready(config), start_world(config.parallel, "cpu"))
+
+
+def train_on_ranks(config, path, ranks=2):
+    path.write_text(dump_config(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(CHILD), str(path)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, output
+
+
+def same(config, other):
+    """Losses, norms and final weights agree to 1e-5."""
+    records = [list(Metrics(one.run.folder / "metrics.jsonl")) for one in (config, other)]
+    assert len(records[0]) == len(records[1]) > 0
+    for a, b in zip(*records):
+        for key in ("loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), (key, a["total_step"])
+        for key in ("tokens", "tiles", "samples", "labels", "seen_tokens", "fill", "lr"):
+            assert a[key] == b[key]
+    world = start_world(ParallelConfig(dtype="float32"), "cpu")
+    models = [load_trained(one, get_ready(one).tokenizer, world)[0].state_dict() for one in (config, other)]
+    for name, tensor in models[0].items():
+        # Adam divides by the gradient's own size: where that is nearly zero, its sign is a matter of rounding.
+        torch.testing.assert_close(models[1][name], tensor, atol=2e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("parallel", [{"fsdp": True}, {"fsdp": False}, {"gather": 2}], ids=["fsdp2", "replicated", "context-parallel"])
+def test_two_ranks_train_what_one_trains(colour_run, tmp_path, parallel):
+    options = {"checkpoint": {"every": 100}}
+    # A large epsilon: weights then depend on gradients smoothly, and can be compared at all.
+    stages = [
+        {"name": "one", "max_tokens": 640, "steps": 2, "packs_per_step": 4, "lr": 1e-3, "eps": 1e-3},
+        {"name": "two", "max_tokens": 1280, "steps": 1, "packs_per_step": 2, "lr": 1e-3, "eps": 1e-3, "train": ["connector", "language"]},
+    ]
+    alone = colour_run(run={"name": "alone"}, stages=stages, **options)
+    train_alone(alone)
+    ranks = colour_run(run={"name": "ranks"}, stages=stages, parallel={"dtype": "float32", **parallel}, **options)
+    train_on_ranks(ranks, tmp_path / "ranks.yaml")
+    same(alone, ranks)
+    assert json.loads((ranks.run.folder / "checkpoints" / "two-end" / "state.json").read_text())["total_steps"] == 3
+
+
+def test_ranks_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="ulysses 2 x gather 1 = 2 ranks don't divide the 3"):
+        start_world(ParallelConfig(ulysses=2), "cpu")
+    with pytest.raises(ConfigError, match=r"parallel.data is 2, but 3 ranks in groups of 1 make 3; start 2 ranks"):
+        start_world(ParallelConfig(data=2), "cpu")

@@ -1,0 +1,134 @@
+"""The loop: it learns, resumes bit for bit after kill -9, stops at a loss that isn't finite, and counts what is missing."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from eagle_train.training import checkpoint
+from eagle_train.training.parallel import start_world
+from eagle_train.training.run import claim_folder, get_ready, open_run, train
+from eagle_train.training.trainer import Trainer, TrainingError
+from eagle_train.watching.metrics import Metrics, same_run
+
+
+def run(config, **options):
+    torch.set_num_threads(1)
+    world = start_world(config.parallel, "cpu")
+    ready = get_ready(config)
+    return train(ready, world, **options)
+
+
+def numbers(config):
+    return same_run(Metrics(config.run.folder / "metrics.jsonl"))
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def train_until_killed(config):
+    def stop(record):
+        if record["kind"] == "step" and record["total_step"] == 4:
+            # In the middle of a step, and with the writer of a later checkpoint already begun.
+            os.makedirs(config.run.folder / "checkpoints" / ".writing-one-00000009", exist_ok=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(config, on_record=stop)
+
+
+def test_killed_and_resumed_is_the_run_that_was_not(colour_run):
+    straight = colour_run(run={"name": "straight", "seed": 3})
+    expected = run(straight)
+    killed = colour_run(run={"name": "killed", "seed": 3})
+    process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(killed,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert checkpoint.latest(killed.run.folder / "checkpoints").name in ("one-00000003", "one-end")
+    resumed = run(killed)
+    for name, tensor in weights(expected).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+    assert numbers(killed) == numbers(straight)
+    assert len(numbers(killed)) == 6
+    assert not list((killed.run.folder / "checkpoints").glob(".writing-*"))
+    # Nothing is left to do: training again changes nothing.
+    assert torch.equal(weights(run(killed))["mlp1.1.weight"], weights(expected)["mlp1.1.weight"])
+    assert numbers(killed) == numbers(straight)
+
+
+def test_it_learns_and_frozen_parts_stay(colour_run):
+    config = colour_run(
+        stages=[{"name": "only", "max_tokens": 1280, "steps": 12, "packs_per_step": 1, "lr": 1e-2, "train": ["connector", "language"]}]
+    )
+    untrained = Trainer(config, get_ready(config).facts, get_ready(config).tokenizer, start_world(config.parallel, "cpu"))
+    before = weights(untrained)
+    trainer = run(config)
+    losses = [record["loss"] for record in numbers(config)]
+    assert losses[-1] < 0.75 * losses[0]
+    changed = {name.split(".")[0] for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"mlp1", "language_model"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(colour_run):
+    config = colour_run(checkpoint={"every": 1})
+    ready = get_ready(config)
+    trainer = Trainer(config, ready.facts, ready.tokenizer, start_world(config.parallel, "cpu"))
+    with torch.no_grad():
+        trainer.model.mlp1[1].weight[0, 0] = float("inf")
+    with pytest.raises(TrainingError, match=r"stage one step 1: loss nan.*rows:\d+"):
+        trainer.train()
+    assert checkpoint.latest(config.run.folder / "checkpoints") is None
+
+
+def test_a_sample_that_vanished_is_counted_and_the_rest_is_trained(colour_run, tmp_path):
+    config = colour_run()
+    ready = get_ready(config)
+    (tmp_path / "4.png").unlink()
+    train(ready, start_world(config.parallel, "cpu"))
+    assert sum(record["missing"] for record in numbers(config)) > 0
+    entries = [json.loads(line) for line in (config.run.folder / "ledger-train.jsonl").read_text().splitlines()]
+    assert {(entry["source"], entry["line"], entry["reason"]) for entry in entries} == {("rows", 5, "unreadable")}
+
+
+def test_loss_does_not_depend_on_how_samples_are_packed(colour_run):
+    """One pack a step of everything, and the same samples in many packs of a step: the same first loss and gradient norm."""
+    first = []
+    for name, tokens, packs in (("wide", 4096, 1), ("narrow", 800, 6)):
+        stage = {"name": "s", "max_tokens": tokens, "steps": 1, "packs_per_step": packs, "lr": 1e-3, "loss_weighting": "sqrt"}
+        config = colour_run(rows=16, run={"name": name}, stages=[stage])
+        run(config)
+        [record] = numbers(config)
+        first.append(record)
+    assert first[0]["samples"] == first[1]["samples"] == 17
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
+    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
+
+
+def test_another_configuration_does_not_continue_a_run(colour_run):
+    config = colour_run()
+    run(config)
+    other = colour_run(sampling={"fps": 1.0})
+    with pytest.raises(ValueError, match=r"other settings \(sampling.fps\)"):
+        claim_folder(other)
+    claim_folder(colour_run(loader={"workers": 1}, run={"name": "run", "log_every": 7}))
+    assert open_run(config.run.folder).stages == config.stages
+
+
+def test_workers_do_not_change_the_numbers(colour_run):
+    for name, workers in (("none", 0), ("one", 1)):
+        run(colour_run(run={"name": name}, loader={"workers": workers}))
+    assert numbers(colour_run(run={"name": "none"})) == numbers(colour_run(run={"name": "one"}))
+
+
+def test_progress_says_how_much_is_left(colour_run):
+    records = []
+    begin = time.monotonic()
+    run(colour_run(), on_record=records.append)
+    steps = [record for record in records if record["kind"] == "step"]
+    assert steps[-1]["eta"] == 0
+    assert all(0 <= record["eta"] < 60 * (1 + time.monotonic() - begin) for record in steps)
