@@ -139,11 +139,11 @@ def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = 
 def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | None = None) -> Track:
     """The first video track of `path`, by our parser for its container, or else by libavformat."""
     with _opened(path) as source:
-        track = None
+        track = damage = None
         try:
             head = source.read(0, 1024)
             if head[4:8] in _MP4_BOXES:
-                track = read_mp4(source, limits)
+                track, damage = _tolerant_mp4(source, limits)
             elif head[:4] == _EBML:
                 track = read_matroska(source, limits)
             elif looks_like_ts(head):
@@ -151,12 +151,29 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
         except NotOurs as reason:
             logging.getLogger(__name__).debug("%s: %s; read by libavformat", path, reason)
         if track is None:
-            track = read_packets(path, limits, deadline)
+            try:
+                track = read_packets(path, limits, deadline)
+            except MediaError:
+                if damage is None:
+                    raise
+                raise Damaged(damage) from None  # our reason says more than libavformat's
     limits.check_frames(len(track.ticks), path)
     limits.check_size(track.width, track.height, path)
     if not len(track.ticks):
         raise MediaError(f"{path}: its video track has no frames" + (" left: the file is cut off" if track.missing else ""))
     return track
+
+
+def _tolerant_mp4(source: Source, limits: Limits) -> tuple[Track | None, str | None]:
+    """(track, None), or (None, what we stumbled over): old muxers leave oddities in `moov` that libavformat knows how to read."""
+    try:
+        return read_mp4(source, limits), None
+    except MediaError:
+        raise
+    except Damaged as error:
+        return None, str(error)
+    except (struct.error, IndexError, OverflowError, ValueError) as error:
+        return None, f"its header is damaged: {error}"
 
 
 def _header_track(path: str, limits: Limits) -> Track | None:
