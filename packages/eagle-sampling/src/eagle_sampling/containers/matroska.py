@@ -243,12 +243,25 @@ def _read_video(video: dict[int, bytes], header: _Header) -> None:
 
 
 def _read_cues(data: bytes, header: _Header) -> None:
-    for kind, point in _children(data):
+    number, end = header.number, len(data)
+    at = 6 if data[:2] == b"\xbf\x84" else 0  # a CRC-32
+    found: list[int] = []
+    while at + 9 < end:  # as muxers write them: point, time, positions, track, all with sizes of one byte
+        time_end = at + 4 + (data[at + 3] & 0x7F)
+        if data[at] != 0xBB or data[at + 2] != 0xB3 or not data[at + 1] & data[at + 3] & 0x80 or time_end + 4 >= end:
+            break
+        if data[time_end] != 0xB7 or data[time_end + 2 : time_end + 4] != b"\xf7\x81":
+            break
+        if not number or data[time_end + 4] == number:
+            found.append(int.from_bytes(data[at + 4 : time_end], "big"))
+        at += 2 + (data[at + 1] & 0x7F)
+    for kind, point in _children(data[at:]):  # whatever is written differently
         if kind == 0xBB:
             parts = _children(point)
-            tracks = [int.from_bytes(dict(_children(body)).get(0xF7, b""), "big") for kind, body in parts if kind == 0xB7]
-            if not header.number or header.number in tracks:
-                header.cues.append(int.from_bytes(dict(parts).get(0xB3, b""), "big"))
+            tracks = [int.from_bytes(dict(_children(body)).get(0xF7, b""), "big") for inner, body in parts if inner == 0xB7]
+            if not number or number in tracks:
+                found.append(int.from_bytes(dict(parts).get(0xB3, b""), "big"))
+    header.cues += found
 
 
 def _seek_to(data: bytes, wanted: int) -> int | None:
