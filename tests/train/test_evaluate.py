@@ -61,7 +61,7 @@ def test_a_run_is_asked_exported_and_talked_to(run, tmp_path):
     torch.set_num_threads(1)
     world = start_world(run.parallel, "cpu")
     ready = get_ready(run)
-    assert list(training_pairs(ready.facts))[0] == ("what color?", "red")
+    assert next(training_pairs(ready.facts)) == ("what color?", "red")
     records = []
     trainer = train(ready, world, on_record=records.append)
     evaluations = [record for record in records if record["kind"] == "eval"]
@@ -90,5 +90,5 @@ def test_a_run_is_asked_exported_and_talked_to(run, tmp_path):
     assert talk.ask("what color?") == expected
     talk.ask("are you sure?")
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
-    with pytest.raises(FileNotFoundError, match="nothing.png"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         Chat.open(moved, images=[tmp_path / "nothing.png"])

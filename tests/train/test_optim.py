@@ -1,5 +1,7 @@
 """The learning rate at the corners of a schedule, and what gets weight decay."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ def test_warmup_peak_and_end(schedule):
     rates = [learning_rate(step, 100, one) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[10] == 1.0
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     end = {"cosine": 0.2, "linear": 0.2, "constant": 1.0}[schedule]
     assert learning_rate(100, 100, one) == pytest.approx(end)
     assert rates[-1] >= end
@@ -50,7 +52,7 @@ def test_only_matrices_decay_and_frozen_parts_are_left_out():
 
 
 def test_a_parameter_of_no_part_is_named():
-    with pytest.raises(ValueError, match="extra.weight belongs to no part"):
+    with pytest.raises(ValueError, match=r"extra\.weight belongs to no part"):
         part_of("extra.weight")
 
 

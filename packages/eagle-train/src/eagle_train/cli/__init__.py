@@ -1,5 +1,18 @@
 """The command `eagle`: parsing and printing only. Whatever a verb needs is imported when it runs, so that `--help` is instant."""
 
-from .app import app, main
+import sys
+from typing import NoReturn
 
-__all__ = ["app", "main"]
+from .pages import stored_page
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command line and exit with a code that says how it ended (see `eagle_train.cli.app`)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    page = stored_page(given)
+    if page is not None:
+        print(page)
+        sys.exit(0)
+    from .app import main
+
+    main(given)

@@ -25,11 +25,14 @@ app = typer.Typer(
 RUN_FAILED, WRONG_USE, BAD_DATA, INTERRUPTED = 1, 2, 3, 130
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command line and exit with a code that says how it ended."""
-    from . import answers, data, inspection, train  # noqa: F401  each registers its verbs
+def register() -> None:
+    """Make `app` know its verbs."""
+    from . import answers, data, inspection, train  # noqa: F401
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
+
+def main(given: list[str]) -> NoReturn:
+    """Run a command line and exit with a code that says how it ended."""
+    register()
     debug = "--debug" in given
     try:
         app(args=[argument for argument in given if argument != "--debug"], prog_name="eagle")

@@ -163,7 +163,7 @@ def load_trained(config: Config, tokenizer: Any, world: World, path: Path | None
         raise checkpoint.CheckpointError(f"{config.run.folder}: there is no complete checkpoint yet")
     model = build_model(config, tokenizer)
     progress = checkpoint.read(path, model, None, world)
-    return model.to(world.device).eval(), progress
+    return nn.Module.to(model, world.device).eval(), progress
 
 
 def export(config: Config, folder: Path, *, checkpoint_path: Path | None = None, dtype: str | None = None) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Trainer:
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
         self.model: nn.Module = self._new_model()
-        self.described = self.model.config
+        self.described: Any = self.model.config
         self.schedules = [StageSchedule(facts, config, stage, model_facts(self.described)) for stage in config.stages]
         self.total_steps = sum(schedule.steps for schedule in self.schedules)
         self._pending: _Pending | None = None
@@ -305,7 +305,7 @@ class Trainer:
         set_trainable(model, train or self.config.stages[0].train)
         model.attention_backend = None if self.config.model.attention == "auto" else self.config.model.attention
         model.set_activation_checkpointing({"keep": "none", "recompute": "full", "offload": "offload"}.get(self._activations(), "none"))
-        return shard_model(model.to(self.world.device), self.world, self.config.parallel)
+        return shard_model(nn.Module.to(model, self.world.device), self.world, self.config.parallel)
 
     def _activations(self) -> str:
         if self.config.model.activations != "auto":

@@ -1,0 +1,61 @@
+"""The quickstart's whole way in small: built, prepared, planned, trained in three stages, asked, exported, and continued."""
+
+import torch
+
+from eagle_model.eagle import EagleForConditionalGeneration
+from eagle_train.cli.tables import plan_table, score_table
+from eagle_train.quickstart.build import Size
+from eagle_train.quickstart.run import run_quickstart
+from eagle_train.training.checkpoint import whole
+from eagle_train.watching.metrics import Metrics
+
+SIZE = Size(images=40, positions=1, train_clips=6, test_clips=3, steps=(4, 3, 2))
+
+
+class Ear:
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.said = []
+        self.steps = 0
+
+    def say(self, text):
+        self.said.append(text)
+
+    def record(self, record):
+        self.steps += record["kind"] == "step"
+
+    def preparing(self):
+        return self.counting("")
+
+    def counting(self, what):
+        from contextlib import nullcontext
+
+        return nullcontext(lambda *numbers: None)
+
+
+def test_quickstart_in_small(tmp_path):
+    torch.set_num_threads(1)
+    ear = Ear()
+    options = {"size": SIZE, "overrides": ["loader.workers=0", "data.workers=1"], "tables": (plan_table, score_table)}
+    result = run_quickstart(tmp_path, ear, **options)
+    text = "\n".join(ear.said)
+    run = tmp_path / "runs" / "quickstart"
+    assert f"Run folder: {run}" in text
+    assert "eagle chat" in text
+    scores = result.by_source()
+    assert set(scores) == {"test_questions", "test_videos"}
+    assert scores["test_questions"].questions > 300
+    assert 0.4 < scores["test_questions"].blind < 0.9
+    assert not [answer for answer in result.answers if answer.problem]
+    assert [path.name for path in whole(run / "checkpoints")] == ["short-end", "middle-end", "long-end"]
+    steps = [record for record in Metrics(run / "metrics.jsonl") if record["kind"] == "step"]
+    assert sum(record["missing"] for record in steps) == 0
+    assert {record["stage"] for record in steps} == {"short", "middle", "long"}
+    for name in ("plot.png", "answers.jsonl", "config.yaml", "model/config.json", "model/model.safetensors", "model/tokenizer.json"):
+        assert (run / name).is_file(), name
+    assert EagleForConditionalGeneration.from_pretrained(run / "model").num_parameters() > 100_000
+
+    # The same command again has nothing left to train, and gives the same answers.
+    again = run_quickstart(tmp_path, ear, **options)
+    assert again.answers == result.answers

@@ -1,0 +1,147 @@
+"""The command line: instant help that is up to date, exit codes that mean something, errors without traceback."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from eagle_train.cli.pages import VERBS, rendered_page, stored_page
+from eagle_train.config import dump_config, load_config
+
+
+def eagle(*arguments, cwd=None):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "eagle_train.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_stored_help_has_the_options_that_exist(verb):
+    def names(page):
+        return set(re.findall(r"^ +(?:-\w, )?(--?[a-z-]+|[a-z]\w*)(?=[ \n])", page or "", flags=re.MULTILINE)) | set(
+            re.findall(r"--[a-z-]+", page or "")
+        )
+
+    stored = stored_page([*verb.split(), "--help"])
+    assert "Usage: eagle" in stored
+    assert names(stored) == names(rendered_page(verb)), "render the pages anew: eagle_train.cli.pages.store()"
+
+
+@pytest.mark.parametrize("verb", ["", "train", "lmdb build"])
+def test_help_takes_less_than_a_third_of_a_second(verb):
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        done = eagle(*verb.split(), "--help")
+        times.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
+    assert min(times) < 0.3  # of a CPU: the wall clock belongs to whatever else runs here
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from eagle_train.cli.app import register; register(); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "eagle_train.cli.train" in modules
+    assert not {"torch", "transformers", "numpy", "pydantic", "yaml", "av"} & set(modules)
+
+
+def test_exit_codes_and_messages(colour_run, tmp_path):
+    done = eagle("paint")
+    assert done.returncode == 2
+    assert "No such command 'paint'" in done.stderr
+    done = eagle("plan", tmp_path / "nothing.yaml")
+    assert done.returncode == 2
+    assert "nothing.yaml: can't be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    path = tmp_path / "run.yaml"
+    config = colour_run()
+    path.write_text(dump_config(config))
+    done = eagle("plan", path, "--set", "stages.0.max_token=5")
+    assert done.returncode == 2
+    assert "did you mean 'max_tokens'?" in done.stderr
+    done = eagle("report", tmp_path)
+    assert done.returncode == 2
+    assert "no run folder" in done.stderr
+    done = eagle("plan", tmp_path / "nothing.yaml", "--debug")
+    assert "Traceback" in done.stderr
+
+
+def test_too_many_bad_rows_end_with_3(colour_run, tmp_path):
+    config = colour_run()
+    for index in range(20):
+        (tmp_path / f"{index}.png").unlink()
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    done = eagle("prepare", tmp_path / "run.yaml")
+    assert done.returncode == 3
+    assert "media-missing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_init_writes_a_configuration_with_every_default(tmp_path):
+    done = eagle("init", tmp_path / "eagle.yaml")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "eagle.yaml").read_text()
+    config = load_config(tmp_path / "eagle.yaml")
+    assert [stage.max_tokens for stage in config.stages] == [32768, 65536, 131072]
+    # With every comment that shows a default made real, it is the same configuration.
+    real = re.sub(r"^( *)# ([a-z_]+:( |$))", r"\1\2", text, flags=re.MULTILINE)
+    real = re.sub(r"^ *(?:sources|eval_sources|eval_recipe|path|epochs|steps|recipe): .*\n", "", real, flags=re.MULTILINE)
+    (tmp_path / "real.yaml").write_text(real)
+    assert yaml.safe_load(real)["stages"][0]["lr"] == 2e-05
+    everything = load_config(tmp_path / "real.yaml")
+    assert everything.stages == config.stages
+    assert everything.checkpoint == config.checkpoint
+    done = eagle("init", tmp_path / "eagle.yaml")
+    assert done.returncode == 2
+    assert "--force" in done.stderr
+
+
+def test_from_plan_to_report(colour_run, tmp_path):
+    """plan, show, train, report and chat with one configuration, as a user would."""
+    path = tmp_path / "run.yaml"
+    config = colour_run()
+    path.write_text(dump_config(config))
+    planned = eagle("plan", path, "--no-defaults")
+    assert planned.returncode == 0, planned.stderr
+    assert [line.split()[0] for line in planned.stdout.splitlines()[:3]] == ["stage", "one", "two"]
+    assert not (config.run.folder / "checkpoints").exists()
+    shown = eagle("show", path, "--row", "rows:1", "--html", tmp_path / "row.html")
+    assert shown.returncode == 0, shown.stderr
+    assert "what color?" in shown.stdout
+    assert "data:image/jpeg;base64," in (tmp_path / "row.html").read_text()
+    refused = eagle("show", path, "--row", "rows:999")
+    assert refused.returncode == 2
+    trained = eagle("train", path, "--device", "cpu")
+    assert trained.returncode == 0, trained.stderr
+    assert f"run folder: {config.run.folder}" in trained.stdout
+    assert (config.run.folder / "plot.png").stat().st_size > 5000
+    reported = eagle("report", config.run.folder)
+    assert "stage two: step 2 of 2" in reported.stdout
+    answered = eagle("chat", config.run.folder, "what color?", "--image", tmp_path / "1.png", "--max-new-tokens", "3", "--device", "cpu")
+    assert answered.returncode == 0, answered.stderr
+
+
+def test_doctor_names_what_runs():
+    done = eagle("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("torch", "attention on", "rms_norm", "h264", "memory", "CPUs"):
+        assert word in done.stdout
+
+
+def test_lmdb_build_and_check(tmp_path, picture):
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(3):
+        (images / f"{index}.png").write_bytes(picture(seed=index))
+    built = eagle("lmdb", "build", tmp_path / "all.lmdb", images)
+    assert built.returncode == 0, built.stderr
+    assert "3 values" in built.stdout
+    checked = eagle("lmdb", "check", tmp_path / "all.lmdb")
+    assert checked.returncode == 0, checked.stderr
+    (images / "3.png").write_bytes(b"no image")
+    assert eagle("lmdb", "build", tmp_path / "more.lmdb", images).returncode == 3

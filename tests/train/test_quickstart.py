@@ -1,0 +1,91 @@
+"""The quickstart's data: questions are all there, first questions don't give second answers away, videos show what rows say."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from eagle_sampling import probe, read_frames
+from eagle_train.config import parse_config
+from eagle_train.quickstart.build import MODEL, Size, build, configuration
+from eagle_train.quickstart.easy_vqa_data import (
+    COLOURS,
+    SHAPES,
+    Turn,
+    about_shape,
+    description,
+    load_split,
+    pair_turns,
+    tells,
+)
+from eagle_train.quickstart.videos import FPS, SECONDS_PER_SCENE, encode
+
+TURNS = [
+    Turn("what shape is in the image?", "circle"),
+    Turn("what is the blue shape?", "circle"),
+    Turn("what color is the shape?", "blue"),
+    Turn("what is the color of the circle?", "blue"),
+    Turn("is there a triangle?", "no"),
+    Turn("is there not a blue shape?", "no"),
+]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(TURNS), max_size=12), st.integers(0, 99))
+def test_pairs_use_every_turn_once_and_tell_nothing_early(turns, seed):
+    rows = pair_turns(turns, np.random.default_rng(seed))
+    assert sorted(turn for row in rows for turn in row) == sorted(turns)
+    for row in rows:
+        assert 1 <= len(row) <= 2
+        if len(row) == 2:
+            assert about_shape(row[0]) != about_shape(row[1])
+            assert not tells(row[0])
+
+
+def test_descriptions_come_from_the_questions():
+    assert description(TURNS) == "blue circle"
+    assert description(TURNS[:1]) is None
+    assert description(TURNS[4:]) is None
+
+
+def test_every_question_of_the_package_is_used():
+    split = load_split("test")
+    assert len(split.paths) == 1000
+    assert sum(map(len, split.turns.values())) == 9673
+    told = [said for turns in split.turns.values() if (said := description(turns))]
+    assert len(told) > 600
+    assert {word for said in told for word in said.split()} == {*SHAPES, *COLOURS}
+
+
+def test_videos_are_h264_and_show_their_scenes(tmp_path):
+    colours = [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+    encode(tmp_path / "a.mp4", [Image.new("RGB", (64, 64), colour) for colour in colours])
+    info = probe(tmp_path / "a.mp4")
+    assert info.codec == "h264"
+    assert info.frame_count == 3 * FPS * SECONDS_PER_SCENE
+    assert info.duration == pytest.approx(3 * SECONDS_PER_SCENE)
+    frames = read_frames(tmp_path / "a.mp4", [0.0, 2.5, 5.75], None)
+    for pixels, colour in zip(frames.pixels, colours):
+        assert np.abs(pixels.mean((0, 1)) - colour).max() < 12
+
+
+def test_an_interrupted_build_is_made_anew_and_a_whole_one_is_found(tmp_path):
+    size = Size(images=12, positions=2, train_clips=2, test_clips=1)
+    folder = tmp_path / "quickstart-data"
+    counts = build(folder, size)
+    made = (folder / "questions.jsonl").stat().st_mtime_ns
+    assert build(folder, size) == counts
+    assert (folder / "questions.jsonl").stat().st_mtime_ns == made
+    (folder / "made.json").unlink()
+    assert build(folder, size) == counts
+    assert (folder / "questions.jsonl").stat().st_mtime_ns != made
+    assert counts["test_questions"] > 80
+
+
+def test_its_configuration_is_a_valid_one(tmp_path):
+    config = parse_config(configuration(tmp_path / "quickstart-data", Size()), base=tmp_path)
+    lengths = [stage.max_tokens for stage in config.stages]
+    assert len(lengths) == 3
+    assert lengths == sorted(set(lengths))
+    assert config.model.overrides == MODEL
