@@ -127,7 +127,7 @@ def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = 
         track = _header_track(name, limits)
         if track is not None:
             return VideoInfo.from_header(name, track)
-    track = read_track(name, limits=limits)
+    track = read_track(name, limits=limits, positions=False)
     if track.missing and not partial:
         raise MediaError(
             f"{name}: is cut off: at least {track.missing} frames that its header promises aren't in the file, {len(track.ticks)} are; "
@@ -136,14 +136,17 @@ def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = 
     return VideoInfo.from_track(name, track)
 
 
-def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | None = None) -> Track:
-    """The first video track of `path`, by our parser for its container, or else by libavformat."""
+def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | None = None, positions: bool = True) -> Track:
+    """The first video track of `path`, by our parser for its container, or else by libavformat.
+
+    positions: byte offsets are wanted, not only times.
+    """
     with _opened(path) as source:
         track = damage = None
         try:
             head = source.read(0, 1024)
             if head[4:8] in _MP4_BOXES:
-                track, damage = _tolerant_mp4(source, limits)
+                track, damage = _tolerant_mp4(source, limits, positions)
             elif head[:4] == _EBML:
                 track = read_matroska(source, limits)
             elif looks_like_ts(head):
@@ -164,10 +167,10 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
     return track
 
 
-def _tolerant_mp4(source: Source, limits: Limits) -> tuple[Track | None, str | None]:
+def _tolerant_mp4(source: Source, limits: Limits, positions: bool) -> tuple[Track | None, str | None]:
     """(track, None), or (None, what we stumbled over): old muxers leave oddities in `moov` that libavformat knows how to read."""
     try:
-        return read_mp4(source, limits), None
+        return read_mp4(source, limits, positions=positions), None
     except MediaError:
         raise
     except Damaged as error:

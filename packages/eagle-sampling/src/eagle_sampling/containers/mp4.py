@@ -44,14 +44,16 @@ class _Header:
     fragmented: bool = False
 
 
-def read_mp4(source: Source, limits: Limits) -> Track:
-    """The first video track. Raises NotOurs for what libavformat has to read, Damaged for what can't be read."""
+def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track:
+    """The first video track; without `positions` its offsets are left out unless they are needed to see that the file is cut off.
+
+    Raises NotOurs for what libavformat has to read, Damaged for what can't be read."""
     moov, fragments, cut = _top_level(source)
     if moov is None:
         raise Damaged("its index (the moov box) is missing; the recording or the copy was cut off" if cut else "it has no moov box")
     header = _read_moov(moov)
     codec, width, height, aspect, extradata = _description(header.tables.get(b"stsd"))
-    samples = _tables(header, limits)
+    samples = _tables(header, limits, None if positions else source.size)
     if fragments:
         if len(samples[0]):
             raise NotOurs("samples both in moov and in fragments")
@@ -63,9 +65,9 @@ def read_mp4(source: Source, limits: Limits) -> Track:
     shown = None
     if header.edits:
         composition, shown = _apply_edits(header, composition, bool(fragments))
-    present = offsets + sizes <= source.size
+    present = sizes >= 0 if offsets is None else offsets + sizes <= source.size
     missing = int(len(present) - np.count_nonzero(present))
-    if missing:
+    if missing and offsets is not None:
         composition, sync, offsets, sizes = composition[present], sync[present], offsets[present], sizes[present]
         shown = None if shown is None else shown[present]
     rotation, mirrored, odd = _orientation(header.matrix)
@@ -216,8 +218,13 @@ def _column(table: memoryview | None, fields: int, start: int = 4) -> NDArray[np
     return np.frombuffer(table, ">u4", count * fields, start + 4).reshape(count, fields).astype(np.int64)
 
 
-def _tables(header: _Header, limits: Limits) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """(composition times, sync, offsets, sizes), each [n] in decode order, from the tables of `stbl`."""
+def _tables(
+    header: _Header, limits: Limits, within: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None, NDArray[np.int64]]:
+    """(composition times, sync, offsets, sizes), each [n] in decode order, from the tables of `stbl`.
+
+    within: the file's size, when offsets are wanted only if samples lie beyond it (None: always); else they are None.
+    """
     tables = header.tables
     stsz = tables.get(b"stsz")
     if stsz is None:
@@ -250,6 +257,8 @@ def _tables(header: _Header, limits: Limits) -> tuple[NDArray[np.int64], NDArray
     runs = _column(tables.get(b"stsc"), 3)
     if not len(runs) or not len(chunks) or runs[0, 0] != 1 or (runs[:, 2] != 1).any() or (np.diff(runs[:, 0]) <= 0).any():
         raise NotOurs("chunks that we can't follow")
+    if within is not None and int(chunks.max()) == chunks[-1] and chunks[-1] + int(sizes[-int(runs[-1, 1]) :].sum()) <= within:
+        return decode, sync, None, sizes  # even a full last chunk ends inside
     if len(runs) == 1 and runs[0, 1] == 1 and len(chunks) >= n:
         return decode, sync, chunks[:n], sizes
     per_chunk = np.repeat(runs[:, 1], np.diff(np.append(runs[:, 0], max(len(chunks) + 1, int(runs[-1, 0]) + 1))))[: len(chunks)]
