@@ -112,7 +112,7 @@ def test_from_plan_to_report(colour_run, tmp_path):
     assert not (config.run.folder / "checkpoints").exists()
     shown = eagle("show", path, "--row", "rows:1", "--html", tmp_path / "row.html")
     assert shown.returncode == 0, shown.stderr
-    assert "what color?" in shown.stdout
+    assert "color?" in shown.stdout
     assert "data:image/jpeg;base64," in (tmp_path / "row.html").read_text()
     refused = eagle("show", path, "--row", "rows:999")
     assert refused.returncode == 2

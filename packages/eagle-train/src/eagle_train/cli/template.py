@@ -21,8 +21,8 @@ _STARTS = {("model", "preset"): "tiny", ("model", "tokenizer"): "tokenizer", ("d
 def commented_config() -> str:
     """YAML text: what must be filled in, and everything else as comments."""
     lines = [
-        "# A run of eagle train. Lines that start with '#' show defaults; remove the '#' to change one.",
-        "# eagle plan says what this trains, before anything is trained. Paths are relative to this file.",
+        "## A run of eagle train. Lines with '##' explain; lines with '#' show a default: remove the '#' to change it.",
+        "## eagle plan says what this trains, before anything is trained. Paths are relative to this file.",
         "",
     ]
     for name, field in Config.model_fields.items():
@@ -33,9 +33,9 @@ def commented_config() -> str:
             lines += _stages()
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
             body = _section(kind, name, "  ")
-            # A section that only has comments would be null; an empty mapping keeps it a section.
+            # A section that only has comments would be null, so its name is a comment too.
             if all(line.lstrip().startswith("#") for line in body):
-                lines[-1] = f"{name}: {{}}" if False else f"# {name}:"
+                lines[-1] = f"# {name}:"
             lines += body
         lines.append("")
     return "\n".join(lines)
@@ -81,4 +81,4 @@ def _text(value: Any) -> str:
 
 
 def _comment(text: str, indent: str) -> list[str]:
-    return [f"{indent}# {line}" for line in textwrap.wrap(text, WIDTH - len(indent) - 2)]
+    return [f"{indent}## {line}" for line in textwrap.wrap(text, WIDTH - len(indent) - 3)]
