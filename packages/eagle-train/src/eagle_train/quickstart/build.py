@@ -41,8 +41,8 @@ class Size(NamedTuple):
     positions: int = 4
     train_clips: int = 240
     test_clips: int = 60
-    steps: tuple[int, int, int] = (1150, 480, 290)
-    tokens: tuple[int, int, int] = (768, 1536, 3072)
+    steps: tuple[int, int, int] = (900, 360, 220)
+    tokens: tuple[int, int, int] = (1024, 2048, 4096)
     packs: tuple[int, int, int] = (1, 1, 1)
 
 
@@ -111,7 +111,7 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
         {"descriptions": 1.0, "questions": 1.0, "videos": 4.0},
         {"descriptions": 0.5, "questions": 1.0, "videos": 4.0},
     )
-    rates = (1.2e-3, 1.5e-3, 1.5e-3)
+    rates = (6e-4, 1.0e-3, 1.0e-3)
     stages = []
     for index, name in enumerate(names):
         stages.append(
