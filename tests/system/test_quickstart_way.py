@@ -40,7 +40,7 @@ def test_quickstart_in_small(tmp_path):
     options = {"size": SIZE, "overrides": ["loader.workers=0", "data.workers=1"], "tables": (plan_table, score_table)}
     result = run_quickstart(tmp_path, ear, **options)
     text = "\n".join(ear.said)
-    run = tmp_path / "runs" / "quickstart"
+    run = tmp_path / "quickstart"
     assert f"Run folder: {run}" in text
     assert "eagle chat" in text
     scores = result.by_source()

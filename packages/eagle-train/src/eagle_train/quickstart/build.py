@@ -130,7 +130,7 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
             }
         )
     return {
-        "run": {"name": "quickstart", "log_every": 5},
+        "run": {"name": "quickstart", "dir": ".", "log_every": 5},
         "model": {
             "preset": "tiny",
             "tokenizer": f"{data}/tokenizer",
