@@ -2,5 +2,5 @@
 
 __version__ = "0.1.0"
 
-#: The package is a command and its rooms (`eagle_train.config`, `.data`, `.planning`, `.training`); nothing is imported before it is asked for.
+#: A command and its rooms (`eagle_train.config`, `.data`, `.planning`, `.training`); nothing is imported before it is asked for.
 __all__ = ["__version__"]
