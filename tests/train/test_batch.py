@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from eagle_model.prompt import IGNORE_INDEX
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eagle_model.prompt import IGNORE_INDEX
 from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.prepare import prepare
 from eagle_train.planning.stages import StageSchedule

@@ -41,7 +41,7 @@ class Size(NamedTuple):
     positions: int = 4
     train_clips: int = 240
     test_clips: int = 60
-    steps: tuple[int, int, int] = (900, 360, 220)
+    steps: tuple[int, int, int] = (900, 640, 360)
     tokens: tuple[int, int, int] = (1024, 2048, 4096)
     packs: tuple[int, int, int] = (1, 1, 1)
 
@@ -108,10 +108,10 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
     names = ("short", "middle", "long")
     sources = (
         {"descriptions": 1.0},
-        {"descriptions": 1.0, "questions": 1.0, "videos": 4.0},
         {"descriptions": 0.5, "questions": 1.0, "videos": 4.0},
+        {"questions": 1.0, "videos": 4.0},
     )
-    rates = (6e-4, 1.0e-3, 1.0e-3)
+    rates = (1.0e-3, 1.2e-3, 1.2e-3)
     stages = []
     for index, name in enumerate(names):
         stages.append(
