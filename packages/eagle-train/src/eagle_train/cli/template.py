@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
 from eagle_train.config import Config, StageConfig
@@ -77,6 +78,8 @@ def _text(value: Any) -> str:
         value = value.value
     if isinstance(value, str) and value.replace("-", "").replace(".", "").replace("_", "").replace("/", "").isalnum():
         return value
+    if isinstance(value, float):
+        return yaml.safe_dump(value).split()[0]  # 2.0e-05: YAML reads 2e-05 as text
     return json.dumps(value)
 
 
