@@ -86,9 +86,11 @@ def test_ads_is_eq_2(text, images, videos, max_tokens):
 
 
 @settings(deadline=None, max_examples=200)
-@given(requests=st.lists(video(most=40, tokens=(7,)), min_size=2, max_size=5), room=st.integers(0, 1200))
-def test_equal_frames_are_shared_in_proportion(requests, room):
-    assume(sum(v.minimum for v in requests) * 7 <= room < sum(v.wanted for v in requests) * 7)
+@given(requests=st.lists(video(most=40, tokens=(7,)), min_size=2, max_size=5), data=st.data())
+def test_equal_frames_are_shared_in_proportion(requests, data):
+    least, most = (7 * sum(getattr(v, name) for v in requests) for name in ("minimum", "wanted"))
+    assume(least < most)
+    room = data.draw(st.integers(least, most - 1))
     result = plan(0, [], requests, max_tokens=room)
     assert isinstance(result, VisualPlan)
     assert sum(result.frames) == room // 7

@@ -1,0 +1,9 @@
+"""Hypothesis on a CI machine: the same examples every time, and no complaint about a slow machine."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("ci", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+if os.environ.get("CI"):
+    settings.load_profile("ci")
