@@ -30,7 +30,7 @@ MODEL = {
         "initializer_range": 0.12,
     },
 }
-"""0.3 M parameters: what two cores can train from nothing in two and a half minutes. The usual initializer_range of 0.02 is made for
+"""0.3 M parameters, small enough for two cores. The usual initializer_range of 0.02 is made for
 widths in the thousands; with it this model had not found the shapes after 1000 steps, with about 1 / sqrt(width) it has after 600."""
 
 
