@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from eagle_cp import Layout, plan_tiles
+from eagle_kernels import OffloadEngine
 from eagle_model.prompt import IGNORE_INDEX
 from eagle_sampling import Limits
 from eagle_train.config import Config
@@ -30,6 +31,7 @@ from eagle_train.planning.stages import StageSchedule
 from eagle_train.watching.metrics import Metrics
 
 from . import checkpoint
+from .activations import activation_mode, make_engine
 from .batch import Batch, Planned, address_of
 from .loader import Loader, Reading, Task
 from .model import build_model, model_facts, tokenizer_folder
@@ -75,6 +77,8 @@ class Trainer:
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
+        #: Host memory of `model.activations: offload`, made once and used by every model of the run.
+        self.engine: OffloadEngine | None = None
         self.model: nn.Module = self._new_model()
         self.described: Any = self.model.config
         self.schedules = [StageSchedule(facts, config, stage, model_facts(self.described)) for stage in config.stages]
@@ -304,14 +308,11 @@ class Trainer:
         model = build_model(self.config, self.tokenizer)
         set_trainable(model, train or self.config.stages[0].train)
         model.attention_backend = None if self.config.model.attention == "auto" else self.config.model.attention
-        model.set_activation_checkpointing({"keep": "none", "recompute": "full", "offload": "offload"}.get(self._activations(), "none"))
+        mode = activation_mode(self.config, self.world.device)
+        if mode == "offload" and self.engine is None:
+            self.engine = make_engine(self.config, model.config, self.world)
+        model.set_activation_checkpointing(mode, self.engine)
         return shard_model(nn.Module.to(model, self.world.device), self.world, self.config.parallel)
-
-    def _activations(self) -> str:
-        if self.config.model.activations != "auto":
-            return self.config.model.activations
-        # On a GPU long packs need the memory; on a CPU the models are small and time is what is short.
-        return "recompute" if self.world.device.type == "cuda" else "keep"
 
     def _resume_point(self) -> Path | None:
         return checkpoint.latest(self.checkpoints)

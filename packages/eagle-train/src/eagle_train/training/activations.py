@@ -1,0 +1,77 @@
+"""What backward finds of a run's activations: everything, each layer's input, or each layer's input in host memory.
+
+The host memory is one pinned arena for the whole run, sized for the longest pack of its longest stage: pinning costs half a second a GiB,
+and a run that can't have it should say so before its first step.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+
+from eagle_kernels import DecoderShape, OffloadEngine, plan_memory
+from eagle_kernels.arena import ALIGNMENT, GIB, available_host_bytes
+from eagle_train.config import Config, ConfigError
+
+from .parallel import World
+
+Mode = Literal["none", "full", "offload"]
+
+
+def activation_mode(config: Config, device: torch.device) -> Mode:
+    """The model's name for `model.activations`; auto recomputes on a GPU, where packs are long, and keeps everything on a CPU."""
+    wanted = config.model.activations
+    if wanted == "auto":
+        wanted = "recompute" if device.type == "cuda" else "keep"
+    modes: dict[str, Mode] = {"keep": "none", "recompute": "full", "offload": "offload"}
+    return modes[wanted]
+
+
+def decoder_shape(described: Any) -> DecoderShape:
+    """Sizes of the decoder of an EagleConfig, for `plan_memory`."""
+    text = described.text_config
+    heads = text.num_attention_heads
+    return DecoderShape(
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        heads=heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab=text.vocab_size,
+        tied=bool(described.tie_word_embeddings),
+    )
+
+
+def host_bytes(config: Config, described: Any) -> int:
+    """Host memory that one rank needs: all decoder layers' inputs but the last one's, for the longest pack's share of a context rank."""
+    longest = max(stage.max_tokens for stage in config.stages)
+    tokens = -(-longest // config.parallel.context)
+    shape = decoder_shape(described)
+    width = 2 if config.parallel.dtype == "bfloat16" else 4
+    # Every place in the arena starts at a multiple of its alignment.
+    return plan_memory(shape, tokens, offload=True, activation_bytes=width).host + ALIGNMENT * shape.layers
+
+
+def make_engine(config: Config, described: Any, world: World, *, available: int | None = None) -> OffloadEngine:
+    """The engine of a run with `model.activations: offload`; called on all ranks together.
+
+    available: bytes that this host can spare for all of its ranks; None asks the system. Raises ConfigError, on every rank, when one host
+    has less than its ranks need.
+    """
+    need = host_bytes(config, described)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    available = available_host_bytes() if available is None else available
+    # Everyone has looked before anyone takes: what one rank takes would be missing from what the next one finds.
+    for rank, (ranks, spare) in enumerate(world.gather((local, available))):
+        if spare is not None and ranks * need > spare:
+            layers, longest = described.text_config.num_hidden_layers, max(stage.max_tokens for stage in config.stages)
+            raise ConfigError(
+                f"model.activations is offload: the inputs of {layers - 1} layers at {longest} tokens take {need / GIB:.2f} GiB of host "
+                f"memory per rank, {ranks * need / GIB:.2f} GiB for the {ranks} on the host of rank {rank}, which can spare "
+                f"{spare / GIB:.2f} GiB; share packs over more ranks (parallel.ulysses, parallel.gather), lower stages.*.max_tokens, or "
+                "choose recompute"
+            )
+    return OffloadEngine(need, device=world.device, host_available=need)

@@ -1,0 +1,170 @@
+"""Activations kept, rebuilt, or rebuilt from host memory train the same run; bfloat16 computes, float32 remembers."""
+
+import pytest
+import torch
+
+import eagle_kernels.offload
+from eagle_kernels.arena import GIB, Arena
+from eagle_train.config import ConfigError
+from eagle_train.training import activations
+from eagle_train.training.activations import activation_mode, host_bytes, make_engine
+from eagle_train.training.parallel import start_world
+from eagle_train.training.run import get_ready, train
+from eagle_train.watching.metrics import Metrics, same_run
+
+MODES = ("keep", "recompute", "offload")
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def small_states_move_too(monkeypatch):
+    """Hidden states of these runs are smaller than what the engine finds worth moving."""
+    monkeypatch.setattr(eagle_kernels.offload, "SMALLEST_BYTES", 1)
+
+
+@pytest.fixture
+def places(monkeypatch) -> list[int]:
+    """Bytes of every place that is taken in an arena."""
+    taken: list[int] = []
+    take = Arena.take
+
+    def counted(self: Arena, nbytes: int) -> int:
+        taken.append(nbytes)
+        return take(self, nbytes)
+
+    monkeypatch.setattr(Arena, "take", counted)
+    return taken
+
+
+def run(config, device="cpu", on_start=None):
+    torch.set_num_threads(1)
+    world = start_world(config.parallel, device)
+    try:
+        trainer = train(get_ready(config), world, on_start=on_start)
+        weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
+    finally:
+        world.close()
+    return trainer, weights
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()
+
+
+def losses(config):
+    return [record["loss"] for record in same_run(Metrics(config.run.folder / "metrics.jsonl"))]
+
+
+def numbers(config):
+    return [(record["loss"], record["grad_norm"]) for record in same_run(Metrics(config.run.folder / "metrics.jsonl"))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_mode_trains_the_same_run(colour_run, places, dtype):
+    expected, weights = None, {}
+    for mode in MODES:
+        config = colour_run(run={"name": mode}, model={**colour_run().model.model_dump(), "activations": mode}, parallel={"dtype": dtype})
+        places.clear()
+        trainer, found = run(config)
+        if expected is None:
+            expected, weights = numbers(config), found
+            assert len(expected) == 6
+        assert numbers(config) == expected, mode
+        assert all(torch.equal(found[name], weights[name]) for name in weights), mode
+        assert bool(places) == (mode == "offload")
+        if mode == "offload":
+            width = 4 if dtype == "float32" else 2
+            assert max(places) <= 1280 * 32 * width
+            assert len(places) >= 12  # two packs a step, six steps, one of two layers: the last one's input stays
+            assert trainer.engine.arena.free == trainer.engine.arena.capacity
+            assert trainer.engine.arena.capacity >= host_bytes(config, trainer.described)
+
+
+def test_the_engine_is_made_once_although_the_model_is_made_anew(colour_run, monkeypatch):
+    """With FSDP2 a stage that trains other parts starts from a fresh model; pinning again would cost minutes."""
+    made = []
+    monkeypatch.setattr(
+        activations, "OffloadEngine", lambda *args, **kwargs: made.append(1) or eagle_kernels.OffloadEngine(*args, **kwargs)
+    )
+    model = {**colour_run().model.model_dump(), "activations": "offload"}
+    trainer, _ = run(colour_run(model=model, parallel={"dtype": "bfloat16"}))
+    assert made == [1]
+    checkpoints = [layer.checkpoint.keywords["engine"] for layer in trainer.model.language_model.model.layers]
+    assert checkpoints == [trainer.engine] * len(checkpoints)
+
+
+def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colour_run, monkeypatch):
+    config = colour_run(
+        model={"preset": "8b", "tokenizer": "tokenizer", "activations": "offload"},
+        stages=[{"name": "long", "max_tokens": 131072, "steps": 1, "packs_per_step": 1}],
+        parallel={"dtype": "bfloat16"},
+    )
+    from eagle_model.presets import preset
+
+    described = preset("8b")
+    state = 131072 * 3584 * 2
+    assert 27 * state <= host_bytes(config, described) <= 27 * state + (1 << 20)
+    shared = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ulysses": 2, "gather": 2})})
+    assert 27 * state // 4 <= host_bytes(shared, described) <= 27 * state // 4 + (1 << 20)
+    world = start_world(colour_run().parallel, "cpu")
+    with pytest.raises(ConfigError, match=r"27 layers at 131072 tokens take 23.6\d GiB .* can spare 10.00 GiB; .*recompute"):
+        make_engine(config, described, world, available=10 * GIB)
+    # Four ranks of one host need four times as much, whoever of them asks first.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"94.\d\d GiB for the 4 on the host of rank 0, which can spare 60.00 GiB"):
+        make_engine(config, described, world, available=60 * GIB)
+
+
+def test_auto_recomputes_on_a_gpu_and_keeps_on_a_cpu(colour_run):
+    config = colour_run()
+    assert activation_mode(config, torch.device("cpu")) == "none"
+    assert activation_mode(config, torch.device("cuda")) == "full"
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_bfloat16_computes_and_float32_remembers(colour_run, device):
+    stages = [{"name": "only", "max_tokens": 1280, "steps": 12, "packs_per_step": 1, "lr": 1e-2}]
+    seen: dict[str, set] = {"hidden": set(), "parameters": set(), "states": set()}
+
+    def watch(trainer):
+        step = torch.optim.AdamW.step
+
+        def look(optimizer, *args, **kwargs):
+            result = step(optimizer, *args, **kwargs)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    seen["parameters"].add(parameter.dtype)
+                    seen["states"] |= {value.dtype for key, value in optimizer.state[parameter].items() if key != "step"}
+            return result
+
+        patch.setattr(torch.optim.AdamW, "step", look)
+        for layer in (*trainer.model.language_model.model.layers, *trainer.model.vision_model.vision_model.encoder.layers):
+            layer.register_forward_hook(lambda module, args, output: seen["hidden"].add(output.dtype))
+
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        for values in seen.values():
+            values.clear()
+        config = colour_run(run={"name": f"{dtype}-{device}"}, stages=stages, parallel={"dtype": dtype})
+        with pytest.MonkeyPatch.context() as patch:
+            run(config, device, watch)
+        assert seen["hidden"] == {getattr(torch, dtype)}
+        assert seen["parameters"] == seen["states"] == {torch.float32}
+        found[dtype] = losses(config)
+    assert found["bfloat16"][-1] < 0.75 * found["bfloat16"][0]
+    assert found["bfloat16"] != found["float32"]
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.01)
+
+
+@pytest.mark.gpu
+def test_every_mode_trains_the_same_run_on_a_gpu(colour_run, places):
+    """Attention's backward adds in an order of its own on a GPU: losses agree to bfloat16's noise."""
+    found = {}
+    for mode in MODES:
+        model = {**colour_run().model.model_dump(), "activations": mode}
+        config = colour_run(run={"name": mode}, model=model, parallel={"dtype": "bfloat16"})
+        run(config, "cuda")
+        found[mode] = losses(config)
+    assert places
+    assert found["recompute"] == pytest.approx(found["keep"], rel=0.01)
+    assert found["offload"] == pytest.approx(found["keep"], rel=0.01)
