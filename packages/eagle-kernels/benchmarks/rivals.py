@@ -68,6 +68,8 @@ def add_rms_norms() -> dict[str, Callable]:
     out: dict[str, Callable] = {"torch": eager_add_rms_norm, "torch.compile": torch.compile(eager_add_rms_norm)}
     if liger is not None:
         out["liger"] = lambda residual, x, w: liger.apply(x, residual, w, 1e-6, 0.0, "llama", False)
+    if (quack := optional("quack.rmsnorm", "rmsnorm")) is not None:
+        out["quack"] = lambda residual, x, w: quack(x, w, residual=residual, eps=1e-6, prenorm=True)
     return out
 
 
@@ -77,6 +79,14 @@ def ropes() -> dict[str, Callable]:
     if liger is not None:
         # It takes [B, heads, T, D] and makes the layout it wants by itself.
         out["liger"] = lambda q, k, cos, sin: liger.apply(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])
+    if (quack := optional("quack.rotary", "apply_rotary_emb")) is not None:
+
+        def quack_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+            # Its tables hold one half; queries and keys are two calls.
+            half = cos.shape[-1] // 2
+            return tuple(quack(x[None], cos[:, :half], sin[:, :half]) for x in (q, k))
+
+        out["quack"] = quack_rope
     return out
 
 
@@ -101,8 +111,16 @@ def heads() -> dict[str, Callable]:
         out["liger"] = liger_head
     if cut is not None:
         out["cut-cross-entropy"] = cut
+    if (quack := optional("quack.linear_cross_entropy", "chunked_linear_cross_entropy")) is not None:
+        out["quack"] = lambda hidden, weight, labels: quack(hidden, weight, labels, chunk_size=4096)
+    if (quack_loss := optional("quack.cross_entropy", "cross_entropy")) is not None:
+        out["quack's loss on torch's logits"] = lambda hidden, weight, labels: quack_loss(F.linear(hidden, weight), labels)
     return out
 
 
 def gelus() -> dict[str, Callable]:
-    return {"torch": eager_gelu, "torch.compile": torch.compile(eager_gelu)}
+    out: dict[str, Callable] = {"torch": eager_gelu, "torch.compile": torch.compile(eager_gelu)}
+    if (quack := optional("quack.linear", "linear_act_func")) is not None:
+        # For autograd its result is the pre-activation (the next layer's operator knows the rest): it races forward only.
+        out["quack"] = lambda x, weight, bias: quack(x, weight, "gelu_tanh_approx", bias=bias, store_preact=False, tuned=False)[1]
+    return out
