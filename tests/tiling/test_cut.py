@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,23 @@ def test_order_is_row_by_row_and_thumbnail_last():
     tiles = tile_image(image, (3, 2), tile_size=32)
     assert [int(tile[16, 16, 0]) for tile in tiles[:-1]] == [10, 20, 30, 40, 50, 60]
     assert tiles[-1][4, 4, 0] < 20 < 50 < tiles[-1][-4, -4, 0]
+
+
+def test_many_large_tiles_are_an_ordinary_array(noise, pillow_tiles):
+    """Results of megabytes have memory of another kind (huge pages): it must not show."""
+    image = Image.fromarray(noise(300, 200))
+    tiles = tile_image(image, (4, 3))
+    expected = pillow_tiles(image, 4, 3, 448, True)
+    assert tiles.nbytes > 4 << 20
+    assert tiles.flags.c_contiguous
+    assert np.array_equal(tiles, expected)
+    view = tiles[2:4]
+    del tiles
+    other = tile_image(image, (3, 4))  # takes memory of the same size: nobody may still look at it
+    assert np.array_equal(view, expected[2:4])
+    assert np.array_equal(pickle.loads(pickle.dumps(other)), pillow_tiles(image, 3, 4, 448, True))
+    other[:] = 1
+    assert (torch.from_numpy(other) == 1).all()
 
 
 def test_numpy_and_tensors_give_the_bytes_of_pillow(noise):
