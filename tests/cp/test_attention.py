@@ -15,7 +15,7 @@ HEADS = [(8, 2), (28, 4), (9, 3), (8, 1), (8, 8), (12, 4)]
 
 def paced(meshes, case):
     """The attention case with keys going one head at a time, and collectives ahead of the kernels or not."""
-    module = sys.modules["eagle_cp.attention"]
+    module = sys.modules["eagle_cp.core"]
     before, speed = module.FINE_ROWS, meshes[case["ulysses"]].gather_gb_s
     module.FINE_ROWS, meshes[case["ulysses"]].gather_gb_s = 1, 1e-6 if case["ahead"] else 1e12
     try:
@@ -65,7 +65,17 @@ def checkpointed(meshes, case):
     return torch.equal(*results)
 
 
-FUNCTIONS = {"paced": paced, "from_meshes": from_meshes, "checkpointed": checkpointed}
+def stepped(meshes, case):
+    """The attention case with a kernel call for every piece of `long` queries or more."""
+    module = sys.modules["eagle_cp.shared"]
+    before, module.LONG_SEGMENT = module.LONG_SEGMENT, case["long"]
+    try:
+        return FUNCTIONS["paced"](meshes, case)
+    finally:
+        module.LONG_SEGMENT = before
+
+
+FUNCTIONS = {"paced": paced, "stepped": stepped, "from_meshes": from_meshes, "checkpointed": checkpointed}
 
 
 def check(cp, ranks, size, case, tolerance=1e-10, function="attention"):
@@ -120,6 +130,21 @@ def test_one_head_at_a_time_beside_the_kernels_or_between(cp, ranks, size, ulyss
         check(cp, ranks, size, {
             "lengths": lengths, "heads": 14, "kv_heads": 7, "dim": 8, "causal": True, "seed": 5, "ulysses": ulysses, "ahead": ahead,
         }, function="paced")  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (3, 1), (4, 2)])
+def test_long_pieces_alone_and_short_ones_together(cp, ranks, size, ulysses):
+    """Pieces that are long get kernel calls of their own, cut in two where one is most of a rank's rows; short ones share a call."""
+
+    @settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck), database=None)
+    @given(packs, st.integers(1, 40), st.booleans(), st.integers(0, 1000))
+    def run(lengths, long, causal, seed):
+        check(cp, ranks, size, {
+            "lengths": lengths, "heads": 4, "kv_heads": 2, "dim": 8, "causal": causal, "seed": seed, "ulysses": ulysses, "long": long,
+            "ahead": False, "tolerance": 0.0,
+        }, function="stepped")  # fmt: skip
+
+    run()
 
 
 @pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (4, 1), (8, 1), (4, 2), (2, 2)])

@@ -143,7 +143,7 @@ def main():
         for causal in (True, False) if name != "cudnn" else (True,):
             for strided in (False, True):
                 attempt(f"kernel {name} causal={causal} strided={strided}", check_kernel, KERNELS[name], causal, strided)
-    sys.modules["eagle_cp.attention"].FINE_ROWS = 4000  # so that "one" goes one key/value head at a time
+    sys.modules["eagle_cp.core"].FINE_ROWS = 4000  # so that "one" goes one key/value head at a time
     packs = {"one": [9001], "mixed": [5003, 1, 700, 1201, 33, 2000], "short": [700, 512, 900, 30, 1, 411, 640]}
     for u, mesh in meshes.items():
         attempt(f"tiles u={u} r={world // u}", check_tiles, mesh)

@@ -1,8 +1,10 @@
 """Which kernel computes the attention of one rank: one small interface, one place that chooses, and a way to ask.
 
-A `Kernel` is two functions over `Segments` that write into tensors given to them, which may be strided slices:
+A `Kernel` is functions over `Segments` that write into tensors given to them, which may be strided slices:
 `forward(q, k, v, segments, causal, scale, out) -> lse` (`[Hq, Tq]`, fp32, or fp64 for fp64), and
-`backward(dout, q, k, v, out, lse, segments, causal, scale, dq, dk, dv)`.
+`backward(dout, q, k, v, out, lse, segments, causal, scale, dq, dk, dv)`. For gradients that are summed further there is
+`backward_wide(dout, ..., scale, dq) -> add_to`, and `add_to(dk, dv, rows, unique)` adds the gradient of key `i` to row `rows[i]` of wider
+tensors (None: row `i`; `unique`: no row twice), if possible before the kernel rounds it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from eagle_cp import varlen
-from eagle_cp.blockwise import CPU, CUDNN, blockwise_backward, blockwise_forward, count_calls
+from eagle_cp import fa4, varlen
+from eagle_cp.blockwise import CPU, CUDNN, Dense, blockwise_backward, blockwise_backward_wide, blockwise_forward, count_calls
 from eagle_cp.segments import Segments
 
 log = logging.getLogger("eagle_cp")
@@ -24,13 +26,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Kernel:
-    """`why_not(device, dtype, head_dim, causal)` says why this kernel can't run there, or None. `wide_gradients`: `dk`, `dv` may be of a
-    wider dtype than `k`."""
+    """`why_not(device, dtype, head_dim, causal)` says why this kernel can't run there, or None."""
 
     name: str
     forward: Callable[..., torch.Tensor]
     backward: Callable[..., None]
-    wide_gradients: bool
+    backward_wide: Callable[..., Callable[..., None]]
     why_not: Callable[[torch.device, torch.dtype, int, bool], str | None]
 
 
@@ -53,7 +54,7 @@ def _fa4_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal
     reason = _cuda_half(device, dtype, 9, "for its backward")
     if reason is None and (head_dim % 8 or head_dim > 128):
         reason = f"head dim {head_dim} is not a multiple of 8 up to 128"
-    if reason is None and varlen.fa4_module() is None:
+    if reason is None and fa4.module() is None:
         reason = "flash-attn-4 is not installed (pip install 'eagle-cp[flash-attn-4]')"
     return reason
 
@@ -91,16 +92,25 @@ def _cpu_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal
     return None
 
 
-_blockwise = {dense: (functools.partial(blockwise_forward, dense), functools.partial(blockwise_backward, dense)) for dense in (CPU, CUDNN)}
+def _dense(name: str, dense: Dense, why_not: Callable[[torch.device, torch.dtype, int, bool], str | None]) -> Kernel:
+    return Kernel(
+        name,
+        functools.partial(blockwise_forward, dense),
+        functools.partial(blockwise_backward, dense),
+        functools.partial(blockwise_backward_wide, dense),
+        why_not,
+    )
+
+
 # In order of speed for packs; cuDNN goes before FlashAttention-2 where its blocks are big (`choose`).
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        Kernel("flash-attn-4", varlen.fa4_forward, varlen.fa4_backward, False, _fa4_why_not),
-        Kernel("torch-flash", varlen.aten_forward, varlen.aten_backward, False, _aten_why_not),
-        Kernel("cudnn", *_blockwise[CUDNN], True, _cudnn_why_not),
-        Kernel("flash-attn", varlen.fa2_forward, varlen.fa2_backward, False, _fa2_why_not),
-        Kernel("cpu", *_blockwise[CPU], True, _cpu_why_not),
+        Kernel("flash-attn-4", fa4.forward, fa4.backward, fa4.backward_wide, _fa4_why_not),
+        Kernel("torch-flash", varlen.aten_forward, varlen.aten_backward, varlen.aten_backward_wide, _aten_why_not),
+        _dense("cudnn", CUDNN, _cudnn_why_not),
+        Kernel("flash-attn", varlen.fa2_forward, varlen.fa2_backward, varlen.fa2_backward_wide, _fa2_why_not),
+        _dense("cpu", CPU, _cpu_why_not),
     )
 }
 # Attended pairs per dense call, one head, from which cuDNN's blocks beat FlashAttention-2 on packed segments. On H200: 32 documents of

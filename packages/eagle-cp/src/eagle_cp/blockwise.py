@@ -7,6 +7,7 @@ over blocks exact."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from eagle_cp.segments import Segments
+from eagle_cp.varlen import add_rows
 
 
 class Batch(NamedTuple):
@@ -194,9 +196,11 @@ def blockwise_backward(
     dk: torch.Tensor,
     dv: torch.Tensor,
 ) -> None:
-    """Writes `dq`, `dk`, `dv` (of any floating dtype), summed over blocks in fp32 (fp64 for fp64)."""
-    groups = 1 if dense.grouped else q.shape[1] // k.shape[1]
+    """Writes `dq`, `dk`, `dv` (of any floating dtype), summed over blocks in fp32 (fp64 for fp64).
+
+    Where `dk` is wider than `k`, also the query heads of a group are summed in it: grouped kernels round that sum."""
     wide = _wide(q.dtype)
+    groups = 1 if dense.grouped and dk.dtype == k.dtype else q.shape[1] // k.shape[1]
     batches = _batches(segments, causal, dense, q.device)
     targets = (dq, dk, dv)
     # Rows are in several blocks only where squares and rectangles meet; elsewhere each is written once, without a sum in wide precision.
@@ -219,6 +223,15 @@ def blockwise_backward(
     if merges:
         for x, total in zip(targets, totals):
             x.copy_(total)
+
+
+def blockwise_backward_wide(
+    dense: Dense, dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float, dq
+) -> Callable[..., None]:
+    """Writes `dq`; the function returned adds the gradients of keys and values to wider tensors."""
+    dk, dv = (torch.empty(x.shape, dtype=_wide(x.dtype), device=x.device) for x in (k, v))
+    blockwise_backward(dense, dout, q, k, v, out, lse, segments, causal, scale, dq, dk, dv)
+    return functools.partial(add_rows, (dk, dv))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -15,8 +15,9 @@ import torch
 from eagle_cp.heads import HeadShare, split_heads
 from eagle_cp.mesh import ContextMesh
 from eagle_cp.partition import Partition, partition
-from eagle_cp.segments import Segments
+from eagle_cp.segments import Segments, cumulative, ranges
 from eagle_cp.sharding import Shard, Unshard
+from eagle_cp.shared import SharedPlan, make_steps
 
 if TYPE_CHECKING:
     from eagle_cp.tiles import TilePlan
@@ -32,24 +33,6 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor | Sequence[int]) -> tuple[int, ...
         if b <= a:
             raise ValueError(f"cu_seqlens: document {i} has length {b - a} ([{a}, {b})); leave empty documents out")
     return tuple(values)
-
-
-class SharedPlan:
-    """Attention of one gather rank's pieces of shared documents over the gathered keys and values `[gather, 2, rows, heads, D]`.
-
-    `rows`: rows that every rank sends (the longest rank's; a shorter rank sends some of its own rows too, which nobody reads); `queries`:
-    this rank's own. `index` picks the keys, then the values, of all segments from the gathered rows."""
-
-    def __init__(self, segments: Segments, index: torch.Tensor, rows: int, ranks: int):
-        self.segments, self.rows, self.ranks = segments, rows, ranks
-        self.queries = segments.total_q
-        self.keys = segments.total_k
-        self._index = {torch.device("cpu"): torch.cat((index, index + rows))}
-
-    def index(self, device: torch.device) -> torch.Tensor:
-        if device not in self._index:
-            self._index[device] = self._index[torch.device("cpu")].to(device, non_blocking=True)
-        return self._index[device]
 
 
 class AttentionPlan:
@@ -126,7 +109,7 @@ class Layout:
             for share in self.partition.shares:
                 starts = [self.cu_seqlens[p.document] + p.start for p in share.pieces] + [self.cu_seqlens[d] for d in share.whole]
                 lengths = [p.stop - p.start for p in share.pieces] + [self.lengths[d] for d in share.whole]
-                parts.append(_ranges(starts, lengths))
+                parts.append(ranges(starts, lengths))
                 parts.append(torch.full((self.rows - sum(lengths),), -1))
             self._order[cpu] = torch.cat(parts)
         device = device or cpu
@@ -179,17 +162,17 @@ class Layout:
         shares, shared = self.partition.shares, self.partition.shared
         mine = shares[self.mesh.gather.rank]
         first = sum(p.stop - p.start for p in mine.pieces)
-        cu_whole = _cumulative([self.lengths[d] for d in mine.whole])
+        cu_whole = cumulative([self.lengths[d] for d in mine.whole])
         whole = Segments(cu_whole, cu_whole) if mine.whole else None
         last = first + cu_whole[-1]
         if not shared:
             return AttentionPlan(whole, first, last, None, False, self.rows)
         rows = max(sum(p.stop - p.start for p in share.pieces) for share in shares)
-        base = dict(zip(shared, _cumulative([self.lengths[d] for d in shared])))
+        base = dict(zip(shared, cumulative([self.lengths[d] for d in shared])))
         slot = torch.empty(sum(self.lengths[d] for d in shared), dtype=torch.int64)  # of a shared token, in [gather, 2, rows]
         for rank, share in enumerate(shares):
             starts = [base[p.document] + p.start for p in share.pieces]
-            tokens = _ranges(starts, [p.stop - p.start for p in share.pieces])
+            tokens = ranges(starts, [p.stop - p.start for p in share.pieces])
             slot[tokens] = torch.arange(len(tokens)) + rank * 2 * rows
         lengths_q, lengths_k, keys = [], [], []
         for p in mine.pieces:
@@ -199,8 +182,9 @@ class Layout:
             lengths_q.append(p.stop - p.start)
             lengths_k.append(p.stop if causal else self.lengths[p.document])
             keys.append(base[p.document])
-        segments = Segments(_cumulative(lengths_q), _cumulative(lengths_k))
-        plan = SharedPlan(segments, slot[_ranges(keys, lengths_k)], rows, self.mesh.gather.size)
+        segments = Segments(cumulative(lengths_q), cumulative(lengths_k))
+        steps, picked = make_steps(lengths_q, lengths_k, keys, causal)
+        plan = SharedPlan(segments, steps, slot[picked], rows, self.mesh.gather.size)
         return AttentionPlan(whole, first, last, plan, True, self.rows)
 
     def __repr__(self) -> str:
@@ -227,17 +211,3 @@ def agree(mesh: ContextMesh, problem: str | None, facts: str, what: str) -> None
     if len(groups) > 1:
         parts = " / ".join(str(ranks) for ranks in groups.values())
         raise ValueError(f"{what} differ between context ranks: {parts} agree among themselves; every rank must pass the same values")
-
-
-def _cumulative(lengths: Sequence[int]) -> list[int]:
-    result = [0]
-    for n in lengths:
-        result.append(result[-1] + n)
-    return result
-
-
-def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-    """`[starts[0], starts[0] + 1, ..., starts[1], ...]`, `lengths[i]` numbers from each start."""
-    n = torch.tensor(lengths, dtype=torch.int64)
-    offset = torch.tensor(starts, dtype=torch.int64) - (n.cumsum(0) - n)
-    return torch.arange(int(n.sum())) + offset.repeat_interleave(n)

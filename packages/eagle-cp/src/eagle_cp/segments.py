@@ -59,3 +59,17 @@ class Segments:
         if causal:
             return sum(nq * nk - nq * (nq - 1) // 2 for nq, nk in zip(self.lengths_q, self.lengths_k))
         return sum(nq * nk for nq, nk in zip(self.lengths_q, self.lengths_k))
+
+
+def cumulative(lengths: Sequence[int]) -> list[int]:
+    result = [0]
+    for n in lengths:
+        result.append(result[-1] + n)
+    return result
+
+
+def ranges(starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    """`[starts[0], starts[0] + 1, ..., starts[1], ...]`, `lengths[i]` numbers from each start."""
+    n = torch.tensor(lengths, dtype=torch.int64)
+    offset = torch.tensor(starts, dtype=torch.int64) - (n.cumsum(0) - n)
+    return torch.arange(int(n.sum())) + offset.repeat_interleave(n)

@@ -1,10 +1,11 @@
-"""Kernels that take packed segments as they are: flash-attn-4, torch's FlashAttention-2, flash-attn 2; bottom-right causal masks in all."""
+"""FlashAttention-2 on packed segments: torch's own, and that of flash-attn 2. Both mask causally at the bottom right."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +25,6 @@ def find(module: str, *names: str) -> Any:
     return found if all(hasattr(found, name) for name in names) else None
 
 
-def fa4_module() -> Any:
-    return find("flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd")
-
-
 def fa2_module() -> Any:
     return find("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
 
@@ -37,16 +34,21 @@ def _lengths(segments: Segments, device: torch.device) -> dict:
     return {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": segments.max_q, "max_seqlen_k": segments.max_k}
 
 
-def fa4_forward(q, k, v, segments: Segments, causal: bool, scale: float, out: torch.Tensor) -> torch.Tensor:
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    fa4_module()._flash_attn_fwd(
-        q, k, v, softmax_scale=scale, causal=causal, return_lse=True, out=out, lse=lse, **_lengths(segments, q.device)
-    )
-    return lse
+def rounded_gradients(backward: Callable[..., None], dout, q, k, v, *rest) -> Callable[..., None]:
+    """The wide gradients of a kernel that can only round them: `add_to(dk, dv, rows, unique)` adds them to rows `rows` (None: in order)."""
+    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    backward(dout, q, k, v, *rest, dk, dv)
+    return functools.partial(add_rows, (dk, dv))
 
 
-def fa4_backward(dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float, dq, dk, dv) -> None:
-    fa4_module()._flash_attn_bwd(q, k, v, out, dout, lse, scale, causal, dq=dq, dk=dk, dv=dv, **_lengths(segments, q.device))
+def add_rows(
+    parts: Sequence[torch.Tensor], dk: torch.Tensor, dv: torch.Tensor, rows: torch.Tensor | None = None, unique: bool = True
+) -> None:
+    for target, part in zip((dk, dv), parts):
+        if rows is None:
+            target.add_(part)
+        else:
+            target.index_add_(0, rows, part.to(target.dtype))
 
 
 def aten_forward(q, k, v, segments: Segments, causal: bool, scale: float, out: torch.Tensor) -> torch.Tensor:
@@ -66,6 +68,21 @@ def aten_backward(dout, q, k, v, out, lse, segments: Segments, causal: bool, sca
     )
     for x, grad in zip((dq, dk, dv), grads):
         x.copy_(grad)
+
+
+def aten_backward_wide(dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float, dq) -> Callable[..., None]:
+    """One key/value head at a time, repeated for its query heads without a copy: the kernel rounds the gradient of each query head, which
+    it does anyway, but not their sum."""
+    group, parts = q.shape[1] // k.shape[1], [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (k, v)]
+    for h in range(k.shape[1]):
+        heads = slice(h * group, (h + 1) * group)
+        kh, vh = (x[:, h : h + 1].expand(-1, group, -1) for x in (k, v))
+        grads = [torch.empty(kh.shape, dtype=k.dtype, device=k.device) for _ in "kv"]
+        given = dout[:, heads], q[:, heads], kh, vh, out[:, heads], lse[heads]
+        aten_backward(*given, segments, causal, scale, dq[:, heads], *grads)
+        for part, grad in zip(parts, grads):
+            torch.sum(grad, 1, dtype=torch.float32, out=part[:, h])
+    return functools.partial(add_rows, parts)
 
 
 def fa2_forward(q, k, v, segments: Segments, causal: bool, scale: float, out: torch.Tensor) -> torch.Tensor:
@@ -97,3 +114,6 @@ def fa2_backward(dout, q, k, v, out, lse, segments: Segments, causal: bool, scal
         deterministic=False,
         **_lengths(segments, q.device),
     )
+
+
+fa2_backward_wide = functools.partial(rounded_gradients, fa2_backward)
