@@ -1,8 +1,9 @@
 """What a training step needs, before a GPU is rented: the sum of everything that is alive at the moment of each possible peak.
 
-The step is: vision tower, decoder layers with a checkpoint each, linear cross-entropy, backward. Three moments can be the peak: the
-loss (one chunk of logits and the float32 head gradient on top of every checkpoint), the MLP of a layer in backward, and its attention.
-Which layer matters too: going down, checkpoints disappear and gradients appear, so the first and the last layer are compared.
+The step is: vision tower, connector, decoder layers with a checkpoint each, linear cross-entropy, backward, optimiser. The peak may be the
+loss (one chunk of logits and the float32 head gradient on top of every checkpoint), the MLP or the attention of a decoder layer in
+backward, a layer of the tower, or FSDP's reduction of what is in no layer. Which layer matters too: going down, checkpoints disappear and
+gradients appear, so the first and the last layer are compared.
 """
 
 from dataclasses import dataclass, field
@@ -37,9 +38,10 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class VisionShape:
-    """Sizes of the vision tower and of what goes through it in one step: `patches` over all tiles (4 of them become a token).
+    """Sizes of a SigLIP-like tower and of what goes through it in one step: `patches` over all tiles; `merge` of them become a token, which
+    LayerNorm, Linear, GELU, Linear bring to the decoder's width. `positions`: patches of a tile; `patch_values`: numbers in a patch.
 
-    frozen: it needs no gradients and keeps no checkpoints.
+    frozen: the tower needs no gradients and keeps no checkpoints (the connector still learns).
     """
 
     width: int
@@ -47,20 +49,41 @@ class VisionShape:
     layers: int
     patches: int
     frozen: bool = False
+    merge: int = 4
+    positions: int = 1024
+    patch_values: int = 588
+
+    @property
+    def layer_parameters(self) -> int:
+        w, inner = self.width, self.intermediate
+        return 4 * (w * w + w) + 2 * w * inner + inner + w + 4 * w
 
     @property
     def parameters(self) -> int:
-        return self.layers * (4 * self.width * self.width + 2 * self.width * self.intermediate)
+        return self.layers * self.layer_parameters + self.width * (self.patch_values + 1 + self.positions + 2)
+
+    def connector_parameters(self, hidden: int) -> int:
+        wide = self.merge * self.width
+        return 2 * wide + wide * hidden + hidden * hidden + 2 * hidden
+
+    def kept(self, hidden: int, itemsize: int) -> dict[str, int]:
+        """Bytes that forward leaves for backward: tower's checkpoints, connector's activations, pixels."""
+        tower = 0 if self.frozen else self.patches * self.width
+        # The input of the post-layernorm, then of the connector's LayerNorm, of both Linears and of GELU.
+        connector = tower + 2 * self.patches * self.width + 2 * (self.patches // self.merge) * hidden
+        pixels = self.patches * self.patch_values * (1 if self.frozen else 1 + itemsize)
+        return {"vision checkpoints": self.layers * tower * itemsize, "connector": connector * itemsize, "pixels": pixels}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Peaks in bytes. `parts`: what is alive at the GPU's peak; `moment`: which moment that is."""
+    """Peaks in bytes. `parts`: what is alive at the GPU's peak; `moment`: which moment that is; `moments`: the same of all moments."""
 
     gpu: int
     host: int
     moment: str
     parts: dict[str, int] = field(default_factory=dict)
+    moments: dict[str, dict[str, int]] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         lines = [f"GPU {self.gpu / GIB:.2f} GiB (peak in {self.moment}), host {self.host / GIB:.2f} GiB"]
@@ -75,6 +98,7 @@ def plan_memory(
     weight_bytes: int = 2,
     gradient_bytes: int = 2,
     optimizer_bytes: int = 0,
+    compute_bytes: int | None = None,
     activation_bytes: int = 2,
     gradients_kept: bool = False,
     offload: bool = False,
@@ -86,11 +110,14 @@ def plan_memory(
 ) -> MemoryPlan:
     """Peak GPU and host memory of forward + backward over `tokens` tokens (of one rank), every layer checkpointed.
 
-    weight_bytes, gradient_bytes, optimizer_bytes: per parameter (AdamW in float32 with a float32 master weight: 12).
+    weight_bytes, gradient_bytes, optimizer_bytes: per parameter at rest (AdamW in float32: weights 4, gradients 4, optimizer 8; with
+    weights in bf16 and their float32 master among the states: 2, 2 or 4, 12).
+    compute_bytes: FSDP2 computes with copies of this width, a unit (a layer, or all the rest) at a time; None: it doesn't, and weights are
+    used where they are (with shards > 1: copies of weight_bytes).
     gradients_kept: gradients exist before the step (accumulation); else they appear during backward.
-    offload: checkpoints wait on the host, but for `gpu_states` layers. keep_attention: attention outputs and LSE are stored with them.
-    mlp_rows: `rows` of `swiglu_mlp`. labelled: rows with a label (default: all).
-    shards: FSDP ranks over which weights, gradients and optimiser are divided; two whole layers are then in flight.
+    offload: checkpoints of the decoder wait on the host, but for `gpu_states` layers. keep_attention: attention outputs and LSE are stored
+    with them. mlp_rows: `rows` of `swiglu_mlp`. labelled: rows with a label (default: all).
+    shards: FSDP ranks over which weights, gradients and optimiser are divided.
     Counts what torch allocates, not the CUDA context (0.5 GiB) or libraries' workspaces.
     Raises ValueError for sizes below 1.
     """
@@ -106,13 +133,28 @@ def plan_memory(
     lse = 4 * tokens * decoder.heads
     kept = state + (tokens * heads * act + lse if keep_attention else 0)
 
-    vision_parameters = vision.parameters if vision is not None else 0
-    total = decoder.parameters + vision_parameters
-    trained = total - (vision_parameters if vision is not None and vision.frozen else 0)
     layer, head = decoder.layer_parameters, decoder.vocab * decoder.hidden
-    in_flight = 2 * layer * weight_bytes + layer * gradient_bytes if shards > 1 else 0
-    static = {"weights": total * weight_bytes // shards, "optimizer": trained * optimizer_bytes // shards, "layers in flight": in_flight}
-    all_gradients = trained * gradient_bytes // shards
+    tower = vision.parameters if vision is not None else 0
+    total = decoder.parameters + tower + (vision.connector_parameters(decoder.hidden) if vision is not None else 0)
+    trained = total - (tower if vision is not None and vision.frozen else 0)
+    # The unit of FSDP that is neither a decoder layer nor a layer of the tower: it stays whole from the first forward to the last backward.
+    root = total - layers * layer - (vision.layers * vision.layer_parameters if vision is not None else 0)
+    copies = compute_bytes if compute_bytes is not None else weight_bytes if shards > 1 else 0
+    # Gradients of a unit, until they are reduced, have the dtype of its copies; where there are none they are at rest at once.
+    loose_bytes = copies or gradient_bytes
+
+    def at_rest(parameters: int) -> int:
+        return parameters * gradient_bytes // shards
+
+    static = {
+        "weights": total * weight_bytes // shards,
+        "optimizer": trained * optimizer_bytes // shards,
+        # The layer that computes and the next one; over several ranks also the buffer in which the next one arrives.
+        "whole weights": copies * (root + (2 if shards == 1 else 3) * layer),
+    }
+    # The reduction's input, in float32, of the layer whose backward is over is freed at the end of the next one.
+    reduction = {"gradients in reduction": layer * gradient_bytes if copies else 0}
+    pictures = vision.kept(decoder.hidden, act) if vision is not None else {}
 
     # Checkpoints: on the host but for the current one and the one beside it; the engine's own share on the GPU comes first.
     on_gpu = min(gpu_states, layers) if offload else layers
@@ -121,23 +163,17 @@ def plan_memory(
     def checkpoints(below: int) -> int:
         return (min(on_gpu, below) + (min(2, below - min(on_gpu, below)) if offload else 0)) * kept
 
-    vision_state = vision.patches * vision.width * act if vision is not None and not vision.frozen else 0
-    vision_kept = vision_state * (vision.layers if vision is not None else 0)
-
     # The moment of the loss: final states, their norm, its gradient, one chunk of logits, the head's gradient in float32.
     chunk = min(labelled, chunk_rows(decoder.vocab, act)) * decoder.vocab * act
     loss = static | {
-        "gradients": all_gradients if gradients_kept else 0,
-        "checkpoints": checkpoints(layers) + vision_kept,
+        "gradients": at_rest(trained) if gradients_kept else 0,
+        "checkpoints": checkpoints(layers),
+        **pictures,
         "final states": 3 * state,
         "logits": chunk + (0 if labelled == tokens else min(labelled, chunk_rows(decoder.vocab, act)) * decoder.hidden * act * 2),
         "head gradient in float32": 4 * head if labelled else 0,
     }
-    handover = loss | {
-        "gradients": all_gradients if gradients_kept else 0,
-        "logits": 0,
-        "head gradient in the weight's dtype": head * gradient_bytes if gradient_bytes != 4 else 0,
-    }
+    handover = loss | {"logits": 0, "head gradient in the weight's dtype": head * loose_bytes if loose_bytes != 4 else 0}
 
     # A layer in backward: its input, both norms' outputs, q, k, v, attention output, LSE and the residual are rebuilt and kept.
     rebuilt = 3 * state + tokens * (qkv + heads) * act + lse
@@ -146,35 +182,65 @@ def plan_memory(
     weights_of_mlp = 3 * decoder.hidden * decoder.intermediate
     whole = mlp_rows is None or mlp_rows >= tokens
     # Six of [rows, I]: gate, up, their gradients, the activation and its gradient (which is gone when the weight gradients are made).
-    mlp = max(6 * block, 5 * block + weights_of_mlp * gradient_bytes) if whole else 6 * block + weights_of_mlp * (4 + gradient_bytes)
+    mlp = max(6 * block, 5 * block + weights_of_mlp * loose_bytes) if whole else 6 * block + weights_of_mlp * (4 + loose_bytes)
     mlp += 2 * state
     attention = 3 * state + tokens * (qkv + 2 * heads) * act + 4 * tokens * heads
 
-    def gradients_at(index: int) -> int:
-        made = head + decoder.hidden + (layers - 1 - index) * layer
-        return all_gradients if gradients_kept else made * gradient_bytes // shards
+    def gradients_below(index: int) -> dict[str, int]:
+        """Those of the layers that are done, and of the head and the final norm, which with FSDP wait for the rest of their unit."""
+        done = (layers - 1 - index) * layer
+        if gradients_kept:
+            return {"gradients": at_rest(trained), "gradients of the rest": (head + decoder.hidden) * copies}
+        if copies:
+            return {"gradients": at_rest(done), "gradients of the rest": (head + decoder.hidden) * copies}
+        return {"gradients": at_rest(done + head + decoder.hidden)}
 
     moments = {"the loss": loss, "the head's backward": handover}
     for index in {0, layers - 1}:
         for name, live in (("MLP", mlp), ("attention", attention)):
-            moments[f"backward of layer {index}, {name}"] = static | {
-                "gradients": gradients_at(index)
-                + (0 if gradients_kept else layer * gradient_bytes // shards if name == "attention" else 0),
-                "checkpoints": checkpoints(index + 1) + vision_kept,
-                "rebuilt layer": rebuilt,
-                "live": live,
-            }
-    moments["the embedding's backward"] = static | {
-        "gradients": all_gradients if gradients_kept else (trained - vision_parameters) * gradient_bytes // shards,
-        "checkpoints": vision_kept,
-        "live": 2 * state + (head * gradient_bytes if gradients_kept or decoder.tied else 0),
-    }
+            made = layer * loose_bytes if name == "attention" and (copies or not gradients_kept) else 0
+            moments[f"backward of layer {index}, {name}"] = (
+                static
+                | (reduction if index < layers - 1 else {})
+                | gradients_below(index)
+                | {
+                    "gradients of the layer": made,
+                    "checkpoints": checkpoints(index + 1),
+                    **pictures,
+                    "rebuilt layer": rebuilt,
+                    "live": live,
+                }
+            )
+    moments["the embedding's backward"] = (
+        static
+        | reduction
+        | gradients_below(-1)
+        | {**pictures, "live": 2 * state + (head * loose_bytes if not decoder.tied or gradients_kept or copies else 0)}
+    )
     if vision is not None and not vision.frozen:
-        inner = vision.patches * vision.intermediate * act
-        moments["the vision tower's backward"] = static | {
-            "gradients": all_gradients,
-            "checkpoints": vision_kept,
-            "live": 10 * vision_state + 3 * inner,
+        picture, inner = vision.patches * vision.width * act, vision.patches * vision.intermediate * act
+        done = gradients_below(-1)
+        done["gradients"] = max(done["gradients"], at_rest(trained - (root if copies else 0)))
+        if copies:
+            done["gradients of the rest"] = root * copies
+        # Rebuilt: both norms' outputs, q, k, v, attention output, residual; then the gradient and the residual's.
+        moments["the vision tower's backward"] = (
+            static | done | {name: size for name, size in pictures.items() if name != "connector"} | {"live": 9 * picture + 3 * inner}
+        )
+    if copies:
+        # At the end the rest is reduced: from the copies' dtype to a whole input and a sharded output of the gradients' dtype.
+        moments["the last reduction"] = {
+            "weights": static["weights"],
+            "optimizer": static["optimizer"],
+            "gradients": at_rest(trained) if gradients_kept else at_rest(trained - root),
+            "gradients in reduction": root * (gradient_bytes + max(copies, gradient_bytes // shards)),
+        }
+    if not gradients_kept:
+        moments["the optimizer's step"] = {
+            "weights": static["weights"],
+            "optimizer": static["optimizer"],
+            "gradients": at_rest(trained),
+            "whole weights": root * copies,
         }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return MemoryPlan(gpu=sum(moments[moment].values()), host=host, moment=moment, parts=moments[moment])
+    return MemoryPlan(gpu=sum(moments[moment].values()), host=host, moment=moment, parts=moments[moment], moments=moments)
