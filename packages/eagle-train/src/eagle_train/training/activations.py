@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from eagle_kernels import DecoderShape, OffloadEngine, plan_memory
+from eagle_kernels import DecoderShape, MemoryPlan, OffloadEngine, VisionShape, plan_memory
 from eagle_kernels.arena import ALIGNMENT, GIB, available_host_bytes
 from eagle_train.config import Config, ConfigError
 
@@ -45,14 +45,46 @@ def decoder_shape(described: Any) -> DecoderShape:
     )
 
 
-def host_bytes(config: Config, described: Any) -> int:
-    """Host memory that one rank needs: all decoder layers' inputs but the last one's, for the longest pack's share of a context rank."""
+def vision_shape(described: Any, tokens: int, *, frozen: bool = False) -> VisionShape:
+    """Sizes of the tower of an EagleConfig, with the tiles of a pack of `tokens` tokens that are all image tokens."""
+    vision = described.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return VisionShape(
+        width=vision.hidden_size,
+        intermediate=vision.intermediate_size,
+        layers=vision.num_hidden_layers,
+        patches=max(1, tokens // described.tokens_per_tile) * patches,
+        frozen=frozen,
+        merge=patches // described.tokens_per_tile,
+        positions=patches,
+        patch_values=3 * vision.patch_size**2,
+    )
+
+
+def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
+    """What a step over the longest pack needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`)."""
     longest = max(stage.max_tokens for stage in config.stages)
     tokens = -(-longest // config.parallel.context)
-    shape = decoder_shape(described)
-    width = 2 if config.parallel.dtype == "bfloat16" else 4
+    low = config.parallel.dtype == "bfloat16"
+    sharded = ranks > 1 or low
+    return plan_memory(
+        decoder_shape(described),
+        tokens,
+        vision=vision_shape(described, tokens, frozen=not any("vision" in stage.train for stage in config.stages)),
+        weight_bytes=4,
+        gradient_bytes=4,
+        optimizer_bytes=8,
+        compute_bytes=(2 if low else 4) if sharded else None,
+        activation_bytes=2 if low else 4,
+        offload=config.model.activations == "offload",
+        shards=ranks if config.parallel.fsdp else 1,
+    )
+
+
+def host_bytes(config: Config, described: Any) -> int:
+    """Host memory that one rank needs: all decoder layers' inputs but the last one's, for the longest pack's share of a context rank."""
     # Every place in the arena starts at a multiple of its alignment.
-    return plan_memory(shape, tokens, offload=True, activation_bytes=width).host + ALIGNMENT * shape.layers
+    return planned(config, described, 1).host + ALIGNMENT * described.text_config.num_hidden_layers
 
 
 def make_engine(config: Config, described: Any, world: World, *, available: int | None = None) -> OffloadEngine:

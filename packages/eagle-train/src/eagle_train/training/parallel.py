@@ -123,7 +123,8 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        # A single rank sums what it alone has: a factor would only cost a copy of every gradient.
+        if world.size > 1 and hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
     return model
