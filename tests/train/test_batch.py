@@ -94,8 +94,8 @@ def test_weights_sum_to_what_the_weighting_says(tokenizer, counts, weighting):
         labels = np.full(count + 3, IGNORE_INDEX)
         labels[2 : 2 + count] = 7
         address = Address("s", number, "", 0, 0, "", None)
-        samples.append((address, Tokenised(np.full(count + 3, 5), labels), np.zeros((0, 32, 32, 3), np.uint8)))
-    batch = assemble(samples, CachedEncoder(tokenizer), MODEL, weighting=weighting)
+        samples.append((address, Tokenised(np.full(count + 3, 5), labels)))
+    batch = assemble(samples, np.zeros((0, 32, 32, 3), np.uint8), CachedEncoder(tokenizer), MODEL, weighting=weighting)
     expected = {"token": sum(counts), "sample": len(counts), "sqrt": sum(count**0.5 for count in counts)}[weighting]
     assert batch.label_weight == pytest.approx(expected, rel=1e-6)
     assert batch.num_kept == sum(counts)

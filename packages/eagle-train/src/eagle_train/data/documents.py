@@ -19,9 +19,9 @@ def pdf_size(path: str) -> tuple[int, int, int]:
         return len(document), max(round(width), 1), max(round(height), 1)
 
 
-def render_pages(path: str, pages: np.ndarray, side: int) -> np.ndarray:
-    """Pages (0-based, int [n]) of a PDF as tiles, uint8 [n, side, side, 3]: a page costs one tile. Raises MediaError."""
-    tiles = np.empty((len(pages), side, side, 3), np.uint8)
+def render_pages(path: str, pages: np.ndarray, side: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Pages (0-based, int [n]) of a PDF as tiles, uint8 [n, side, side, 3] (`out`, if given): a page costs one tile. Raises MediaError."""
+    tiles = np.empty((len(pages), side, side, 3), np.uint8) if out is None else out
     with _open(path) as document:
         for place, number in enumerate(np.asarray(pages).tolist()):
             if number >= len(document):

@@ -1,6 +1,6 @@
 """A pack of planned samples becomes arrays: ids, targets, positions, loss weights and tiles. Here pixels are read, once.
 
-Nothing is substituted. A sample whose media can't be read any more is left out of the pack and its reason is kept in `failed`; because
+Nothing is substituted. A sample whose media can't be read any more is left out of the pack and its reason is kept in `missing`; because
 loss denominators are summed from the batches that really came (`label_weight`), they stay right.
 No torch in this module: it runs in the loader's processes.
 """
@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, PromptError, VideoSpan, encode, media_order, render
-from eagle_sampling import Limits, MediaError, open_image, read_frames
-from eagle_tiling import load_rgb, tile_count, tile_image
+from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, PromptError, VideoSpan, encode, render
+from eagle_sampling import Limits, MediaError
+from eagle_tiling import tile_count
 from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.facts import Facts
 from eagle_train.data.ledger import Entry
-from eagle_train.data.sample import RowError, Sample, VideoRef, normalise, read_row
+from eagle_train.data.sample import RowError, Sample, normalise, read_row
 from eagle_train.planning.visual import ModelFacts, SamplePlan
 
+from .pixels import MaterialiseError, count_tiles, read_tiles_into
+
 Weighting = Literal["token", "sample", "sqrt"]
-FRAMES_TIMEOUT = 300.0
-"""Seconds that the frames of one video may take: the readers' own limit, before the loader stops waiting for the process."""
 
 
 class Address(NamedTuple):
@@ -46,12 +47,18 @@ class Planned(NamedTuple):
     plan: SamplePlan
 
 
-class MaterialiseError(ValueError):
-    """A sample that can't become tokens and tiles: `reason` to count by, `detail` for people."""
+class Share(NamedTuple):
+    """The part of each pack's tiles that a process reads: those of rank `rank` of `ranks`, as `eagle_cp.exchange_tiles` spreads them."""
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, tiles: int) -> tuple[int, int]:
+        """First of this rank's tiles and the one after its last, of `tiles`."""
+        return self.rank * tiles // self.ranks, (self.rank + 1) * tiles // self.ranks
+
+
+WHOLE = Share()
 
 
 @dataclass
@@ -59,9 +66,9 @@ class Batch:
     """One pack as arrays. T tokens, N tiles of s x s pixels, S samples.
 
     input_ids, targets (shifted: what stands next, -100 ignored), position_ids: int64 [T]; cu_seqlens: S + 1 offsets;
-    tiles: uint8 [N, s, s, 3]; context_index: int64 [N * k], where the image tokens stand; token_weights: float32 [T];
-    num_kept: targets that carry loss; label_weight: sum of their weights; sample_ids: (source, line) of each sample;
-    planned_tokens: what the plan expected (an upper bound); failed: samples that are missing, and why.
+    tiles: uint8 [N, s, s, 3], or a rank's share of the N; context_index: int64 [N * k], where the image tokens stand;
+    token_weights: float32 [T]; num_kept: targets that carry loss; label_weight: sum of their weights; sample_ids: (source, line) of each
+    sample; tile_count: N; planned_tokens: what the plan expected (an upper bound); missing: place in the pack -> why it isn't here.
     """
 
     input_ids: np.ndarray
@@ -74,14 +81,20 @@ class Batch:
     num_kept: int
     label_weight: float
     sample_ids: tuple[tuple[str, int], ...]
+    tile_count: int = 0
     planned_tokens: int = 0
-    failed: tuple[Entry, ...] = ()
+    missing: dict[int, Entry] = field(default_factory=dict)
     seconds_by_source: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         """Tokens of samples (an empty pack has one token of padding, which is no sample's)."""
         return len(self.input_ids) if self.sample_ids else 0
+
+    @property
+    def failed(self) -> tuple[Entry, ...]:
+        """Why samples are missing."""
+        return tuple(self.missing.values())
 
     @property
     def nbytes(self) -> int:
@@ -121,40 +134,6 @@ def tokenise(sample: Sample, plan: SamplePlan, encoder: CachedEncoder, k: int, *
     return Tokenised(*encode(segments, encoder))
 
 
-def read_tiles(sample: Sample, plan: SamplePlan, model: ModelFacts, *, thumbnail: bool, limits: Limits) -> np.ndarray:
-    """Tiles of a sample in the order of its prompt, uint8 [N, s, s, 3]. Raises MediaError, or MaterialiseError for changed media."""
-    side = model.tile_size
-    if (len(sample.images), len(sample.videos)) != (len(plan.grids), len(plan.videos)):
-        raise MaterialiseError("changed", "the row has other media than when it was prepared; run eagle prepare again")
-    parts = []
-    for medium in media_order(sample.messages, len(sample.images), len(sample.videos)):
-        if medium.kind == "image":
-            grid = plan.grids[medium.number - 1]
-            with open_image(sample.images[medium.number - 1], limits=limits) as image:
-                parts.append(tile_image(image, grid, tile_size=side, thumbnail=thumbnail))
-        else:
-            parts.append(_read_video(sample.videos[medium.number - 1], plan.videos[medium.number - 1], side, limits))
-    return np.concatenate(parts) if parts else np.zeros((0, side, side, 3), np.uint8)
-
-
-def _read_video(ref: VideoRef, plan: Any, side: int, limits: Limits) -> np.ndarray:
-    if plan.times is not None:
-        if ref.path is None:
-            raise MaterialiseError("changed", "a video became a document since prepare; run eagle prepare again")
-        return read_frames(ref.path, plan.times, side, timeout=FRAMES_TIMEOUT, limits=limits).pixels
-    if ref.path is not None:
-        from eagle_train.data.documents import render_pages
-
-        return render_pages(ref.path, plan.pages, side)
-    pages = []
-    for number in plan.pages.tolist():
-        if number >= len(ref.pages):
-            raise MaterialiseError("changed", f"page {number + 1} of {len(ref.pages)} is gone; run eagle prepare again")
-        with open_image(ref.pages[number], limits=limits) as image:
-            pages.append(np.asarray(load_rgb(image).resize((side, side), 3)))
-    return np.stack(pages)
-
-
 def token_weight(labels: int, weighting: Weighting) -> float:
     """Loss weight of each label token of a sample with `labels` of them (spec section 6)."""
     return {"token": 1.0, "sample": 1.0 / max(labels, 1), "sqrt": max(labels, 1) ** -0.5}[weighting]
@@ -168,61 +147,99 @@ def materialise(
     thumbnail: bool = True,
     weighting: Weighting = "sqrt",
     limits: Limits | None = None,
+    share: Share = WHOLE,
     skip: dict[int, Entry] | None = None,
     on_sample: Callable[[int, Address], None] | None = None,
     clock: Callable[[], float] | None = None,
 ) -> Batch:
-    """Read the samples of a pack.
+    """Read the samples of a pack: the text of all, and the tiles of this process's share.
 
     skip: samples (by place in the pack) that are already known not to work, with their ledger entries.
     on_sample: called before each sample, for whoever watches the time. clock: seconds, to account reading to sources.
+    With more than one rank a sample that can't be read moves the shares of all: see `sharing.agree`.
     """
-    limits = limits or Limits()
-    done: list[tuple[Planned, Tokenised, np.ndarray]] = []
-    failed: list[Entry] = []
+    limits, skip = limits or Limits(), skip or {}
+    missing: dict[int, Entry] = {}
     seconds: dict[str, float] = {}
-    for place, planned in enumerate(pack):
-        if skip and place in skip:
-            failed.append(skip[place])
-            continue
-        address, plan = planned
+
+    def attempt(place: int, work: Callable[[], Any]) -> Any:
+        """What `work` returns, or None when the sample is bad."""
+        address = pack[place].address
         if on_sample is not None:
             on_sample(place, address)
         begin = clock() if clock else 0.0
         try:
-            sample = load_sample(address)
-            tokens = tokenise(sample, plan, encoder, model.tokens_per_tile, thumbnail=thumbnail)
-            if len(tokens.input_ids) > plan.tokens:
-                raise MaterialiseError("changed", f"the row has {len(tokens.input_ids)} tokens, prepare counted {plan.tokens}")
-            done.append((planned, tokens, read_tiles(sample, plan, model, thumbnail=thumbnail, limits=limits)))
+            return work()
         except (RowError, MaterialiseError) as error:
-            failed.append(Entry(address.source, address.line, error.reason, error.detail, "train"))
+            missing[place] = Entry(address.source, address.line, error.reason, error.detail, "train")
         except (MediaError, PromptError, OSError) as error:
-            failed.append(Entry(address.source, address.line, "unreadable", str(error), "train"))
-        if clock:
-            seconds[address.source] = seconds.get(address.source, 0.0) + clock() - begin
-    batch = assemble([(p.address, tokens, tiles) for p, tokens, tiles in done], encoder, model, weighting=weighting)
+            missing[place] = Entry(address.source, address.line, "unreadable", str(error), "train")
+        finally:
+            if clock:
+                seconds[address.source] = seconds.get(address.source, 0.0) + clock() - begin
+        return None
+
+    def read_text(planned: Planned) -> tuple[Sample, Tokenised]:
+        sample = load_sample(planned.address)
+        tokens = tokenise(sample, planned.plan, encoder, model.tokens_per_tile, thumbnail=thumbnail)
+        if len(tokens.input_ids) > planned.plan.tokens:
+            raise MaterialiseError("changed", f"the row has {len(tokens.input_ids)} tokens, prepare counted {planned.plan.tokens}")
+        return sample, tokens
+
+    rows: dict[int, tuple[Sample, Tokenised]] = {}
+    for place, planned in enumerate(pack):
+        if place in skip:
+            missing[place] = skip[place]
+        elif (row := attempt(place, partial(read_text, planned))) is not None:
+            rows[place] = row
+
+    counts = {place: count_tiles(pack[place].plan, thumbnail=thumbnail) for place in rows}
+    first, last = share.of(sum(counts.values()))
+    tiles = np.empty((last - first, model.tile_size, model.tile_size, 3), np.uint8)
+    filled, start = 0, 0  # start: the sample's first tile in the pack
+    for place, count in counts.items():
+        begin, end = max(first - start, 0), min(last - start, count)
+        start += count
+        if begin >= end:
+            continue
+        part = tiles[filled : filled + end - begin]
+        attempt(place, partial(read_tiles_into, part, rows[place][0], pack[place].plan, begin, thumbnail=thumbnail, limits=limits))
+        if place in missing:
+            del rows[place]  # the next sample's tiles take the room
+        else:
+            filled += end - begin
+    whole = share.ranks == 1 or len(rows) == len(counts)
+    samples = [(pack[place].address, tokens) for place, (_, tokens) in rows.items()]
+    batch = assemble(samples, tiles[:filled], encoder, model, weighting=weighting, share=share if whole else None)
     batch.planned_tokens = sum(planned.plan.tokens for planned in pack)
-    batch.failed, batch.seconds_by_source = tuple(failed), seconds
+    batch.missing, batch.seconds_by_source = dict(sorted(missing.items())), seconds
     return batch
 
 
 def assemble(
-    samples: Sequence[tuple[Address, Tokenised, np.ndarray]], encoder: CachedEncoder, model: ModelFacts, *, weighting: Weighting
+    samples: Sequence[tuple[Address, Tokenised]],
+    tiles: np.ndarray,
+    encoder: CachedEncoder,
+    model: ModelFacts,
+    *,
+    weighting: Weighting,
+    share: Share | None = WHOLE,
 ) -> Batch:
-    """Join tokenised samples and their tiles. Without any sample: one ignored token, so that every rank has something to run."""
-    side = model.tile_size
+    """Join tokenised samples; `tiles` are this share of theirs (None: what could be read of it, and the batch is to be read again).
+
+    Without any sample: one ignored token, so that every rank has something to run.
+    """
     if not samples:
         nothing = np.full(1, IGNORE_INDEX, np.int64)
         zero = np.zeros(1, np.int64)
-        return Batch(zero, nothing, zero, (0, 1), np.zeros((0, side, side, 3), np.uint8), zero[:0], np.zeros(1, np.float32), 0, 0.0, ())
-    ids = np.concatenate([tokens.input_ids for _, tokens, _ in samples])
+        return Batch(zero, nothing, zero, (0, 1), tiles[:0], zero[:0], np.zeros(1, np.float32), 0, 0.0, ())
+    ids = np.concatenate([tokens.input_ids for _, tokens in samples])
     targets = np.full(len(ids), IGNORE_INDEX, np.int64)
     weights = np.zeros(len(ids), np.float32)
     positions = np.empty(len(ids), np.int64)
     offsets = [0]
     kept, total = 0, 0.0
-    for _, tokens, _ in samples:
+    for _, tokens in samples:
         start, stop = offsets[-1], offsets[-1] + len(tokens.input_ids)
         offsets.append(stop)
         targets[start : stop - 1] = tokens.labels[1:]
@@ -232,9 +249,9 @@ def assemble(
         positions[start:stop] = np.arange(stop - start)
         kept += labels
         total += labels * float(np.float32(weight))
-    tiles = np.concatenate([tiles for _, _, tiles in samples])
     context = np.flatnonzero(ids == encoder.token_id(IMG_CONTEXT))
-    if len(context) != len(tiles) * model.tokens_per_tile:
+    count, rest = divmod(len(context), model.tokens_per_tile)
+    if rest or (share is not None and len(tiles) != np.diff(share.of(count))):
         raise ValueError(f"{len(context)} image tokens for {len(tiles)} tiles of {model.tokens_per_tile}: prompt and tiles disagree")
-    sample_ids = tuple((address.source, address.line) for address, _, _ in samples)
-    return Batch(ids, targets, positions, tuple(offsets), tiles, context, weights, kept, total, sample_ids)
+    sample_ids = tuple((address.source, address.line) for address, _ in samples)
+    return Batch(ids, targets, positions, tuple(offsets), tiles, context, weights, kept, total, sample_ids, count)

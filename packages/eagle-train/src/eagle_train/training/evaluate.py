@@ -27,8 +27,9 @@ from eagle_train.data.facts import Facts
 from eagle_train.data.sample import RowError, Sample
 from eagle_train.planning.visual import ModelFacts, SamplePlan, VisualColumns, plan_visual, sample_plan
 
-from .batch import Address, MaterialiseError, address_of, load_sample, read_tiles, tokenise
+from .batch import Address, address_of, load_sample, tokenise
 from .parallel import World, is_sharded
+from .pixels import MaterialiseError, read_tiles
 
 _PLACEHOLDER = re.compile(r"\s*<(?:image|video|document)(?:-\d+)?>\s*")
 

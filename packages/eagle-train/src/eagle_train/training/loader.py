@@ -25,7 +25,7 @@ from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.ledger import Entry
 from eagle_train.planning.visual import ModelFacts
 
-from .batch import Address, Batch, Planned, Weighting, materialise
+from .batch import WHOLE, Address, Batch, Planned, Share, Weighting, materialise
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Reading(NamedTuple):
     model: ModelFacts
     thumbnail: bool
     limits: Limits
+    share: Share = WHOLE
 
 
 class Task(NamedTuple):
@@ -51,11 +52,11 @@ class Task(NamedTuple):
     pack: tuple[Planned, ...]
     weighting: Weighting
 
-    def nbytes(self, model: ModelFacts) -> int:
-        """What the batch will weigh, from the plan alone."""
+    def nbytes(self, model: ModelFacts, share: Share = WHOLE) -> int:
+        """What the batch will weigh for a process that reads `share` of its tiles, from the plan alone."""
         tokens = sum(planned.plan.tokens for planned in self.pack)
         tiles = sum(_tiles(planned) for planned in self.pack)
-        return tokens * 36 + tiles * 3 * model.tile_size**2
+        return tokens * 36 + -(-tiles // share.ranks) * 3 * model.tile_size**2
 
 
 class LoaderError(RuntimeError):
@@ -242,7 +243,7 @@ class Loader:
                     self._exhausted = True
                     self._condition.notify_all()
                     return
-                slot = _Slot(task, task.nbytes(self._reading.model))
+                slot = _Slot(task, task.nbytes(self._reading.model, self._reading.share))
                 worker.number = self._next_task
                 self._slots[self._next_task] = slot
                 self._next_task += 1
@@ -324,6 +325,7 @@ def read(task: Task, encoder: CachedEncoder, reading: Reading, skip: dict[int, E
         thumbnail=reading.thumbnail,
         weighting=task.weighting,
         limits=reading.limits,
+        share=reading.share,
         skip=skip,
         on_sample=on_sample,
         clock=time.monotonic,

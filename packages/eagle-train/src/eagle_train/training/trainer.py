@@ -8,35 +8,36 @@ Everything is a function of (configuration, facts, step): a run that is killed a
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eagle_cp import Layout, plan_tiles
 from eagle_kernels import OffloadEngine
-from eagle_model.prompt import IGNORE_INDEX
 from eagle_sampling import Limits
 from eagle_train.config import Config
 from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.facts import Facts
-from eagle_train.data.ledger import Ledger
+from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.planning.stages import StageSchedule
 from eagle_train.watching.metrics import Metrics
 
 from . import checkpoint
 from .activations import activation_mode, make_engine
-from .batch import Batch, Planned, address_of
-from .loader import Loader, Reading, Task
+from .batch import Batch, Planned, Share, address_of
+from .loader import Loader, Reading, Task, read
 from .model import build_model, model_facts, tokenizer_folder
 from .optim import learning_rate, make_optimizer, set_trainable
 from .parallel import World, is_sharded, shard_model
+from .sharing import agree, shares
 
 logger = logging.getLogger(__name__)
 
@@ -177,16 +178,11 @@ class Trainer:
                     f"stage {stage.name} step {step}: the loader gave {item and item[0]}, not pack {place}; please report this"
                 )
             batches.append(item[1])
-        numbers = [[b.label_weight, b.tokens, len(b.tiles), len(b.sample_ids), len(b.failed), b.num_kept] for b in batches]
-        # float64 on the CPU (gloo): known before the first forward, and no device waits for it.
-        # The ranks of a context group hold the same packs: the first of them counts.
-        mine = torch.tensor(numbers, dtype=torch.float64).sum(0) * (world.context.rank == 0)
-        totals = world.sum(mine)
-        weight, tokens, tiles, samples, missing, labels = totals.tolist()
+        batches, totals = agree(batches, world, partial(self._read_again, number, step))
         lr = learning_rate(step, schedule.steps, stage)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        denominator = torch.tensor(max(weight, 1e-30), dtype=torch.float32).to(world.device, non_blocking=True)
+        denominator = torch.tensor(max(totals.label_weight, 1e-30), dtype=torch.float32).to(world.device, non_blocking=True)
         loss = torch.zeros((), device=world.device)
         for place, batch in enumerate(batches):
             if is_sharded(self.model):
@@ -200,20 +196,20 @@ class Trainer:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for key, value in (("tokens", tokens), ("tiles", tiles), ("samples", samples), ("missing", missing)):
-            self._seen[key] += int(value)
+        for key in self._seen:
+            self._seen[key] += getattr(totals, key)
         record = {
             "kind": "step",
             "stage": stage.name,
             "step": step + 1,
             "steps": schedule.steps,
             "lr": lr,
-            "tokens": int(tokens),
-            "tiles": int(tiles),
-            "samples": int(samples),
-            "labels": int(labels),
-            "missing": int(missing),
-            "fill": tokens / (stage.packs_per_step * stage.max_tokens),
+            "tokens": totals.tokens,
+            "tiles": totals.tiles,
+            "samples": totals.samples,
+            "labels": totals.labels,
+            "missing": totals.missing,
+            "fill": totals.tokens / (stage.packs_per_step * stage.max_tokens),
             "seen_tokens": self._seen["tokens"],
         }
         ids = [sample for batch in batches for sample in batch.sample_ids]
@@ -224,30 +220,11 @@ class Trainer:
     def _forward_backward(self, batch: Batch, denominator: Tensor) -> Tensor:
         device = self.world.device
         pin = device.type == "cuda"
-        fields, layout, num_kept = self._share(batch)
+        fields, layout, num_kept = shares(batch, self.world, self.described)
         moved = {name: (value.pin_memory() if pin else value).to(device, non_blocking=True) for name, value in fields.items()}
         output = self.model(**moved, layout=layout, denominator=denominator, num_kept=num_kept)
         output.loss.backward()
         return output.loss.detach()
-
-    def _share(self, batch: Batch) -> tuple[dict[str, Tensor], Layout, int]:
-        """What this rank computes of a pack: all of it, or its share among the ranks of its context group."""
-        names = ("input_ids", "position_ids", "targets", "token_weights")
-        fields = {name: torch.from_numpy(getattr(batch, name)) for name in names}
-        tiles = torch.from_numpy(batch.tiles)
-        if self.world.context.size == 1:
-            index = torch.from_numpy(batch.context_index)
-            return fields | {"tiles": tiles, "context_index": index}, Layout.single(batch.cu_seqlens), batch.num_kept
-        text = self.described.text_config
-        layout = Layout.build(
-            batch.cu_seqlens, self.world.context, num_heads=text.num_attention_heads, num_kv_heads=text.num_key_value_heads
-        )
-        is_feature = torch.zeros(layout.total, dtype=torch.bool)
-        is_feature[torch.from_numpy(batch.context_index)] = True
-        plan = plan_tiles(layout, is_feature, self.described.tokens_per_tile)
-        fields = {name: layout.shard(value, fill=IGNORE_INDEX if name == "targets" else 0) for name, value in fields.items()}
-        kept = int(((fields["targets"] != IGNORE_INDEX) & (fields["token_weights"] != 0)).sum())
-        return fields | {"tiles": tiles[plan.first : plan.last]}, layout, kept
 
     # ---- numbers -----------------------------------------------------------------------------------------------------------------
 
@@ -324,14 +301,23 @@ class Trainer:
             model_facts(self.described),
             self.config.tiling.thumbnail,
             Limits(max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, max_frames=limits.max_frames),
+            Share(self.world.context.rank, self.world.context.size),
         )
 
     def _tasks(self, stage: int, step: int) -> Iterator[Task]:
         """This rank's packs from a step on, through all stages."""
         for number in range(stage, len(self.schedules)):
-            schedule = self.schedules[number]
-            for current in range(step if number == stage else 0, schedule.steps):
-                plan, place_in_epoch = schedule.locate(current)
-                for place, pack in enumerate(plan.packs_of(place_in_epoch, self.world.data_rank, self.world.data)):
-                    planned = tuple(Planned(address_of(self.facts, sample.row), sample) for sample in plan.samples(pack))
-                    yield Task((number, current, place), planned, schedule.stage.loss_weighting)
+            for current in range(step if number == stage else 0, self.schedules[number].steps):
+                yield from self._tasks_of(number, current)
+
+    def _tasks_of(self, number: int, step: int) -> Iterator[Task]:
+        """This rank's packs of one step."""
+        plan, place_in_epoch = self.schedules[number].locate(step)
+        for place, pack in enumerate(plan.packs_of(place_in_epoch, self.world.data_rank, self.world.data)):
+            planned = tuple(Planned(address_of(self.facts, sample.row), sample) for sample in plan.samples(pack))
+            yield Task((number, step, place), planned, self.config.stages[number].loss_weighting)
+
+    def _read_again(self, number: int, step: int, place: int, missing: dict[int, Entry]) -> Batch:
+        """A pack without some samples, here and now: rare, and the loader's processes are already ahead."""
+        task = next(itertools.islice(self._tasks_of(number, step), place, None))
+        return read(task, CachedEncoder(self.tokenizer), self._reading(), missing)
