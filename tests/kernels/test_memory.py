@@ -67,3 +67,51 @@ def test_text_names_the_parts():
 def test_bad_input(change, says):
     with pytest.raises(ValueError, match=says):
         plan_memory(QWEN, **({"tokens": 8} | change))
+
+
+SIGLIP = VisionShape(width=1152, intermediate=4304, layers=27, patches=120 * 1024)
+TRAINER = {"weight_bytes": 4, "gradient_bytes": 4, "optimizer_bytes": 8, "compute_bytes": 2}
+
+
+def test_parameters_of_the_8b_model():
+    """The counts of the real model, made on the meta device."""
+    assert SIGLIP.parameters == 413_327_088
+    assert SIGLIP.connector_parameters(3584) == 29_376_512
+
+
+def test_what_pictures_leave_for_backward_by_hand():
+    patches, tokens = 120 * 1024, 120 * 256
+    found = SIGLIP.kept(3584, 2)
+    assert found["vision checkpoints"] == 27 * patches * 1152 * 2
+    # Post-layernorm's input; the shuffled LayerNorm's input and output; GELU's input and output.
+    assert found["connector"] == tokens * (3 * 4608 + 2 * 3584) * 2
+    assert found["pixels"] == patches * 588 * 3
+    frozen = dataclasses.replace(SIGLIP, frozen=True).kept(3584, 2)
+    assert frozen["vision checkpoints"] == 0
+    assert frozen["connector"] == tokens * (2 * 4608 + 2 * 3584) * 2
+
+
+@pytest.mark.parametrize("shards", [1, 2, 8, 64])
+def test_shards_divide_what_rests_and_not_what_computes(shards):
+    plan = plan_memory(QWEN, 32768, vision=SIGLIP, shards=shards, **TRAINER)
+    parameters = QWEN.parameters + SIGLIP.parameters + SIGLIP.connector_parameters(3584)
+    root = parameters - 28 * QWEN.layer_parameters - 27 * SIGLIP.layer_parameters
+    for parts in plan.moments.values():
+        assert parts["weights"] == 4 * parameters // shards
+        assert parts["optimizer"] == 8 * parameters // shards
+    # Embedding, head, norms and connector stay whole; of the layers two are, and over ranks a third one is arriving.
+    assert plan.moments["the loss"]["whole weights"] == 2 * (root + (2 if shards == 1 else 3) * QWEN.layer_parameters)
+    first = plan.moments["backward of layer 0, MLP"]
+    assert first["gradients"] == 4 * 27 * QWEN.layer_parameters // shards
+    assert first["gradients of the rest"] == 2 * (QWEN.vocab * QWEN.hidden + QWEN.hidden)
+    assert plan.moments["the last reduction"]["gradients in reduction"] == root * (4 + max(2, 4 // shards))
+    if shards > 1:
+        assert plan.gpu < plan_memory(QWEN, 32768, vision=SIGLIP, shards=shards // 2, **TRAINER).gpu
+
+
+def test_a_reduction_can_be_the_peak():
+    """A wide vocabulary over few tokens: what hurts is the float32 input of the last reduction."""
+    small = dataclasses.replace(QWEN, layers=2)
+    plan = plan_memory(small, 256, **TRAINER)
+    assert plan.moment == "the last reduction"
+    assert plan.gpu == sum(plan.parts.values()) == max(sum(parts.values()) for parts in plan.moments.values())
