@@ -1,6 +1,6 @@
 """A training step of the 8B model on one GPU: what it costs to keep checkpoints on the host, and whether `plan_memory` is right.
 
-python -m benchmarks.step [--out FILE] [--only CASE ...]   (from packages/eagle-train; CASE: 32k, 128k, optimizer, frozen)
+python benchmarks/step.py [--out FILE] [--only CASE ...]   (CASE: 32k, 128k, optimizer, frozen)
 
 `32k` and `128k`: all 28 layers, weights in bf16, forward + backward, vision tower and connector included, one sequence of image tokens but
 for 2048 of text, which carry the labels; the two policies take turns. `optimizer` and `frozen`: the trainer's own way, that is FSDP2 on one
@@ -224,11 +224,13 @@ def main() -> None:
     cases = [case for case in cases if case[0] in options.only]
     if cases:
         rows += plain(cases, 28)
+        write(rows, options.out)
     for name, layers, frozen in (("optimizer", 12, False), ("frozen", 16, True)):
         if name in options.only:
             gc.collect()
             torch.cuda.empty_cache()
             rows += trained(name, 32768, layers, frozen, ["recompute", "offload"])
+            write(rows, options.out)
     for row in rows:
         ratio = f" ({row['over_recompute']:+.1%})" if row["over_recompute"] is not None else ""
         print(
@@ -236,15 +238,17 @@ def main() -> None:
             f"{row['tokens_per_second']:.0f} tokens/s, peak {row['peak_gib']:.2f} GiB, planned {row['planned_gib']:.2f} "
             f"({row['plan_error']:+.1%}, {row['planned_moment']}), host {row['host_gib']:.2f} GiB, loss {row['loss']:.4f}"
         )
-    if options.out is not None:
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}
+
+
+def write(rows: list[dict[str, Any]], path: Path | None) -> None:
+    if path is not None:
         result = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "gpu": torch.cuda.get_device_name(),
-            "versions": versions,
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)},
             "rows": rows,
         }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _installed(name: str) -> bool:
