@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,21 +134,27 @@ def make_facts() -> Callable[..., Facts]:
 
 
 @pytest.fixture
-def colour_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, write_jsonl: Any, write_video: Any) -> Callable[..., Config]:
-    """A small run of a tiny model in the test's folder: coloured images in one and in many tiles, a video, two short stages."""
+def colour_run(tmp_path: Path, colour_run_in: Callable[..., Config]) -> Callable[..., Config]:
+    """`colour_run_in` the test's folder."""
+    return partial(colour_run_in, tmp_path)
 
-    def make(rows: int = 24, **sections: Any) -> Config:
-        tokenizer.save_pretrained(tmp_path / "tokenizer")
+
+@pytest.fixture(scope="session")
+def colour_run_in(tokenizer: PreTrainedTokenizerFast, write_jsonl: Any, write_video: Any) -> Callable[..., Config]:
+    """A small run of a tiny model in a folder: coloured images in one and in many tiles, a video, two short stages."""
+
+    def make(folder: Path, rows: int = 24, **sections: Any) -> Config:
+        tokenizer.save_pretrained(folder / "tokenizer")
         colours = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
         content = []
         for index in range(rows):
             name = list(colours)[index % 3]
-            Image.new("RGB", (32, 32) if index % 2 else (64, 32), colours[name]).save(tmp_path / f"{index}.png")
+            Image.new("RGB", (32, 32) if index % 2 else (64, 32), colours[name]).save(folder / f"{index}.png")
             talk = [{"from": "human", "value": "<image>what color?"}, {"from": "gpt", "value": name}]
             content.append({"image": f"{index}.png", "conversations": talk})
-        write_video(tmp_path / "clip.mp4", frames=20)
+        write_video(folder / "clip.mp4", frames=20)
         content.append({"video": "clip.mp4", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "noise"}]})
-        write_jsonl(tmp_path / "rows.jsonl", content)
+        write_jsonl(folder / "rows.jsonl", content)
         small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         defaults: dict[str, Any] = {
             "run": {"name": "run"},
@@ -168,6 +175,6 @@ def colour_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, write_jsonl: 
             "loader": {"workers": 0},
             "checkpoint": {"every": 3, "keep": 1},
         }
-        return parse_config({**defaults, **sections}, base=tmp_path)
+        return parse_config({**defaults, **sections}, base=folder)
 
     return make

@@ -1,16 +1,24 @@
 """Packs become arrays: targets, weights and tiles are right, and what can't be read is missing and told, never replaced."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_model.prompt import IGNORE_INDEX
 from eagle_train.data.encoding import CachedEncoder
+from eagle_train.data.ledger import Entry
 from eagle_train.data.prepare import prepare
 from eagle_train.planning.stages import StageSchedule
 from eagle_train.planning.visual import ModelFacts
-from eagle_train.training.batch import Address, Planned, Tokenised, address_of, assemble, materialise, token_weight
+from eagle_train.training import pixels
+from eagle_train.training.batch import Address, Batch, Planned, Share, Tokenised, address_of, assemble, materialise, token_weight
+from eagle_train.training.sharing import agree
 
 MODEL = ModelFacts(32, 4)
 
@@ -45,6 +53,89 @@ def test_every_row_comes_once_with_its_own_tiles(packs, tokenizer):
             tile += count
             assert (batch.position_ids[start:stop] == np.arange(stop - start)).all()
     assert sorted(line for _, line in seen) == list(range(1, 26))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_shares_make_the_whole_and_nobody_reads_more(packs, tokenizer, monkeypatch, ranks):
+    encoder = CachedEncoder(tokenizer)
+    read = {"images": 0, "frames": 0}
+
+    def count_image(*arguments, open_image=pixels.open_image, **options):
+        read["images"] += 1
+        return open_image(*arguments, **options)
+
+    def count_frames(path, times, *arguments, read_frames=pixels.read_frames, **options):
+        read["frames"] += len(times)
+        return read_frames(path, times, *arguments, **options)
+
+    monkeypatch.setattr(pixels, "open_image", count_image)
+    monkeypatch.setattr(pixels, "read_frames", count_frames)
+    for pack in packs:
+        read.update(images=0, frames=0)
+        whole = materialise(pack, encoder, MODEL)
+        alone = dict(read)
+        parts = [materialise(pack, encoder, MODEL, share=Share(rank, ranks)) for rank in range(ranks)]
+        assert np.array_equal(np.concatenate([part.tiles for part in parts]), whole.tiles)
+        sizes = [len(part.tiles) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert read["frames"] == 2 * alone["frames"]
+        assert read["images"] <= 2 * alone["images"] + ranks - 1  # an image is read twice only where a share ends within it
+        for part in parts:
+            assert part.tile_count == whole.tile_count == len(whole.tiles)
+            for name in ("input_ids", "targets", "position_ids", "context_index", "token_weights"):
+                assert np.array_equal(getattr(part, name), getattr(whole, name))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_ranks_agree_on_what_is_missing(data):
+    """Every rank fails to read other samples, and more the second time: in the end all have the same, each with its own share."""
+    places, ranks = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    fails = {(rank, turn): data.draw(st.sets(st.integers(0, places - 1))) for rank in range(ranks) for turn in range(3)}
+    turns = [0] * ranks
+
+    def read(rank, known):
+        turn, turns[rank] = turns[rank], turns[rank] + 1
+        missing = {place: Entry("s", place, "unreadable", f"rank {rank}") for place in fails.get((rank, turn), ()) if place not in known}
+        return fake_batch(places, known | missing)
+
+    batches = agree_on_threads([read(rank, {}) for rank in range(ranks)], read)
+    assert len({tuple(batch.missing) for batch, _ in batches}) == 1
+    assert len({tuple(entry.detail for entry in batch.failed) for batch, _ in batches}) == 1
+    [missing] = {totals.missing for _, totals in batches}
+    assert missing == len(batches[0][0].missing)
+    if ranks > 1:
+        assert set(batches[0][0].missing) >= set.union(*(fails[rank, 0] for rank in range(ranks)))
+
+
+def fake_batch(places, missing):
+    batch = Batch(*[np.zeros(1, np.int64)] * 3, (0, 1), np.zeros((0, 4, 4, 3), np.uint8), *[np.zeros(1)] * 2, 0, 0.0, ())
+    batch.sample_ids = tuple(("s", place) for place in range(places) if place not in missing)
+    batch.missing = dict(sorted(missing.items()))
+    return batch
+
+
+def agree_on_threads(batches, read):
+    """`agree` as every rank of one context group calls it, at once; each with one batch."""
+    ranks, barrier, board = len(batches), threading.Barrier(len(batches)), {}
+
+    def world(rank):
+        def gather(value):
+            board[rank] = value
+            barrier.wait()
+            values = [board[other] for other in range(ranks)]
+            barrier.wait()
+            return values
+
+        group = SimpleNamespace(rank=rank, size=ranks)
+        return SimpleNamespace(rank=rank, context=group, gather=gather, sum=lambda tensor: torch.stack(gather(tensor)).sum(0))
+
+    def run(rank):
+        [batch], totals = agree([batches[rank]], world(rank), lambda place, missing: read(rank, missing))
+        return batch, totals
+
+    with ThreadPoolExecutor(ranks) as threads:
+        return list(threads.map(run, range(ranks)))
 
 
 def test_targets_are_the_answers_and_their_end(packs, tokenizer):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from eagle_train.config import ConfigError, ParallelConfig, dump_config
+from eagle_train.data.ledger import Ledger
 from eagle_train.training.parallel import start_world
 from eagle_train.training.run import get_ready, load_trained, train
 from eagle_train.watching.metrics import Metrics
@@ -18,12 +19,7 @@ from eagle_train.watching.metrics import Metrics
 CHILD = Path(__file__).with_name("train_on_ranks.py")
 
 
-def train_alone(config):
-    torch.set_num_threads(1)
-    train(get_ready(config), start_world(config.parallel, "cpu"))
-
-
-def train_on_ranks(config, path, ranks=2):
+def train_on_ranks(config, path, ranks=2, vanishing=()):
     path.write_text(dump_config(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +27,7 @@ def train_on_ranks(config, path, ranks=2):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(CHILD), str(path)],
+            [sys.executable, str(CHILD), str(path), *map(str, vanishing)],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -51,7 +47,7 @@ def same(config, other):
     for a, b in zip(*records):
         for key in ("loss", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), (key, a["total_step"])
-        for key in ("tokens", "tiles", "samples", "labels", "seen_tokens", "fill", "lr"):
+        for key in ("tokens", "tiles", "samples", "missing", "labels", "seen_tokens", "fill", "lr"):
             assert a[key] == b[key]
     world = start_world(ParallelConfig(dtype="float32"), "cpu")
     models = [load_trained(one, get_ready(one).tokenizer, world)[0].state_dict() for one in (config, other)]
@@ -60,20 +56,35 @@ def same(config, other):
         torch.testing.assert_close(models[1][name], tensor, atol=2e-5, rtol=1e-5, msg=name)
 
 
+# A large epsilon: weights then depend on gradients smoothly, and can be compared at all.
+STAGES = [
+    {"name": "one", "max_tokens": 640, "steps": 2, "packs_per_step": 4, "lr": 1e-3, "eps": 1e-3},
+    {"name": "two", "max_tokens": 1280, "steps": 1, "packs_per_step": 2, "lr": 1e-3, "eps": 1e-3, "train": ["connector", "language"]},
+]
+VANISHING = "3.png"
+"""An image that is there when rows are prepared and gone when they are read: its sample is missing, whoever was to read it."""
+
+
+@pytest.fixture(scope="module")
+def alone(colour_run_in, tmp_path_factory):
+    """The run of one process."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("alone")
+    config = colour_run_in(folder, stages=STAGES, checkpoint={"every": 100})
+    ready = get_ready(config)
+    (folder / VANISHING).unlink()
+    train(ready, start_world(config.parallel, "cpu"))
+    return config
+
+
 @pytest.mark.parametrize("parallel", [{"fsdp": True}, {"fsdp": False}, {"gather": 2}], ids=["fsdp2", "replicated", "context-parallel"])
-def test_two_ranks_train_what_one_trains(colour_run, tmp_path, parallel):
-    options = {"checkpoint": {"every": 100}}
-    # A large epsilon: weights then depend on gradients smoothly, and can be compared at all.
-    stages = [
-        {"name": "one", "max_tokens": 640, "steps": 2, "packs_per_step": 4, "lr": 1e-3, "eps": 1e-3},
-        {"name": "two", "max_tokens": 1280, "steps": 1, "packs_per_step": 2, "lr": 1e-3, "eps": 1e-3, "train": ["connector", "language"]},
-    ]
-    alone = colour_run(run={"name": "alone"}, stages=stages, **options)
-    train_alone(alone)
-    ranks = colour_run(run={"name": "ranks"}, stages=stages, parallel={"dtype": "float32", **parallel}, **options)
-    train_on_ranks(ranks, tmp_path / "ranks.yaml")
+def test_two_ranks_train_what_one_trains(alone, colour_run, tmp_path, parallel):
+    ranks = colour_run(stages=STAGES, checkpoint={"every": 100}, parallel={"dtype": "float32", **parallel})
+    train_on_ranks(ranks, tmp_path / "ranks.yaml", vanishing=[tmp_path / VANISHING])
     same(alone, ranks)
     assert json.loads((ranks.run.folder / "checkpoints" / "two-end" / "state.json").read_text())["total_steps"] == 3
+    missing = {(entry.line, entry.reason) for name in ("", "1") for entry in Ledger(ranks.run.folder / f"ledger-train{name}.jsonl")}
+    assert missing == {(4, "unreadable")}
 
 
 def test_ranks_that_do_not_fit_are_refused(monkeypatch):
