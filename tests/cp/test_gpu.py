@@ -53,6 +53,36 @@ def test_kernel(name, causal):
         assert relative(x, wanted.detach()) < 4e-3
 
 
+@pytest.mark.parametrize("lengths", [[(300, 300), (64, 200), (130, 1000), (1, 1)], [(700, 900)]])
+@pytest.mark.parametrize("name", [n for n in KERNELS if n != "cpu"])
+def test_gradients_that_are_rounded_later(name, lengths):
+    """`backward_wide` adds to the rows it is told, some of them twice, and more precisely than the kernel rounds, where it can."""
+    kernel, device = KERNELS[name], torch.device("cuda", torch.cuda.current_device())
+    reason = kernel.why_not(device, torch.bfloat16, 128, True)
+    if reason:
+        pytest.skip(reason)
+    cu = lambda i: [0, *torch.tensor([x[i] for x in lengths]).cumsum(0).tolist()]
+    segments = Segments(cu(0), cu(1))
+    make = lambda rows, heads: torch.randn(rows, heads, 128, device=device, dtype=torch.bfloat16)
+    q, dout, k, v = make(segments.total_q, 14), make(segments.total_q, 14), make(segments.total_k, 2), make(segments.total_k, 2)
+    out, dq, narrow_k, narrow_v = torch.empty_like(q), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    lse = kernel.forward(q, k, v, segments, True, 128**-0.5, out=out)
+    given = dout, q, k, v, out, lse, segments, True, 128**-0.5, dq
+    kernel.backward(*given, narrow_k, narrow_v)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(reference(*exact, segments, True), exact, dout.double())
+    order = torch.randperm(segments.total_k, device=device)
+    for rows, unique in ((order, True), (order // 2, False)):
+        dk, dv = (torch.ones(segments.total_k, 2, 128, device=device) for _ in "kv")
+        kernel.backward_wide(*given)(dk, dv, rows, unique)
+        assert relative(dq, wanted[0]) < 4e-3
+        for x, narrow, want in ((dk, narrow_k, wanted[1]), (dv, narrow_v, wanted[2])):
+            placed = torch.zeros_like(x, dtype=torch.float64).index_add_(0, rows, want)
+            assert relative(x - 1, placed) < 4e-3
+            if unique and name != "flash-attn":
+                assert relative(x - 1, placed) < 0.95 * relative(narrow, want)
+
+
 def test_the_fastest_kernel_end_to_end():
     cu = [0, 700, 701, 1500]
     q, k, v = (torch.randn(1500, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (28, 4, 4))

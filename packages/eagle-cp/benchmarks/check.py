@@ -144,12 +144,17 @@ def main():
             for strided in (False, True):
                 attempt(f"kernel {name} causal={causal} strided={strided}", check_kernel, KERNELS[name], causal, strided)
     sys.modules["eagle_cp.core"].FINE_ROWS = 4000  # so that "one" goes one key/value head at a time
+    sys.modules["eagle_cp.shared"].LONG_SEGMENT = 2000  # and its pieces get calls of their own
     packs = {"one": [9001], "mixed": [5003, 1, 700, 1201, 33, 2000], "short": [700, 512, 900, 30, 1, 411, 640]}
     for u, mesh in meshes.items():
         attempt(f"tiles u={u} r={world // u}", check_tiles, mesh)
         for name in usable:
             for pack, lengths in packs.items():
                 attempt(f"split u={u} r={world // u} {name} {pack} 28/4", check_split, mesh, name, lengths, (28, 4), True)
+            if u < world:
+                speed, mesh.gather_gb_s = mesh.gather_gb_s, 1e-3  # so slow that collectives run beside the kernels
+                attempt(f"split u={u} r={world // u} {name} one 28/4, overlapped", check_split, mesh, name, packs["one"], (28, 4), True)
+                mesh.gather_gb_s = speed
         attempt(f"split u={u} r={world // u} 9/3", check_split, mesh, None, packs["mixed"], (9, 3), True)
         attempt(f"split u={u} r={world // u} 7/1 full", check_split, mesh, None, packs["mixed"], (7, 1), False)
     if dist.get_rank() == 0:
