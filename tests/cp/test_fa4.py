@@ -90,15 +90,15 @@ from test_fa4 import DIM, StandIn
 
 module = StandIn()
 fa4.module = lambda: module
-for lengths in ([140], [130, 5]):
+for lengths, heads in (([20], 2), ([130, 5], 1)):
     cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     n, segments = cu[-1], Segments(cu, cu)
-    q, k, v = (torch.randn(n, h, DIM).bfloat16() for h in (6, 2, 2))
-    add_to = fa4.backward_wide(q, q, k, v, q, torch.zeros(6, n), segments, True, 0.5, torch.empty_like(q))
+    q, k, v = (torch.randn(n, h, DIM).bfloat16() for h in (3 * heads, heads, heads))
+    add_to = fa4.backward_wide(q, q, k, v, q, torch.zeros(3 * heads, n), segments, True, 0.5, torch.empty_like(q))
     rows = torch.randperm(n + 50)[:n]
     for rows, unique in ((rows, True), (rows // 2, False), (None, True)):
-        both = torch.ones(n + 50, 4, DIM)  # dK and dV side by side: strided rows
-        add_to(both[:, :2], both[:, 2:], rows, unique)
+        both = torch.ones(n + 50, 2 * heads, DIM)  # dK and dV side by side: strided rows
+        add_to(both[:, :heads], both[:, heads:], rows, unique)
         wanted = torch.ones_like(both)
         part = torch.cat((k.float() / 2, v.float()), 1)
         wanted.index_add_(0, torch.arange(n) if rows is None else rows, part)

@@ -79,7 +79,7 @@ def measure(step, inputs, pairs: int, world: int, seconds: float) -> dict:
     torch.cuda.reset_peak_memory_stats()
     both()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
+    peak = int(slowest(torch.cuda.max_memory_allocated()))
     # What must exist at the end of the backward: inputs, their gradients, the output and its gradient.
     needed = 2 * sum(x.numel() * x.element_size() for x in inputs) + 2 * dout.numel() * dout.element_size()
     forward_ms, both_ms = time_ms(forward, seconds / 3), time_ms(both, seconds)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eagle_cp import fa4, varlen
+from eagle_cp import fa2, fa4
 from eagle_cp.blockwise import CPU, CUDNN, Dense, blockwise_backward, blockwise_backward_wide, blockwise_forward, count_calls
 from eagle_cp.segments import Segments
 
@@ -79,7 +79,7 @@ def _aten_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causa
 
 def _fa2_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool) -> str | None:
     reason = _aten_why_not(device, dtype, head_dim, causal)
-    if reason is None and varlen.fa2_module() is None:
+    if reason is None and fa2.fa2_module() is None:
         reason = "flash-attn 2 is not installed (pip install 'eagle-cp[flash-attn]')"
     return reason
 
@@ -107,9 +107,9 @@ KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         Kernel("flash-attn-4", fa4.forward, fa4.backward, fa4.backward_wide, _fa4_why_not),
-        Kernel("torch-flash", varlen.aten_forward, varlen.aten_backward, varlen.aten_backward_wide, _aten_why_not),
+        Kernel("torch-flash", fa2.aten_forward, fa2.aten_backward, fa2.aten_backward_wide, _aten_why_not),
         _dense("cudnn", CUDNN, _cudnn_why_not),
-        Kernel("flash-attn", varlen.fa2_forward, varlen.fa2_backward, varlen.fa2_backward_wide, _fa2_why_not),
+        Kernel("flash-attn", fa2.fa2_forward, fa2.fa2_backward, fa2.fa2_backward_wide, _fa2_why_not),
         _dense("cpu", CPU, _cpu_why_not),
     )
 }

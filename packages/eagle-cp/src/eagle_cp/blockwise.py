@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from eagle_cp.gradients import add_rows
 from eagle_cp.segments import Segments
-from eagle_cp.varlen import add_rows
 
 
 class Batch(NamedTuple):

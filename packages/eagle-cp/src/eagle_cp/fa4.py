@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from eagle_cp.fa2 import find
+from eagle_cp.gradients import rounded_gradients
 from eagle_cp.segments import Segments
-from eagle_cp.varlen import find, rounded_gradients
 
 log = logging.getLogger("eagle_cp")
 TILES = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)  # rows that a kernel may sum at once

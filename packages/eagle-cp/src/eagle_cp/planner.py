@@ -120,14 +120,15 @@ def _weigh(lengths: Sequence[int], u: int, r: int, num_heads: int, num_kv_heads:
     gather_bytes = (r - 1) * shared_rows * 2 * kv_heads * dim * (2 + 2 + 4)
     outside = hw.host_gb_s if u * r <= hw.gpus_per_host else hw.network_gb_s
     travel = gather_bytes / outside / 1e6
-    if travel > 0.05 * compute:  # overlapped (attention.py); the first chunk and what the compute can't cover show
+    if travel > 0.05 * compute:  # overlapped (core.py); the first chunk and what the compute can't cover show
         travel = travel / kv_heads + max(0.0, travel - compute)
     handling = 3 * keys * kv_heads * dim * 8 / hw.copy_gb_s / 1e6 if r > 1 else 0.0  # picking keys, adding up their gradients
     q, kv = local * num_heads * dim * 2, local * num_kv_heads * dim * 2
     peak = 4 * q + 4 * kv  # q, out and their gradients; k, v and theirs
     if u > 1:
         peak += rows * dim * 2 * (4 * heads + 4 * kv_heads)
-    peak += rows * heads * dim * 4 + (keys if r > 1 else rows) * kv_heads * dim * (
+    # A shared piece's dQ is summed in fp32 for half of the rows at a time.
+    peak += rows * heads * dim * (2 if r > 1 else 4) + (keys if r > 1 else rows) * kv_heads * dim * (
         8 + (8 if r > 1 else 0)
     )  # the kernel's sums; picked keys
     return Candidate(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from eagle_cp.gradients import add_rows, rounded_gradients
 from eagle_cp.segments import Segments
 
 
@@ -32,23 +33,6 @@ def fa2_module() -> Any:
 def _lengths(segments: Segments, device: torch.device) -> dict:
     cu_q, cu_k = segments.on(device)
     return {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": segments.max_q, "max_seqlen_k": segments.max_k}
-
-
-def rounded_gradients(backward: Callable[..., None], dout, q, k, v, *rest) -> Callable[..., None]:
-    """The wide gradients of a kernel that can only round them: `add_to(dk, dv, rows, unique)` adds them to rows `rows` (None: in order)."""
-    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    backward(dout, q, k, v, *rest, dk, dv)
-    return functools.partial(add_rows, (dk, dv))
-
-
-def add_rows(
-    parts: Sequence[torch.Tensor], dk: torch.Tensor, dv: torch.Tensor, rows: torch.Tensor | None = None, unique: bool = True
-) -> None:
-    for target, part in zip((dk, dv), parts):
-        if rows is None:
-            target.add_(part)
-        else:
-            target.index_add_(0, rows, part.to(target.dtype))
 
 
 def aten_forward(q, k, v, segments: Segments, causal: bool, scale: float, out: torch.Tensor) -> torch.Tensor:
