@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -78,10 +78,12 @@ def repeat(segment: Path, path: Path, times: int, options: dict[str, str] | None
     partial.rename(path)
 
 
-def make(folder: Path = FOLDER) -> Path:
-    """All benchmark videos that aren't there yet; returns the folder."""
+def make(folder: Path = FOLDER, only: Sequence[str] | None = None) -> Path:
+    """The benchmark videos (all, or those named in `only`) that aren't there yet; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, width, height, seconds in (("360p", 640, 360, 100), ("1080p", 1920, 1080, 50)):
+        if only is not None and not any(file.startswith(name) for file in only):
+            continue
         segment = folder / f"segment-{name}.mp4"
         if not segment.exists():
             encode(segment.with_name("partial-" + segment.name), seconds, width, height)
@@ -90,7 +92,7 @@ def make(folder: Path = FOLDER) -> Path:
             suffixes = ["mp4", "mkv", "ts", "frag.mp4"] if name == "360p" else ["mp4"]
             for suffix in suffixes:
                 path = folder / f"{name}-{minutes}min.{suffix}"
-                if not path.exists():
+                if not path.exists() and (only is None or path.name in only):
                     options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"} if suffix == "frag.mp4" else None
                     repeat(segment, path, minutes * 60 // seconds, options)
     return folder

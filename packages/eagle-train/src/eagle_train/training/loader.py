@@ -139,6 +139,11 @@ class Loader:
 
     # The consumer's side
 
+    @property
+    def bytes_ahead(self) -> int:
+        """Bytes of the batches that are on their way (as their plans estimate them) or waiting; at most `prefetch` and one batch more."""
+        return self._bytes
+
     def __iter__(self) -> Iterator[tuple[Any, Batch]]:
         while (item := self.get()) is not None:
             yield item
