@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eagle_cp import Layout
-from eagle_model import EagleForConditionalGeneration
+from eagle_model import EagleConfig, EagleForConditionalGeneration
 
 LENGTHS = (30, 9, 41)
 TILES = (2, 0, 3)
@@ -193,6 +193,17 @@ def test_initial_weights(make_model):
             assert (tensor == 0).all(), name
         if "norm" in name and name.endswith("weight"):
             assert (tensor == 1).all(), name
+
+
+def test_initial_patch_embedding(make_model):
+    """SigLIP's own deviation unless the configuration gives one, which its file keeps."""
+    name = "vision_model.vision_model.embeddings.patch_embedding.weight"
+    weight = make_model().state_dict()[name]
+    assert weight.std().item() == pytest.approx(weight[0].numel() ** -0.5, rel=0.2)
+    wide = make_model(patch_initializer_range=0.3)
+    assert wide.state_dict()[name].std().item() == pytest.approx(0.3, rel=0.1)
+    assert EagleConfig(**wide.config.to_dict()).patch_initializer_range == 0.3
+    assert "patch_initializer_range" not in make_model().config.to_dict()
 
 
 def test_resizing_the_vocabulary_keeps_a_head_that_takes_its_loss(make_model):

@@ -28,6 +28,8 @@ class EagleConfig(PretrainedConfig):
     downsample_ratio: 0.5 joins 2x2 patches to one token. use_pixel_shuffle: False leaves every patch a token.
     mlp_connector_layers: 2 (LayerNorm, Linear, GELU, Linear) or 1 (Linear).
     min_dynamic_tiles, max_dynamic_tiles: bounds of the tiling grid (also read and written as `min_dynamic_patch`, `max_dynamic_patch`).
+    initializer_range, patch_initializer_range: standard deviations of random weights, of language model and connector, and of the tower's
+    patch embedding; None means the language model's own, and SigLIP's 1 / sqrt(3 * patch_size^2).
     tie_word_embeddings: whether the head shares the embedding's weight. What `text_config` says comes first, then the top level.
 
     Raises ValueError for an unknown language or vision model.
@@ -54,6 +56,7 @@ class EagleConfig(PretrainedConfig):
     template: str | None = None
     loss_version: str = "v1"
     initializer_range: float | None = None
+    patch_initializer_range: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         older = kwargs.pop("llm_config", None)
@@ -90,8 +93,9 @@ class EagleConfig(PretrainedConfig):
         result["architectures"] = [ARCHITECTURE]
         result["min_dynamic_patch"] = self.min_dynamic_tiles
         result["max_dynamic_patch"] = self.max_dynamic_tiles
-        if result.get("initializer_range") is None:
-            result.pop("initializer_range", None)
+        for name in ("initializer_range", "patch_initializer_range"):
+            if result.get(name) is None:
+                result.pop(name, None)
         return result
 
     def to_diff_dict(self) -> dict[str, Any]:

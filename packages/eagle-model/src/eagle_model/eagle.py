@@ -290,7 +290,8 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.normal_(module.position_embedding.weight, std=self.config.vision_config.hidden_size**-0.5)
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
         elif isinstance(module, nn.Conv2d):
-            init.lecun_normal_(module.weight)
+            own = self.config.patch_initializer_range
+            init.lecun_normal_(module.weight) if own is None else init.normal_(module.weight, std=own)
         elif getattr(module, "xavier", False):
             init.xavier_uniform_(module.weight)  # type: ignore[arg-type]
         elif isinstance(module, nn.Linear | nn.Embedding):
