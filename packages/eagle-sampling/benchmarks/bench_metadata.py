@@ -1,4 +1,4 @@
-"""Headers, image sizes and LMDB reads on one core, against PyAV, torchcodec, Pillow and raw py-lmdb in the same run.
+"""Video headers and image sizes on one core, against PyAV, torchcodec and Pillow in the same run.
 
 python bench_metadata.py [--videos FOLDER]       writes results/metadata.json and .md
 """
@@ -8,22 +8,21 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import platform
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import av
-import lmdb
 import numpy as np
 from bench_video import RESULTS, versions
 from make_videos import FOLDER
 from PIL import Image
 
-from eagle_sampling import image_size, lmdb_store, probe
+from eagle_sampling import image_size, probe
 
 
 def best(work: Callable[[], object], turns: int) -> float:
@@ -87,59 +86,25 @@ def images(folder: Path) -> list[tuple[str, float]]:
     return rows
 
 
-def stores(folder: Path) -> list[tuple[str, float]]:
-    """Reads of 100 kB values a second, all threads together."""
-    path = str(folder / "store")
-    rng = np.random.default_rng(0)
-    with lmdb.open(path, map_size=1 << 30) as environment, environment.begin(write=True) as transaction:
-        for i in range(1000):
-            transaction.put(b"%04d" % i, rng.bytes(100_000))
-    order = rng.permutation(1000).tolist()
-    keys, raw_keys = [f"{i:04d}" for i in order], [b"%04d" % i for i in order]
-
-    def ours() -> None:
-        for key in keys:
-            lmdb_store.get(path, key)
-
-    def together(work: Callable[[], None], threads: int) -> float:
-        def go() -> None:
-            crew = [threading.Thread(target=work) for _ in range(threads)]
-            for thread in crew:
-                thread.start()
-            for thread in crew:
-                thread.join()
-
-        return threads * 1_000_000 / best(go, 9)
-
-    rows = [(f"LMDB, {n} threads: eagle, reads/s of CPU", together(ours, n)) for n in (1, 4)]
-    lmdb_store.close_all()
-    environment = lmdb.open(path, readonly=True, lock=False, readahead=False)
-
-    def raw() -> None:
-        for key in raw_keys:
-            with environment.begin() as transaction:
-                transaction.get(key)
-
-    return rows + [(f"LMDB, {n} threads: raw py-lmdb, reads/s of CPU", together(raw, n)) for n in (1, 4)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--videos", default=str(FOLDER))
-    folder = Path(parser.parse_args().videos)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    folder = Path(given.videos)
     with tempfile.TemporaryDirectory() as scratch:
-        found = {"videos, CPU ms": videos(folder), "images": images(Path(scratch)), "lmdb": stores(Path(scratch))}
+        found = {"videos, CPU ms": videos(folder), "images": images(Path(scratch))}
     about = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"one core of {platform.machine()}, shared with other work",
+        "machine": f"one core of {platform.machine()}, load {os.getloadavg()[0]:.1f}",
         "versions": versions(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "metadata.json").write_text(json.dumps({"about": about, "found": found}, indent=1) + "\n")
+    given.results.mkdir(parents=True, exist_ok=True)
+    (given.results / "metadata.json").write_text(json.dumps({"about": about, "found": found}, indent=1) + "\n")
     lines = [f"{about['date']}, {about['machine']}; " + ", ".join(f"{n} {v}" for n, v in about["versions"].items()) + ".", ""]
     for title, rows in found.items():
         lines += [f"| {title} | |", "|---|---|", *(f"| {name} | {value:,.2f} |" for name, value in rows), ""]
-    (RESULTS / "metadata.md").write_text("\n".join(lines))
+    (given.results / "metadata.md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
