@@ -1,5 +1,6 @@
 """Two processes over gloo with FSDP2, and two that share each pack, train what one process trains."""
 
+import contextlib
 import json
 import os
 import socket
@@ -19,15 +20,17 @@ from eagle_train.watching.metrics import Metrics
 CHILD = Path(__file__).with_name("train_on_ranks.py")
 
 
-def train_on_ranks(config, path, ranks=2, vanishing=()):
-    path.write_text(dump_config(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+def train_on_ranks(paths, ranks=2):
+    """The runs of some configuration files on `ranks` processes; starting those costs more than the runs, so they do all of them."""
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in paths]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        runs = [f"{one.getsockname()[1]}:{path}" for one, path in zip(free, paths)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(CHILD), str(path), *map(str, vanishing)],
+            [sys.executable, str(CHILD), VANISHING, *runs],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -36,7 +39,7 @@ def train_on_ranks(config, path, ranks=2, vanishing=()):
         for rank in range(ranks)
     ]
     for process in processes:
-        output, _ = process.communicate(timeout=280)
+        output, _ = process.communicate(timeout=150)
         assert process.returncode == 0, output
 
 
@@ -77,10 +80,23 @@ def alone(colour_run_in, tmp_path_factory):
     return config
 
 
-@pytest.mark.parametrize("parallel", [{"fsdp": True}, {"fsdp": False}, {"gather": 2}], ids=["fsdp2", "replicated", "context-parallel"])
-def test_two_ranks_train_what_one_trains(alone, colour_run, tmp_path, parallel):
-    ranks = colour_run(stages=STAGES, checkpoint={"every": 100}, parallel={"dtype": "float32", **parallel})
-    train_on_ranks(ranks, tmp_path / "ranks.yaml", vanishing=[tmp_path / VANISHING])
+@pytest.fixture(scope="module")
+def on_ranks(colour_run_in, tmp_path_factory):
+    """The same run on two ranks, for each way of sharing it."""
+    ways = {"fsdp2": {"fsdp": True}, "replicated": {"fsdp": False}, "context-parallel": {"gather": 2}}
+    configs, paths = {}, []
+    for way, parallel in ways.items():
+        folder = tmp_path_factory.mktemp(way)
+        configs[way] = colour_run_in(folder, stages=STAGES, checkpoint={"every": 100}, parallel={"dtype": "float32", **parallel})
+        paths.append(folder / "ranks.yaml")
+        paths[-1].write_text(dump_config(configs[way]))
+    train_on_ranks(paths)
+    return configs
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "replicated", "context-parallel"])
+def test_two_ranks_train_what_one_trains(alone, on_ranks, way):
+    ranks = on_ranks[way]
     same(alone, ranks)
     assert json.loads((ranks.run.folder / "checkpoints" / "two-end" / "state.json").read_text())["total_steps"] == 3
     missing = {(entry.line, entry.reason) for name in ("", "1") for entry in Ledger(ranks.run.folder / f"ledger-train{name}.jsonl")}

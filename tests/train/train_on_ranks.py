@@ -1,8 +1,10 @@
-"""What each rank of test_parallel.py runs: the run of a configuration file, from prepare to its last checkpoint.
+"""What each rank of test_parallel.py runs: the runs of some configuration files one after the other, from prepare to the last checkpoint.
 
-train_on_ranks.py CONFIG [FILE ...]: files that vanish between preparing and training
+train_on_ranks.py VANISHING PORT:CONFIG...: VANISHING is a file beside each configuration that goes away between preparing and training;
+each run meets at a port of its own, or a fast rank would join the meeting of the run before.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,13 +16,15 @@ from eagle_train.training.run import get_ready, train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    config = load_config(sys.argv[1])
-    world = start_world(config.parallel, "cpu")
-    ready = get_ready(config, world)
-    world.barrier()
-    if world.is_main:
-        for file in sys.argv[2:]:
-            Path(file).unlink()
-    world.barrier()
-    train(ready, world)
-    world.close()
+    for argument in sys.argv[2:]:
+        os.environ["MASTER_PORT"], _, name = argument.partition(":")
+        path = Path(name)
+        config = load_config(path)
+        world = start_world(config.parallel, "cpu")
+        ready = get_ready(config, world)
+        world.barrier()
+        if world.is_main:
+            (path.parent / sys.argv[1]).unlink()
+        world.barrier()
+        train(ready, world)
+        world.close()
