@@ -69,8 +69,9 @@ class VisionShape:
     def kept(self, hidden: int, itemsize: int) -> dict[str, int]:
         """Bytes that forward leaves for backward: tower's checkpoints, connector's activations, pixels."""
         tower = 0 if self.frozen else self.patches * self.width
-        # The input of the post-layernorm, then of the connector's LayerNorm, of both Linears and of GELU.
-        connector = tower + 2 * self.patches * self.width + 2 * (self.patches // self.merge) * hidden
+        # The input of the post-layernorm, then of the connector's LayerNorm, of both Linears and of GELU; what comes out is kept by the
+        # operator that puts it among the embeddings.
+        connector = tower + 2 * self.patches * self.width + 3 * (self.patches // self.merge) * hidden
         pixels = self.patches * self.patch_values * (1 if self.frozen else 1 + itemsize)
         return {"vision checkpoints": self.layers * tower * itemsize, "connector": connector * itemsize, "pixels": pixels}
 
@@ -240,7 +241,6 @@ def plan_memory(
             "weights": static["weights"],
             "optimizer": static["optimizer"],
             "gradients": at_rest(trained),
-            "whole weights": root * copies,
         }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return MemoryPlan(gpu=sum(moments[moment].values()), host=host, moment=moment, parts=moments[moment], moments=moments)
