@@ -76,27 +76,43 @@ def _pack_window(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """Pack index of each sample, and the number of packs."""
     order = np.argsort(-lengths, kind="stable")
     descending = lengths[order]
-    least = -(-int(descending.sum()) // capacity)
-    dealt = []
-    for share in DEALT:
-        dealt.append(_deal(descending, capacity, least, share))
-        if dealt[-1][1] <= least + least // TOLERANCE:
-            bins, used = dealt[-1]
-            break
-    else:
-        bins, used = _best_fit(descending, capacity)
-        allowed = used + used // TOLERANCE
+    least = _least_packs(descending, capacity)
+    bins, used = _deal(descending, capacity, least, DEALT[0])
+    if used > least + least // TOLERANCE:
         # Within what is allowed the most even one wins, but one with clearly fewer packs beats them all.
+        fitted, fewest = _best_fit(descending, capacity)
+        allowed = fewest + fewest // TOLERANCE
+        dealt = [(bins, used), *(_deal(descending, capacity, least, share, most=allowed) for share in DEALT[1:])]
         fewest = min(count for _, count in dealt)
         if fewest <= allowed:
             bins, used = next(candidate for candidate in dealt if candidate[1] <= min(allowed, fewest + fewest // TOLERANCE))
+        else:
+            bins, used = fitted, int(fitted.max()) + 1
     result = np.empty(len(lengths), np.int64)
     result[order] = bins
     return result, used
 
 
-def _deal(descending: np.ndarray, capacity: int, count: int, share: float) -> tuple[np.ndarray, int]:
-    """`share` of the tokens, longest samples first, in rounds over `count` packs; the rest, and what did not fit, by best fit."""
+def _least_packs(descending: np.ndarray, capacity: int) -> int:
+    """A lower bound of the packs needed: tokens over capacity, or, when many are longer than half a pack, those and what fits nowhere
+    beside them (the bound L2 of Martello and Toth, 1990: the best over all lengths that count as too short to matter)."""
+    total = np.concatenate([[0], np.cumsum(descending)])
+    lengths = -descending  # rising, for searchsorted
+    halves = int(np.searchsorted(lengths, -(capacity // 2)))  # samples longer than half a pack
+    shortest = np.unique(descending[halves:])
+    if not len(shortest):
+        return len(descending)
+    stop = np.searchsorted(lengths, -shortest, side="right")  # samples at least as long as each of `shortest`
+    alone = np.searchsorted(lengths, shortest - capacity)  # samples that leave no room for one of them
+    beside = (halves - alone) * capacity - (total[halves] - total[alone])
+    return halves + max(0, int(np.max(-(-(total[stop] - total[halves] - beside) // capacity))))
+
+
+def _deal(descending: np.ndarray, capacity: int, count: int, share: float, most: int | None = None) -> tuple[np.ndarray, int]:
+    """`share` of the tokens, longest samples first, in rounds over `count` packs; the rest, and what did not fit, by best fit.
+
+    Gives up, with a number above `most`, when it needs more packs than that.
+    """
     stop = int(np.searchsorted(np.cumsum(descending), share * descending.sum()))
     bins = np.empty(len(descending), np.int64)
     room = np.full(count, capacity, np.int64)
@@ -113,59 +129,79 @@ def _deal(descending: np.ndarray, capacity: int, count: int, share: float) -> tu
             room[target[fits]] -= chunk[fits]
             left.append(start + np.flatnonzero(~fits))
     rest = np.concatenate([*left, np.arange(stop, len(descending))])
-    bins[rest], _ = _best_fit(descending[rest], capacity, room)
+    chosen, opened = _best_fit(descending[rest], capacity, room, most)
+    if len(chosen) < len(rest):
+        return bins, opened
+    bins[rest] = chosen
     used, bins = np.unique(bins, return_inverse=True)
     return bins, len(used)
 
 
-def _best_fit(lengths: np.ndarray, capacity: int, room: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+def _best_fit(lengths: np.ndarray, capacity: int, room: np.ndarray | None = None, most: int | None = None) -> tuple[np.ndarray, int]:
     """Each sample in turn into the fullest pack that can take it, else a new one; `room` is what given packs have left.
 
-    Packs are kept by the room in them, with two levels of bit sets over rooms: the tightest one is found in a few operations.
-    One long loop, because a call per sample would double its time.
+    Returns the pack of each sample and the number of packs; stops short at more than `most` packs.
+
+    Packs are kept by the room in them, with two levels of bit sets over rooms: the tightest one is found in a few operations. A pack
+    that took a sample is the tightest one for the next of the same length, so it takes as many as it can at once: with falling
+    lengths that is 2.6 to 4 times as fast as one by one. One long loop, because a call per sample would double its time.
     """
-    packs: dict[int, list[int]] = {}
+    packs: list[list[int] | None] = [None] * (capacity + 1)
     words = [0] * ((capacity >> 9) + 1)
     top = 0
     count = 0
     if room is not None:
         count = len(room)
         for index, free in enumerate(room.tolist()):
-            if free > 0:
-                packs.setdefault(free, []).append(index)
-        for free in packs:
+            if held := packs[free]:
+                held.append(index)
+            else:
+                packs[free] = [index]
+        for free in np.unique(room[room > 0]).tolist():
             words[free >> 9] |= 1 << (free & 511)
             top |= 1 << (free >> 9)
-    chosen = [0] * len(lengths)
-    for index, length in enumerate(lengths.tolist()):
-        word = length >> 9
-        bits = words[word] >> (length & 511)
-        if bits:
-            free = length + (bits & -bits).bit_length() - 1
-        elif above := top >> (word + 1):
-            word += (above & -above).bit_length()
-            bits = words[word]
-            free = (word << 9) + (bits & -bits).bit_length() - 1
-        else:
-            free = 0
-        if free:
-            held = packs[free]
-            target = held.pop()
-            if not held:
-                words[word] ^= 1 << (free & 511)
-                if not words[word]:
-                    top ^= 1 << word
-        else:
-            free, target = capacity, count
-            count += 1
-        chosen[index] = target
-        free -= length
-        if free:
-            held = packs.get(free)
-            if held:
-                held.append(target)
+    starts = np.flatnonzero(np.diff(lengths, prepend=-1))
+    chosen: list[int] = []
+    for length, left in zip(lengths[starts].tolist(), np.diff(starts, append=len(lengths)).tolist()):
+        while left:
+            word = length >> 9
+            bits = words[word] >> (length & 511)
+            if bits:
+                free = length + (bits & -bits).bit_length() - 1
+            elif above := top >> (word + 1):
+                word += (above & -above).bit_length()
+                bits = words[word]
+                free = (word << 9) + (bits & -bits).bit_length() - 1
             else:
-                packs[free] = [target]
-                words[free >> 9] |= 1 << (free & 511)
-                top |= 1 << (free >> 9)
+                free = 0
+            if free:
+                held = packs[free]
+                assert held
+                target = held.pop()
+                if not held:
+                    words[word] ^= 1 << (free & 511)
+                    if not words[word]:
+                        top ^= 1 << word
+            else:
+                free, target = capacity, count
+                count += 1
+                if most is not None and count > most:
+                    return np.asarray(chosen, np.int64), count
+            if free < 2 * length:
+                chosen.append(target)
+                free -= length
+                left -= 1
+            else:
+                taken = min(left, free // length)
+                chosen += [target] * taken
+                free -= taken * length
+                left -= taken
+            if free:
+                held = packs[free]
+                if held:
+                    held.append(target)
+                else:
+                    packs[free] = [target]
+                    words[free >> 9] |= 1 << (free & 511)
+                    top |= 1 << (free >> 9)
     return np.asarray(chosen, np.int64), count
