@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from eagle_sampling import Limits, MediaError, choose_times, probe, read_frames
+from eagle_sampling.video_av1 import needed_parts
+from eagle_sampling.video_decode import FileReader
 from eagle_sampling.video_info import read_track
 from eagle_sampling.video_plan import droppable_test, group_targets
 
@@ -64,6 +66,13 @@ MATRIX = {
     "vp9.mp4": {"codec": "libvpx-vp9", "options": REALTIME, "count": 40},
     "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12", "g": "20"}, "count": 40},
     "av1.webm": {"codec": "libsvtav1", "options": {"preset": "12", "g": "20"}, "count": 40},
+    "av1-pyramid.mp4": {"codec": "libsvtav1", "options": {"preset": "10", "g": "60"}, "count": 70},
+    "av1-aom.webm": {"codec": "libaom-av1", "options": {"cpu-used": "8", "g": "40"}, "count": 50},
+    "colours-outside.mkv": {  # VP8 itself can't say them
+        "codec": "libvpx",
+        "options": {**REALTIME, "colorspace": "bt709", "chroma_sample_location": "topleft"},
+        "count": 10,
+    },
     "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
     "mpeg2.ts": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}},
     "odd-444.mp4": {"pixel_format": "yuv444p", "size": (97, 65)},
@@ -138,6 +147,55 @@ def test_only_what_is_needed_is_decoded(small_mp4, monkeypatch):
     assert 0.35 < np.mean(spare) < 0.65
     groups = group_targets(track, np.array([0, 5, 30, 59]))
     assert [(group.start, group.targets) for group in groups] == [(0, (0, 5)), (24, (30,)), (48, (59,))]
+
+
+def test_av1_frames_that_nothing_wanted_is_made_from_are_left_out(media, monkeypatch):
+    """A pyramid of 16: the last frame of 60 needs a branch of it, and its neighbour for the most part the same one."""
+    if "libsvtav1" not in av.codecs_available:
+        pytest.skip("this build of libav has no libsvtav1")
+    path = media("av1-pyramid.mp4", **MATRIX["av1-pyramid.mp4"])
+    sent = []
+    whole = FileReader.packet
+    monkeypatch.setattr(FileReader, "packet", lambda *given: sent.append(whole(*given)) or sent[-1])
+    times = probe(path).times.times()
+    read_frames(path, times[[57]])
+    assert len(sent) == 58
+    assert 2 <= sum(packet is not None for packet in sent) <= 20
+    assert sum(packet.size for packet in sent if packet is not None) < 0.8 * path.stat().st_size
+    sent.clear()
+    read_frames(path, times[:58])
+    assert None not in sent
+
+
+def test_headers_that_do_not_tell_mean_decode_everything(media):
+    if "libsvtav1" not in av.codecs_available:
+        pytest.skip("this build of libav has no libsvtav1")
+    path = media("av1-pyramid.mp4", **MATRIX["av1-pyramid.mp4"])
+    track, data = read_track(str(path)), path.read_bytes()
+    units = [data[offset : offset + size] for offset, size in zip(track.offsets, track.sizes)]
+    assert needed_parts(units.__getitem__, range(20), {19}, track.extradata) is not None
+    assert needed_parts(units.__getitem__, range(1, 20), {19}, track.extradata) is None  # not from a keyframe
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        broken = list(units)
+        number = int(rng.integers(20))
+        unit = bytearray(units[number])
+        unit[int(rng.integers(min(len(unit), 30)))] ^= 1 << int(rng.integers(8))
+        broken[number] = bytes(unit[: int(rng.integers(1, len(unit) + 1))])
+        parts = needed_parts(broken.__getitem__, range(20), {19}, track.extradata)
+        assert parts is None or all(0 <= a < b <= len(broken[sample]) for sample, spans in parts.items() for a, b in spans)
+
+
+def test_colours_that_only_the_container_names(small_mp4, truth, tmp_path):
+    """A `colr` box in place of `btrt`, both of 20 bytes: BT.709 in full range."""
+    data = small_mp4.read_bytes()
+    at = data.index(b"btrt") - 4
+    colr = struct.pack(">I4s4sHHHBB", 20, b"colr", b"nclx", 1, 1, 1, 0x80, 0)
+    path = tmp_path / "coloured.mp4"
+    path.write_bytes(data[:at] + colr + data[at + 20 :])
+    expected = truth(path)[0]
+    assert (read_frames(path, [0.0]).pixels[0] == expected).all()
+    assert (read_frames(small_mp4, [0.0]).pixels[0] != expected).any()
 
 
 def test_tolerance_lets_a_keyframe_stand_in(small_mp4):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .containers.source import Source
 from .containers.track import Track
 from .limits import Limits
+from .video_av1 import join, needed_parts
 from .video_plan import Group, droppable_test, earlier_start
 
 _DECODERS = {"av1": "libdav1d"}
@@ -63,6 +64,10 @@ class PacketReader(Protocol):
 
     context: av.VideoCodecContext
 
+    def begin(self, start: int, stop: int, wanted: set[int]) -> None:
+        """A pass over samples start ... stop - 1 begins, of which the pictures of `wanted` are."""
+        ...
+
     def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
         """Sample `sample` of a pass that ends before `stop`; None when it isn't `wanted` and nothing depends on it."""
         ...
@@ -74,18 +79,27 @@ class FileReader:
     def __init__(self, source: Source, track: Track, limits: Limits):
         self.source, self.track, self.limits = source, track, limits
         self.droppable = droppable_test(track.codec, track.extradata)
-        self.begin, self.window = 0, b""
+        self.window_start, self.window = 0, b""
+        self.parts: dict[int, list[tuple[int, int]]] | None = None  # what to send of each sample, where the codec's headers tell
         context = av.CodecContext.create(_DECODERS.get(track.codec, track.codec), "r")
         assert isinstance(context, av.VideoCodecContext)
         if track.extradata:
             context.extradata = track.extradata
         self.context = context
 
+    def begin(self, start: int, stop: int, wanted: set[int]) -> None:
+        if self.track.codec == "av1":
+            self.parts = needed_parts(lambda sample: self._read(sample, stop), range(start, stop), wanted, self.track.extradata)
+
     def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
         track = self.track
-        data = self._read(sample, stop) if track.scattered is None else track.scattered(self.source, sample)
+        if self.parts is not None and sample not in self.parts:
+            return None
+        data = self._read(sample, stop)
         if not wanted and self.droppable is not None and self.droppable(data):
             return None
+        if self.parts is not None:
+            data = join(data, self.parts[sample])
         packet = av.Packet(data)
         packet.pts = int(track.ticks[sample])
         packet.time_base = track.unit
@@ -93,14 +107,16 @@ class FileReader:
 
     def _read(self, sample: int, stop: int) -> bytes:
         track = self.track
+        if track.scattered is not None:
+            return track.scattered(self.source, sample)
         assert track.offsets is not None
         assert track.sizes is not None
         offset, size = int(track.offsets[sample]), int(track.sizes[sample])
-        at = offset - self.begin
+        at = offset - self.window_start
         if at < 0 or at + size > len(self.window):
             self.limits.check_bytes(size, f"{self.source.path}: the video packet at byte {offset}")
             end = int(track.offsets[stop - 1] + track.sizes[stop - 1])
-            self.begin, at = offset, 0
+            self.window_start, at = offset, 0
             self.window = self.source.read(offset, max(size, min(_WINDOW, end - offset)))
         return self.window[at : at + size]
 
@@ -114,7 +130,7 @@ class Decoder:
         self.orderly = not len(track.doubled())
         context = reader.context
         # explode: report damage instead of painting over it. strict: assume the deepest reordering where the stream doesn't say.
-        context.options = {"err_detect": "explode", "strict": "1"} if track.codec == "h264" else {"err_detect": "explode"}
+        context.options = {"err_detect": "explode", **({"strict": "1"} if track.codec == "h264" else {}), **track.colour}
         context.thread_count = threads
         context.thread_type = "FRAME" if threads > 1 else "NONE"
 
@@ -150,6 +166,7 @@ class Decoder:
                 painted.append(sample)
 
         sent, reason = start, None
+        self.reader.begin(start, stop, left)
         try:
             for sample in range(start, stop):
                 tick = ticks[sample - start]

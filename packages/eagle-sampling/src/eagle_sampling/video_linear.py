@@ -20,6 +20,9 @@ class PacketStream:
         self.packets = (packet for packet in self.container.demux(stream) if packet.size)
         self.next = 0
 
+    def begin(self, start: int, stop: int, wanted: set[int]) -> None:
+        """Nothing to prepare."""
+
     def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
         """Packet number `sample`. Raises av.InvalidDataError when the container marks it as damaged."""
         if sample < self.next:

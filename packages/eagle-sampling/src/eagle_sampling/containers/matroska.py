@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..limits import Limits
 from .matroska_blocks import scan_blocks
 from .source import Damaged, Source
-from .track import NotOurs, Track
+from .track import NotOurs, Track, colour_options
 
 _CODECS = {
     b"V_MPEG4/ISO/AVC": "h264",
@@ -38,6 +38,7 @@ class _Header:
     frame_duration: int = 0
     rotation: int = 0
     aspect: Fraction = Fraction(1)
+    colour: dict[str, str] = field(default_factory=dict)
     clusters: list[tuple[int, int]] = field(default_factory=list)  # (start of the body, end)
     cues: list[int] = field(default_factory=list)  # ticks of keyframes
     cut: bool = False
@@ -80,6 +81,7 @@ def _track(
         extradata=header.extradata,
         rotation=header.rotation,
         pixel_aspect_ratio=header.aspect,
+        colour=header.colour,
         duration=header.duration,
         missing=missing,
         unknown=header.unknown,
@@ -233,6 +235,9 @@ def _read_video(video: dict[int, bytes], header: _Header) -> None:
     across, down = numbers.get(0x54B0, header.width), numbers.get(0x54BA, header.height)
     if numbers.get(0x54B2, 0) in (0, 3) and across and down and header.width and header.height:
         header.aspect = Fraction(across * header.height, down * header.width)
+    if 0x55B0 in video:
+        said = {kind: int.from_bytes(body, "big") for kind, body in _children(video[0x55B0]) if len(body) <= 8}
+        header.colour = colour_options(said.get(0x55B1, 2), said.get(0x55B9, 0), (said.get(0x55B7, 0), said.get(0x55B8, 0)))
     projection = dict(_children(video.get(0x7670, b"")))
     if projection:
         yaw, pitch, roll = (_float(projection.get(kind, bytes(4))) for kind in (0x7673, 0x7674, 0x7675))

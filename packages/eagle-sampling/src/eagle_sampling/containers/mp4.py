@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..limits import Limits
 from .mp4_fragments import Fragments, read_fragment
 from .source import Damaged, Source, boxes
-from .track import NotOurs, Track
+from .track import NotOurs, Track, colour_options
 
 MAX_HEADER = 1 << 28  # a `moov` of 256 MiB describes about 20 million frames
 _CODECS = {
@@ -52,7 +52,7 @@ def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track
     if moov is None:
         raise Damaged("its index (the moov box) is missing; the recording or the copy was cut off" if cut else "it has no moov box")
     header = _read_moov(moov)
-    codec, width, height, aspect, extradata = _description(header.tables.get(b"stsd"))
+    codec, width, height, aspect, extradata, colour = _description(header.tables.get(b"stsd"))
     samples = _tables(header, limits, None if positions else source.size)
     if fragments:
         if len(samples[0]):
@@ -86,6 +86,7 @@ def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track
         rotation=rotation,
         mirrored=mirrored,
         pixel_aspect_ratio=aspect,
+        colour=colour,
         duration=header.duration / header.scale if header.duration else None,
         missing=missing or int(cut and bool(fragments)),
         unknown=("rotation",) if odd else (),
@@ -184,8 +185,8 @@ def _read_elst(elst: memoryview) -> list[tuple[int, int, int]]:
     return [tuple(row) for row in np.frombuffer(elst, entry, count, 8).tolist()]
 
 
-def _description(stsd: memoryview | None) -> tuple[str, int, int, Fraction, bytes]:
-    """(codec, width, height, pixel aspect ratio, extradata) of the only sample description."""
+def _description(stsd: memoryview | None) -> tuple[str, int, int, Fraction, bytes, dict[str, str]]:
+    """(codec, width, height, pixel aspect ratio, extradata, colour) of the only sample description."""
     if stsd is None:
         raise Damaged("its video track has no sample description")
     entries = list(boxes(stsd[8:]))
@@ -196,7 +197,8 @@ def _description(stsd: memoryview | None) -> tuple[str, int, int, Fraction, byte
         raise NotOurs(f"codec {kind!r}")
     codec, wanted = _CODECS[kind]
     width, height = int.from_bytes(body[24:26], "big"), int.from_bytes(body[26:28], "big")
-    parts = dict(boxes(body[78:])) if len(body) >= 78 else {}
+    inner = list(boxes(body[78:])) if len(body) >= 78 else []
+    parts = dict(inner)
     if wanted and wanted not in parts:
         raise NotOurs(f"no {wanted.decode()} box")
     aspect = Fraction(1)
@@ -205,7 +207,12 @@ def _description(stsd: memoryview | None) -> tuple[str, int, int, Fraction, byte
         aspect = Fraction(across, down) if across and down else aspect
     if b"dvcC" in parts or b"sinf" in parts:
         raise NotOurs("Dolby Vision or encrypted")
-    return codec, width, height, aspect, bytes(parts[wanted]) if wanted else b""
+    colour = {}
+    for name, part in inner:
+        if name == b"colr" and bytes(part[:4]) in (b"nclx", b"nclc") and len(part) >= 10:
+            full = 1 + (part[10] >> 7) if bytes(part[:4]) == b"nclx" and len(part) > 10 else 0
+            colour = colour_options(int.from_bytes(part[8:10], "big"), full)
+    return codec, width, height, aspect, bytes(parts[wanted]) if wanted else b"", colour
 
 
 def _column(table: memoryview | None, fields: int, start: int = 4) -> NDArray[np.int64]:

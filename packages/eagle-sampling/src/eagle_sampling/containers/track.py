@@ -24,6 +24,7 @@ class Track:
     shown: False where an edit list hides the frame. offsets, sizes: where its bytes lie (absent: only libavformat can find them).
     width, height: stored pixels. rotation: degrees clockwise that a player turns it (0, 90, 180, 270), after mirroring it left to right
     if `mirrored`.
+    colour: what the container says of matrix, range and chroma positions, as decoder options: they hold where the stream itself is silent.
     missing: samples that the header promises but the file doesn't hold.
     """
 
@@ -42,6 +43,7 @@ class Track:
     mirrored: bool = False
     pixel_aspect_ratio: Fraction = Fraction(1)
     duration: float | None = None
+    colour: dict[str, str] = field(default_factory=dict)
     missing: int = 0
     unknown: tuple[str, ...] = ()
     timed: bool = True  # False: packets carry no times, only a decode from the front tells which frame is which
@@ -65,3 +67,16 @@ class Track:
     def seconds(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
         """Presentation times of the samples, each correctly rounded."""
         return self.ticks[samples] * np.float64(self.unit.numerator) / np.float64(self.unit.denominator)
+
+
+def colour_options(matrix: int = 2, colour_range: int = 0, chroma: tuple[int, int] = (0, 0)) -> dict[str, str]:
+    """Decoder options for a matrix and range (ITU-T H.273; 2 and 0: not said) and Matroska's chroma siting (across, down).
+
+    Siting: 1 at the luma sample, 2 half way to the next.
+    """
+    said = {
+        "colorspace": matrix if matrix in (0, 1, 4, 5, 6, 7, 8, 9, 10) else None,
+        "color_range": colour_range if colour_range in (1, 2) else None,
+        "chroma_sample_location": {(1, 2): 1, (2, 2): 2, (1, 1): 3, (2, 1): 4}.get(chroma),
+    }
+    return {name: str(value) for name, value in said.items() if value is not None}
