@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -137,12 +138,18 @@ def main():
     parser.add_argument("--packs", default=".", help="regular expression over the names of packs")
     parser.add_argument("--methods", default=".", help="regular expression over the names of methods")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for the repetitions of one measurement")
+    parser.add_argument("--ctas", type=int, help="multiprocessors of a collective of ours (default: NCCL's choice)")
     parser.add_argument("--until", type=float, default=1e9, help="seconds after which no further measurement is started")
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=60), device_id=torch.device("cuda", torch.cuda.current_device()))
     world, began = dist.get_world_size(), time.time()
-    meshes = {u: ContextMesh.from_group(ulysses=u) for u in range(1, world + 1) if world % u == 0}
+    context = None
+    if args.ctas:  # of NCCL's kernels; none runs beside attention here, so that more cost nothing
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.min_ctas = options.config.max_ctas = args.ctas
+        context = dist.new_group(list(range(world)), pg_options=options)
+    meshes = {u: ContextMesh.from_group(context, ulysses=u) for u in range(1, world + 1) if world % u == 0}
     result = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(),
@@ -150,6 +157,7 @@ def main():
         "heads": [HEADS, KV_HEADS, DIM],
         "versions": versions(),
         "ceilings": ceilings(world),
+        "ctas": args.ctas,
         "rows": [],
     }
     log(json.dumps({k: v for k, v in result.items() if k != "rows"}))
@@ -164,9 +172,11 @@ def main():
         methods[f"one GPU, {backend}"] = lambda lengths, b=backend: ours(lengths, None, b)
     for name, make in RIVALS.items():
         methods[name] = lambda lengths, make=make: make(lengths, HEADS, KV_HEADS, DIM)
-    for pack, make_lengths in packs.PACKS.items():
-        lengths = make_lengths()
-        for method, make in methods.items():
+    # The fastest first, then cuDNN, rivals, FlashAttention-2: what time doesn't suffice for is left out.
+    turn = lambda m: 0 if "flash-attn-4" in m else 1 if "cudnn" in m else 2 if m in RIVALS else 3
+    for _, tier in itertools.groupby(sorted(methods, key=turn), key=turn):
+        for (pack, make_lengths), method in itertools.product(packs.PACKS.items(), list(tier)):
+            lengths, make = make_lengths(), methods[method]
             if not re.search(args.packs, pack) or not re.search(args.methods, method):
                 continue
             alone = method.startswith("one GPU")

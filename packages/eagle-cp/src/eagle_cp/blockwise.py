@@ -215,7 +215,7 @@ def blockwise_backward(
             rows, slots = (batch.rows_k, batch.slots_k) if i else (batch.rows_q, batch.slots_q)
             part = _flat(grad, slots)
             if i and groups > 1:
-                part = part.to(wide).unflatten(1, (-1, groups)).sum(2)
+                part = part.unflatten(1, (-1, groups)).sum(2, dtype=wide)
             if merges:
                 total.index_add_(0, rows, part.to(wide))
             else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 from typing import NamedTuple
 
 
@@ -64,24 +62,3 @@ def split_heads(num_heads: int, num_kv_heads: int, ulysses: int) -> tuple[HeadSh
         chunks = (HeadChunk(0, q1 - q0, 0, k1 - k0),) if even else tuple(fine)
         shares.append(HeadShare(q0, q1, k0, k1, chunks, tuple(fine)))
     return tuple(shares)
-
-
-def repeats_kv(shares: tuple[HeadShare, ...]) -> bool:
-    """Whether some key/value head is on several ranks, so that its gradient is a sum."""
-    return any(a.k1 > b.k0 for a, b in itertools.pairwise(shares))
-
-
-@functools.cache
-def stages(shares: tuple[HeadShare, ...]) -> tuple[tuple[HeadShare, ...], ...]:
-    """The shares of the Ulysses ranks in parts that are exchanged and computed one after the other: one key/value head of each rank at a
-    time, where all ranks have as many and none shares one. Stage `i + 1` travels while stage `i` is computed, and needs memory after it."""
-    if len(shares) == 1 or repeats_kv(shares) or len({len(s.fine) for s in shares}) > 1:
-        return (shares,)
-    parts = []
-    for chunks in zip(*(s.fine for s in shares)):
-        part = []
-        for s, c in zip(shares, chunks):
-            only = (HeadChunk(0, c.q1 - c.q0, 0, c.k1 - c.k0),)
-            part.append(HeadShare(s.q0 + c.q0, s.q0 + c.q1, s.k0 + c.k0, s.k0 + c.k1, only, only))
-        parts.append(tuple(part))
-    return tuple(parts)

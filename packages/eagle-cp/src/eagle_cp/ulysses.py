@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -10,9 +11,9 @@ from eagle_cp.collectives import Group
 from eagle_cp.heads import HeadShare
 
 
-def to_heads(group: Group, shares: tuple[HeadShare, ...], parts: Sequence[torch.Tensor], kinds: str) -> Callable[[], torch.Tensor]:
+def to_heads(group: Group, shares: tuple[HeadShare, ...], parts: Sequence[torch.Tensor], kinds: str) -> torch.Tensor:
     """`parts`: tensors `[local, H, D]`, `kinds` one letter each: "q" has query heads, "k" key/value heads. -> `[rows, heads of this rank,
-    D]`, the parts side by side along the heads. One collective, started here and waited for by calling what is returned."""
+    D]`, the parts side by side along the heads. One collective."""
     local, dim = parts[0].shape[0], parts[0].shape[2]
     spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
     counts = [sum(b - a for a, b in span) for span in spans]
@@ -28,45 +29,33 @@ def to_heads(group: Group, shares: tuple[HeadShare, ...], parts: Sequence[torch.
     mine = counts[group.rank]
     received = send.new_empty(local * group.size * mine * dim)
     splits = [local * count * dim for count in counts]
-    work = group.all_to_all(received, send, [local * mine * dim] * group.size, splits)
-
-    def arrive(_sent: torch.Tensor = send) -> torch.Tensor:  # what is sent must stay until it has arrived
-        work.wait()
-        return received.view(local * group.size, mine, dim)
-
-    return arrive
+    group.all_to_all(received, send, [local * mine * dim] * group.size, splits).wait()
+    return received.view(local * group.size, mine, dim)
 
 
-def to_tokens(
-    group: Group, shares: tuple[HeadShare, ...], x: torch.Tensor, kinds: str, wholes: Sequence[torch.Tensor]
-) -> Callable[[], None]:
+def to_tokens(group: Group, shares: tuple[HeadShare, ...], x: torch.Tensor, kinds: str, wholes: Sequence[torch.Tensor]) -> None:
     """The reverse: `x: [rows, heads of this rank, D]` goes into `wholes: [local, H, D]`, one for each letter of `kinds`. Heads that
-    several ranks had are summed in `x`'s dtype. One collective, started here and finished by calling what is returned."""
+    several ranks had are summed in `x`'s dtype. One collective."""
     rows, _, dim = x.shape
     local = rows // group.size
     spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
     counts = [sum(b - a for a, b in span) for span in spans]
     received = x.new_empty(local * sum(counts) * dim)
     splits = [local * count * dim for count in counts]
-    work = group.all_to_all(received, x.reshape(-1), splits, [local * x.shape[1] * dim] * group.size)
-
-    def arrive(_sent: torch.Tensor = x) -> None:
-        work.wait()
-        done = [0] * len(kinds)  # heads below this one are already there
-        at = 0
-        for span, count in zip(spans, counts):
-            block = received[at : at + local * count * dim].view(local, count, dim)
-            at += local * count * dim
-            head = 0
-            for i, (whole, (a, b)) in enumerate(zip(wholes, span)):
-                again = max(0, min(b, done[i]) - a)
-                if again:
-                    whole[:, a : a + again].add_(block[:, head : head + again])
-                _copy(whole[:, a + again : b], block[:, head + again : head + b - a])
-                done[i] = max(done[i], b)
-                head += b - a
-
-    return arrive
+    group.all_to_all(received, x.reshape(-1), splits, [local * x.shape[1] * dim] * group.size).wait()
+    done = [0] * len(kinds)  # heads below this one are already there
+    at = 0
+    for span, count in zip(spans, counts):
+        block = received[at : at + local * count * dim].view(local, count, dim)
+        at += local * count * dim
+        head = 0
+        for i, (whole, (a, b)) in enumerate(zip(wholes, span)):
+            again = max(0, min(b, done[i]) - a)
+            if again:
+                whole[:, a : a + again].add_(block[:, head : head + again])
+            _copy(whole[:, a + again : b], block[:, head + again : head + b - a])
+            done[i] = max(done[i], b)
+            head += b - a
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -80,3 +69,8 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 def _aligned(x: torch.Tensor) -> bool:
     unit = 16 // x.element_size()
     return x.stride(-1) == 1 and all(n % unit == 0 for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
+
+
+def repeats_kv(shares: tuple[HeadShare, ...]) -> bool:
+    """Whether some key/value head is on several ranks, so that its gradient is a sum."""
+    return any(a.k1 > b.k0 for a, b in itertools.pairwise(shares))
