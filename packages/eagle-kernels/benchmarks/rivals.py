@@ -1,6 +1,5 @@
 """The contenders of every operator: plain torch, the same compiled, and public libraries where they are installed."""
 
-import contextvars
 import functools
 import importlib
 from collections.abc import Callable
@@ -25,13 +24,16 @@ def optional(module: str, name: str) -> Any:
 
 @functools.cache
 def _let_quack_compile() -> None:
-    """quack 0.6.5 keys its compiled matmuls by everything that their epilogues refer to, and stops at the context variables in which newer
-    CuTe DSLs (4.8.1) keep source locations. Their names will do as keys: no arithmetic depends on them."""
+    """quack 0.6.5 keys its compiled matmuls by everything that their epilogues refer to, and stops at what it doesn't know: the context
+    variables in which newer CuTe DSLs (4.8.1) keep source locations. Their names will do as keys, since no arithmetic depends on them."""
     identity = importlib.import_module("quack.gemm_runtime.identity")
     known = identity.semantic_value_key
 
     def key(value: Any, seen: Any) -> Any:
-        return ("context variable", value.name) if isinstance(value, contextvars.ContextVar) else known(value, seen)
+        try:
+            return known(value, seen)
+        except TypeError:
+            return ("unknown", type(value).__qualname__, getattr(value, "name", ""))
 
     identity.semantic_value_key = key
 
