@@ -67,7 +67,6 @@ MATRIX = {
     "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12", "g": "20"}, "count": 40},
     "av1.webm": {"codec": "libsvtav1", "options": {"preset": "12", "g": "20"}, "count": 40},
     "av1-pyramid.mp4": {"codec": "libsvtav1", "options": {"preset": "10", "g": "60"}, "count": 70},
-    "av1-aom.webm": {"codec": "libaom-av1", "options": {"cpu-used": "8", "g": "40"}, "count": 50},
     "colours-outside.mkv": {  # VP8 itself can't say them
         "codec": "libvpx",
         "options": {**REALTIME, "colorspace": "bt709", "chroma_sample_location": "topleft"},

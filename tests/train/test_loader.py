@@ -12,6 +12,7 @@ from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.prepare import prepare
 from eagle_train.planning.stages import StageSchedule
 from eagle_train.planning.visual import ModelFacts
+from eagle_train.training import loader as loader_module
 from eagle_train.training.batch import Planned, address_of
 from eagle_train.training.loader import Loader, LoaderError, Reading, Task
 
@@ -71,11 +72,13 @@ def test_no_more_is_read_ahead_than_the_bytes_allow(tasks, reading):
         time.sleep(0.3)
         assert key == 0
         assert 2 <= len(asked) <= 5
+        assert loader.bytes_ahead <= 3 * size
         assert batch.nbytes <= 1.5 * size
         assert len(list(loader)) == len(tasks) - 1
 
 
-def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tmp_path, caplog):
+def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(loader_module, "SLOW_SAMPLE", 2.0)
     # A named pipe that nobody writes to: opening it never returns.
     stuck = tasks[0].pack[0].address.line
     dying = tasks[1].pack[0].address.line
@@ -95,6 +98,8 @@ def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tm
         assert entry.line == line
         assert entry.reason in reasons
         assert len(given[number].sample_ids) == len(tasks[number].pack) - 1
+    address = tasks[0].pack[0].address
+    assert f"{address.annotation}:{stuck} (source {address.source}) is slow: " in caplog.text
     assert "is left out" in caplog.text
 
 
