@@ -1,5 +1,7 @@
 """The quickstart's data: questions are all there, first questions don't give second answers away, videos show what rows say."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,10 +16,12 @@ from eagle_train.quickstart.easy_vqa_data import (
     SHAPES,
     Turn,
     about_shape,
+    comparison_rows,
     description,
     load_split,
     pair_turns,
     tells,
+    usual_answers,
 )
 from eagle_train.quickstart.videos import FPS, SECONDS_PER_SCENE, encode
 
@@ -44,7 +48,7 @@ def test_pairs_use_every_turn_once_and_tell_nothing_early(turns, seed):
 
 
 def test_descriptions_come_from_the_questions():
-    assert description(TURNS) == "blue circle"
+    assert description(TURNS) == "a blue circle"
     assert description(TURNS[:1]) is None
     assert description(TURNS[4:]) is None
 
@@ -55,7 +59,28 @@ def test_every_question_of_the_package_is_used():
     assert sum(map(len, split.turns.values())) == 9673
     told = [said for turns in split.turns.values() if (said := description(turns))]
     assert len(told) > 600
-    assert {word for said in told for word in said.split()} == {*SHAPES, *COLOURS}
+    assert {word for said in told for word in said.split()} == {"a", *SHAPES, *COLOURS}
+
+
+def test_comparisons_ask_what_cannot_be_guessed_and_leave_the_blind_answers_as_they_are():
+    split = load_split("train")
+    rows = comparison_rows(split, "images.lmdb", 2, np.random.default_rng(0))
+    usual = usual_answers(split)
+    counted = {question: Counter() for question in usual}
+    for turns in split.turns.values():
+        for turn in turns:
+            if turn.question in usual:
+                counted[turn.question][turn.answer] += 1
+    unusual = 0
+    for row in rows:
+        texts = [turn["value"] for turn in row["conversations"]]
+        assert texts[1].startswith("a ")
+        for question, answer in zip(texts[2::2], texts[3::2]):
+            counted[question][answer] += 1
+            unusual += answer != usual[question]
+    asked = sum(len(row["conversations"]) // 2 - 1 for row in rows)
+    assert 0.25 < unusual / asked < 0.5
+    assert {question: answers.most_common(1)[0][0] for question, answers in counted.items()} == usual
 
 
 def test_videos_are_h264_and_show_their_scenes(tmp_path):
@@ -65,7 +90,7 @@ def test_videos_are_h264_and_show_their_scenes(tmp_path):
     assert info.codec == "h264"
     assert info.frame_count == 3 * FPS * SECONDS_PER_SCENE
     assert info.duration == pytest.approx(3 * SECONDS_PER_SCENE)
-    frames = read_frames(tmp_path / "a.mp4", [0.0, 2.5, 5.75], None)
+    frames = read_frames(tmp_path / "a.mp4", [0.0, 1.25, 2.75], None)
     for pixels, colour in zip(frames.pixels, colours):
         assert np.abs(pixels.mean((0, 1)) - colour).max() < 12
 

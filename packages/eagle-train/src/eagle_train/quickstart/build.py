@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from .easy_vqa_data import Split, description_rows, load_split, question_rows, test_rows, write_images, write_rows
+from .easy_vqa_data import Split, comparison_rows, description_rows, load_split, question_rows, test_rows, write_images, write_rows
 from .videos import make_clips, turns_about, video_row
 
-VERSION = 3
+VERSION = 4
 
 
 MODEL = {
@@ -25,13 +25,18 @@ MODEL = {
         "hidden_size": 64,
         "intermediate_size": 160,
         "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
         "initializer_range": 0.12,
     },
+    "patch_initializer_range": 0.25,
 }
 """0.3 M parameters, small enough for two cores. The usual initializer_range of 0.02 is made for
-widths in the thousands; with it this model had not found the shapes after 1000 steps, with about 1 / sqrt(width) it has after 600."""
+widths in the thousands; with it this model had not found the shapes after 1000 steps, with about 1 / sqrt(width) it has after 600.
+The tower alone, taught shapes for 1000 steps, gets 0.93 of them right with this patch embedding and 0.78 with a third of it."""
+
+
+SOURCES = ("descriptions", "comparisons", "questions", "videos")
 
 
 class Size(NamedTuple):
@@ -39,7 +44,7 @@ class Size(NamedTuple):
 
     images: int | None = None
     positions: int = 4
-    train_clips: int = 240
+    train_clips: int = 360
     test_clips: int = 60
     steps: tuple[int, int, int] = (900, 640, 360)
     tokens: tuple[int, int, int] = (1024, 2048, 4096)
@@ -71,12 +76,13 @@ def _build(folder: Path, size: Size, rng: np.random.Generator) -> dict[str, int]
     held_out = make_clips(test, folder / "videos" / "test", _lengths(size.test_clips, rng), rng)
     rows: dict[str, list[dict[str, Any]]] = {
         "descriptions": description_rows(train, "train.lmdb", size.positions),
+        "comparisons": comparison_rows(train, "train.lmdb", min(2, size.positions), rng),
         "questions": question_rows(train, "train.lmdb", size.positions, rng),
         "videos": [video_row(clip, turns_about(clip), folder) for clip in clips],
         "test_questions": test_rows(test, "test.lmdb"),
         "test_videos": [video_row(clip, [turn], folder) for clip in held_out for turn in turns_about(clip)],
     }
-    _train_tokenizer([row for name in ("descriptions", "questions", "videos") for row in rows[name]], folder / "tokenizer")
+    _train_tokenizer([row for name in SOURCES for row in rows[name]], folder / "tokenizer")
     return {name: write_rows(folder / f"{name}.jsonl", content) for name, content in rows.items()}
 
 
@@ -88,8 +94,8 @@ def _first(split: Split, images: int | None) -> Split:
 
 
 def _lengths(count: int, rng: np.random.Generator) -> list[int]:
-    """Scenes of each clip: most are short, every sixth is long enough to be thinned out in the shorter stages."""
-    return [int(rng.integers(8, 13)) if index % 6 == 5 else int(rng.integers(2, 6)) for index in range(count)]
+    """Scenes of each clip: most are short, and every thirtieth is long enough to be thinned out in the middle stage."""
+    return [int(rng.integers(36, 44)) if index % 30 == 29 else int(rng.integers(2, 6)) for index in range(count)]
 
 
 def _train_tokenizer(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -107,8 +113,8 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
     data = folder.name
     names = ("short", "middle", "long")
     sources = (
-        {"descriptions": 1.0},
-        {"descriptions": 0.5, "questions": 1.0, "videos": 4.0},
+        {"descriptions": 1.0, "comparisons": 0.8},
+        {"comparisons": 0.5, "questions": 1.0, "videos": 4.0},
         {"questions": 1.0, "videos": 4.0},
     )
     rates = (1.0e-3, 1.2e-3, 1.2e-3)
@@ -126,7 +132,7 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
                 "schedule": "cosine" if index == 2 else "constant",
                 "final_lr_ratio": 0.02 if index == 2 else 0.0,
                 "warmup_ratio": 0.05 if index == 0 else 0.0,
-                "betas": [0.9, 0.98],
+                "betas": [0.9, 0.95],
             }
         )
     return {
@@ -137,7 +143,7 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
             "overrides": MODEL,
         },
         "data": {
-            "sources": {name: {"annotation": f"{data}/{name}.jsonl"} for name in ("descriptions", "questions", "videos")},
+            "sources": {name: {"annotation": f"{data}/{name}.jsonl"} for name in SOURCES},
             "eval_sources": {name: {"annotation": f"{data}/{name}.jsonl"} for name in ("test_questions", "test_videos")},
             "verify": "header",
         },

@@ -1,4 +1,4 @@
-"""Videos for the quickstart: real H.264, a few seconds of one easy-VQA image after the other, and questions about when what was seen."""
+"""Videos for the quickstart: real H.264, one easy-VQA image after the other, a second each, and questions about when what was seen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from .easy_vqa_data import Split, Turn, conversation, description
 
 FPS = 4
-SECONDS_PER_SCENE = 2
+SECONDS_PER_SCENE = 1
 SIDE = 64
 AT_END = "what is shown at the end?"
 AT_START = "what is shown at the start?"
@@ -30,7 +30,7 @@ class Clip(NamedTuple):
 
 
 def encode(path: Path, images: Sequence[Image.Image]) -> None:
-    """Each image for `SECONDS_PER_SCENE` seconds, `FPS` frames a second, H.264 in MP4."""
+    """Each image for `SECONDS_PER_SCENE` second, `FPS` frames a second, H.264 in MP4."""
     with av.open(str(path), "w") as container:
         # Nearly lossless: colours are what is asked about.
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "12", "g": str(FPS * 4)})
