@@ -273,12 +273,12 @@ def table(folder: Path) -> None:
     rows = sorted({(name, int(count)) for name, count, _ in cells}, key=lambda row: (row[0].split("-")[0] != "360p", row))
     readers = [reader for reader in READERS if any(key[2] == reader for key in cells)]
     about = data["about"]
-    most = max(run["others"] for runs in cells.values() for run in runs)
+    others = [run["others"] for runs in cells.values() for run in runs if "others" in run]
     lines = [
         f"Frames to 448 x 448, medians; wall s / CPU s / extra memory MB. {about['date']}, {about['machine']}; "
         + ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-        + f". Other programs had at most {100 * most:.0f} % of the machine during any run. Empty: not run. Ratios are medians over pairs "
-        "of neighbouring runs, with the lowest and highest where there are several.",
+        + (f". Other programs had at most {100 * max(others):.0f} % of the machine during any run" if others else "")
+        + ". Empty: not run. Ratios are medians over pairs of neighbouring runs, with the lowest and highest where there are several.",
         "",
         "| video | frames | "
         + " | ".join(readers)
