@@ -114,8 +114,8 @@ KERNELS: dict[str, Kernel] = {
     )
 }
 # Attended pairs per dense call, one head, from which cuDNN's blocks beat FlashAttention-2 on packed segments. On H200: 32 documents of
-# 4096 (one call of 134M pairs) 351 against 284 TFLOP/s; a log-normal pack (12M a call) 195 against 255.
-PAIRS_PER_CALL = 50_000_000
+# 4096 (one call of 268M pairs) 401 against 284 TFLOP/s; a log-normal pack (17M a call) 361 against 299; below 10M not measured.
+PAIRS_PER_CALL = 10_000_000
 
 
 def choose(

@@ -228,9 +228,15 @@ def blockwise_backward(
 def blockwise_backward_wide(
     dense: Dense, dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float, dq
 ) -> Callable[..., None]:
-    """Writes `dq`; the function returned adds the gradients of keys and values to wider tensors."""
+    """Writes `dq`; the function returned adds the gradients of keys and values to wider tensors.
+
+    One key/value head at a time, which is repeated for its query heads: their gradients are summed here, in fp32."""
+    group = q.shape[1] // k.shape[1]
     dk, dv = (torch.empty(x.shape, dtype=_wide(x.dtype), device=x.device) for x in (k, v))
-    blockwise_backward(dense, dout, q, k, v, out, lse, segments, causal, scale, dq, dk, dv)
+    for h in range(k.shape[1]):
+        a, b = slice(h * group, (h + 1) * group), slice(h, h + 1)
+        given = dout[:, a], q[:, a], k[:, b], v[:, b], out[:, a], lse[a], segments, causal, scale
+        blockwise_backward(dense, *given, dq[:, a], dk[:, b], dv[:, b])
     return functools.partial(add_rows, (dk, dv))
 
 
