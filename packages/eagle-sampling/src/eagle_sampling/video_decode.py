@@ -88,7 +88,8 @@ class FileReader:
         self.context = context
 
     def begin(self, start: int, stop: int, wanted: set[int]) -> None:
-        if self.track.codec == "av1":
+        self.parts = None
+        if self.track.codec == "av1" and 2 * len(wanted) < stop - start:  # reading the headers costs 56 us a sample
             self.parts = needed_parts(lambda sample: self._read(sample, stop), range(start, stop), wanted, self.track.extradata)
 
     def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
@@ -166,8 +167,8 @@ class Decoder:
                 painted.append(sample)
 
         sent, reason = start, None
-        self.reader.begin(start, stop, left)
         try:
+            self.reader.begin(start, stop, left)
             for sample in range(start, stop):
                 tick = ticks[sample - start]
                 wanted = sample in left
