@@ -1,14 +1,17 @@
 """Everything that goes wrong in real data ends in the ledger with source, line and reason, and the rest is used."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import lmdb
 import numpy as np
 import pytest
 
-from eagle_train.config import ConfigError, SamplingConfig, StageConfig, TilingConfig, load_config
+from eagle_train.config import ConfigError, SamplingConfig, StageConfig, TilingConfig, dump_config, load_config
 from eagle_train.data.ledger import Ledger
 from eagle_train.data.prepare import prepare
 from eagle_train.planning.stages import plan_stage
@@ -32,6 +35,12 @@ def png_of(width, height):
         + chunk(b"IDAT", data)
         + chunk(b"IEND", b"")
     )
+
+
+def eagle(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "eagle_train.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
 
 
 @pytest.fixture
@@ -187,3 +196,43 @@ def test_unknown_recipe_key_stops_with_the_right_one(tmp_path, row, make_config,
     (tmp_path / "config.yaml").write_text("data: {sources: {s: {anotation: rows.jsonl}}}")
     with pytest.raises(ConfigError, match=r"data.sources.s.anotation'; did you mean 'annotation'\?"):
         load_config(tmp_path / "config.yaml")
+
+
+def test_the_command_line_trains_on_the_rest_and_accounts_for_every_row(folder, row, colour_run, write_jsonl):
+    """As a user sees it: one command, all of it bad in another way, and the sums at the end."""
+    cases = [
+        (row(image="missing.png"), "media-missing"),
+        (row(image="cut.jpg"), "bad-image"),
+        (row(video="cut.mp4"), "bad-video"),
+        (b'{"conversations": [', "broken-json"),
+        (row("<image> and <image>", image="good.png"), "placeholders"),
+        (row(image="huge.png"), "bad-image"),
+        (row(image="bomb.png"), "bad-image"),
+        (row("x" * 5000), "text_too_long"),
+        ({"conversations": [{"from": "human", "value": "?"}]}, "no-assistant-turn"),
+        (row(image={"lmdb_file": "images.lmdb", "lmdb_key": "not there"}), "media-missing"),
+        (row(answer=""), "no-labels"),
+    ]
+    good = [row(image="thin.png"), row(image="good.jpg"), row(video="good.mp4"), row()]
+    sources = {"s": {"annotation": "bad.jsonl"}}
+    stage = {"name": "one", "max_tokens": 640, "packs_per_step": 1, "epochs": 1}
+    config = colour_run(data={"sources": sources, "workers": 1, "limits": {"max_bad_fraction": 1}}, stages=[stage])
+    write_jsonl(folder / "bad.jsonl", [*(content for content, _ in cases), *good])
+    path = folder / "run.yaml"
+    path.write_text(dump_config(config))
+    done = eagle("train", path, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "15 rows: 4 planned, 10 unusable, 1 too long for every stage\n" in done.stdout
+    entries = {entry.line: entry for entry in Ledger(config.run.folder / "ledger.jsonl")}
+    assert {line: entry.reason for line, entry in entries.items()} == {line: reason for line, (_, reason) in enumerate(cases, start=1)}
+    assert all(entry.source == "s" and entry.detail for entry in entries.values())
+    assert "eagle_train" not in done.stderr  # no traceback, no module names
+
+    # With the limits as they are unless told, the same rows stop the run, which names them.
+    strict = eagle("train", path, "--device", "cpu", "--set", "data.limits.max_bad_rows=5", "--set", "run.name=strict")
+    assert strict.returncode == 3
+    assert "Traceback" not in strict.stderr
+    assert "max_bad_rows" in strict.stderr
+    wrong = eagle("train", path, "--set", "data.sources.s.repeat_times=2")
+    assert wrong.returncode == 2
+    assert "did you mean 'repeat_time'?" in wrong.stderr

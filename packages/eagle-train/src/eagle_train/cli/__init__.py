@@ -1,5 +1,6 @@
 """The command `eagle`: parsing and printing only. Whatever a verb needs is imported when it runs, so that `--help` is instant."""
 
+import os
 import sys
 from typing import NoReturn
 
@@ -10,9 +11,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command line and exit with a code that says how it ended (see `eagle_train.cli.app`)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     page = stored_page(given)
-    if page is not None:
-        print(page)
-        sys.exit(0)
-    from .app import main
+    try:
+        if page is not None:
+            print(page, flush=True)
+            sys.exit(0)
+        from .app import main
 
-    main(given)
+        main(given)
+    except BrokenPipeError:  # whoever read our output has seen enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

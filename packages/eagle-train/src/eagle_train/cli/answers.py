@@ -37,6 +37,9 @@ def evaluate(
     printer = Printer(silent=not world.is_main)
     with printer.preparing() as progress:
         ready = get_ready(config, world, progress)
+    for source in ready.eval_facts.sources if ready.eval_facts is not None else ():
+        if source.bad_rows:
+            printer.say(f"{source.name}: {source.bad_rows} rows can't be asked; {config.run.folder / 'ledger.jsonl'} says why")
     model, at = load_trained(config, ready.tokenizer, world, checkpoint)
     printer.say(f"{run}: stage {at.stage_name}, step {at.step}")
     with printer.counting("questions") as counted:
@@ -49,8 +52,8 @@ def evaluate(
 
 @app.command()
 def chat(
-    run: Annotated[Path, typer.Argument(help="Run folder, or a folder of an exported or released model.", show_default=False)],
-    question: Annotated[str | None, typer.Argument(help="A question; left out: a conversation.", show_default=False)] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or that of an exported or released model.", show_default=False)],
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="Left out: a conversation.", show_default=False)] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given often.", show_default=False)] = None,
     video: Annotated[list[Path] | None, typer.Option(help="Video file; may be given often.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,

@@ -39,6 +39,8 @@ def main(given: list[str]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if debug:
             raise

@@ -16,7 +16,7 @@ app.add_typer(lmdb_app, name="lmdb")
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("eagle.yaml"),
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("eagle.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Write the JSON Schema (for editors) instead.")] = False,
 ) -> None:
@@ -69,15 +69,19 @@ def plan(
     """Say what would be trained: stages, steps, packs, how full, and what does not fit."""
     from eagle_train.config import explain_defaults, load_config
     from eagle_train.training.planning import plan_run
+    from eagle_train.watching.progress import prepare_progress
 
-    from .tables import plan_table
+    from .tables import plan_table, rows_line
 
     loaded = load_config(config, overrides or ())
     if defaults:
         for default in explain_defaults(loaded):
             print(f"default  {default.path} = {default.value}")
         print()
-    print(plan_table(plan_run(loaded)))
+    with prepare_progress() as progress:
+        schedules = plan_run(loaded, progress)
+    print(plan_table(schedules))
+    print(rows_line(schedules))
 
 
 @app.command()
@@ -106,8 +110,10 @@ def show(
 
 @lmdb_app.command("build")
 def lmdb_build(
-    output: Annotated[Path, typer.Argument(help="LMDB to write.", show_default=False)],
-    sources: Annotated[list[Path], typer.Argument(help="Folders of images, image files, tar or Parquet shards.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="LMDB to write.", show_default=False)],
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE", help="Folders, image files, tar or Parquet shards.", show_default=False)
+    ],
 ) -> None:
     """Put images into one LMDB; continues where it stopped."""
     from eagle_sampling.lmdb_build import build_lmdb
@@ -120,7 +126,7 @@ def lmdb_build(
 
 
 @lmdb_app.command("check")
-def lmdb_check(path: Annotated[Path, typer.Argument(help="LMDB to read.", show_default=False)]) -> None:
+def lmdb_check(path: Annotated[Path, typer.Argument(metavar="LMDB", help="LMDB to read.", show_default=False)]) -> None:
     """Read every value of an LMDB and name those that are damaged or no images."""
     from eagle_sampling.lmdb_build import check_lmdb
 

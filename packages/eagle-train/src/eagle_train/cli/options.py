@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-ConfigFile = Annotated[Path, typer.Argument(help="Configuration (YAML); eagle init writes one.", show_default=False)]
-RunFolder = Annotated[Path, typer.Argument(help="Run folder, for example runs/quickstart.", show_default=False)]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration (YAML); eagle init writes one.", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, for example runs/quickstart.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one value: --set stages.0.lr=1e-5. May be given often.", metavar="KEY=VALUE"),

@@ -13,6 +13,8 @@ _MARK = "=== eagle"
 
 def stored_page(arguments: list[str]) -> str | None:
     """The page that a command line asks for, or None when it asks for something else (or no page is stored)."""
+    if arguments[:2] == ["train", "quickstart"]:
+        arguments = ["train", *arguments[2:]]
     if arguments and (arguments[-1] not in ("--help", "-h") or " ".join(arguments[:-1]) not in VERBS):
         return None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -80,3 +81,4 @@ def quiet() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("eagle_train").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; read when tqdm is imported

@@ -47,6 +47,23 @@ def plan_table(schedules: Sequence[StageSchedule]) -> str:
     return "\n".join([table(rows), *notes])
 
 
+def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
+    """Where all rows of the sources went; the parts add up to the first number. `missing`: samples that vanished while training."""
+    import numpy as np
+
+    facts = schedules[0].facts
+    planned, dropped = np.zeros(len(facts), bool), np.zeros(len(facts), bool)
+    for schedule in schedules:
+        first = schedule.plan(0)
+        planned[first.pack_rows] = True
+        dropped[first.drop_rows] = True
+    bad = sum(source.bad_rows for source in facts.sources)
+    good, fit_none = int(planned.sum()), int((dropped & ~planned).sum())
+    parts = {"planned": good, "unusable": bad, "too long for every stage": fit_none, "not drawn": len(facts) - good - fit_none}
+    text = f"{len(facts) + bad} rows: " + ", ".join(f"{number} {what}" for what, number in parts.items() if number or what == "planned")
+    return text + (f"; {missing} samples could not be read while training" if missing else "")
+
+
 def score_table(result: Evaluation) -> str:
     """Accuracy beside the blind answer, per source, and for questions that aren't yes or no."""
     rows = [("questions", "asked", "right", "without looking")]

@@ -13,7 +13,7 @@ from .options import Device, Overrides, RunFolder
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="Configuration (YAML), or the word quickstart.", show_default=False)],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="Configuration (YAML), or the word quickstart.", show_default=False)],
     overrides: Overrides = None,
     device: Device = None,
     folder: Annotated[Path, typer.Option("--dir", help="quickstart only: where its data and its run go.")] = Path("runs"),
@@ -41,7 +41,7 @@ def train(
     from eagle_train.training.run import ask, get_ready, has_evaluation, train, write_answers
     from eagle_train.watching.report import write_report
 
-    from .tables import plan_table, score_table
+    from .tables import plan_table, rows_line, score_table
 
     world = start_world(loaded.parallel, device)
     printer = Printer() if world.is_main else Printer(silent=True)
@@ -58,6 +58,7 @@ def train(
                 printer.say(score_table(result))
         if world.is_main:
             write_report(loaded.run.folder)
+            printer.say(rows_line(trainer.schedules, trainer.missing))
             printer.say(f"run folder: {loaded.run.folder}\nask it: eagle chat {loaded.run.folder} --image picture.png 'a question'")
     finally:
         world.close()
@@ -66,7 +67,7 @@ def train(
 @app.command()
 def export(
     run: RunFolder,
-    output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of the run; left out: the newest.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
@@ -75,6 +76,9 @@ def export(
 
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype}: one of bfloat16, float16, float32")
+    from .progress import quiet
+
+    quiet()
     from eagle_train.training.run import export as run_export
     from eagle_train.training.run import open_run
 

@@ -241,7 +241,7 @@ class StageSchedule:
 
     def __init__(self, facts: Facts, config: Config, stage: StageConfig, model: ModelFacts) -> None:
         self.stage = stage
-        self._facts, self._config, self._model = facts, config, model
+        self.facts, self._config, self._model = facts, config, model
         self.visual = plan_visual(facts, stage.max_tokens, model, sampling=config.sampling, tiling=config.tiling)
         self._plans: dict[int, StagePlan] = {}
         self._ends: list[int] = []  # steps until the end of epoch e
@@ -261,7 +261,7 @@ class StageSchedule:
             while len(self._plans) > 1:
                 del self._plans[next(iter(self._plans))]
             self._plans[epoch] = plan_stage(
-                self._facts,
+                self.facts,
                 self.stage,
                 self._model,
                 sampling=config.sampling,

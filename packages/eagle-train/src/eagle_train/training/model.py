@@ -24,7 +24,10 @@ def tokenizer_folder(config: Config) -> Path:
             "(eagle_model.tokenizer can train one)"
         )
     if not Path(folder).is_dir():
-        raise ConfigError(f"model.tokenizer: {folder} is not a folder")
+        raise ConfigError(
+            f"model.tokenizer: {folder} is not a folder; "
+            "name that of a Hugging Face tokenizer: one beside a checkpoint, or one that eagle_model.tokenizer trained"
+        )
     return Path(folder)
 
 

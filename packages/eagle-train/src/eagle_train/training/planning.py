@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from eagle_train.config import Config, ConfigError
 from eagle_train.data.facts import Facts
 from eagle_train.data.ledger import Ledger
-from eagle_train.data.prepare import load_facts, prepare
+from eagle_train.data.prepare import Progress, load_facts, prepare
 from eagle_train.planning.stages import StageSchedule
 from eagle_train.planning.visual import plan_visual, sample_plan
 
@@ -23,16 +24,21 @@ class View(NamedTuple):
     capacity: int | None
 
 
-def plan_run(config: Config) -> list[StageSchedule]:
+def plan_run(config: Config, progress: Callable[[Progress], None] | None = None) -> list[StageSchedule]:
     """Prepare (or find it prepared) and plan all stages; rows that a stage drops go to the ledger."""
     tokenizer = load_run_tokenizer(config)
-    facts = prepare(config, tokenizer).facts
+    facts = prepare(config, tokenizer, progress=progress).facts
     described = model_facts(model_config(config, tokenizer))
     schedules = [StageSchedule(facts, config, stage, described) for stage in config.stages]
+    record_drops(config, schedules)
+    return schedules
+
+
+def record_drops(config: Config, schedules: Sequence[StageSchedule]) -> None:
+    """Write the rows that a stage can't fit to the run's ledger, in place of what the stage wrote before."""
     ledger = Ledger(config.run.folder / "ledger.jsonl")
     for schedule in schedules:
         ledger.replace(schedule.plan(0).drops(), where=f"stage {schedule.stage.name}")
-    return schedules
 
 
 def view(config: Config, *, row: str | None, stage: str | None, pack: int, evaluation: bool) -> View:

@@ -24,6 +24,7 @@ from . import checkpoint
 from .evaluate import Blind, Evaluation, evaluate, training_pairs
 from .model import build_model, load_run_tokenizer, model_facts
 from .parallel import World, start_world
+from .planning import record_drops
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,8 @@ def train(
     trainer = Trainer(
         config, ready.facts, ready.tokenizer, world, on_record=on_record, on_evaluate=on_evaluate if blind is not None else None
     )
+    if world.is_main:
+        record_drops(config, trainer.schedules)
     if on_start is not None:
         on_start(trainer)
     trainer.train()

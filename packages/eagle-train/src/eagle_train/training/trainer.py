@@ -90,6 +90,11 @@ class Trainer:
         self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0}
 
     @property
+    def missing(self) -> int:
+        """Samples that could not be read, so far."""
+        return self._seen["missing"]
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 

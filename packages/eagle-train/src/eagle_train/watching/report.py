@@ -35,7 +35,7 @@ def summary(folder: str | Path) -> str:
     for record in [record for record in records if record["kind"] in ("eval", "final")][-1:]:
         for source, score in record["scores"].items():
             lines.append(
-                f"{source}: {score['accuracy']:.3f} of {score['questions']} questions right at step {record['total_step']}, "
+                f"{source}: {score['accuracy']:.3f} right of {score['questions']} questions at step {record['total_step']}, "
                 f"{score['blind']:.3f} without looking"
             )
     logged = sum(record["seconds"] for record in steps)
