@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from eagle_cp.core import FINE_ROWS
 from eagle_cp.heads import split_heads
 from eagle_cp.partition import Partition, partition
 
@@ -104,10 +105,11 @@ def _weigh(lengths: Sequence[int], u: int, r: int, num_heads: int, num_kv_heads:
     rows = -(-sum(lengths) // (u * r)) * u  # of a gather rank
     local = rows // u
     shared_rows = max(sum(p.stop - p.start for p in share.pieces) for share in split.shares)
-    keys = max(sum(p.stop for p in share.pieces) for share in split.shares)
+    keys = max(sum({p.document: p.stop for p in share.pieces}.values()) for share in split.shares)  # the last piece's are all
+    fine = shared_rows >= FINE_ROWS  # one key/value head at a time (core.py), which costs 1 %
     weighted = max(_weighted_pairs(split, lengths, i, hw.half_length) for i in range(r))
     flops = 4e-9 * weighted * heads * dim  # GFLOP of the forward, slowed by short documents
-    compute = flops / hw.forward_tflops + 2.5 * flops / hw.backward_tflops
+    compute = (flops / hw.forward_tflops + 2.5 * flops / hw.backward_tflops) * (1.01 if fine else 1.0)
     # Ulysses: q, k, v and out there and back, forward and backward; bf16, and fp32 for key/value gradients that several ranks share.
     sent_kv = sum(s.num_kv for s in shares)
     repeats = sent_kv > num_kv_heads
@@ -127,10 +129,12 @@ def _weigh(lengths: Sequence[int], u: int, r: int, num_heads: int, num_kv_heads:
     peak = 4 * q + 4 * kv  # q, out and their gradients; k, v and theirs
     if u > 1:
         peak += rows * dim * 2 * (4 * heads + 4 * kv_heads)
-    # A shared piece's dQ is summed in fp32 for half of the rows at a time.
-    peak += rows * heads * dim * (2 if r > 1 else 4) + (keys if r > 1 else rows) * kv_heads * dim * (
-        8 + (8 if r > 1 else 0)
-    )  # the kernel's sums; picked keys
+    # Either whole documents are computed or shared ones: fp32 sums of dQ (of shared pieces for half of the rows at a time), dK and dV;
+    # and for shared ones the picked keys, and their gradients once more in the order of the ranks.
+    of_whole = (rows - shared_rows) * dim * (4 * heads + 8 * kv_heads)
+    q_heads, k_heads = (heads / kv_heads, 1) if fine else (heads, kv_heads)
+    of_shared = dim * (2 * shared_rows * q_heads + 14 * keys * k_heads)
+    peak += max(of_whole, of_shared)
     return Candidate(
         u,
         r,
