@@ -229,10 +229,10 @@ def test_the_command_line_trains_on_the_rest_and_accounts_for_every_row(folder, 
     assert "eagle_train" not in done.stderr  # no traceback, no module names
 
     # With the limits as they are unless told, the same rows stop the run, which names them.
-    strict = eagle("train", path, "--device", "cpu", "--set", "data.limits.max_bad_rows=5", "--set", "run.name=strict")
+    strict = eagle("prepare", path, "--set", "data.limits.max_bad_rows=5", "--set", "run.name=strict")
     assert strict.returncode == 3
     assert "Traceback" not in strict.stderr
     assert "max_bad_rows" in strict.stderr
-    wrong = eagle("train", path, "--set", "data.sources.s.repeat_times=2")
+    wrong = eagle("prepare", path, "--set", "data.sources.s.repeat_times=2")
     assert wrong.returncode == 2
     assert "did you mean 'repeat_time'?" in wrong.stderr

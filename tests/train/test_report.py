@@ -26,7 +26,7 @@ def test_plot_and_summary(tmp_path):
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
     text = summary(tmp_path)
     assert "stage a: step 10 of 10, loss 2.000 -> 0.200, 100 tok/s, 1 samples missing" in text
-    assert "held: 0.800 of 50 questions right at step 20, 0.500 without looking" in text
+    assert "held: 0.800 right of 50 questions at step 20, 0.500 without looking" in text
 
 
 def test_without_steps_it_says_so(tmp_path):
