@@ -146,7 +146,7 @@ def _shared_gradients(p: Problem, shared: SharedPlan, dout, q, kc, vc, out, lses
         add_to = p.shared_kernel.backward_wide(*given)
         if everywhere is None:  # not before: what the kernel needed for dQ is gone by now
             everywhere = _zeros(shared, kc)
-        # A key is in at most two segments of a rank, so the order of these additions can't change the sum.
+        # Calls add one after the other, and within a call a key is in at most two segments: the sum has one possible order.
         flat = everywhere.flatten(0, 2)
         add_to(flat, flat[shared.rows :], rows[step.keys], step.unique)
         del add_to

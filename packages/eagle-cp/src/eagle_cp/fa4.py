@@ -68,7 +68,7 @@ def backward_wide(dout, q, k, v, out, lse, segments: Segments, causal: bool, sca
     def add_to(dk: torch.Tensor, dv: torch.Tensor, rows: torch.Tensor | None = None, unique: bool = True) -> None:
         from eagle_cp.accumulators import add_accumulator  # needs Triton
 
-        for target, accumulator, factor in zip((dk, dv), sums, (scale, 1.0)):
+        for target, accumulator, factor in zip((dk, dv), sums, (scale, 1.0), strict=True):
             add_accumulator(target, accumulator, factor, order.tile, order.stride, order.table, segments.total_k, tile_rows, rows, unique)
 
     return add_to
