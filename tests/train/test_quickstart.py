@@ -18,6 +18,7 @@ from eagle_train.quickstart.easy_vqa_data import (
     about_shape,
     comparison_rows,
     description,
+    is_negated,
     load_split,
     pair_turns,
     tells,
@@ -64,7 +65,9 @@ def test_every_question_of_the_package_is_used():
 
 def test_comparisons_ask_what_cannot_be_guessed_and_leave_the_blind_answers_as_they_are():
     split = load_split("train")
-    rows = comparison_rows(split, "images.lmdb", 2, np.random.default_rng(0))
+    plain, rows = (comparison_rows(split, "images.lmdb", 0, np.random.default_rng(0), negated=negated) for negated in (False, True))
+    assert len(plain) == len(rows)
+    assert not any(is_negated(Turn(turn["value"], "")) for row in plain for turn in row["conversations"][::2])
     usual = usual_answers(split)
     counted = {question: Counter() for question in usual}
     for turns in split.turns.values():
@@ -72,13 +75,13 @@ def test_comparisons_ask_what_cannot_be_guessed_and_leave_the_blind_answers_as_t
             if turn.question in usual:
                 counted[turn.question][turn.answer] += 1
     unusual = 0
-    for row in rows:
+    for row in plain + rows:
         texts = [turn["value"] for turn in row["conversations"]]
         assert texts[1].startswith("a ")
         for question, answer in zip(texts[2::2], texts[3::2]):
             counted[question][answer] += 1
             unusual += answer != usual[question]
-    asked = sum(len(row["conversations"]) // 2 - 1 for row in rows)
+    asked = sum(len(row["conversations"]) // 2 - 1 for row in plain + rows)
     assert 0.25 < unusual / asked < 0.5
     assert {question: answers.most_common(1)[0][0] for question, answers in counted.items()} == usual
 

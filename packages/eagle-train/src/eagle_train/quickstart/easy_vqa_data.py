@@ -2,8 +2,8 @@
 
 Training rows hold up to two turns about one image, one on its shape and one on its colour, in an order in which the first question
 doesn't give the second answer away. Turning and mirroring an image changes none of its answers, so rows see it in different positions.
-A third kind of row says what is shown and then asks yes/no questions. What they compare stands there as text, so a model learns
-to compare before it can see; from pictures alone that takes it ten times as long, as seven of eight answers about colours can be guessed.
+A third kind of row says what is shown and then asks yes/no questions. What they compare stands there as text, so that comparing
+can be learned before seeing; from pictures alone it isn't in these few minutes, as seven of eight answers about colours can be guessed.
 Held-out rows are the package's own test questions, one each, on the images as they are.
 """
 
@@ -86,6 +86,11 @@ def is_yes_or_no(turn: Turn) -> bool:
     return turn.answer in ("yes", "no")
 
 
+def is_negated(turn: Turn) -> bool:
+    """Whether it asks for what is not there ("is there not a circle?", "is no circle present?")."""
+    return not {"not", "no"}.isdisjoint(turn.question.split())
+
+
 def usual_answers(split: Split) -> dict[str, str]:
     """Of each yes/no question, the answer that is right most often."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -163,25 +168,28 @@ def question_rows(split: Split, database: str, positions: int, rng: np.random.Ge
     return rows
 
 
-def comparison_rows(split: Split, database: str, positions: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """What is shown, then yes/no questions: those that can't be guessed, two on colours that can, and all on shapes."""
+def comparison_rows(split: Split, database: str, position: int, rng: np.random.Generator, *, negated: bool) -> list[dict[str, Any]]:
+    """What is shown, then yes/no questions: those that can't be guessed, two on colours that can, and all on shapes.
+
+    Without `negated` there is no "is there not a circle?" among them: with it the answer is the comparison turned round or not, of which
+    neither half shows before the other is known.
+    """
     usual = usual_answers(split)
     rows = []
-    for position in range(positions):
-        for number, turns in split.turns.items():
-            said = description(turns)
-            if said is None:
+    for number, turns in split.turns.items():
+        said = description(turns)
+        if said is None:
+            continue
+        asked, guessable = [], 0
+        for turn in (turns[index] for index in rng.permutation(len(turns))):
+            if not is_yes_or_no(turn) or (is_negated(turn) and not negated):
                 continue
-            asked, guessable = [], 0
-            for turn in (turns[index] for index in rng.permutation(len(turns))):
-                if not is_yes_or_no(turn):
+            if turn.answer == usual[turn.question] and not about_shape(turn):
+                guessable += 1
+                if guessable > 2:
                     continue
-                if turn.answer == usual[turn.question] and not about_shape(turn):
-                    guessable += 1
-                    if guessable > 2:
-                        continue
-                asked.append(turn)
-            rows.append(image_row(number, position, [Turn(DESCRIBE, said), *asked], database))
+            asked.append(turn)
+        rows.append(image_row(number, position, [Turn(DESCRIBE, said), *asked], database))
     return rows
 
 
