@@ -65,7 +65,7 @@ def test_every_question_of_the_package_is_used():
 
 def test_comparisons_ask_what_cannot_be_guessed_and_leave_the_blind_answers_as_they_are():
     split = load_split("train")
-    plain, rows = (comparison_rows(split, "images.lmdb", 0, np.random.default_rng(0), negated=negated) for negated in (False, True))
+    plain, rows = (comparison_rows(split, "images.lmdb", (0, 2), np.random.default_rng(0), negated=negated) for negated in (False, True))
     assert len(plain) == len(rows)
     assert not any(is_negated(Turn(turn["value"], "")) for row in plain for turn in row["conversations"][::2])
     usual = usual_answers(split)

@@ -168,7 +168,9 @@ def question_rows(split: Split, database: str, positions: int, rng: np.random.Ge
     return rows
 
 
-def comparison_rows(split: Split, database: str, position: int, rng: np.random.Generator, *, negated: bool) -> list[dict[str, Any]]:
+def comparison_rows(
+    split: Split, database: str, positions: Iterable[int], rng: np.random.Generator, *, negated: bool
+) -> list[dict[str, Any]]:
     """What is shown, then yes/no questions: those that can't be guessed, two on colours that can, and all on shapes.
 
     Without `negated` there is no "is there not a circle?" among them: with it the answer is the comparison turned round or not, of which
@@ -176,20 +178,21 @@ def comparison_rows(split: Split, database: str, position: int, rng: np.random.G
     """
     usual = usual_answers(split)
     rows = []
-    for number, turns in split.turns.items():
-        said = description(turns)
-        if said is None:
-            continue
-        asked, guessable = [], 0
-        for turn in (turns[index] for index in rng.permutation(len(turns))):
-            if not is_yes_or_no(turn) or (is_negated(turn) and not negated):
+    for position in positions:
+        for number, turns in split.turns.items():
+            said = description(turns)
+            if said is None:
                 continue
-            if turn.answer == usual[turn.question] and not about_shape(turn):
-                guessable += 1
-                if guessable > 2:
+            asked, guessable = [Turn(DESCRIBE, said)], 0
+            for turn in (turns[index] for index in rng.permutation(len(turns))):
+                if not is_yes_or_no(turn) or (is_negated(turn) and not negated):
                     continue
-            asked.append(turn)
-        rows.append(image_row(number, position, [Turn(DESCRIBE, said), *asked], database))
+                if turn.answer == usual[turn.question] and not about_shape(turn):
+                    guessable += 1
+                    if guessable > 2:
+                        continue
+                asked.append(turn)
+            rows.append(image_row(number, position, asked, database))
     return rows
 
 
