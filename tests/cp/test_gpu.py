@@ -29,13 +29,19 @@ def relative(x, ref):
     return ((x.double() - ref).norm() / ref.norm()).item()
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", [n for n in KERNELS if n != "cpu"])
-def test_kernel(name, causal):
+def available(name, causal):
+    """The kernel and the GPU to try it on; skips where it can't run."""
     kernel, device = KERNELS[name], torch.device("cuda", torch.cuda.current_device())
     reason = kernel.why_not(device, torch.bfloat16, 128, causal)
     if reason:
         pytest.skip(reason)
+    return kernel, device
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", [n for n in KERNELS if n != "cpu"])
+def test_kernel(name, causal):
+    kernel, device = available(name, causal)
     segments = Segments([0, 1, 4, 134, 600, 1624, 1688], [0, 1, 6, 136, 836, 2884, 2948])
 
     def half(rows, heads, fill=None):  # a slice of a tensor with twice the heads
@@ -57,10 +63,7 @@ def test_kernel(name, causal):
 @pytest.mark.parametrize("name", [n for n in KERNELS if n != "cpu"])
 def test_gradients_that_are_rounded_later(name, lengths):
     """`backward_wide` adds to the rows it is told, some of them twice, and more precisely than the kernel rounds, where it can."""
-    kernel, device = KERNELS[name], torch.device("cuda", torch.cuda.current_device())
-    reason = kernel.why_not(device, torch.bfloat16, 128, True)
-    if reason:
-        pytest.skip(reason)
+    kernel, device = available(name, True)
     cu = lambda i: [0, *torch.tensor([x[i] for x in lengths]).cumsum(0).tolist()]
     segments = Segments(cu(0), cu(1))
     make = lambda rows, heads: torch.randn(rows, heads, 128, device=device, dtype=torch.bfloat16)

@@ -50,9 +50,12 @@ class Problem:
         return share.fine if ahead or shared.rows >= FINE_ROWS else share.chunks, ahead
 
 
-def _gathered(p: Problem, k: torch.Tensor, v: torch.Tensor, shared: SharedPlan) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The picked keys and values for one chunk after the other. The first `next` only starts the first collective, so that it travels
+def _gathered(p: Problem, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The picked keys and values for one chunk after the other. The call itself starts the first collective, so that it travels
     while whole documents are computed; later ones start one chunk ahead if `p.ahead`."""
+    shared = p.plan.shared
+    if shared is None:
+        return iter(())
 
     def start(chunk: HeadChunk):
         rows = k.new_empty((2, shared.rows, chunk.k1 - chunk.k0, k.shape[2]))
@@ -67,13 +70,16 @@ def _gathered(p: Problem, k: torch.Tensor, v: torch.Tensor, shared: SharedPlan) 
         return picked[: shared.keys], picked[shared.keys :]
 
     travelling = [start(p.chunks[0])]
-    yield k, v  # started
-    for i in range(len(p.chunks)):
-        if not travelling:
-            travelling.append(start(p.chunks[i]))
-        if p.ahead and i + 1 < len(p.chunks):
-            travelling.append(start(p.chunks[i + 1]))
-        yield receive(*travelling.pop(0))
+
+    def arriving() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for i in range(len(p.chunks)):
+            if not travelling:
+                travelling.append(start(p.chunks[i]))
+            if p.ahead and i + 1 < len(p.chunks):
+                travelling.append(start(p.chunks[i + 1]))
+            yield receive(*travelling.pop(0))
+
+    return arriving()
 
 
 def core_forward(p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -82,15 +88,13 @@ def core_forward(p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     out[plan.last :].zero_()
     lses = []
-    gathered = _gathered(p, k, v, shared) if shared is not None else None
-    if gathered is not None:
-        next(gathered)
+    gathered = _gathered(p, k, v)
     if plan.whole is not None:
         rows = slice(plan.first, plan.last)
         for c in p.share.chunks:
             args = q[rows, c.q0 : c.q1], k[rows, c.k0 : c.k1], v[rows, c.k0 : c.k1]
             lses.append(p.whole_kernel.forward(*args, plan.whole, p.causal, p.scale, out=out[rows, c.q0 : c.q1]))
-    if gathered is None or shared is None:
+    if shared is None:
         return out, lses
     for c in p.chunks:
         kc, vc = next(gathered)
@@ -108,9 +112,7 @@ def core_backward(p: Problem, dout, q, k, v, out, lses: Sequence[torch.Tensor], 
     plan, shared, remaining = p.plan, p.plan.shared, list(lses)
     for x in (dq, dk, dv):
         x[plan.last :].zero_()
-    gathered = _gathered(p, k, v, shared) if shared is not None else None
-    if gathered is not None:
-        next(gathered)
+    gathered = _gathered(p, k, v)
     if plan.whole is not None:
         rows = slice(plan.first, plan.last)
         for c in p.share.chunks:
@@ -121,7 +123,7 @@ def core_backward(p: Problem, dout, q, k, v, out, lses: Sequence[torch.Tensor], 
             else:
                 dk[ks], dv[ks] = 0, 0
                 p.whole_kernel.backward_wide(*given)(dk[ks], dv[ks])
-    if gathered is None or shared is None:
+    if shared is None:
         return
     homeward: list[tuple[Work, torch.Tensor, torch.Tensor, HeadChunk]] = []
     for c in p.chunks:

@@ -156,8 +156,8 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
         "stages": stages,
         "checkpoint": {"every": 400, "keep": 1},
         "parallel": {"dtype": "float32"},
-        # On two cores a worker that reads takes turns with the threads that compute, and they wait for each other: reading here takes
-        # 11 ms of a 60 ms step, a worker beside it made the whole run half as fast.
+        # On two cores a worker that reads takes turns with the threads that compute, and they wait for each other. Reading here takes
+        # a seventh of the time, and 14 000 tokens a second were seen; with a worker beside it about 12 000.
         "loader": {"workers": 0},
         "eval": {"limit": 60, "batch_size": 128, "max_new_tokens": 16},
     }

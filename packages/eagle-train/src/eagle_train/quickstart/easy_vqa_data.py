@@ -3,7 +3,7 @@
 Training rows hold up to two turns about one image, one on its shape and one on its colour, in an order in which the first question
 doesn't give the second answer away. Turning and mirroring an image changes none of its answers, so rows see it in different positions.
 A third kind of row says what is shown and then asks yes/no questions. What they compare stands there as text, so that comparing
-can be learned before seeing; from pictures alone it isn't in these few minutes, as seven of eight answers about colours can be guessed.
+can be learned before seeing, which it is not always in these few minutes: seven of eight answers about colours can be guessed.
 Held-out rows are the package's own test questions, one each, on the images as they are.
 """
 
@@ -59,11 +59,9 @@ def load_split(name: str) -> Split:
 def description(turns: Iterable[Turn]) -> str | None:
     """`a red circle`, when the questions of an image tell both; they never contradict each other.
 
-    The article matters: behind it, words have the tokens that they have in questions, and equal tokens are easily compared.
+    The article is there for the tokens: behind it, words have those that they have in questions, and can be compared as they are.
     """
-    known = {
-        word for turn in turns if turn.answer not in ("yes", "no") for word in f"{turn.question} {turn.answer}".replace("?", " ").split()
-    }
+    known = {word for turn in turns if not is_yes_or_no(turn) for word in f"{turn.question} {turn.answer}".replace("?", " ").split()}
     colour = next((word for word in COLOURS if word in known), None)
     shape = next((word for word in SHAPES if word in known), None)
     return f"a {colour} {shape}" if colour and shape else None

@@ -24,7 +24,7 @@ from . import checkpoint
 from .evaluate import Blind, Evaluation, evaluate, training_pairs
 from .model import build_model, load_run_tokenizer, model_facts
 from .parallel import World, start_world
-from .planning import record_drops
+from .preview import record_drops
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
