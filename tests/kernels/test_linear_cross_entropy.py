@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eagle_kernels import linear_cross_entropy, reference, use_implementation
 from eagle_kernels import linear_cross_entropy as _function
-from eagle_kernels.linear_cross_entropy import chunk_rows, kept_rows
+from eagle_kernels.linear_cross_entropy import CHUNK_BYTES, chunk_rows, kept_rows
 
 BOTH = ("hidden", "weight")
 
@@ -44,7 +44,7 @@ def dtypes(device: str) -> list[torch.dtype]:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few rows, so that small examples have several."""
     module = __import__("sys").modules["eagle_kernels.linear_cross_entropy"]
-    monkeypatch.setattr(module, "chunk_rows", lambda vocab, itemsize: 16)
+    monkeypatch.setattr(module, "chunk_rows", lambda kept, vocab, itemsize: min(kept, 16))
 
 
 @pytest.mark.usefixtures("poisoned_memory", "small_chunks")
@@ -282,6 +282,16 @@ def test_never_waits_for_the_device_with_a_known_count():
         torch.cuda.set_sync_debug_mode(mode)
 
 
+@given(kept=st.integers(1, 10**7), vocab=st.integers(1, 10**6), itemsize=st.sampled_from([2, 4]))
+def test_chunks_are_few_and_equal(kept, vocab, itemsize):
+    most = max(1, CHUNK_BYTES // (vocab * itemsize))
+    rows = chunk_rows(kept, vocab, itemsize)
+    chunks = -(-kept // rows)
+    assert 1 <= rows <= most
+    assert (chunks - 1) * most < kept, "fewer chunks would do"
+    assert kept - (chunks - 1) * rows > rows - chunks, "the last chunk is smaller than dividing evenly makes it"
+
+
 @pytest.mark.gpu
 def test_stores_one_chunk_of_logits():
     tokens, hidden, vocab = 16384, 256, 152_064
@@ -294,4 +304,4 @@ def test_stores_one_chunk_of_logits():
     _function(**inputs, num_kept=tokens).backward()
     extra = torch.cuda.max_memory_allocated() - before - vocab * hidden * 4
     assert extra <= 1.3 * 2**30
-    assert chunk_rows(vocab, 2) * vocab * 2 <= extra, "the bound would hold for any implementation"
+    assert chunk_rows(tokens, vocab, 2) * vocab * 2 <= extra, "the bound would hold for any implementation"

@@ -47,10 +47,10 @@ def make_data(folder: Path, rows: int) -> None:
     train_tokenizer(["What is this? a red green blue yellow circle square"] * 8, 400).save_pretrained(folder / "tokenizer")
 
 
-def run(folder: Path, mode: str, steps: int, tokens: int, device: str) -> dict[str, Any]:
+def run(folder: Path, name: str, mode: str, steps: int, tokens: int, device: str) -> dict[str, Any]:
     text = {"num_hidden_layers": 8, "vocab_size": 4096}
     values = {
-        "run": {"name": mode},
+        "run": {"name": name},
         "model": {
             "preset": "1b",
             "tokenizer": "tokenizer",
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--order", nargs="+", default=["keep", "recompute", "offload"], choices=["keep", "recompute", "offload"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -100,8 +101,8 @@ def main() -> None:
         folder = Path(name)
         make_data(folder, options.rows)
         found = []
-        for mode in ("keep", "recompute", "offload"):
-            found.append(run(folder, mode, options.steps, options.tokens, options.device))
+        for turn, mode in enumerate(options.order):
+            found.append(run(folder, f"{turn}-{mode}", mode, options.steps, options.tokens, options.device))
             gc.collect()
             if options.device == "cuda":
                 torch.cuda.empty_cache()

@@ -15,9 +15,8 @@ from eagle_kernels.dispatch import use_triton
 from eagle_kernels.matmul import accumulate_, gradient_dtype, product_in_float32
 from eagle_kernels.registry import register
 
-# Logits of one chunk: 3584 rows of 152064 in bf16 are 1.02 GiB. Fewer rows make the matmuls slower, more rows only cost memory.
-CHUNK_BYTES = 1100 << 20
-ROW_MULTIPLE = 512
+# Logits of one chunk, at most: 3654 rows of 152064 in bf16. Fewer rows make the matmuls slower, more rows only cost memory.
+CHUNK_BYTES = 1060 << 20
 
 
 class LinearCrossEntropyResult(NamedTuple):
@@ -28,10 +27,10 @@ class LinearCrossEntropyResult(NamedTuple):
     count: Tensor
 
 
-def chunk_rows(vocab: int, itemsize: int) -> int:
-    """Rows of logits that one chunk holds."""
-    rows = CHUNK_BYTES // (vocab * itemsize)
-    return max(1, rows if rows < ROW_MULTIPLE else rows // ROW_MULTIPLE * ROW_MULTIPLE)
+def chunk_rows(kept: int, vocab: int, itemsize: int) -> int:
+    """Rows of logits in a chunk: as few chunks as CHUNK_BYTES allow, of equal size (a small last one would waste most of its matmuls)."""
+    most = max(1, CHUNK_BYTES // (vocab * itemsize))
+    return -(-kept // -(-kept // most)) if kept > 0 else 0
 
 
 def kept_rows(labels: Tensor, token_weights: Tensor | None, ignore_index: int, num_kept: int) -> tuple[Tensor | None, Tensor, int]:
@@ -81,7 +80,7 @@ def _forward(
     # float16 would lose gradients divided by a large denominator: there the division waits for backward.
     scale = None if hidden.dtype == torch.float16 else divisor
     weighted = torch.empty(kept, dtype=torch.float32, device=device)
-    step = min(kept, chunk_rows(vocab, hidden.element_size()))
+    step = chunk_rows(kept, vocab, hidden.element_size())
     logits = torch.empty((step, vocab), dtype=hidden.dtype, device=device)
     for start in range(0, kept, step):
         stop = min(kept, start + step)

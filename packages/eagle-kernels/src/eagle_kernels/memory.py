@@ -165,13 +165,13 @@ def plan_memory(
         return (min(on_gpu, below) + (min(2, below - min(on_gpu, below)) if offload else 0)) * kept
 
     # The moment of the loss: final states, their norm, its gradient, one chunk of logits, the head's gradient in float32.
-    chunk = min(labelled, chunk_rows(decoder.vocab, act)) * decoder.vocab * act
+    chunk = chunk_rows(labelled, decoder.vocab, act)
     loss = static | {
         "gradients": at_rest(trained) if gradients_kept else 0,
         "checkpoints": checkpoints(layers),
         **pictures,
         "final states": 3 * state,
-        "logits": chunk + (0 if labelled == tokens else min(labelled, chunk_rows(decoder.vocab, act)) * decoder.hidden * act * 2),
+        "logits": chunk * decoder.vocab * act + (0 if labelled == tokens else chunk * decoder.hidden * act * 2),
         "head gradient in float32": 4 * head if labelled else 0,
     }
     handover = loss | {"logits": 0, "head gradient in the weight's dtype": head * loose_bytes if loose_bytes != 4 else 0}
