@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eagle_kernels import linear_cross_entropy, reference, use_implementation
 from eagle_kernels import linear_cross_entropy as _function
-from eagle_kernels.linear_cross_entropy import CHUNK_BYTES, chunk_rows, kept_rows
+from eagle_kernels.linear_cross_entropy import CHUNK_BYTES, ROW_MULTIPLE, chunk_rows, kept_rows
 
 BOTH = ("hidden", "weight")
 
@@ -282,14 +282,19 @@ def test_never_waits_for_the_device_with_a_known_count():
         torch.cuda.set_sync_debug_mode(mode)
 
 
-@given(kept=st.integers(1, 10**7), vocab=st.integers(1, 10**6), itemsize=st.sampled_from([2, 4]))
-def test_chunks_are_few_and_equal(kept, vocab, itemsize):
-    most = max(1, CHUNK_BYTES // (vocab * itemsize))
+@given(kept=st.integers(0, 10**7), vocab=st.integers(1, 10**6), itemsize=st.sampled_from([2, 4]))
+def test_chunks_are_few_and_nearly_equal(kept, vocab, itemsize):
     rows = chunk_rows(kept, vocab, itemsize)
+    if kept == 0:
+        assert rows == 0
+        return
+    most = max(1, CHUNK_BYTES // (vocab * itemsize))
+    unit = min(ROW_MULTIPLE, rows)
     chunks = -(-kept // rows)
     assert 1 <= rows <= most
-    assert (chunks - 1) * most < kept, "fewer chunks would do"
-    assert kept - (chunks - 1) * rows > rows - chunks, "the last chunk is smaller than dividing evenly makes it"
+    assert rows == kept or most < ROW_MULTIPLE or rows % ROW_MULTIPLE == 0
+    assert (chunks - 1) * (most // unit * unit) < kept, "fewer chunks would do"
+    assert chunks * (rows - unit) < kept, "smaller chunks would do"
 
 
 @pytest.mark.gpu

@@ -15,8 +15,9 @@ from eagle_kernels.dispatch import use_triton
 from eagle_kernels.matmul import accumulate_, gradient_dtype, product_in_float32
 from eagle_kernels.registry import register
 
-# Logits of one chunk, at most: 3654 rows of 152064 in bf16. Fewer rows make the matmuls slower, more rows only cost memory.
-CHUNK_BYTES = 1060 << 20
+# Logits of one chunk, at most: 3584 rows of 152064 in bf16 are 1.02 GiB. Fewer rows make the matmuls slower, more rows only cost memory.
+CHUNK_BYTES = 1100 << 20
+ROW_MULTIPLE = 512  # in whose multiples the gradient of hidden fills a GPU's multiprocessors best: 3584 rows took 4 % less a row than 3641
 
 
 class LinearCrossEntropyResult(NamedTuple):
@@ -28,9 +29,11 @@ class LinearCrossEntropyResult(NamedTuple):
 
 
 def chunk_rows(kept: int, vocab: int, itemsize: int) -> int:
-    """Rows of logits in a chunk: as few chunks as CHUNK_BYTES allow, of equal size (a small last one would waste most of its matmuls)."""
+    """Rows of logits in a chunk: as few chunks as CHUNK_BYTES allow, and as equal as multiples of ROW_MULTIPLE can be."""
     most = max(1, CHUNK_BYTES // (vocab * itemsize))
-    return -(-kept // -(-kept // most)) if kept > 0 else 0
+    unit = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1
+    chunks = -(-kept // (most // unit * unit))
+    return min(kept, -(-kept // (max(1, chunks) * unit)) * unit)
 
 
 def kept_rows(labels: Tensor, token_weights: Tensor | None, ignore_index: int, num_kept: int) -> tuple[Tensor | None, Tensor, int]:
