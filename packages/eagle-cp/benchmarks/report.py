@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+IN_TURN = "All rows were measured one after the other in one process."
+
 
 def table(result: dict) -> str:
     lines = [
@@ -56,8 +58,8 @@ if __name__ == "__main__":
     source.with_suffix(".md").write_text(
         f"# {found['gpus']} x {found['gpu']}, {found['date']}\n\n{json.dumps(found['versions'])}\n\n"
         f"Ceilings: {json.dumps(found['ceilings'])}\n\n"
-        f"{found['heads'][0]} query and {found['heads'][1]} key/value heads of {found['heads'][2]}, bf16, causal. All rows were"
-        " measured one after the other in one process; peaks are the largest of the ranks.\n\n" + table(found) + "\n"
+        f"{found['heads'][0]} query and {found['heads'][1]} key/value heads of {found['heads'][2]}, bf16, causal."
+        f" {found.get('note', IN_TURN)} Peaks are the largest of the ranks.\n\n" + table(found) + "\n"
     )
     if "--plot" in sys.argv:
         plot(found, source.with_suffix(".png"))

@@ -1,10 +1,12 @@
 """A training step of the 8B model on one GPU: what it costs to keep checkpoints on the host, and whether `plan_memory` is right.
 
 python benchmarks/step.py [--out FILE] [--only CASE ...]   (CASE: 32k, 128k, optimizer, frozen)
+python -m torch.distributed.run --standalone --nproc-per-node=4 benchmarks/step.py --only shards
 
 `32k` and `128k`: all 28 layers, weights in bf16, forward + backward, vision tower and connector included, one sequence of image tokens but
 for 2048 of text, which carry the labels; the two policies take turns. `optimizer` and `frozen`: the trainer's own way, that is FSDP2 on one
-rank, float32 weights and AdamW, with as many layers as fit. Peaks are read at every moment of the step, so that a wrong part shows.
+rank, float32 weights and AdamW, with as many layers as fit. `shards`: the same with all 28 layers over several ranks, each with a sequence
+of its own; the worst rank counts. Peaks are read at every moment of the step, so that a wrong part shows.
 """
 
 import argparse
@@ -13,11 +15,13 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from eagle_cp import Layout
@@ -70,6 +74,20 @@ class Moments:
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(before_layer(index))
         model.language_model.model.norm.register_forward_pre_hook(before_norm)
+
+
+def log(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
+
+
+def worst(ms: float, peaks: dict[str, int]) -> tuple[float, dict[str, int]]:
+    """The slowest rank's time, and of every moment the highest peak that a rank saw."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return ms, peaks
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (ms, peaks))
+    return max(time for time, _ in found), {moment: max(peak[moment] for _, peak in found) for moment in peaks}
 
 
 def described(layers: int) -> Any:
@@ -132,7 +150,7 @@ def run(
     inputs = batch(config, tokens)
     begin = time.perf_counter()
     engine = OffloadEngine(plans["offload"].host + (1 << 20)) if "offload" in order else None
-    print(f"{name}: engine of {plans['offload'].host / GIB:.1f} GiB in {time.perf_counter() - begin:.1f} s", flush=True)
+    log(f"{name}: engine of {plans['offload'].host / GIB:.1f} GiB in {time.perf_counter() - begin:.1f} s")
     times: dict[str, list[float]] = {policy: [] for policy in order}
     peaks: dict[str, dict[str, int]] = {}
     losses: dict[str, float] = {}
@@ -140,9 +158,10 @@ def run(
         model.set_activation_checkpointing({"recompute": "full", "offload": "offload"}[policy], engine if policy == "offload" else None)
         moments.peaks, moments.current = {}, None
         ms, losses[policy] = step(model, moments, inputs, optimizer)
+        ms, peak = worst(ms, moments.peaks)
         times[policy].append(ms)
-        peaks[policy] = moments.peaks
-        print(f"{name} {policy}: {ms:.0f} ms, loss {losses[policy]:.4f}, peak {max(peaks[policy].values()) / GIB:.2f} GiB", flush=True)
+        peaks[policy] = peak
+        log(f"{name} {policy}: {ms:.0f} ms, loss {losses[policy]:.4f}, peak {max(peak.values()) / GIB:.2f} GiB")
     rows = []
     for policy, plan in plans.items():
         if policy not in times:
@@ -150,7 +169,8 @@ def run(
         peak = max(peaks[policy].values())
         rows.append(
             {
-                "case": name, "tokens": tokens, "layers": config.text_config.num_hidden_layers, "policy": policy, "ms": min(times[policy]),
+                "case": name, "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+                "tokens": tokens, "layers": config.text_config.num_hidden_layers, "policy": policy, "ms": min(times[policy]),
                 "all_ms": times[policy], "tokens_per_second": tokens / min(times[policy]) * 1e3, "loss": losses[policy],
                 "over_recompute": min(times[policy]) / min(times["recompute"]) - 1 if "recompute" in times else None,
                 "peak_gib": peak / GIB, "planned_gib": plan.gpu / GIB, "plan_error": plan.gpu / peak - 1, "planned_moment": plan.moment,
@@ -191,7 +211,7 @@ def plain(cases: list[tuple[str, int, list[str]]], layers: int) -> list[dict[str
 
 
 def trained(name: str, tokens: int, layers: int, frozen: bool, order: list[str]) -> list[dict[str, Any]]:
-    """FSDP2 on one rank as the trainer does it: float32 weights and states, computation in bf16."""
+    """FSDP2 as the trainer does it: float32 weights and states, computation in bf16."""
     parallel = ParallelConfig(dtype="bfloat16")
     world = start_world(parallel, "cuda")
     model = make(layers, torch.float32)
@@ -202,7 +222,7 @@ def trained(name: str, tokens: int, layers: int, frozen: bool, order: list[str])
     optimizer = make_optimizer(model, stage)
     shape, vision = decoder_shape(config), vision_shape(config, tokens - TEXT)
     vision = dataclasses.replace(vision, frozen=frozen)
-    widths: dict[str, Any] = {"weight_bytes": 4, "gradient_bytes": 4, "optimizer_bytes": 8, "compute_bytes": 2}
+    widths: dict[str, Any] = {"weight_bytes": 4, "gradient_bytes": 4, "optimizer_bytes": 8, "compute_bytes": 2, "shards": world.size}
     plans = {
         policy: plan_memory(shape, tokens, vision=vision, labelled=TEXT, offload=policy == "offload", **widths)
         for policy in ("recompute", "offload")
@@ -225,7 +245,7 @@ def main() -> None:
     if cases:
         rows += plain(cases, 28)
         write(rows, options.out)
-    for name, layers, frozen in (("optimizer", 12, False), ("frozen", 16, True)):
+    for name, layers, frozen in (("optimizer", 12, False), ("frozen", 16, True), ("shards", 28, False)):
         if name in options.only:
             gc.collect()
             torch.cuda.empty_cache()
@@ -234,7 +254,7 @@ def main() -> None:
             write(rows, options.out)
     for row in rows:
         ratio = f" ({row['over_recompute']:+.1%})" if row["over_recompute"] is not None else ""
-        print(
+        log(
             f"{row['case']}: {row['tokens']} tokens, {row['layers']} layers, {row['policy']}: {row['ms']:.0f} ms{ratio}, "
             f"{row['tokens_per_second']:.0f} tokens/s, peak {row['peak_gib']:.2f} GiB, planned {row['planned_gib']:.2f} "
             f"({row['plan_error']:+.1%}, {row['planned_moment']}), host {row['host_gib']:.2f} GiB, loss {row['loss']:.4f}"
@@ -242,7 +262,7 @@ def main() -> None:
 
 
 def write(rows: list[dict[str, Any]], path: Path | None) -> None:
-    if path is not None:
+    if path is not None and int(os.environ.get("RANK", "0")) == 0:
         result = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "gpu": torch.cuda.get_device_name(),
