@@ -1,6 +1,6 @@
 """The language head and its loss in one operator that never stores more than one chunk of logits.
 
-Forward goes through the kept rows in chunks: logits = hidden weight^T (cuBLAS), the fused kernel turns them into losses and, in place, into
+Forward goes through the kept rows in chunks: logits = hidden weight^T (cuBLAS), a fused kernel turns them into losses and, in place, into
 their gradient, and two more matmuls turn that into the gradients of hidden and weight; backward only multiplies by the incoming gradient.
 The weight gradient is one float32 matrix to which every chunk is added inside the matmul (beta = 1), so nothing is rounded in between.
 """
@@ -59,7 +59,7 @@ def _forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, denominator: Tensor | None,
     smoothing: float, z_loss: float, ignore_index: int, num_kept: int, need_hidden: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from eagle_kernels.kernels.cross_entropy import launch_loss, launch_scatter
+    from eagle_kernels.kernels.cross_entropy import launch_loss, launch_rows
 
     device, (tokens, _), vocab = hidden.device, hidden.shape, weight.shape[0]
     gradient = need_hidden or need_weight
@@ -97,10 +97,7 @@ def _forward(
         del part
         if need_hidden:
             product = product_in_float32(chunk, weight)
-            if index is None:
-                dhidden[start:stop] = product
-            else:
-                launch_scatter(product, index, dhidden)
+            launch_rows(product, index, dhidden if index is not None else dhidden[start:stop])
             del product
     loss = weighted.sum()
     if scale is None:

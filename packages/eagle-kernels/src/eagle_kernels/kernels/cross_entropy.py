@@ -1,7 +1,6 @@
 """Cross-entropy over a chunk of logits that turns into its own gradient in place, and the scaling of stored gradients.
 
-A program owns one row. It reads the row once for maximum and sum, and once more, backwards, to write the gradient over it: the part read
-last comes first, so most of the second read is served by the L2 cache.
+A program owns one row. It reads the row once for maximum and sum, and once more to write the gradient over it.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
@@ -128,12 +127,14 @@ def loss_kernel(
 
 
 @triton.jit
-def scatter_kernel(x_ptr, index_ptr, out_ptr, cols, BLOCK: tl.constexpr):
+def rows_kernel(x_ptr, index_ptr, out_ptr, cols, x_stride, HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(index_ptr + row)
+    target = row
+    if HAS_INDEX:
+        target = tl.load(index_ptr + row)
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=0.0)
+        x = tl.load(x_ptr + row * x_stride + col, mask=col < cols, other=0.0)
         tl.store(out_ptr + target * cols + col, x.to(out_ptr.dtype.element_ty), mask=col < cols)
 
 
@@ -170,10 +171,12 @@ def launch_loss(
     )  # fmt: skip
 
 
-def launch_scatter(x: Tensor, index: Tensor, out: Tensor) -> None:
-    """`out[index[i]] = x[i]`, rounded to out's dtype on the way. x: [n, H], index: [n], out: [T, H], both contiguous."""
+def launch_rows(x: Tensor, index: Tensor | None, out: Tensor) -> None:
+    """`out[index[i]] = x[i]` (None: i), rounded to out's dtype on the way. x: [n, H], index: [n], out: [T, H], rows contiguous."""
     block = min(1024, triton.next_power_of_2(x.shape[1]))
-    scatter_kernel[(x.shape[0],)](x, index, out, x.shape[1], BLOCK=block, num_warps=4)
+    rows_kernel[(x.shape[0],)](
+        x, index if index is not None else x, out, x.shape[1], x.stride(0), HAS_INDEX=index is not None, BLOCK=block, num_warps=4
+    )
 
 
 def launch_scale(x: Tensor, scale: Tensor, divide: Tensor | None, dtype: torch.dtype, in_place: bool) -> Tensor:
