@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from eagle_sampling import DEFAULT_LIMITS, Limits, MediaError, TimeTable, probe, read_frames
 from eagle_sampling.containers.demux import read_packets
+from eagle_sampling.containers.mp4 import _repeated
+from eagle_sampling.containers.track import NotOurs, ordered
 from eagle_sampling.video_info import read_track
 
 B_FRAMES = {"preset": "veryfast", "g": "24", "bf": "3", "x264-params": "scenecut=0"}
@@ -253,3 +255,35 @@ def test_thousands_of_files(small_mp4, tmp_path):
         assert len(os.listdir("/proc/self/fd")) <= before + 2
     with pytest.raises(MediaError, match="over the limit"):
         probe(small_mp4, limits=Limits(max_pixels=100))
+
+
+@given(
+    n=st.integers(1, 200),
+    step=st.integers(1, 5000),
+    noise=st.integers(0, 6000),
+    start=st.integers(-(10**6), 2**52),
+    seed=st.integers(0, 2**16),
+)
+def test_ticks_in_order(n, step, noise, start, seed):
+    draw = np.random.default_rng(seed)
+    ticks = start + np.arange(n, dtype=np.int64) * step + draw.integers(0, noise + 1, n)
+    window = int(draw.integers(1, 8))  # frames are coded a few places from where they are shown
+    for first in range(0, n, window):
+        draw.shuffle(ticks[first : first + window])
+    before = ticks.copy()
+    assert (ordered(ticks) == np.sort(before)).all()
+    assert (ticks == before).all()
+
+
+@given(
+    counts=st.lists(st.integers(0, 5), min_size=1, max_size=40).filter(any),
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from([np.int32, np.int64]),
+)
+def test_repeated_is_repeat(counts, seed, dtype):
+    values = np.random.default_rng(seed).integers(np.iinfo(dtype).min, np.iinfo(dtype).max, len(counts), dtype)
+    found = _repeated(np.array(counts, ">u4"), values, sum(counts), "ctts")
+    assert found.dtype == dtype
+    assert (found == np.repeat(values, counts)).all()
+    with pytest.raises(NotOurs, match="ctts covers"):
+        _repeated(np.array(counts, ">u4"), values, sum(counts) + 1, "ctts")

@@ -164,7 +164,7 @@ SERIES = [
         (name, count, readers, runs)
         for name in ("360p-10min", "360p-60min")
         for count in (512, 64, 8)
-        for readers, runs in ((PAIR, 3), (RIVALS, 1))
+        for readers, runs in ((PAIR, 7 if count == 512 else 3), (RIVALS, 1))
     ),
     ("1080p-10min", 64, PAIR, 3),
     ("1080p-10min", 512, PAIR, 2),

@@ -91,7 +91,7 @@ def _compress(values: NDArray[np.int64], deltas: NDArray[np.int64], unit: Fracti
     if not len(deltas):
         yield Run(int(values[0]), 1, 0, 1, 0)
         return
-    if (deltas == deltas[0]).all():
+    if int(deltas.min()) == int(deltas.max()):
         yield Run(int(values[0]), len(values), int(deltas[0]), 1, 0)
         return
     # A gap or a cut between two rates ends a run; rounding moves a delta by one tick at most.

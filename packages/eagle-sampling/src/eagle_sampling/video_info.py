@@ -56,19 +56,19 @@ class VideoInfo:
     @classmethod
     def from_track(cls, path: str, track: Track) -> VideoInfo:
         """All that an exact track says. Raises MediaError when it shows no frame."""
-        order = track.presentation_order()
-        count = len(order)
+        ticks = track.presentation_ticks()
+        count = len(ticks)
         if not count:
             raise MediaError(f"{path}: its video track has no frames")
-        table = TimeTable.from_ticks(track.ticks[order], track.unit)
-        first, last = (float(value) for value in track.seconds(order[[0, -1]]))
+        table = TimeTable.from_ticks(ticks, track.unit)
+        first, last = (float(value) for value in track.at(ticks[[0, -1]]))
         if count == 1:
             duration = track.duration or track.frame_duration
         elif table.constant:
             duration = last - first + (last - first) / (count - 1)
         else:
             # The last frame's own length is anybody's guess: as long as the usual one, or what the header claims if that is longer.
-            usual = float(np.median(np.diff(track.ticks[order]))) * float(track.unit)
+            usual = float(np.median(np.diff(ticks))) * float(track.unit)
             duration = max(last - first + usual, track.duration or 0.0)
         shown = track.sync if track.shown is None else track.sync & track.shown
         return cls(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,11 +66,13 @@ def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track
     shown = None
     if header.edits:
         composition, shown = _apply_edits(header, composition, bool(fragments))
-    present = sizes >= 0 if offsets is None else offsets + sizes <= source.size
-    missing = int(len(present) - np.count_nonzero(present))
-    if missing and offsets is not None:
-        composition, sync, offsets, sizes = composition[present], sync[present], offsets[present], sizes[present]
-        shown = None if shown is None else shown[present]
+    missing = 0
+    if offsets is not None and sizes is not None:
+        present = offsets + sizes <= source.size
+        missing = int(len(present) - np.count_nonzero(present))
+        if missing:
+            composition, sync, offsets, sizes = composition[present], sync[present], offsets[present], sizes[present]
+            shown = None if shown is None else shown[present]
     rotation, mirrored, odd = _orientation(header.matrix)
     return Track(
         container="mp4",
@@ -215,22 +218,32 @@ def _description(stsd: memoryview | None) -> tuple[str, int, int, Fraction, byte
     return codec, width, height, aspect, bytes(parts[wanted]) if wanted else b"", colour
 
 
-def _column(table: memoryview | None, fields: int, start: int = 4) -> NDArray[np.int64]:
-    """The [n, fields] 32-bit entries of a counted table; count at byte `start`."""
+# An hour of video has 100 000 frames, and an array of that length costs more to get from the system than to fill: there are few, and they
+# are worked on in place. glibc gives freed memory back beyond twice the largest block freed so far; after this it keeps what a file needs.
+np.empty(4 << 20, np.uint8)
+
+
+def _entries(table: memoryview | None, fields: int, start: int = 4) -> NDArray[np.uint32]:
+    """The [n, fields] 32-bit entries of a counted table as they lie in the file; count at byte `start`."""
     if table is None:
-        return np.zeros((0, fields), np.int64)
+        return np.zeros((0, fields), np.uint32)
     count = int.from_bytes(table[start : start + 4], "big")
     if start + 4 + count * 4 * fields > len(table):
         raise Damaged("a sample table is shorter than it says")
-    return np.frombuffer(table, ">u4", count * fields, start + 4).reshape(count, fields).astype(np.int64)
+    return np.frombuffer(table, ">u4", count * fields, start + 4).reshape(count, fields)
+
+
+def _column(table: memoryview | None, fields: int, start: int = 4) -> NDArray[np.int64]:
+    """The same as numbers that can be computed with."""
+    return _entries(table, fields, start).astype(np.int64)
 
 
 def _tables(
     header: _Header, limits: Limits, within: int | None
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None, NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None, NDArray[np.int64] | None]:
     """(composition times, sync, offsets, sizes), each [n] in decode order, from the tables of `stbl`.
 
-    within: the file's size, when offsets are wanted only if samples lie beyond it (None: always); else they are None.
+    within: the file's size, when offsets and sizes are wanted only if samples lie beyond it (None: always); else they are None.
     """
     tables = header.tables
     stsz = tables.get(b"stsz")
@@ -239,18 +252,19 @@ def _tables(
     n = int.from_bytes(stsz[8:12], "big")
     fixed = int.from_bytes(stsz[4:8], "big")
     limits.check_frames(n, "its video track")
-    sizes = np.full(n, fixed, np.int64) if fixed else _column(stsz, 1, 8)[:, 0]
     empty = np.zeros(0, np.int64)
     if n == 0:
         return empty, np.zeros(0, bool), empty, empty
     durations = _column(tables.get(b"stts"), 2)
     if len(durations) == 1 and durations[0, 0] == n:
-        decode = np.arange(n, dtype=np.int64) * durations[0, 1]
+        decode = np.arange(n, dtype=np.int64)
+        decode *= durations[0, 1]
     else:
         decode = np.zeros(n, np.int64)
-        np.cumsum(_repeated(durations, n, "stts")[:-1], out=decode[1:])
+        np.cumsum(_repeated(durations[:, 0], durations[:, 1], n, "stts")[:-1], out=decode[1:])
     if b"ctts" in tables:
-        decode += _repeated(_column(tables[b"ctts"], 2), n, "ctts").astype(np.int32)
+        shifts = _entries(tables[b"ctts"], 2)
+        decode += _repeated(shifts[:, 0], shifts[:, 1].astype(np.int32), n, "ctts")
     sync = np.ones(n, bool)
     if b"stss" in tables:
         sync[:] = False
@@ -261,11 +275,13 @@ def _tables(
     if b"co64" in tables:
         table = tables[b"co64"]
         chunks = np.frombuffer(table, ">u8", min(int.from_bytes(table[4:8], "big"), (len(table) - 8) // 8), 8).astype(np.int64)
+    sizes = np.full(n, fixed, np.int64) if fixed else _entries(stsz, 1, 8)[:, 0]
     runs = _column(tables.get(b"stsc"), 3)
     if not len(runs) or not len(chunks) or runs[0, 0] != 1 or (runs[:, 2] != 1).any() or (np.diff(runs[:, 0]) <= 0).any():
         raise NotOurs("chunks that we can't follow")
     if within is not None and int(chunks.max()) == chunks[-1] and chunks[-1] + int(sizes[-int(runs[-1, 1]) :].sum()) <= within:
-        return decode, sync, None, sizes  # even a full last chunk ends inside
+        return decode, sync, None, None  # even a full last chunk ends inside
+    sizes = sizes.astype(np.int64)
     if len(runs) == 1 and runs[0, 1] == 1 and len(chunks) >= n:
         return decode, sync, chunks[:n], sizes
     per_chunk = np.repeat(runs[:, 1], np.diff(np.append(runs[:, 0], max(len(chunks) + 1, int(runs[-1, 0]) + 1))))[: len(chunks)]
@@ -278,13 +294,17 @@ def _tables(
     return decode, sync, np.repeat(base, per_chunk[used])[:n] + before, sizes
 
 
-def _repeated(table: NDArray[np.int64], n: int, name: str) -> NDArray[np.int64]:
-    counts = table[:, 0]
+def _repeated(counts: NDArray[Any], values: NDArray[Any], n: int, name: str) -> NDArray[Any]:
+    """`np.repeat(values, counts)`, several times as fast where runs are short; n long, or NotOurs."""
     if int(counts.sum()) != n:
         raise NotOurs(f"{name} covers {int(counts.sum())} of {n} samples")
-    if len(counts) == n:
-        return table[:, 1]
-    return np.repeat(table[:, 1], counts)
+    if 4 * len(counts) < n or int(counts.min()) == 0:
+        return np.repeat(values, counts)
+    out = np.zeros(n, values.dtype)
+    starts = np.cumsum(counts, dtype=np.int64)
+    starts -= counts
+    out[starts] = np.diff(values, prepend=values.dtype.type(0))  # differences may wrap, and so do their sums
+    return np.cumsum(out, dtype=out.dtype, out=out)
 
 
 def _apply_edits(header: _Header, composition: NDArray[np.int64], fragmented: bool) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
@@ -302,6 +322,10 @@ def _apply_edits(header: _Header, composition: NDArray[np.int64], fragmented: bo
     if fragmented:  # libavformat shifts, and hides nothing
         return composition - start + empty, None
     length = _rescale(edits[0][0], header.scale, header.movie_scale)
+    lowest, highest = int(composition.min()), int(composition.max())
+    if lowest >= start and (not length or highest < start + length):
+        composition -= lowest - empty
+        return composition, None
     shown = composition >= start
     if length:
         shown &= composition < start + length
