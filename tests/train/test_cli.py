@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -60,10 +61,16 @@ def test_help_takes_less_than_a_third_of_a_second(verb):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from eagle_train.cli.app import register; register(); print(*sys.modules)"
+    code = "import sys; import eagle_train.cli.run; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "eagle_train.cli.train" in modules
     assert not {"torch", "transformers", "numpy", "pydantic", "yaml", "av"} & set(modules)
+
+
+def test_version(eagle_here):
+    done = eagle_here("--version")
+    assert done.returncode == 0
+    assert done.stdout == f"eagle-train {version('eagle-train')}\n"
 
 
 def test_exit_codes_and_messages(colour_run, tmp_path, eagle_here):

@@ -1,7 +1,6 @@
 """Prepare: facts are right, complete, resumable after any kill, and never stale."""
 
 import json
-import os
 import pickle
 import signal
 import subprocess
@@ -159,33 +158,34 @@ def row_without_answer():
 
 
 KILLED = """
-import sys, pickle
+import os, pickle, signal, sys
 from pathlib import Path
 from eagle_train.config import parse_config
 from eagle_train.data import prepare as module
+
+def die(step):
+    if step.rows_done >= 300:
+        print(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     tokenizer = pickle.loads((folder / "tokenizer.pickle").read_bytes())
     data = {"sources": {"s": {"annotation": "rows.jsonl"}}, "workers": 2, "shard_rows": 50}
     config = parse_config({"run": {"name": "test"}, "data": data}, base=folder)
-    module.prepare(config, tokenizer, progress=lambda step: print(step.rows_done, flush=True))
+    module.prepare(config, tokenizer, progress=die)
 """
 
 
 def test_kill_nine_loses_at_most_a_shard_a_worker(tmp_path, row, make_config, write_jsonl, tokenizer):
     (tmp_path / "tokenizer.pickle").write_bytes(pickle.dumps(tokenizer))
     (tmp_path / "killed.py").write_text(KILLED)
-    count = 4000
+    count = 12_000
     write_jsonl(tmp_path / "rows.jsonl", [row(f"Question {index}") for index in range(count)])
-    process = subprocess.Popen([sys.executable, tmp_path / "killed.py", tmp_path], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while int(process.stdout.readline()) < 300:
-        pass
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    killed = subprocess.run([sys.executable, tmp_path / "killed.py", tmp_path], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    children = [int(pid) for pid in killed.stdout.split()]
     assert len(children) >= 2
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
     deadline = time.monotonic() + 20
     while any(_alive(pid) for pid in children):
         assert time.monotonic() < deadline, "workers outlive a killed parent"

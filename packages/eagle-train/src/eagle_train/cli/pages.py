@@ -30,9 +30,8 @@ def rendered_page(verb: str) -> str:
     """The page as the installed typer renders it, for 80 columns."""
     from typer.testing import CliRunner
 
-    from .app import app, register
+    from .run import app
 
-    register()
     result = CliRunner().invoke(app, [*verb.split(), "--help"], prog_name="eagle", env={"COLUMNS": "80"})
     return result.output.strip("\n")
 

@@ -1,0 +1,51 @@
+"""The verbs by name, and what their end means to a shell.
+
+Exit codes: 0 it worked; 1 the run failed; 2 the command line or the configuration is wrong; 3 the data: too many bad rows, or facts
+are missing; 130 interrupted. Errors are one message without a traceback, unless `--debug` is given.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from . import answers, data, inspection, train  # noqa: F401  (they add their verbs)
+from .app import app
+
+RUN_FAILED, WRONG_USE, BAD_DATA, INTERRUPTED = 1, 2, 3, 130
+
+
+def main(given: list[str]) -> NoReturn:
+    """Run a command line and exit with a code that says how it ended."""
+    debug = "--debug" in given
+    try:
+        app(args=[argument for argument in given if argument != "--debug"], prog_name="eagle")
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {error}" if str(error) else f"error: {type(error).__name__}", file=sys.stderr)
+        if not expected(error):
+            print("(this is not an error eagle foresaw; --debug shows where it comes from)", file=sys.stderr)
+        sys.exit(exit_code(error))
+    sys.exit(0)
+
+
+def exit_code(error: BaseException) -> int:
+    """The code for an error, from what kind of error it is."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "ConfigError" in names:
+        return WRONG_USE
+    if "PrepareError" in names:
+        return BAD_DATA
+    return RUN_FAILED
+
+
+def expected(error: BaseException) -> bool:
+    """Whether the message was written for users."""
+    ours = type(error).__module__.split(".")[0].startswith("eagle_")
+    return ours or isinstance(error, (ValueError, OSError, ImportError))
