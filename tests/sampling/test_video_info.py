@@ -275,6 +275,11 @@ def test_ticks_in_order(n, step, noise, start, seed):
     assert (ticks == before).all()
 
 
+@pytest.mark.parametrize("ticks", [[], [3], [5, 5, 5], [-(2**63), 2**63 - 1, 0], [-(2**63), -(2**63) + 2, -(2**63) + 1], [0, 1, 2**62]])
+def test_ticks_at_the_ends_of_what_there_is(ticks):
+    assert ordered(np.array(ticks, np.int64)).tolist() == sorted(ticks)
+
+
 @given(
     counts=st.lists(st.integers(0, 5), min_size=1, max_size=40).filter(any),
     seed=st.integers(0, 2**16),

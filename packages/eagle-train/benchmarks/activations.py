@@ -1,6 +1,6 @@
 """bf16 training on one GPU with activations kept, rebuilt and offloaded: the same run by the trainer itself, once for each turn.
 
-python benchmarks/activations.py [--steps 10] [--tokens 8192] [--order keep recompute offload keep] [--out FILE]
+python benchmarks/activations.py [--steps 30] [--tokens 8192] [--order keep recompute offload keep] [--out FILE]
 
 Pictures of one shape in one colour are made, and their names are the answers; the model is a cut-down `1b` from random weights. Prints the
 losses of the runs side by side, and what each costs. Fails when a loss doesn't fall or the runs differ by more than bf16's noise.
@@ -27,8 +27,7 @@ from eagle_train.training.run import get_ready, train
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (220, 200, 40)}
 SHAPES = ("circle", "square")
-# Of the loss. Attention's backward adds in an order of its own, so that two runs of one policy differ too, the more the longer they train:
-# by 0.05 % after 10 steps.
+# Of the loss. Attention's backward adds in an order of its own, so that two runs of one policy differ too (by 0.05 % after 10 steps).
 NOISE = 0.02
 GIB = 1 << 30
 
@@ -92,7 +91,7 @@ def run(folder: Path, name: str, mode: str, steps: int, tokens: int, device: str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--order", nargs="+", default=["keep", "recompute", "offload", "keep"], choices=["keep", "recompute", "offload"])

@@ -127,14 +127,14 @@ def loss_kernel(
 
 
 @triton.jit
-def rows_kernel(x_ptr, index_ptr, out_ptr, cols, x_stride, HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def rows_kernel(x_ptr, index_ptr, out_ptr, cols, HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = row
     if HAS_INDEX:
         target = tl.load(index_ptr + row)
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * x_stride + col, mask=col < cols, other=0.0)
+        x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=0.0)
         tl.store(out_ptr + target * cols + col, x.to(out_ptr.dtype.element_ty), mask=col < cols)
 
 
@@ -172,11 +172,9 @@ def launch_loss(
 
 
 def launch_rows(x: Tensor, index: Tensor | None, out: Tensor) -> None:
-    """`out[index[i]] = x[i]` (None: i), rounded to out's dtype on the way. x: [n, H], index: [n], out: [T, H], rows contiguous."""
+    """`out[index[i]] = x[i]` (None: i), rounded to out's dtype on the way. x: [n, H], index: [n], out: [T, H], both contiguous."""
     block = min(1024, triton.next_power_of_2(x.shape[1]))
-    rows_kernel[(x.shape[0],)](
-        x, index if index is not None else x, out, x.shape[1], x.stride(0), HAS_INDEX=index is not None, BLOCK=block, num_warps=4
-    )
+    rows_kernel[(x.shape[0],)](x, index if index is not None else x, out, x.shape[1], HAS_INDEX=index is not None, BLOCK=block, num_warps=4)
 
 
 def launch_scale(x: Tensor, scale: Tensor, divide: Tensor | None, dtype: torch.dtype, in_place: bool) -> Tensor:

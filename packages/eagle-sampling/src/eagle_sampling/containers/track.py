@@ -61,8 +61,6 @@ class Track:
 
     def presentation_ticks(self) -> NDArray[np.int64]:
         """Ticks of the frames that are shown, in order, int64 [shown]."""
-        if self._order is not None:
-            return self.ticks[self._order]
         return ordered(self.ticks if self.shown is None else self.ticks[self.shown])
 
     def doubled(self) -> NDArray[np.int64]:
@@ -93,9 +91,11 @@ def ordered(ticks: NDArray[np.int64]) -> NDArray[np.int64]:
             place *= 2 * n - 2
             place += span
             place //= 2 * span
-            out = np.full(n, first - 1, np.int64)
-            out[place] = ticks
-            if int(out.min()) == first:
+            taken = np.zeros(n, bool)
+            taken[place] = True
+            if taken.all():
+                out = np.empty(n, np.int64)
+                out[place] = ticks
                 return out
     return np.sort(ticks)
 

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from eagle_train import __version__
+
 # Plain help: rich would cost a third of the time that --help may take.
 app = typer.Typer(
     name="eagle",
@@ -18,9 +20,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        print(f"eagle-train {version('eagle-train')}")
+        print(f"eagle-train {__version__}")
         raise typer.Exit
 
 
