@@ -90,7 +90,7 @@ def test_nothing_labelled_is_zero_with_zero_gradients(device, num_kept):
     for name in BOTH:
         inputs[name].requires_grad_()
     with use_implementation("triton"):
-        for denominator in (None, torch.tensor(5.0, device=device)):
+        for denominator in (None, torch.tensor(5.0, device=device), torch.tensor(1e-40, device=device)):
             loss = linear_cross_entropy(**inputs, denominator=denominator, num_kept=num_kept)
             assert loss.item() == 0
             loss.backward()
@@ -151,6 +151,18 @@ def test_float32_weight_gradient(device, relative_error):
         assert not torch.equal(gradient, gradient.half().float())
         assert relative_error(gradient, exact[1].grad) < 1e-3
     assert torch.equal(parameter.grad, master.grad)
+
+
+@pytest.mark.gpu
+def test_a_denominator_costs_no_accuracy(relative_error):
+    """1/3 in bf16 is off by 0.001, and so would be every gradient that is made from labels' entries divided by 3."""
+    inputs = example("cuda", 512, 64, 5000, labelled=1.0, sharpness=0.5)
+    low = [inputs[name].bfloat16().requires_grad_() for name in BOTH]
+    low[1].grad_dtype = torch.float32
+    exact = [x.detach().double().requires_grad_() for x in low]
+    for tensors in (low, exact):
+        linear_cross_entropy(*tensors, inputs["labels"], denominator=torch.tensor(3.0, device="cuda")).backward()
+    assert relative_error(low[1].grad, exact[1].grad) < 3e-4
 
 
 def test_float16_survives_a_large_denominator(device, relative_error):

@@ -123,9 +123,9 @@ def losses(bandwidth: float) -> None:
 
     def run(block: int, warps: int) -> Callable[[], object]:
         return lambda: cross_entropy.loss_kernel[(3584,)](
-            logits, labels, labels, found, found, found, weighted, 0, VOCAB, 0.0, 0.0,
-            HAS_INDEX=False, HAS_WEIGHTS=False, HAS_SCALE=False, SMOOTHING=False,
-            GRADIENT=True, PRECISE=False, BLOCK=block, num_warps=warps,
+            logits, labels, labels, found, found, weighted, 0, VOCAB, 0.0, 0.0,
+            HAS_INDEX=False, HAS_WEIGHTS=False, SMOOTHING=False, GRADIENT=True,
+            PRECISE=False, BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
     shapes = [(1024, 4), (1024, 8), (2048, 4), (2048, 8), (2048, 16), (4096, 8), (4096, 16), (4096, 32), (8192, 16), (8192, 32)]

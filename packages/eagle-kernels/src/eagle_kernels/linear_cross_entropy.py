@@ -3,6 +3,7 @@
 Forward goes through the kept rows in chunks: logits = hidden weight^T (cuBLAS), a fused kernel turns them into losses and, in place, into
 their gradient, and two more matmuls turn that into the gradients of hidden and weight; backward only multiplies by the incoming gradient.
 The weight gradient is one float32 matrix to which every chunk is added inside the matmul (beta = 1), so nothing is rounded in between.
+The division by the denominator comes after the matmuls: before them it would be rounded with every label's entry, in every row alike.
 """
 
 from typing import Any, Literal, NamedTuple, overload
@@ -78,10 +79,10 @@ def _forward(
     elif kept > 0:
         divisor = count.float()
     if kept == 0:
-        return divisor.new_zeros(()), losses, count, dhidden.zero_(), dweight.zero_(), divisor
+        return divisor.new_zeros(()), losses, count, dhidden.zero_(), dweight.zero_(), torch.ones_like(divisor)  # 0 / 0 is 0 here
 
-    # float16 would lose gradients divided by a large denominator: there the division waits for backward.
-    scale = None if hidden.dtype == torch.float16 else divisor
+    # float16 would lose gradients divided by a large denominator: there the division of hidden's gradient, too, waits for backward.
+    divide = None if hidden.dtype == torch.float16 else divisor
     weighted = torch.empty(kept, dtype=torch.float32, device=device)
     step = chunk_rows(kept, vocab, hidden.element_size())
     logits = torch.empty((step, vocab), dtype=hidden.dtype, device=device)
@@ -91,17 +92,15 @@ def _forward(
         part = hidden[start:stop] if index is None else hidden[index]
         chunk = logits[: stop - start]
         torch.mm(part, weight.t(), out=chunk)
-        launch_loss(chunk, rows, labels, token_weights, scale, losses, weighted, start, smoothing, z_loss, gradient)
+        launch_loss(chunk, rows, labels, token_weights, losses, weighted, start, smoothing, z_loss, gradient)
         if need_weight:
             accumulate_(dweight, chunk.t(), part, first=start == 0)
         del part
         if need_hidden:
             product = product_in_float32(chunk, weight)
-            launch_rows(product, index, dhidden if index is not None else dhidden[start:stop])
+            launch_rows(product, index, divide, dhidden if index is not None else dhidden[start:stop])
             del product
-    loss = weighted.sum()
-    if scale is None:
-        loss = loss / divisor
+    loss = weighted.sum() / divisor
     if num_kept >= 0:
         loss = torch.where(count == num_kept, loss, torch.nan)  # a wrong count is loud without waiting for the device
     return loss, losses, count, dhidden, dweight, divisor
@@ -176,17 +175,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dhidden, dweight, divisor = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs
-        divide = divisor if dhidden.dtype == torch.float16 else None
         in_place = not _graph_is_kept()
 
-        def scaled(x: Tensor, dtype: torch.dtype) -> Tensor:
+        def scaled(x: Tensor, dtype: torch.dtype, divide: Tensor | None) -> Tensor:
             if in_place and x.dtype == dtype:
                 torch.ops.eagle_kernels.scale_(x, dloss, divide)
                 return x
             return torch.ops.eagle_kernels.scaled(x, dloss, divide, dtype)
 
-        out = (scaled(dhidden, dhidden.dtype) if need_hidden else None, scaled(dweight, ctx.weight_dtype) if need_weight else None)
-        return (*out, None, None, None, None, None, None, None, None)
+        waits = divisor if dhidden.dtype == torch.float16 else None
+        out_hidden = scaled(dhidden, dhidden.dtype, waits) if need_hidden else None
+        out_weight = scaled(dweight, ctx.weight_dtype, divisor) if need_weight else None
+        return out_hidden, out_weight, None, None, None, None, None, None, None, None
 
 
 @overload

@@ -39,9 +39,9 @@ def finite(x):
 
 @triton.jit
 def loss_kernel(
-    logits_ptr, index_ptr, labels_ptr, weights_ptr, scale_ptr, losses_ptr, weighted_ptr, start, vocab, smoothing, z_loss,
-    HAS_INDEX: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_SCALE: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
-    PRECISE: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, index_ptr, labels_ptr, weights_ptr, losses_ptr, weighted_ptr, start, vocab, smoothing, z_loss,
+    HAS_INDEX: tl.constexpr, HAS_WEIGHTS: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr, PRECISE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     token = start + row
@@ -51,9 +51,6 @@ def loss_kernel(
     weight = 1.0
     if HAS_WEIGHTS:
         weight = tl.load(weights_ptr + token).to(tl.float32)
-    scale = weight
-    if HAS_SCALE:
-        scale = weight / tl.load(scale_ptr).to(tl.float32)
     logits_ptr += row * vocab
     column = tl.arange(0, BLOCK)
     valid = (label >= 0) & (label < vocab)
@@ -103,39 +100,42 @@ def loss_kernel(
         loss = (1.0 - smoothing) * loss + smoothing * ((maximum - mean) + log_sum)
     loss += z_loss * lse * lse
     tl.store(losses_ptr + token, loss)
-    tl.store(weighted_ptr + start + row, loss * scale)
+    tl.store(weighted_ptr + start + row, loss * weight)
 
     if GRADIENT:
         tl.debug_barrier()  # the label's logit is read by one thread and overwritten by another
-        softmax = scale * (1.0 + 2.0 * z_loss * lse)
+        softmax = weight * (1.0 + 2.0 * z_loss * lse)
         factor = softmax / denominator
         uniform = 0.0
         if SMOOTHING:
-            uniform = scale * smoothing / vocab
+            uniform = weight * smoothing / vocab
         blocks = tl.cdiv(vocab, BLOCK)
         for step in range(0, blocks):
             offset = (blocks - 1 - step) * BLOCK + column
             x = tl.load(logits_ptr + offset, mask=offset < vocab, other=-float("inf"), eviction_policy="evict_first").to(tl.float32)
             gradient = exp(x - maximum, PRECISE) * factor - uniform
             if PRECISE:
-                at_label = (softmax - scale * (1.0 - smoothing)) - rest * factor - uniform
+                at_label = (softmax - weight * (1.0 - smoothing)) - rest * factor - uniform
                 gradient = tl.where(offset == label, at_label, gradient)
             else:
-                gradient = tl.where(offset == label, gradient - scale * (1.0 - smoothing), gradient)
+                gradient = tl.where(offset == label, gradient - weight * (1.0 - smoothing), gradient)
             gradient = gradient.to(logits_ptr.dtype.element_ty)
             tl.store(logits_ptr + offset, gradient, mask=offset < vocab, eviction_policy="evict_first")
 
 
 @triton.jit
-def rows_kernel(x_ptr, index_ptr, out_ptr, cols, HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def rows_kernel(x_ptr, index_ptr, divide_ptr, out_ptr, cols, HAS_INDEX: tl.constexpr, HAS_DIVIDE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    divisor = 1.0
+    if HAS_DIVIDE:
+        divisor = tl.load(divide_ptr).to(tl.float32)
     target = row
     if HAS_INDEX:
         target = tl.load(index_ptr + row)
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=0.0)
-        tl.store(out_ptr + target * cols + col, x.to(out_ptr.dtype.element_ty), mask=col < cols)
+        tl.store(out_ptr + target * cols + col, (x / divisor).to(out_ptr.dtype.element_ty), mask=col < cols)
 
 
 @triton.jit
@@ -157,24 +157,27 @@ def loss_shape(vocab: int) -> tuple[int, int]:
 
 
 def launch_loss(
-    logits: Tensor, index: Tensor | None, labels: Tensor, weights: Tensor | None, scale: Tensor | None,
+    logits: Tensor, index: Tensor | None, labels: Tensor, weights: Tensor | None,
     losses: Tensor, weighted: Tensor, start: int, smoothing: float, z_loss: float, gradient: bool,
 ) -> None:  # fmt: skip
-    """Losses of `logits` [n, V], whose rows are kept rows `start .. start + n`, into `losses` [T] (at each row's token) and, weighted and
-    divided by `scale`, into `weighted` [kept]; with `gradient` the logits become the gradient of the weighted sum."""
+    """Losses of `logits` [n, V], whose rows are kept rows `start .. start + n`, into `losses` [T] (at each row's token) and,
+    weighted, into `weighted` [kept]; with `gradient` the logits become the gradient of the sum of these."""
     block, warps = loss_shape(logits.shape[1])
     loss_kernel[(logits.shape[0],)](
         logits, index if index is not None else labels, labels, weights if weights is not None else losses,
-        scale if scale is not None else losses, losses, weighted, start, logits.shape[1], smoothing, z_loss,
-        HAS_INDEX=index is not None, HAS_WEIGHTS=weights is not None, HAS_SCALE=scale is not None, SMOOTHING=smoothing > 0,
-        GRADIENT=gradient, PRECISE=logits.dtype == torch.float32, BLOCK=block, num_warps=warps,
+        losses, weighted, start, logits.shape[1], smoothing, z_loss,
+        HAS_INDEX=index is not None, HAS_WEIGHTS=weights is not None, SMOOTHING=smoothing > 0, GRADIENT=gradient,
+        PRECISE=logits.dtype == torch.float32, BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 
-def launch_rows(x: Tensor, index: Tensor | None, out: Tensor) -> None:
-    """`out[index[i]] = x[i]` (None: i), rounded to out's dtype on the way. x: [n, H], index: [n], out: [T, H], both contiguous."""
+def launch_rows(x: Tensor, index: Tensor | None, divide: Tensor | None, out: Tensor) -> None:
+    """`out[index[i]] = x[i] / divide` (None: i, and 1), rounded to out's dtype. x: [n, H], index: [n], divide: 0-dim, out: [T, H]."""
     block = min(1024, triton.next_power_of_2(x.shape[1]))
-    rows_kernel[(x.shape[0],)](x, index if index is not None else x, out, x.shape[1], HAS_INDEX=index is not None, BLOCK=block, num_warps=4)
+    rows_kernel[(x.shape[0],)](
+        x, index if index is not None else x, divide if divide is not None else x, out, x.shape[1],
+        HAS_INDEX=index is not None, HAS_DIVIDE=divide is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 def launch_scale(x: Tensor, scale: Tensor, divide: Tensor | None, dtype: torch.dtype, in_place: bool) -> Tensor:
