@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eagle_cp import Layout, attention
-from eagle_cp.backends import KERNELS
+from eagle_cp.backends import KERNELS, choose
 from eagle_cp.segments import Segments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -84,6 +84,38 @@ def test_gradients_that_are_rounded_later(name, lengths):
             assert relative(x - 1, placed) < 4e-3
             if unique and name != "flash-attn":
                 assert relative(x - 1, placed) < 0.95 * relative(narrow, want)
+
+
+@pytest.mark.parametrize("lengths", [[8192], [5000, 300, 2892]], ids=["one document", "three"])
+@pytest.mark.parametrize("name", [n for n in KERNELS if n not in ("cpu", "cudnn")])
+def test_the_same_bits_again(name, lengths):
+    """Under torch's deterministic algorithms; without them the order of additions is the multiprocessors'."""
+    kernel, device = available(name, True)
+    cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    segments = Segments(cu, cu)
+    q, dout, k, v = (torch.randn(cu[-1], heads, 128, device=device, dtype=torch.bfloat16) for heads in (14, 14, 2, 2))
+    out = torch.empty_like(q)
+    lse = kernel.forward(q, k, v, segments, True, 128**-0.5, out=out)
+
+    def gradients():
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        kernel.backward(dout, q, k, v, out, lse, segments, True, 128**-0.5, dq, dk, dv)
+        wide_q, wide_k, wide_v = torch.empty_like(q), *(torch.zeros(x.shape, device=device) for x in (k, v))
+        kernel.backward_wide(dout, q, k, v, out, lse, segments, True, 128**-0.5, wide_q)(wide_k, wide_v)
+        return dq, dk, dv, wide_q, wide_k, wide_v
+
+    usual = gradients()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = gradients()
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(first, gradients()))
+        with pytest.raises(ValueError, match=r"cudnn.*deterministic"):
+            choose(device, torch.bfloat16, 128, backend="cudnn")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(first, usual):
+        assert relative(a, b.double()) < 4e-3
 
 
 def test_the_fastest_kernel_end_to_end():

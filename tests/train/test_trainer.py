@@ -125,6 +125,18 @@ def test_workers_do_not_change_the_numbers(colour_run):
     assert numbers(colour_run(run={"name": "none"})) == numbers(colour_run(run={"name": "one"}))
 
 
+def test_deterministic_is_torchs_setting_while_it_trains(colour_run):
+    seen = []
+    usual, config = colour_run(run={"name": "usual"}), colour_run(run={"name": "same", "deterministic": True})
+    run(usual)
+    run(config, on_record=lambda record: seen.append(torch.are_deterministic_algorithms_enabled()))
+    assert seen
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert numbers(config) == numbers(usual)  # a CPU adds in one order anyway
+    claim_folder(colour_run(run={"name": "same"}))  # and a run may go on without it
+
+
 def test_progress_says_how_much_is_left(colour_run):
     records = []
     begin = time.monotonic()

@@ -5,6 +5,7 @@ A `Kernel` is functions over `Segments` that write into tensors given to them, w
 `backward(dout, q, k, v, out, lse, segments, causal, scale, dq, dk, dv)`. For gradients that are summed further there is
 `backward_wide(dout, ..., scale, dq) -> add_to`, and `add_to(dk, dv, rows, unique)` adds the gradient of key `i` to row `rows[i]` of wider
 tensors (None: row `i`; `unique`: no row twice), if possible before the kernel rounds it.
+Under `torch.use_deterministic_algorithms(True)` kernels add in one order, or can't run.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def _cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, caus
         reason = f"head dim {head_dim} is not a multiple of 8 up to 128"
     if reason is None and not torch.backends.cudnn.is_available():
         reason = "this torch has no cuDNN"
+    if reason is None and torch.are_deterministic_algorithms_enabled():
+        reason = "its backward adds in any order, and torch.use_deterministic_algorithms asks for one"
     if reason is None and not causal:
         reason = "without a causal mask lengths can't be padded, and cuDNN would plan anew for every length"
     return reason
@@ -135,7 +138,7 @@ def choose(
             raise ValueError(f"attention: backend {backend!r} can't run: {reason}")
         return KERNELS[backend]
     long = segments is not None and _is_long(segments, causal)
-    kernel, reasons = _fastest(device, dtype, head_dim, causal, long)
+    kernel, reasons = _fastest(device, dtype, head_dim, causal, long, torch.are_deterministic_algorithms_enabled())
     if kernel is None:
         raise ValueError(f"attention: no kernel for {str(dtype).removeprefix('torch.')}, head dim {head_dim} on {device.type}. {reasons}")
     return kernel
@@ -149,7 +152,9 @@ def _is_long(segments: Segments, causal: bool) -> bool:
 
 
 @functools.cache
-def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, long: bool) -> tuple[Kernel | None, str]:
+def _fastest(
+    device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, long: bool, deterministic: bool
+) -> tuple[Kernel | None, str]:
     names = list(KERNELS)
     if long:
         names.insert(names.index("torch-flash"), names.pop(names.index("cudnn")))

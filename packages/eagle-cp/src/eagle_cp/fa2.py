@@ -95,7 +95,7 @@ def fa2_backward(dout, q, k, v, out, lse, segments: Segments, causal: bool, scal
         window_size_right=-1,
         softcap=0.0,
         alibi_slopes=None,
-        deterministic=False,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         **_lengths(segments, q.device),
     )
 

@@ -49,14 +49,17 @@ def forward(q, k, v, segments: Segments, causal: bool, scale: float, out: torch.
 
 def backward(dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float, dq, dk, dv) -> None:
     (q, k, v, out, dout, lse, dq, dk, dv), lengths = _arguments(segments, q, k, v, out, dout, lse, dq, dk, dv)
-    module()._flash_attn_bwd(q, k, v, out, dout, lse, scale, causal, dq=dq, dk=dk, dv=dv, **lengths)
+    again = torch.are_deterministic_algorithms_enabled()  # the same bits again
+    module()._flash_attn_bwd(q, k, v, out, dout, lse, scale, causal, dq=dq, dk=dk, dv=dv, deterministic=again, **lengths)
 
 
 def backward_wide(dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float, dq) -> Callable[..., None]:
     group = q.shape[1] // k.shape[1]
     order = None
     if group > 1:  # else it has no accumulators
-        order = accumulator_order(q.device, q.dtype, q.shape[2], group, causal, _dense(segments))
+        order = accumulator_order(
+            q.device, q.dtype, q.shape[2], group, causal, _dense(segments), torch.are_deterministic_algorithms_enabled()
+        )
     if order is None:
         return rounded_gradients(backward, dout, q, k, v, out, lse, segments, causal, scale, dq)
     unused = torch.empty(k.shape, dtype=k.dtype, device=k.device)  # what the kernel rounds; dK, then dV over it
@@ -100,8 +103,12 @@ class Order(NamedTuple):
 
 
 @functools.cache
-def accumulator_order(device: torch.device, dtype: torch.dtype, dim: int, group: int, causal: bool, dense: bool) -> Order | None:
-    """The order of the accumulators, from two backward passes over zeros; None when they are not what is expected."""
+def accumulator_order(
+    device: torch.device, dtype: torch.dtype, dim: int, group: int, causal: bool, dense: bool, deterministic: bool = False
+) -> Order | None:
+    """The order of the accumulators, from three backward passes over zeros; None when they are not what is expected.
+
+    deterministic: torch's setting, by which the kernel picks its tiles."""
     lengths = [400] if dense else [300, 170, 90]
     cu = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     segments, total = Segments(cu, cu), cu[-1]

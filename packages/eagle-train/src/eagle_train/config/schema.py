@@ -50,6 +50,9 @@ class RunConfig(Section):
     dir: Path = Field(default=Path("runs"), description="Where run folders live; relative to the configuration file.")
     seed: int = Field(default=0, ge=0, description="Seed of everything random: order of packs, subsampling, initial weights.")
     log_every: int = Field(default=1, ge=1, description="Optimizer steps between two lines of metrics.")
+    deterministic: bool = Field(
+        default=False, description="Bit for bit the same numbers again on a GPU: kernels add in one order, which costs some speed."
+    )
 
     @property
     def folder(self) -> Path:

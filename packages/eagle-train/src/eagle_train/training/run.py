@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from eagle_train.config import Config, ConfigError, dump_config, load_config
@@ -21,6 +20,7 @@ from eagle_train.data.facts import Facts
 from eagle_train.data.prepare import Progress, load_facts, prepare
 
 from . import checkpoint
+from .deterministic import deterministic
 from .evaluate import Blind, Evaluation, evaluate, training_pairs
 from .model import build_model, load_run_tokenizer, model_facts
 from .parallel import World, start_world
@@ -66,7 +66,7 @@ def claim_folder(config: Config) -> None:
     """Write config.yaml, or make sure that the run that is there is the same one; raises ConfigError naming what differs."""
     path = config.run.folder / "config.yaml"
     if path.is_file() and checkpoint.latest(config.run.folder / "checkpoints") is not None:
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        there = load_config(path).model_dump(mode="json")  # complete: a setting that is newer than the run has its default
         differing = sorted(_differences(there, config.model_dump(mode="json")))
         if differing:
             raise ConfigError(
@@ -83,7 +83,7 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         keys = [key for key in {**a, **b} if path or key not in _FREE]
         return [name for key in keys for name in _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))]
-    if path in ("run.log_every", "data.workers"):
+    if path in ("run.log_every", "run.deterministic", "data.workers"):
         return []
     return [] if a == b else [path]
 
@@ -108,14 +108,15 @@ def train(
         done = ask(ready, model, world, blind=blind, limit=config.eval.limit)
         return {"scores": {name: score._asdict() for name, score in done.by_source().items()}, "accuracy": done.score().accuracy}
 
-    trainer = Trainer(
-        config, ready.facts, ready.tokenizer, world, on_record=on_record, on_evaluate=on_evaluate if blind is not None else None
-    )
-    if world.is_main:
-        record_drops(config, trainer.schedules)
-    if on_start is not None:
-        on_start(trainer)
-    trainer.train()
+    with deterministic(config.run.deterministic):
+        trainer = Trainer(
+            config, ready.facts, ready.tokenizer, world, on_record=on_record, on_evaluate=on_evaluate if blind is not None else None
+        )
+        if world.is_main:
+            record_drops(config, trainer.schedules)
+        if on_start is not None:
+            on_start(trainer)
+        trainer.train()
     return trainer
 
 
