@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tarfile
 import threading
+from pathlib import Path
 
 import lmdb
 import numpy as np
 import pytest
 from PIL import Image
 
-from eagle_sampling import MediaError, build_lmdb, check_lmdb, image_size, lmdb_store, open_image
+from eagle_sampling import MediaError, build_lmdb, check_lmdb, image_size, lmdb_build, lmdb_store, open_image
 from eagle_sampling.images import exists
 
 
@@ -55,6 +56,66 @@ def test_missing_key_and_file_are_named(store, tmp_path):
     (tmp_path / "text").write_text("no lmdb " * 1000)
     with pytest.raises(MediaError, match=r"text: can't be opened as an LMDB"):
         lmdb_store.get(tmp_path / "text", "a")
+
+
+def test_what_can_be_no_key_or_path_is_a_media_error(store):
+    for key in ("", "half \ud800", 7):
+        with pytest.raises(MediaError, match="1 to 511 bytes in UTF-8"):
+            lmdb_store.get(store, key)
+    for path in ("a\0b", "/half \ud800", "/a\0b"):
+        with pytest.raises(MediaError, match="no such LMDB"):
+            lmdb_store.get(path, "a")
+    assert not exists({"lmdb_file": "a\0b", "lmdb_key": "a"})
+
+
+def test_a_file_that_was_cut_off_is_an_error_and_no_bus_error(store):
+    """In a process of its own, which the kernel would kill."""
+    code = """
+import os, sys
+from eagle_sampling import MediaError, check_lmdb, lmdb_store
+path = sys.argv[1]
+for size in (os.path.getsize(path + "/data.mdb") - 1, 12_000, 5_000, 100, 0):
+    os.truncate(path + "/data.mdb", size)
+    for read in (lambda: lmdb_store.get(path, "000.png"), lambda: list(lmdb_store.items(path)), lambda: check_lmdb(path)):
+        try: read()
+        except MediaError as error: print(size, error)
+    assert not lmdb_store.has(path, "000.png")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(store)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    errors = done.stdout.splitlines()
+    assert len(errors) == 15
+    assert all("data.mdb: is cut off: 12000 of " in error for error in errors[3:6])
+
+
+def test_a_relative_path_means_the_file_below_the_working_directory(folder, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        build_lmdb(tmp_path / name / "store", [folder / ("000.png" if name == "one" else "002.png")])
+    for path in ("store", Path("store")):
+        for name, key in (("one", "000.png"), ("two", "002.png"), ("one", "000.png")):
+            monkeypatch.chdir(tmp_path / name)
+            assert [lmdb_store.has(path, other) for other in ("000.png", "002.png")] == [key == "000.png", key == "002.png"]
+    assert len(lmdb_store._by_real_path[os.path.realpath("store")].transactions) == 1
+
+
+def test_a_read_that_was_interrupted_is_not_waited_for(store):
+    class Interrupted(list):
+        def pop(self):
+            super().pop()
+            raise KeyboardInterrupt  # Ctrl-C between borrowing the transaction and the read
+
+    lmdb_store.get(store, "000.png")
+    entry = lmdb_store._by_name[store]
+    entry.idle = Interrupted(entry.idle)
+    with pytest.raises(KeyboardInterrupt):
+        lmdb_store.get(store, "000.png")
+    entry.idle = list(entry.idle)
+    closing = threading.Thread(target=lmdb_store.close_all, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert lmdb_store.get(store, "000.png") == picture(0)
 
 
 def test_one_environment_for_all_names_of_a_path(store, tmp_path):
@@ -130,6 +191,14 @@ def test_check_finds_what_build_wrote_and_what_changed(store):
     assert {key for key, _ in found.problems} == {"bad.png", ""}
 
 
+def test_a_damaged_manifest_is_a_problem(store):
+    for text in ("{", "[]", '{"keys": 40}', "\ud800"):
+        (store / "manifest.json").write_text(text, errors="surrogatepass")
+        found = check_lmdb(store)
+        assert found.keys == 40
+        assert [reason.partition(":")[0] for _, reason in found.problems] == [str(store / "manifest.json")]
+
+
 def test_bad_images_doubles_and_bad_keys_are_listed_not_stored(folder, tmp_path):
     (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     other = tmp_path / "other"
@@ -157,15 +226,90 @@ def test_tar_and_parquet_shards(tmp_path):
     else:
         rows = [{"bytes": picture(i), "path": f"p/{i}.png"} for i in range(5)]
         pq.write_table(pa.table({"image": rows, "label": list(range(5))}), tmp_path / "b.parquet")
-        pq.write_table(pa.table({"key": ["x", "y"], "data": [picture(7), picture(8)]}), tmp_path / "c.parquet")
+        pq.write_table(pa.table({"key": ["x", "y", None], "data": [picture(7), picture(8), picture(9)]}), tmp_path / "c.parquet")
         sources += [tmp_path / "b.parquet", tmp_path / "c.parquet"]
     result = build_lmdb(tmp_path / "store", sources)
     assert not result.problems
     assert lmdb_store.get(tmp_path / "store", "4.png") == picture(4)
     if len(sources) > 1:
-        assert result.written == 12
+        assert result.written == 13
+        assert lmdb_store.has(tmp_path / "store", "c:2")
         assert lmdb_store.get(tmp_path / "store", "p/3.png") == picture(3)
         assert lmdb_store.get(tmp_path / "store", "y") == picture(8)
+
+
+def tar_of(path, members, **links):
+    with tarfile.open(path, "w") as archive:
+        for name in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(picture(0))
+            archive.addfile(info, io.BytesIO(picture(0)))
+        for name, (kind, target) in links.items():
+            info = tarfile.TarInfo(f"{name}.png")
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    with tarfile.open(path) as archive:
+        return bytearray(path.read_bytes()), [member.offset for member in archive]
+
+
+def test_a_damaged_tar_is_refused_whole(tmp_path):
+    path = tmp_path / "a.tar"
+    data, offsets = tar_of(path, [f"{i}.png" for i in range(6)])
+    third, end = offsets[2], offsets[-1] + 1024
+    flipped = data.copy()
+    flipped[third] ^= 1
+    for damaged, why in (
+        (flipped, f"the header at byte {third} is damaged"),
+        (data[: third + 100], f"ends at byte {third} without an end mark"),
+        (data[: third + 600], "can't be read as a tar file"),
+        (data[:third], "can't be read as a tar file|ends at byte"),
+        (data[:end], f"ends at byte {end} without an end mark"),
+        (data + data, "tars put one after another"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(MediaError, match=why):
+            build_lmdb(tmp_path / "store", [path])
+    path.write_bytes(data[: end + 512])  # one block of zeros is an end mark
+    assert build_lmdb(tmp_path / "store", [path]).written == 6
+
+
+def test_links_in_a_tar(tmp_path):
+    links = {"hard": (tarfile.LNKTYPE, "a.png"), "soft": (tarfile.SYMTYPE, "a.png"), "gone": (tarfile.LNKTYPE, "b.png")}
+    tar_of(tmp_path / "a.tar", ["a.png"], **links, itself=(tarfile.SYMTYPE, "itself.png"))
+    result = build_lmdb(tmp_path / "store", [tmp_path / "a.tar"])
+    assert [key for key, _ in lmdb_store.items(tmp_path / "store")] == [b"a.png", b"hard.png", b"soft.png"]
+    assert lmdb_store.get(tmp_path / "store", "hard.png") == picture(0)
+    assert [key for key, _ in result.problems] == ["gone.png", "itself.png"]
+
+
+def test_links_in_a_folder_and_names_that_are_no_text(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "far.png").write_bytes(picture(3))
+    (folder / "linked").symlink_to(other)
+    (folder / "deep" / "back").symlink_to(folder)  # leads nowhere new
+    (folder / "gone.png").symlink_to("nothing")
+    (folder / "itself.png").symlink_to("itself.png")
+    (Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))).write_bytes(picture(4))
+    result = build_lmdb(tmp_path / "store", [folder])
+    assert result.written == 41
+    assert lmdb_store.get(tmp_path / "store", "linked/far.png") == picture(3)
+    assert [key for key, _ in result.problems] == ["caf\\udce9.png", "gone.png", "itself.png"]
+    assert "UTF-8" in result.problems[0][1]
+
+
+def test_a_source_without_images_is_said(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = build_lmdb(tmp_path / "store", [tmp_path / "empty", folder])
+    assert result.written == 40
+    assert [(key, reason[:14]) for key, reason in result.problems] == [(str(tmp_path / "empty"), "holds no image")]
+    with pytest.raises(MediaError, match="empty: holds no image"):
+        build_lmdb(tmp_path / "none", [tmp_path / "empty"])
+    assert not list(tmp_path.glob("none*"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1garbage")
+    for name, why in (("bad.parquet", "can't be read as a Parquet file"), ("absent.tar", "there is no such file")):
+        with pytest.raises(MediaError, match=f"{name}: {why}"):
+            build_lmdb(tmp_path / "more", [tmp_path / name])
 
 
 def test_an_interrupted_build_goes_on(folder, tmp_path):
@@ -186,6 +330,55 @@ def test_an_interrupted_build_goes_on(folder, tmp_path):
     assert 15 <= result.resumed < 40
     assert check_lmdb(tmp_path / "store").ok
     with pytest.raises(FileExistsError):
+        build_lmdb(tmp_path / "store", [folder])
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "rewritten", "most removed", "added behind"])
+def test_sources_that_changed_since_an_interruption_lose_nothing(folder, tmp_path, change):
+    def stop(progress):
+        if progress.done >= 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_lmdb(tmp_path / "store", [folder], commit_bytes=1, progress=stop)
+    if change.startswith("added"):
+        (folder / ("aaa.png" if change == "added behind" else "000-0.png")).write_bytes(picture(50))
+    if change == "rewritten":
+        (folder / "002.png").write_bytes(picture(50) + b"longer")
+    for file in list(folder.rglob("*.png"))[: {"removed": 1, "most removed": 38}.get(change, 0)]:
+        file.unlink()
+    if change == "added behind":
+        assert build_lmdb(tmp_path / "store", [folder]).written == 41
+        assert lmdb_store.has(tmp_path / "store", "aaa.png")
+    else:
+        with pytest.raises(ValueError, match=r"store\.partial: the sources have changed"):
+            build_lmdb(tmp_path / "store", [folder])
+
+
+@pytest.mark.parametrize(("module", "step"), [(lmdb_build, "_digest"), (os, "fsync"), (os, "replace")])
+def test_an_interruption_at_the_end_goes_on(folder, tmp_path, monkeypatch, module, step):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, full)
+        with pytest.raises(OSError, match="No space left"):
+            build_lmdb(tmp_path / "store", [folder])
+    with pytest.raises(ValueError, match="of other sources"):
+        build_lmdb(tmp_path / "store", [tmp_path])
+    result = build_lmdb(tmp_path / "store", [folder])
+    assert (result.written, result.resumed, [key for key, _ in result.problems]) == (40, 40, ["cut.png"])
+    assert check_lmdb(tmp_path / "store").ok
+    assert sorted(os.listdir(tmp_path / "store")) == ["data.mdb", "manifest.json"]
+
+
+def test_a_full_disk_is_named(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise lmdb.DiskError("mdb_txn_commit: No space left on device")
+
+    monkeypatch.setattr(lmdb_build, "_commit", full)
+    with pytest.raises(MediaError, match=r"store\.partial: .*No space left on device"):
         build_lmdb(tmp_path / "store", [folder])
 
 
