@@ -28,6 +28,20 @@ def test_pages_become_tiles(pdf):
     assert np.abs(tiles.reshape(2, -1, 3).mean(axis=1) - [RGB[2], RGB[0]]).max() < 6
 
 
+def test_a_thin_page_takes_no_more_than_eight_tiles(tmp_path, monkeypatch):
+    import pypdfium2
+
+    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 %s]>>"
+    objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[3 0 R 4 0 R]/Count 2>>", page % b"100 200", page % b"1 14400"]
+    body = b"".join(b"%d 0 obj%sendobj\n" % (number, content) for number, content in enumerate(objects, start=1))
+    (tmp_path / "thin.pdf").write_bytes(b"%PDF-1.4\n" + body + b"trailer<</Root 1 0 R>>")
+    scales = []
+    render = pypdfium2.PdfPage.render
+    monkeypatch.setattr(pypdfium2.PdfPage, "render", lambda self, scale: scales.append(scale) or render(self, scale=scale))
+    assert render_pages(str(tmp_path / "thin.pdf"), np.array([0, 1]), 32).shape == (2, 32, 32, 3)
+    assert scales == [pytest.approx(32 / 100), pytest.approx(8 * 32 / 14400)]
+
+
 def test_damage_is_named(pdf):
     with pytest.raises(MediaError, match=r"page 10 of 4 is gone"):
         render_pages(str(pdf), np.array([9]), 32)

@@ -57,6 +57,8 @@ KEY = {"lmdb_file": "/media/x.lmdb", "lmdb_key": "k"}
         ({"image": {"lmdb_file": "x.lmdb", "lmdb_key": "k"}}, (KEY,)),
         ({"image": [{"lmdb_file": "x.lmdb", "lmdb_key": "k"}, "a.png"]}, (KEY, "/media/a.png")),
         ({"image": {"path": "a.png"}}, ("/media/a.png",)),
+        ({"image": "clip1:2.png"}, ("/media/clip1:2.png",)),
+        ({"image": "caf\udce9.png"}, ("/media/caf\udce9.png",)),  # a byte that is no UTF-8, as Python spells it
         ({"data": [{"type": "image", "image_list": ["a.png", {"lmdb_file": "x.lmdb", "lmdb_key": "k"}]}]}, ("/media/a.png", KEY)),
         (
             {"data": [{"type": "image", "image_list": ["a.png"]}, {"type": "image", "image_list": ["b.png"]}]},
@@ -80,6 +82,12 @@ def test_images(media, images):
         ({"document": ["1.png", "2.png"]}, (VideoRef(pages=("/media/1.png", "/media/2.png")),)),
         ({"document": [["1.png"], ["2.png"]]}, (VideoRef(pages=("/media/1.png",)), VideoRef(pages=("/media/2.png",)))),
         ({"document": "d.pdf"}, (VideoRef("/media/d.pdf"),)),
+        (
+            {"document": [{"pages": ["1.png"]}, {"pages": ["2.png"]}]},
+            (VideoRef(pages=("/media/1.png",)), VideoRef(pages=("/media/2.png",))),
+        ),
+        ({"document": [{"path": "1.png"}, {"path": "2.png"}]}, (VideoRef(pages=("/media/1.png", "/media/2.png")),)),
+        ({"document": [{"path": "d.pdf"}]}, (VideoRef("/media/d.pdf"),)),
         ({"document": ["d.pdf", ["1.png"]]}, (VideoRef("/media/d.pdf"), VideoRef(pages=("/media/1.png",)))),
         ({"data": [{"type": "document", "document_list": [["1.png", "2.png"]]}]}, (VideoRef(pages=("/media/1.png", "/media/2.png")),)),
     ],
@@ -116,12 +124,13 @@ def test_content_parts_stand_where_they_are_shown():
         {"type": "image_url", "image_url": {"url": "b.png"}},
         {"type": "video", "video": {"path": "v.mp4", "start": 1}},
         {"type": "document", "document": ["1.png", "2.png"]},
+        {"type": "document", "document": [{"pages": ["3.png"]}, {"pages": ["4.png"]}]},
         {"type": "text", "text": "?"},
     ]
     sample = of({"messages": [{"role": "user", "content": parts}, MESSAGES[1]]})
-    assert sample.messages[0]["content"] == "<image-1> and <image-2><video-1><video-2>?"
+    assert sample.messages[0]["content"] == "<image-1> and <image-2><video-1><video-2><video-3><video-4>?"
     assert sample.images == ("/media/a.png", "/media/b.png")
-    assert len(sample.videos) == 2
+    assert [len(video.pages) for video in sample.videos] == [0, 2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +143,7 @@ def test_content_parts_stand_where_they_are_shown():
         ({"conversations": [{"value": "x"}]}, "bad-row", "turn 1 is from None"),
         ({"conversations": [*TALK, {"from": "system", "value": "x"}]}, "bad-row", "may only come first"),
         ({"conversations": [{"from": "gpt", "value": "A"}]}, "bad-row", "no turn from the user"),
+        ({"conversations": TALK[::-1]}, "bad-row", "no turn from the user before the assistant's last one"),
         ({"conversations": TALK[:1]}, "no-assistant-turn", "nothing to learn"),
         ({"conversations": [{"from": "human", "value": None}]}, "bad-row", "text of turn 1 is a NoneType"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "bad-row", "known types are text"),
@@ -144,6 +154,13 @@ def test_content_parts_stand_where_they_are_shown():
         ({"conversations": TALK, "image": {"lmdb_file": "x"}}, "bad-media", "expected a path"),
         ({"conversations": TALK, "image": "a\0b"}, "bad-media", "zero byte"),
         ({"conversations": TALK, "image": "s3://bucket/a.png"}, "bad-media", "download it first"),
+        ({"conversations": TALK, "image": "data:image/png;base64,iVBORw0="}, "bad-media", "is an address"),
+        ({"conversations": TALK, "image": "iVBORw0K" * 1000}, "bad-media", "has 8000 characters and is no path"),
+        ({"conversations": TALK, "video": "\ud83d.mp4"}, "bad-media", "can't be a path"),
+        ({"conversations": [TALK[0], {"from": "gpt", "value": "look \ud83d"}]}, "bad-row", "text of turn 2 has half of a surrogate"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}, "bad-row", "text of turn 1 has half of a"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": []}]}]}, "bad-media", "shows no image"),
+        ({"conversations": TALK, "video": {"path": "v", "end": 10**400}}, "bad-media", "expected seconds"),
         ({"conversations": TALK, "video": {"path": "v", "start": "1"}}, "bad-media", "expected seconds"),
         ({"conversations": TALK, "video": {"path": "v", "start": -1}}, "bad-media", "expected seconds"),
         ({"conversations": TALK, "video": {"path": "v", "start": 3, "end": 3}}, "bad-media", "not after its start"),
@@ -165,8 +182,9 @@ def test_rows_are_read_by_their_offset(tmp_path: Path):
     assert read_row(path, len(lines[0]) + 1, len(lines[1])) == {"b": 2}
     with pytest.raises(RowError, match="broken-json"):
         read_row(path, 1, 5)
-    with pytest.raises(RowError, match="expected an object"):
-        parse_row(b"3")
+    for line, problem in ((b"3", "expected an object"), (b'{"id": ' + b"1" * 5000 + b"}", "integer string conversion")):
+        with pytest.raises(RowError, match=problem):
+            parse_row(line)
 
 
 def test_errors_travel_between_processes():

@@ -9,6 +9,9 @@ from PIL import Image
 
 from eagle_sampling import MediaError
 
+LONGEST_SIDE = 8
+"""A page is rendered at most this many times as long as its tile: 8 * 448 * 448 pixels, 6 MB, whatever the file says its size is."""
+
 
 def pdf_size(path: str) -> tuple[int, int, int]:
     """(pages, width, height) of a PDF file, the size being that of its first page in points; raises MediaError."""
@@ -28,8 +31,10 @@ def render_pages(path: str, pages: np.ndarray, side: int, out: np.ndarray | None
                 raise MediaError(f"{path}: page {number + 1} of {len(document)} is gone; run eagle prepare again")
             page = document[number]
             width, height = page.get_size()
-            # Rendered no smaller than the tile on its short side, so that small print survives the squeeze into a square.
-            image = page.render(scale=side / max(min(width, height), 1)).to_pil().convert("RGB")
+            # Rendered no smaller than the tile on its short side, so that small print survives the squeeze into a square; but a page
+            # may be as thin as a hair and as long as a road, and no picture is made longer than 8 tiles.
+            scale = min(side / max(min(width, height), 1), LONGEST_SIDE * side / max(width, height, 1))
+            image = page.render(scale=scale).to_pil().convert("RGB")
             tiles[place] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
     return tiles
 

@@ -5,7 +5,9 @@ them). A document is a video whose frames are its pages: `<document-N>` in the t
 """
 
 import json
+import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,10 @@ _ROLES = {
     "assistant": "assistant",
 }
 _KINDS = ("image", "video", "document")
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:[\w/+.-]*[;,]")
+"""What is no file: `clip1:2.png` is one, `s3://...` and `data:image/png;base64,...` aren't."""
+_LONGEST_PATH = 4096
+"""Characters; Linux takes no longer path. What is longer is a picture in base64 that stands in a path's place."""
 
 
 class RowError(ValueError):
@@ -74,7 +80,7 @@ def parse_row(line: bytes) -> dict[str, Any]:
     """A line of JSONL as a dictionary; raises RowError("broken-json") otherwise."""
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         raise RowError("broken-json", f"{error}; the line starts with {line[:60]!r}") from error
     if not isinstance(row, dict):
         raise RowError("broken-json", f"the line is a {type(row).__name__}, expected an object")
@@ -133,32 +139,44 @@ def _messages(row: Mapping[str, Any], media: "_Media") -> list[dict[str, str]]:
         messages.append({"role": role, "content": _content(turn.get("value", turn.get("content")), index, media)})
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("no-assistant-turn", f"{len(messages)} turns, none from the assistant: there is nothing to learn")
-    if not any(message["role"] == "user" for message in messages):
-        raise RowError("bad-row", "no turn from the user")
+    roles = [message["role"] for message in messages]
+    if "user" not in roles[: len(roles) - roles[::-1].index("assistant")]:
+        raise RowError("bad-row", "no turn from the user before the assistant's last one: nothing is asked")
     return messages
 
 
 def _content(value: Any, index: int, media: "_Media") -> str:
     if isinstance(value, str):
-        return value
+        return _text(value, index)
     if not isinstance(value, list):
         raise RowError("bad-row", f"the text of turn {index + 1} is a {type(value).__name__}, expected text")
     pieces = []
     for part in value:  # OpenAI's content parts: media stand where they are shown
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            pieces.append(part["text"])
+            pieces.append(_text(part["text"], index))
         elif kind in ("image", "image_url", "video", "video_url", "document"):
             name = kind.removesuffix("_url")
             item = part.get(kind, part.get("url"))
             if isinstance(item, Mapping) and "url" in item:
                 item = item["url"]
             before = media.count(name)
-            media.add(name, [item] if name == "document" and isinstance(item, list) else item)
+            media.add(name, item)
+            if media.count(name) == before:
+                raise RowError("bad-media", f"turn {index + 1} has a part that shows no {name}: {_short(part)}")
             pieces.extend(f"<{name}-{number}>" for number in range(before + 1, media.count(name) + 1))
         else:
             raise RowError("bad-row", f"turn {index + 1} has a part {_short(part)}; known types are text, image, video, document")
     return "".join(pieces)
+
+
+def _text(value: str, index: int) -> str:
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RowError("bad-row", f"the text of turn {index + 1} has half of a surrogate pair: {error}") from error
+    return value
 
 
 class _Media:
@@ -174,7 +192,7 @@ class _Media:
         return len({"image": self.images, "video": self.videos, "document": self.documents}[kind])
 
     def add(self, kind: str, items: Any) -> None:
-        if kind == "document" and isinstance(items, list) and items and not any(isinstance(item, list) or _is_pdf(item) for item in items):
+        if kind == "document" and isinstance(items, list) and items and not any(map(_is_document, items)):
             items = [items]  # a flat list of page images is one document
         for item in items if isinstance(items, list) else [items]:
             if kind == "image":
@@ -187,13 +205,17 @@ class _Media:
     def path(self, value: Any, what: str) -> str:
         if not isinstance(value, str) or not value:
             raise RowError("bad-media", f"{what} is {_short(value)}, expected a path")
+        value = value.removeprefix("file://")
+        if _ADDRESS.match(value):
+            raise RowError("bad-media", f"{what} {_short(value)} is an address; media are read from files, download it first")
+        if len(value) > _LONGEST_PATH:
+            raise RowError("bad-media", f"{what} {_short(value)} has {len(value)} characters and is no path; media are read from files")
         if "\0" in value:
             raise RowError("bad-media", f"{what} {_short(value)} has a zero byte")
-        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:", value) and not Path(value).drive:
-            if value.startswith("file://"):
-                value = value.removeprefix("file://")
-            else:
-                raise RowError("bad-media", f"{what} {_short(value)} is an address; media are read from files, download it first")
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError as error:  # half of a surrogate pair, but for those that Python spells odd bytes of a name with
+            raise RowError("bad-media", f"{what} {_short(value)} can't be a path: {error}") from error
         return str(self.root / value)
 
     def image(self, item: Any) -> ImageRef:
@@ -224,6 +246,13 @@ class _Media:
         return VideoRef(pages=(self.image(item),))
 
 
+def _is_document(item: Any) -> bool:
+    """Whether an item of a list is a document by itself, and not a page of the one that the list is."""
+    if isinstance(item, Mapping):
+        return "pages" in item or "document" in item or _is_pdf(item.get("path"))
+    return isinstance(item, list) or _is_pdf(item)
+
+
 def _is_pdf(item: Any) -> bool:
     return isinstance(item, str) and item.lower().endswith(".pdf")
 
@@ -233,8 +262,8 @@ def _seconds(item: Mapping[str, Any], *names: str) -> float | None:
         value = item.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise RowError("bad-media", f"video {name} is {value!r}, expected seconds from 0 on")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+            raise RowError("bad-media", f"video {name} is {_short(value)}, expected seconds from 0 on")
         return float(value)
     return None
 
