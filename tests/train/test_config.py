@@ -51,6 +51,13 @@ def test_unknown_keys_name_the_nearest(key, right):
         ({"sampling": {"max_frames": 4}}, "lower min_frames too"),
         ({"sampling": {"strategy": "adz"}}, "sampling.strategy: input should be 'ads', 'ads-fill' or 'uniform' (got 'adz')"),
         ({"run": {"name": "a/b"}}, "run.name"),
+        ({"run": {"name": ".."}}, "run.name: string should match"),
+        ({"stages": [{"name": ".hidden", "max_tokens": 8}]}, "stages.0.name: string should match"),
+        ({"stages": [{"name": "a", "max_tokens": 8, "epochs": float("inf")}]}, "stages.0.epochs: input should be a finite number"),
+        ({"data": {"sources": {"s": {"annotation": "a", "repeat_time": float("inf")}}}}, "repeat_time: input should be a finite number"),
+        ({"stages": [{"name": "a", "max_tokens": 8, "sources": {"x": float("nan")}}]}, "finite number"),
+        ({"data": {"limits": {"max_bytes": "1e999"}}}, "data.limits.max_bytes: '1e999' is no number of bytes"),
+        ({"data": {"limits": {"max_pixels": 178_956_971}}}, "max_pixels: input should be less than or equal to 178956970"),
         ({"run": 5}, "run:"),
         ({"loader": {"prefetch": "2 lumps"}}, "one with a unit of: b, kb, mb"),
     ],
@@ -83,6 +90,7 @@ def test_overrides(tmp_path):
         ("lr", "expected key=value"),
         ("run.name.x=1", "has no key 'x'"),
         ("run.name=[", "not valid YAML"),
+        ("run.name=2024-02-31", "day"),
     ):
         with pytest.raises(ConfigError) as caught:
             load_config(path, ["run.name=n", wrong])
@@ -110,6 +118,8 @@ def test_unreadable_files_say_where(tmp_path):
         ("run: {name: a\nmodel: {}", "config.yaml:2:"),
         ("run: {name: a, name: b}", "'name' is written twice"),
         ("- a", "holds a list"),
+        ("run: {name: 2024-02-31}", r"config.yaml: not valid YAML: day"),
+        ("run: {[a]: b}", "config.yaml:1:7: not valid YAML: key"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -12,6 +12,7 @@ from rich.console import Console
 from eagle_train.config import SamplingConfig, TilingConfig
 from eagle_train.data.prepare import prepare
 from eagle_train.planning.visual import ModelFacts, plan_visual, sample_plan
+from eagle_train.training import preview
 from eagle_train.watching.show import MOST_PICTURES, to_html, to_terminal, view_sample
 
 MODEL = ModelFacts(64, 4)
@@ -88,6 +89,14 @@ def test_missing_media_are_notes(view, row, tmp_path):
     shown = view(row(image="a.png"), change=forget)
     assert any("a.png" in note for note in shown.notes)
     assert "a.png" in to_html([shown], title="t")
+
+
+def test_a_run_is_shown_with_its_own_limits(colour_run, tmp_path, picture, tokenizer):
+    config = colour_run(data={"sources": {"rows": {"annotation": "rows.jsonl"}}, "workers": 1, "limits": {"max_bytes": 100_000}})
+    prepare(config, tokenizer)
+    (tmp_path / "0.png").write_bytes(picture(300, 300))  # it has grown since it was prepared
+    [shown] = preview.view(config, row="rows:1", stage=None, pack=0, evaluation=False).views
+    assert any("100000" in note for note in shown.notes)
 
 
 def test_documents_show_their_pages(view, row):

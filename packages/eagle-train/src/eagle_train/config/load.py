@@ -3,7 +3,7 @@
 import copy
 import difflib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
             seen.add(key)
@@ -54,6 +56,8 @@ def read_yaml(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except ValueError as error:  # what looks like a date or a number to YAML and is none
+        raise ConfigError(f"{path}: not valid YAML: {error}; quote a value that is text") from error
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -98,7 +102,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
             raise ConfigError(f"--set {override!r}: expected key=value, for example --set stages.0.lr=1e-5")
         try:
             value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"--set {override!r}: the value is not valid YAML ({error})") from error
         _set(content, key.strip().split("."), value, override)
     return content

@@ -14,6 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 Part = Literal["vision", "connector", "language"]
 PARTS: tuple[Part, ...] = ("vision", "connector", "language")
 
+# Names of runs and stages are folders: no dot in front, which would hide them, or be the folder itself or the one above.
+_FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
 _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
@@ -26,7 +28,10 @@ def _with_unit(units: dict[str, int], what: str) -> BeforeValidator:
         if match is None or match[2].lower() not in units:
             names = ", ".join(unit for unit in units if unit)
             raise ValueError(f"{value!r} is no number of {what}; write a whole number, or one with a unit of: {names}")
-        return round(float(match[1]) * units[match[2].lower()])
+        try:
+            return round(float(match[1]) * units[match[2].lower()])
+        except OverflowError:
+            raise ValueError(f"{value!r} is no number of {what}: it is too large") from None
 
     return BeforeValidator(parse)
 
@@ -38,15 +43,15 @@ Tokens = Annotated[int, _with_unit(_TOKEN_UNITS, "tokens"), Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A section of the file: closed (no unknown keys), defaults checked like given values."""
+    """A section of the file: closed (no unknown keys), all numbers finite, defaults checked like given values."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True, use_attribute_docstrings=False)
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, validate_default=True, validate_assignment=True, use_attribute_docstrings=False
+    )
 
 
 class RunConfig(Section):
-    name: str = Field(
-        default="eagle", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run; its folder is <dir>/<name>."
-    )
+    name: str = Field(default="eagle", pattern=_FOLDER_NAME, description="Name of the run; its folder is <dir>/<name>.")
     dir: Path = Field(default=Path("runs"), description="Where run folders live; relative to the configuration file.")
     seed: int = Field(default=0, ge=0, description="Seed of everything random: order of packs, subsampling, initial weights.")
     log_every: int = Field(default=1, ge=1, description="Optimizer steps between two lines of metrics.")
@@ -122,7 +127,12 @@ class LimitsConfig(Section):
         description="Share of a source's rows that may go to the ledger (10 rows always may, unless 0). Twice the share stops on the way.",
     )
     max_bad_rows: int | None = Field(default=None, ge=0, description="Bad rows over all sources that stop prepare; null: no such limit.")
-    max_pixels: int = Field(default=178_956_970, ge=1, description="Largest image in pixels (the default is where Pillow suspects a bomb).")
+    max_pixels: int = Field(
+        default=178_956_970,
+        ge=1,
+        le=178_956_970,
+        description="Largest image in pixels; the default is where Pillow itself stops.",
+    )
     max_bytes: Bytes = Field(default=2**28, description="Largest image file in bytes.")
     max_frames: int = Field(default=1_000_000, ge=1, description="Most frames of a video file.")
     max_line_bytes: Bytes = Field(
@@ -197,7 +207,7 @@ class TilingConfig(Section):
 
 
 class StageConfig(Section):
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the stage, in folders and metrics.")
+    name: str = Field(pattern=_FOLDER_NAME, description="Name of the stage, in folders and metrics.")
     max_tokens: Tokens = Field(description="Context length L_max: budget of a sample and length of a pack, in tokens (32K is 32768).")
     epochs: float | None = Field(default=None, gt=0, description="Passes over the rows; excludes steps. 1 when neither is given.")
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps, starting further epochs as needed; excludes epochs.")

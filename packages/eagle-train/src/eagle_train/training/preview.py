@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from eagle_sampling import Limits
 from eagle_train.config import Config, ConfigError
 from eagle_train.data.facts import Facts
 from eagle_train.data.ledger import Ledger
@@ -64,6 +65,7 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
         visual = plan_visual(facts, chosen.max_tokens, described, sampling=config.sampling, tiling=config.tiling)
         plans = [sample_plan(facts, visual, number, described, sampling=config.sampling, tiling=config.tiling)]
         title, capacity = f"{row} in stage {chosen.name}", None
+    limits = config.data.limits
     views = [
         view_sample(
             load_sample(address_of(facts, plan.row)),
@@ -72,6 +74,7 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
             tokenizer,
             budget=chosen.max_tokens,
             thumbnail=config.tiling.thumbnail,
+            limits=Limits(max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, max_frames=limits.max_frames),
         )
         for plan in plans
     ]
