@@ -163,7 +163,7 @@ def test_a_reader_that_left_is_no_error_message():
     assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=100).stderr == ""
 
 
-def test_lmdb_build_and_check(tmp_path, picture):
+def test_lmdb_build_and_check(tmp_path, picture, eagle_here):
     images = tmp_path / "images"
     images.mkdir()
     for index in range(3):
@@ -171,7 +171,27 @@ def test_lmdb_build_and_check(tmp_path, picture):
     built = eagle("lmdb", "build", tmp_path / "all.lmdb", images)
     assert built.returncode == 0, built.stderr
     assert "3 values" in built.stdout
-    checked = eagle("lmdb", "check", tmp_path / "all.lmdb")
+    checked = eagle_here("lmdb", "check", tmp_path / "all.lmdb")
     assert checked.returncode == 0, checked.stderr
     (images / "3.png").write_bytes(b"no image")
-    assert eagle("lmdb", "build", tmp_path / "more.lmdb", images).returncode == 3
+    (images / "caf\udce9.png").write_bytes(picture())  # a name of the time before UTF-8
+    built = eagle_here("lmdb", "build", tmp_path / "more.lmdb", images)
+    assert built.returncode == 3, built.stderr
+    assert "3.png: " in built.stdout
+    assert "caf\\udce9.png: an LMDB key" in built.stdout
+    assert "3 values" in built.stdout
+    (tmp_path / "more.lmdb" / "manifest.json").write_text("{")
+    checked = eagle_here("lmdb", "check", tmp_path / "more.lmdb")
+    assert checked.returncode == 3
+    assert checked.stdout.startswith(f"{tmp_path}/more.lmdb/manifest.json: is damaged")
+    (tmp_path / "cut.lmdb").write_bytes((tmp_path / "all.lmdb" / "data.mdb").read_bytes()[:12000])
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1garbage")
+    (tmp_path / "empty").mkdir()
+    for command, why in (
+        (("check", tmp_path / "cut.lmdb"), "cut.lmdb: is cut off: 12000 of"),
+        (("build", tmp_path / "none.lmdb", tmp_path / "bad.parquet"), "bad.parquet: can't be read as a Parquet file"),
+        (("build", tmp_path / "no.lmdb", tmp_path / "empty"), "empty: holds no image"),
+    ):
+        done = eagle_here("lmdb", *command)
+        assert done.returncode == 3
+        assert why in done.stderr

@@ -139,6 +139,6 @@ def lmdb_check(path: Annotated[Path, typer.Argument(metavar="LMDB", help="LMDB t
 
 def _problems(problems: list[tuple[str, str]]) -> None:
     for key, reason in problems[:20]:
-        print(f"{key}: {reason}")
+        print(f"{key}: {reason}" if key else reason)
     if len(problems) > 20:
         print(f"and {len(problems) - 20} more")

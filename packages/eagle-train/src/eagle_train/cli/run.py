@@ -1,7 +1,7 @@
 """The verbs by name, and what their end means to a shell.
 
-Exit codes: 0 it worked; 1 the run failed; 2 the command line or the configuration is wrong; 3 the data: too many bad rows, or facts
-are missing; 130 interrupted. Errors are one message without a traceback, unless `--debug` is given.
+Exit codes: 0 it worked; 1 the run failed; 2 the command line or the configuration is wrong; 3 the data: too many bad rows, damaged media,
+or facts are missing; 130 interrupted. Errors are one message without a traceback, unless `--debug` is given.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def exit_code(error: BaseException) -> int:
     names = {kind.__name__ for kind in type(error).__mro__}
     if "ConfigError" in names:
         return WRONG_USE
-    if "PrepareError" in names:
+    if names & {"PrepareError", "MediaError"}:
         return BAD_DATA
     return RUN_FAILED
 
