@@ -9,10 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from eagle_model.prompt import IMG_CONTEXT
 from eagle_train.config import Config, ConfigError
+from eagle_train.config.load import nearest
 from eagle_train.planning.visual import ModelFacts
 
 if TYPE_CHECKING:
+    import torch
+
+    from eagle_model.configuration import EagleConfig
     from eagle_model.eagle import EagleForConditionalGeneration
+
+
+# Fields of EagleConfig that other settings decide.
+_DECIDED_ELSEWHERE = {
+    "min_dynamic_tiles": "tiling.min_tiles",
+    "max_dynamic_tiles": "tiling.max_tiles",
+    "min_dynamic_patch": "tiling.min_tiles",
+    "max_dynamic_patch": "tiling.max_tiles",
+    "use_thumbnail": "tiling.thumbnail",
+    "image_token_index": "model.tokenizer",
+}
 
 
 def tokenizer_folder(config: Config) -> Path:
@@ -39,23 +54,78 @@ def load_run_tokenizer(config: Config) -> Any:
 
 
 def model_config(config: Config, tokenizer: Any) -> Any:
-    """EagleConfig of the run: the preset's or the checkpoint's, with overrides, and ids and sizes that fit the tokenizer."""
-    from eagle_model.configuration import EagleConfig
-    from eagle_model.presets import PRESETS, preset
+    """EagleConfig of the run: the preset's or the checkpoint's, with overrides, and ids and sizes that fit the tokenizer.
 
-    if config.model.path is not None:
-        result = EagleConfig.from_pretrained(config.model.path)
-        if config.model.overrides:
-            result = EagleConfig(**_merged(result.to_dict(), config.model.overrides))
-        result.image_token_index = int(tokenizer.convert_tokens_to_ids(IMG_CONTEXT))
-    else:
-        name = config.model.preset or "tiny"
-        if name not in PRESETS:
-            raise ConfigError(f"model.preset: there is no preset {name!r}; known: {', '.join(PRESETS)}")
-        result = preset(name, tokenizer=tokenizer, **config.model.overrides)
+    Raises ConfigError for an unknown preset, attention backend, or key of the overrides, and for a value that a field can't have.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from eagle_model.presets import PRESETS
+
+    name, overrides = config.model.preset or "tiny", config.model.overrides
+    if config.model.path is None and name not in PRESETS:
+        raise ConfigError(f"model.preset: there is no preset {name!r}; known: {', '.join(PRESETS)}")
+    _check_attention_name(config.model.attention)
+    _check_overrides(overrides)
+    try:
+        result = _with_overrides(config, tokenizer)
+    except (StrictDataclassError, ValueError) as error:
+        if not overrides:
+            raise
+        raise ConfigError(f"model.overrides: {error}") from error
     result.min_dynamic_tiles, result.max_dynamic_tiles = config.tiling.min_tiles, config.tiling.max_tiles
     result.use_thumbnail = config.tiling.thumbnail
     return result
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    for part in ("text_config", "vision_config"):
+        if part in overrides and not isinstance(overrides[part], Mapping):
+            raise ConfigError(f"model.overrides.{part}: is {overrides[part]!r}, expected fields and their values")
+    for key in overrides:
+        if key in _DECIDED_ELSEWHERE:
+            raise ConfigError(f"model.overrides.{key}: {_DECIDED_ELSEWHERE[key]} decides this; set it there")
+    if "rope_theta" in overrides.get("text_config", {}):  # the older spelling yields to the newer one, which is always there
+        raise ConfigError("model.overrides.text_config.rope_theta: write rope_parameters: {rope_type: default, rope_theta: ...}")
+
+
+def _with_overrides(config: Config, tokenizer: Any) -> EagleConfig:
+    from eagle_model.configuration import EagleConfig
+    from eagle_model.presets import check_changes, preset
+
+    if config.model.path is None:
+        return preset(config.model.preset or "tiny", tokenizer=tokenizer, **config.model.overrides)
+    result = EagleConfig.from_pretrained(config.model.path)
+    if config.model.overrides:
+        result = EagleConfig(**_merged(result.to_dict(), config.model.overrides))
+        check_changes(result, config.model.overrides)
+    result.image_token_index = int(tokenizer.convert_tokens_to_ids(IMG_CONTEXT))
+    return result
+
+
+def _check_attention_name(name: str) -> None:
+    if name == "auto":
+        return
+    from eagle_cp.backends import KERNELS
+
+    if name not in KERNELS:
+        raise ConfigError(f"model.attention: there is no backend {name!r}{nearest(name, ['auto', *KERNELS])}")
+
+
+def attention_backend(config: Config, described: Any, device: torch.device) -> str | None:
+    """The backend that `model.attention` names (None: the fastest); raises ConfigError when it can't run on `device`."""
+    if config.model.attention == "auto":
+        return None
+    import torch
+
+    from eagle_cp.backends import choose
+    from eagle_model.rope import head_dim
+
+    try:
+        choose(device, getattr(torch, config.parallel.dtype), head_dim(described.text_config), backend=config.model.attention)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}; model.attention: auto takes the fastest one that can") from error
+    return config.model.attention
 
 
 def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from . import checkpoint
 from .activations import activation_mode, make_engine
 from .batch import Batch, Planned, Share, address_of
 from .loader import Loader, Reading, Task, read
-from .model import build_model, model_facts, tokenizer_folder
+from .model import attention_backend, build_model, model_facts, tokenizer_folder
 from .optim import learning_rate, make_optimizer, set_trainable
 from .parallel import World, is_sharded, shard_model
 from .sharing import agree, shares
@@ -289,7 +289,7 @@ class Trainer:
     def _new_model(self, train: Any = None) -> nn.Module:
         model = build_model(self.config, self.tokenizer)
         set_trainable(model, train or self.config.stages[0].train)
-        model.attention_backend = None if self.config.model.attention == "auto" else self.config.model.attention
+        model.attention_backend = attention_backend(self.config, model.config, self.world.device)
         mode = activation_mode(self.config, self.world.device)
         if mode == "offload" and self.engine is None:
             self.engine = make_engine(self.config, model.config, self.world)
