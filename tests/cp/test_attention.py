@@ -1,5 +1,6 @@
 """Outputs and gradients of every split equal the plain float64 reference, and every rank calls the same collectives in the same order."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eagle_cp import ContextMesh, Layout, attention
+from eagle_cp.backends import KERNELS
 
 SPLITS = [(size, u) for size in (2, 3, 4, 8) for u in range(1, size + 1) if size % u == 0]
 HEADS = [(8, 2), (28, 4), (9, 3), (8, 1), (8, 8), (12, 4)]
@@ -26,7 +28,7 @@ def paced(meshes, case):
 
 def from_meshes(meshes, case):
     """Every way to build a context mesh gives the same ranks."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     size = meshes[1].size
     flat = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
@@ -37,8 +39,13 @@ def from_meshes(meshes, case):
         ContextMesh.from_group(ulysses=2),
         meshes[2],
     ]
+    transposed = DeviceMesh("cpu", torch.arange(size).view(2, -1).t(), mesh_dim_names=("gather", "ulysses"))
     errors = []
-    for wrong in (lambda: ContextMesh.from_device_mesh(square, ulysses=size), lambda: ContextMesh.from_group(ulysses=3)):
+    for wrong in (
+        lambda: ContextMesh.from_device_mesh(square, ulysses=size),
+        lambda: ContextMesh.from_group(ulysses=3),
+        lambda: ContextMesh.from_device_mesh(transposed),
+    ):
         try:
             wrong()
         except ValueError as error:
@@ -181,11 +188,32 @@ def test_context_meshes(ranks):
         assert built[0] == (rank, 4, [[rank - rank % 2, rank - rank % 2 + 1], [rank % 2, rank % 2 + 2], [0, 1, 2, 3]])
         assert "ulysses=4, but the mesh's second dimension has 2" in errors[0]
         assert "nearest split that works is 2" in errors[1]
+        assert "[[0, 2], [1, 3]]" in errors[2]  # on ranks 0 and 3 too, whose own place is right
 
 
 @pytest.mark.parametrize("ulysses", [1, 2])
 def test_activation_checkpointing(ranks, ulysses):
     assert all(ranks(2).call("checkpointed", {"lengths": [31, 4, 1], "ulysses": ulysses}))
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "dense"])
+def test_kernels_get_a_dense_incoming_gradient(cp, monkeypatch, layout):
+    """What `out.sum()` sends back has strides of 0, which not every kernel takes; a dense one is not copied."""
+    seen = []
+
+    def backward(dout, *rest):
+        seen.append(dout)
+        return KERNELS["cpu"].backward(dout, *rest)
+
+    monkeypatch.setitem(KERNELS, "spy", dataclasses.replace(KERNELS["cpu"], backward=backward))
+    q, k, v, dout = cp.inputs({"lengths": [5, 3], "heads": 4, "kv_heads": 2, "dim": 8, "seed": 0})
+    dout = {"expanded": torch.ones(()).double().expand_as(dout), "transposed": dout.mT.contiguous().mT, "dense": dout}[layout]
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    grads = torch.autograd.grad(attention(q, k, v, Layout.single([0, 5, 8]), backend="spy"), leaves, dout)
+    assert [x.is_contiguous() for x in seen] == [True]
+    assert (seen[0].data_ptr() == dout.data_ptr()) == (layout == "dense")
+    for got, want in zip(grads, torch.autograd.grad(cp.reference(q, k, v, [0, 5, 8]), leaves, dout)):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 def test_the_order_checker_can_fail(cp):

@@ -128,3 +128,16 @@ def test_the_fastest_kernel_end_to_end():
     grads, wanted = torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(ref, exact, dout.double())
     for x, y in zip((out, *grads), (ref, *wanted)):
         assert relative(x.detach(), y.detach()) < 4e-3
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if n != "cpu"])
+def test_the_gradient_of_a_sum(name):
+    """`out.sum()` sends back one number with strides of 0."""
+    available(name, True)
+    cu = [0, 300, 301, 700]
+    q, k, v = (torch.randn(700, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (8, 2, 2))
+    out = attention(q, k, v, Layout.single(cu), backend=name)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    ref = reference(*exact, Segments(cu, cu), True)
+    for x, y in zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(ref.sum(), exact)):
+        assert relative(x, y) < 1e-2

@@ -44,6 +44,27 @@ def test_a_window_longer_than_every_document_is_no_window():
     torch.testing.assert_close(call(query=torch.ones(1, 4, 6, 8), sliding_window=4)[0].shape, call()[0].shape)
 
 
+@pytest.mark.parametrize("padded", [0, 2])
+def test_a_mask_of_the_model_is_not_dropped(padded):
+    """The model's own way to its mask: ones say nothing, a padded row would be attended to."""
+    from transformers import Qwen2Config
+    from transformers.masking_utils import create_causal_mask
+
+    register_attention()
+    config = Qwen2Config(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, attn_implementation="eagle_cp")
+    mask = torch.ones(1, 6, dtype=torch.int64)
+    mask[:, :padded] = 0
+
+    def make():
+        return create_causal_mask(config, torch.zeros(1, 6, 8), attention_mask=mask, past_key_values=None)
+
+    if padded:
+        with pytest.raises(ValueError, match="2 of 6 tokens"):
+            make()
+    else:
+        assert make() is None
+
+
 def test_registering_adds_a_name_and_changes_no_model():
     from transformers import AttentionInterface
     from transformers.models.qwen2 import modeling_qwen2

@@ -73,7 +73,55 @@ def hang(meshes, folder):
     return reports
 
 
-FUNCTIONS = {"sharding": sharding, "bad_input": bad_input, "hang": hang}
+def lost_store(meshes, _):
+    """The store's host (rank 0) goes; rank 1 then waits for a collective to which nobody comes in time."""
+    import socket
+    import time
+
+    import torch.distributed as dist
+
+    from eagle_cp.watchdog import Watchdog
+
+    mesh, reports = meshes[1], []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = torch.tensor([probe.getsockname()[1]])
+    port = int(mesh.context.gather_rows(port)[0])
+    store = dist.TCPStore("127.0.0.1", port, mesh.size, is_master=mesh.rank == 0)
+
+    def report(text):
+        reports.append(text)
+        raise OSError("the place for reports is full")
+
+    with Watchdog(mesh.groups(), timeout=0.3, store=store if mesh.rank else None, report=report) as watchdog:
+        mesh.context.gather_rows(torch.zeros(3))
+        if mesh.rank == 0:
+            del store
+            time.sleep(1.2)
+        mesh.context.gather_rows(torch.zeros(4))
+        return reports, watchdog._thread.is_alive()
+
+
+def wrong_tiles(meshes, case):
+    """The error of each rank when rank 1 brings other tiles, or another mask; everything else is right."""
+    from eagle_cp import exchange_tiles, plan_tiles
+
+    kind, mesh = case, meshes[1]
+    wrong = mesh.rank == 1
+    layout = Layout.build([0, 12], mesh, num_heads=2, num_kv_heads=2, verify=True)
+    is_feature = torch.arange(12) < {"mask": 6, "multiple": 7}.get(kind, 8) if wrong else torch.arange(12) < 8
+    try:
+        plan = plan_tiles(layout, is_feature, 2)
+        rows = (plan.last - plan.first) * 2 + 2 * (wrong and kind == "tiles")
+        rows = exchange_tiles(torch.zeros(rows, 3 + (wrong and kind == "width")), layout)
+        for _ in range(2):  # agreed once
+            rows = exchange_tiles(torch.zeros((plan.last - plan.first) * 2, 3), layout)
+        return rows.shape[0] == len(plan.local_rows)
+    except ValueError as error:
+        return str(error)
+
+
+FUNCTIONS = {"sharding": sharding, "bad_input": bad_input, "hang": hang, "lost_store": lost_store, "wrong_tiles": wrong_tiles}
 
 
 def test_single_is_the_identity():
@@ -129,6 +177,31 @@ def test_watchdog_says_who_waits_for_what(ranks, tmp_path):
     assert reports[1] == []
 
 
+def test_watchdog_outlives_its_store_and_its_report(ranks):
+    (_, alive), (reports, still_alive) = ranks(2).call("lost_store")
+    assert alive
+    assert still_alive
+    assert len(reports) == 1
+    assert "rank 1 has waited" in reports[0]
+    assert "all_gather number" in reports[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("mask", "plan_tiles: is_feature or tokens_per_tile differ between context ranks: [0, 2] / [1]"),
+        ("multiple", "context rank 1: tiles: 7 feature tokens are not a multiple of 2"),
+        ("tiles", "context rank 1: exchange_tiles: got features (4, 3), this rank encodes tiles [1, 2) of 4"),
+        ("width", "exchange_tiles: dtype or width of the features differ between context ranks: [0, 2] / [1]"),
+    ],
+)
+def test_wrong_tiles_of_one_rank_are_an_error_of_all(ranks, kind, message):
+    errors = ranks(3).call("wrong_tiles", kind)
+    assert len(set(errors)) == 1
+    assert message in errors[0]
+    assert ranks(3).call("wrong_tiles", None) == [True] * 3
+
+
 def test_agreement_of_one():
     agree(ContextMesh.single(), None, "facts", "what")
     with pytest.raises(ValueError, match="context rank 0: broken"):
@@ -137,7 +210,15 @@ def test_agreement_of_one():
 
 @pytest.mark.parametrize(
     ("cu", "message"),
-    [([0], "expected"), ([1, 2], "expected"), ([0, 2, 2], "document 1 has length 0"), ([0, 3, 1], "document 1 has length -2")],
+    [
+        ([0], "expected"),
+        ([1, 2], "expected"),
+        ([0, 2, 2], "document 1 has length 0"),
+        ([0, 3, 1], "document 1 has length -2"),
+        ([0, 2.7, 5], r"cu_seqlens: expected integers, got 2\.7"),
+        (torch.tensor([0.0, 3.0]), r"cu_seqlens: expected integers, got 0\.0"),
+        ([[0, 3]], r"cu_seqlens: expected integers, got \[0, 3\]"),
+    ],
 )
 def test_lengths_that_do_not_add_up(cu, message):
     with pytest.raises(ValueError, match=message):

@@ -4,7 +4,9 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from eagle_cp import explain, plan_context
 from eagle_cp.planner import Hardware
@@ -53,7 +55,14 @@ def test_memory_limit():
         plan_context([131072], 2, memory_gib=0.1, **MODEL)
 
 
+@pytest.mark.parametrize("make", [np.array, torch.tensor, tuple])
+def test_lengths_of_any_kind(make):
+    assert plan_context(make([300, 4000]), 2, **MODEL) == plan_context([300, 4000], 2, **MODEL)
+
+
 def test_bad_lengths():
+    with pytest.raises(ValueError, match=r"lengths: expected integers, got 2\.5"):
+        plan_context(np.array([2.5, 3]), 2, **MODEL)
     with pytest.raises(ValueError, match="at least one token"):
         plan_context([], 2, **MODEL)
 

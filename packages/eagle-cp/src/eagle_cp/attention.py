@@ -11,7 +11,7 @@ import torch
 from eagle_cp.backends import choose
 from eagle_cp.core import Problem, core_backward, core_forward
 from eagle_cp.heads import HeadShare, split_heads
-from eagle_cp.layout import Layout, agree
+from eagle_cp.layout import Layout
 from eagle_cp.ulysses import repeats_kv, to_heads, to_tokens
 
 
@@ -39,6 +39,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout: torch.Tensor):
         p: Problem = ctx.problem
         ulysses, share, shares = p.mesh.ulysses, p.share, p.shares
+        if dout.stride(-1) != 1 or 0 in dout.stride():  # of `out.sum()`, say; not every kernel takes such strides
+            dout = dout.contiguous()
         if ulysses.size == 1:
             q, k, v, out, *lses = ctx.saved_tensors
             dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -89,12 +91,9 @@ def attention(
         kernels = choose(*where, plan.whole), choose(*where, shared)
     except ValueError as error:
         problem = str(error)
-    if layout.verify:
-        layout.verify = False
-        facts = f"{q.dtype} {tuple(q.shape)} {tuple(k.shape)} {causal} {scale}"
-        agree(layout.mesh, problem, facts, "attention: dtype, shapes, causal or scale")
-    if problem is not None or kernels is None or heads is None:
-        raise ValueError(problem)
+    layout.check("attention", problem, (q.dtype, q.shape, k.shape, causal, scale), "dtype, shapes, causal or scale")
+    assert kernels is not None
+    assert heads is not None
     factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     return _Attention.apply(q, k, v, Problem(layout, heads, causal, factor, kernels, q.shape[2]))
 

@@ -24,8 +24,14 @@ def register_attention(name: str = "eagle_cp") -> None:
     AttentionMaskInterface.register(name, _no_mask)
 
 
-def _no_mask(*_, **__) -> None:
-    """Documents and causality come from the layout; models get no mask."""
+def _no_mask(*_, attention_mask: torch.Tensor | None = None, **__) -> None:
+    """Documents and causality come from the layout; models get no mask. One of ones says nothing (which a look at the device finds out);
+    a token that is to be left out can't be."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            f"eagle_cp attention: attention_mask leaves out {int((attention_mask == 0).sum())} of {attention_mask.numel()} tokens; masks"
+            " are not supported, documents come from the layout: pack the batch without padding and leave attention_mask out"
+        )
 
 
 def hugging_face_attention(

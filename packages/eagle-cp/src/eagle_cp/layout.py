@@ -15,7 +15,7 @@ import torch
 from eagle_cp.heads import HeadShare, split_heads
 from eagle_cp.mesh import ContextMesh
 from eagle_cp.partition import Partition, partition
-from eagle_cp.segments import Segments, cumulative, ranges
+from eagle_cp.segments import Segments, cumulative, integers, ranges
 from eagle_cp.sharding import Shard, Unshard
 from eagle_cp.shared import SharedPlan, make_steps
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor | Sequence[int]) -> tuple[int, ...]:
     """Cumulative lengths as ints: starts at 0, strictly rising. A CUDA tensor is copied to the host once, here."""
-    values = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
-    values = [int(x) for x in values]
+    values = integers("cu_seqlens", cu_seqlens)
     if len(values) < 2 or values[0] != 0:
-        raise ValueError(f"cu_seqlens: expected [0, end of document 0, ..., total], got {values[:6]}{'...' if len(values) > 6 else ''}")
+        got = f"{list(values[:6])}{'...' if len(values) > 6 else ''}"
+        raise ValueError(f"cu_seqlens: expected [0, end of document 0, ..., total], got {got}")
     for i, (a, b) in enumerate(pairwise(values)):
         if b <= a:
             raise ValueError(f"cu_seqlens: document {i} has length {b - a} ([{a}, {b})); leave empty documents out")
-    return tuple(values)
+    return values
 
 
 class AttentionPlan:
@@ -57,6 +57,7 @@ class Layout:
         self.local = self.rows // mesh.ulysses.size
         self.pad = self.local * mesh.size - self.total
         self.tiles: TilePlan | None = None
+        self._agreed: set[str] = set()
         self._plans: dict[bool, AttentionPlan] = {}
         self._order: dict[torch.device, torch.Tensor] = {}
         self._inverse: dict[torch.device, torch.Tensor] = {}
@@ -79,8 +80,9 @@ class Layout:
     ) -> Layout:
         """The layout of a pack over `mesh`; every rank passes the same values. No communication, unless `verify`.
 
-        `tolerance`: how far the attention work of the ranks may differ before more documents are shared. `verify`: two small collectives
-        (here and at the first attention) make sure that all ranks agree, and an error of one becomes an error of all instead of a hang.
+        `tolerance`: how far the attention work of the ranks may differ before more documents are shared. `verify`: small collectives
+        (here, in `plan_tiles`, at the first `exchange_tiles` and the first attention) make sure that all ranks agree, and an error of one
+        becomes an error of all instead of a hang.
         Raises ValueError for lengths that don't add up, or heads that can't be split."""
         problem, cu, heads = None, (), None
         try:
@@ -98,6 +100,15 @@ class Layout:
         if problem is not None:
             raise ValueError(problem)
         return cls(cu, mesh, heads, tolerance, verify)
+
+    def check(self, where: str, problem: str | None, facts: object, what: str) -> None:
+        """Raises ValueError for a `problem` of this rank; with `verify` on all ranks alike, also when the `facts` of some differ. The first
+        call of each `where` communicates then."""
+        if self.verify and where not in self._agreed:
+            self._agreed.add(where)
+            agree(self.mesh, problem, str(facts), f"{where}: {what}")
+        if problem is not None:
+            raise ValueError(problem)
 
     # Where tokens live
 

@@ -39,7 +39,7 @@ class ContextMesh:
     def from_device_mesh(cls, mesh: DeviceMesh, *, ulysses: int | None = None) -> ContextMesh:
         """From a 2-D mesh `(gather, ulysses)`, or a 1-D mesh of the whole context group with the size of the Ulysses level (default 1).
 
-        Collective over the mesh's ranks. Raises ValueError when `ulysses` doesn't divide the group.
+        Collective over the mesh's ranks. Raises ValueError when `ulysses` doesn't divide the group, or ranks don't ascend row by row.
         """
         if mesh.ndim == 1:
             return cls.from_group(mesh.get_group(), ulysses=ulysses or 1)
@@ -49,20 +49,21 @@ class ContextMesh:
             )
         if ulysses is not None and ulysses != mesh.size(1):
             raise ValueError(f"context mesh: ulysses={ulysses}, but the mesh's second dimension has {mesh.size(1)} ranks")
-        ranks = mesh.mesh.flatten().tolist()
-        whole = _new_group(ranks)
+        _check_ascending(mesh.mesh.tolist(), mesh.mesh.flatten().tolist())
+        whole = _new_group(mesh.mesh.flatten().tolist())
         return cls(*_groups(mesh.get_group(1), mesh.get_group(0), whole))
 
     @classmethod
     def from_group(cls, group: dist.ProcessGroup | None = None, *, ulysses: int = 1) -> ContextMesh:
         """From the process group of the whole context group (None: all ranks); consecutive runs of `ulysses` ranks are the Ulysses groups.
 
-        Collective over the group's ranks. Raises ValueError when `ulysses` doesn't divide the group.
+        Collective over the group's ranks. Raises ValueError when `ulysses` doesn't divide the group, or its ranks don't ascend.
         """
         group = group if group is not None else dist.group.WORLD
         if group is None:
             raise ValueError("context mesh: no process group; call torch.distributed.init_process_group first, or use ContextMesh.single()")
         ranks = dist.get_process_group_ranks(group)
+        _check_ascending(ranks, ranks)
         size, rank = len(ranks), dist.get_rank(group)
         if ulysses < 1 or size % ulysses:
             nearest = max(u for u in range(1, size + 1) if size % u == 0 and u <= max(ulysses, 1))
@@ -91,6 +92,16 @@ class ContextMesh:
         """
         self.watchdog = Watchdog(self.groups(), timeout, store)
         return self.watchdog
+
+
+def _check_ascending(mesh: list, ranks: list[int]) -> None:
+    """torch numbers the ranks of a new group in ascending order. Only where the mesh does so too is a rank's place in the whole group
+    (where rows come from) its place in the mesh (which rows it holds). Every rank sees the whole mesh, so all raise, or none."""
+    if ranks != sorted(ranks):
+        raise ValueError(
+            f"context mesh: the ranks {mesh} don't ascend row by row; make the mesh with the gather dimension before the Ulysses dimension"
+            " and ranks in ascending order, as init_device_mesh does"
+        )
 
 
 def _new_group(ranks: list[int]) -> dist.ProcessGroup:

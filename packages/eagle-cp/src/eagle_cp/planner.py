@@ -12,6 +12,7 @@ from typing import NamedTuple
 from eagle_cp.core import FINE_ROWS
 from eagle_cp.heads import split_heads
 from eagle_cp.partition import Partition, partition
+from eagle_cp.segments import integers
 
 
 class Hardware(NamedTuple):
@@ -72,8 +73,9 @@ def plan_context(
     """The fastest split `ulysses x gather = ranks` for documents of `lengths` tokens in bf16, within `memory_gib` for one attention layer
     if given.
 
-    Raises ValueError, with each split's reason, when none can be used.
+    Raises ValueError for lengths that are no integers of 1 or more, and, with each split's reason, when none can be used.
     """
+    lengths = integers("plan_context: lengths", lengths)
     if not lengths or min(lengths) < 1 or ranks < 1:
         raise ValueError(
             f"plan_context: needs documents of at least one token and at least one rank, got {len(lengths)} documents, {ranks} ranks"

@@ -6,7 +6,8 @@ the square case."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +60,17 @@ class Segments:
         if causal:
             return sum(nq * nk - nq * (nq - 1) // 2 for nq, nk in zip(self.lengths_q, self.lengths_k))
         return sum(nq * nk for nq, nk in zip(self.lengths_q, self.lengths_k))
+
+
+def integers(name: str, values: Iterable) -> tuple[int, ...]:
+    """A list, array or tensor of integers as Python's (a CUDA tensor is copied to the host once). Raises ValueError for anything else."""
+    whole = []
+    for value in getattr(values, "tolist", lambda: values)():
+        try:
+            whole.append(operator.index(value))
+        except TypeError:
+            raise ValueError(f"{name}: expected integers, got {value!r}") from None
+    return tuple(whole)
 
 
 def cumulative(lengths: Sequence[int]) -> list[int]:

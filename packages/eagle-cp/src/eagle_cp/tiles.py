@@ -71,10 +71,18 @@ class _Index:
 
 def plan_tiles(layout: Layout, is_feature: torch.Tensor, tokens_per_tile: int) -> TilePlan:
     """Plans the exchange of a batch and keeps it in `layout.tiles`. `is_feature: bool [total]` marks the tokens of the whole pack that
-    hold features, in the order of tiles (`input_ids == image_token_id`). Raises ValueError when they are no multiple of
-    `tokens_per_tile`."""
-    layout.tiles = TilePlan(layout, is_feature, tokens_per_tile)
-    return layout.tiles
+    hold features, in the order of tiles (`input_ids == image_token_id`). No communication, unless the layout was built with `verify`.
+    Raises ValueError when they are no multiple of `tokens_per_tile`."""
+    problem, plan = None, None
+    try:
+        plan = TilePlan(layout, is_feature, tokens_per_tile)
+    except ValueError as error:
+        problem = str(error)
+    facts = (tokens_per_tile, is_feature.nonzero().tolist()) if layout.verify else None
+    layout.check("plan_tiles", problem, facts, "is_feature or tokens_per_tile")
+    assert plan is not None
+    layout.tiles = plan
+    return plan
 
 
 class _Exchange(torch.autograd.Function):
@@ -112,14 +120,17 @@ def exchange_tiles(features: torch.Tensor, layout: Layout) -> torch.Tensor:
     if layout.mesh.size == 1:
         return flat
     plan = layout.tiles
+    layout.check("exchange_tiles", _problem(features, flat, plan), (flat.dtype, flat.shape[-1]), "dtype or width of the features")
+    return _Exchange.apply(flat, layout, plan)
+
+
+def _problem(features: torch.Tensor, flat: torch.Tensor, plan: TilePlan | None) -> str | None:
     if plan is None:
-        raise ValueError(
-            "exchange_tiles: the layout has no tile plan; call plan_tiles(layout, is_feature, tokens_per_tile) first, on every rank"
-        )
+        return "exchange_tiles: the layout has no tile plan; call plan_tiles(layout, is_feature, tokens_per_tile) first, on every rank"
     expected = (plan.last - plan.first) * plan.tokens_per_tile
     if flat.ndim != 2 or flat.shape[0] != expected:
-        raise ValueError(
+        return (
             f"exchange_tiles: got features {tuple(features.shape)}, this rank encodes tiles [{plan.first}, {plan.last}) of {plan.count},"
             f" that is {expected} rows of {plan.tokens_per_tile} per tile"
         )
-    return _Exchange.apply(flat, layout, plan)
+    return None

@@ -21,7 +21,8 @@ class Watchdog:
     """A thread that looks at the unfinished collectives of `groups` a few times per `timeout` seconds. Use as a context manager, or
     `stop()`.
 
-    `report` gets the text (default: logged as an error). A hang is reported once; nothing is killed or cancelled.
+    `report` gets the text (default: logged as an error). A hang is reported once; nothing is killed or cancelled. Where the store's host is
+    gone, which is when ranks start to wait, each rank goes on to speak for itself.
     """
 
     def __init__(
@@ -56,7 +57,13 @@ class Watchdog:
                 overdue = self._overdue(group)
                 if overdue is not None and (group.name, overdue[0].number) not in self._reported:
                     self._reported.add((group.name, overdue[0].number))
-                    self.report(self._describe(group, *overdue))
+                    self._tell(self._describe(group, *overdue))
+
+    def _tell(self, text: str) -> None:
+        try:
+            self.report(text)
+        except Exception:  # the caller's function, which nobody else would hear of in this thread; it goes on to watch
+            log.exception("the watchdog's report failed; it was: %s", text)
 
     def _overdue(self, group: Group) -> tuple[Call, float] | None:
         now = time.monotonic()
@@ -72,27 +79,36 @@ class Watchdog:
             return
         waiting = [p.call for p in list(group.pending or ()) if not p.work.is_completed()]
         state = {"last": group.last, "waiting": waiting[0] if waiting else None}
-        self.store.set(self._key(group, group.ranks[group.rank]), json.dumps(state))
+        try:
+            self.store.set(self._key(group, group.ranks[group.rank]), json.dumps(state))
+        except RuntimeError as error:
+            self._lose_store(error)
+
+    def _lose_store(self, error: RuntimeError) -> None:
+        self.store = None
+        log.error("watchdog: the store doesn't answer, its host may be gone; from here on each rank speaks for itself: %s", error)
 
     def _describe(self, group: Group, call: Call, seconds: float) -> str:
         rank = group.ranks[group.rank]
         head = f"rank {rank} has waited {seconds:.0f} s for {_name(call)} of group {group.name} {group.ranks}"
         if self.store is None:
             return head + " (give the watchdog a store to see the other ranks)"
-        lines = [head]
-        for other in group.ranks:
-            key = self._key(group, other)
-            if not self.store.check([key]):
-                lines.append(f"  rank {other}: nothing heard of")
-                continue
-            state = json.loads(self.store.get(key))
-            if state["waiting"]:
-                lines.append(f"  rank {other}: waits for {_name(state['waiting'])}")
-            elif state["last"]:
-                lines.append(f"  rank {other}: not in a collective; its last one was {_name(state['last'])}")
-            else:
-                lines.append(f"  rank {other}: has called none yet")
-        return "\n".join(lines)
+        try:
+            return "\n".join([head, *(f"  rank {other}: {self._heard(self.store, group, other)}" for other in group.ranks)])
+        except RuntimeError as error:
+            self._lose_store(error)
+            return head + " (the store doesn't answer)"
+
+    def _heard(self, store: dist.Store, group: Group, rank: int) -> str:
+        key = self._key(group, rank)
+        if not store.check([key]):
+            return "nothing heard of"
+        state = json.loads(store.get(key))
+        if state["waiting"]:
+            return f"waits for {_name(state['waiting'])}"
+        if state["last"]:
+            return f"not in a collective; its last one was {_name(state['last'])}"
+        return "has called none yet"
 
 
 def _name(call) -> str:
