@@ -83,6 +83,8 @@ def test_chapters():
     chapters = choose_chapters(times, [(0, 10), (10, 90), (90, 90.1)])
     assert [len(chapter) for chapter in chapters] == [20, 50, 1]
     assert chapters[0].max() < 10 <= chapters[1].min()
+    beyond = choose_chapters(times[:300], [(0, 100), (9, 60), (-5, 1)])  # ten seconds: what lies outside has no frames to give
+    assert [len(chapter) for chapter in beyond] == [20, 2, 2]
 
 
 @settings(deadline=None, max_examples=300)

@@ -1,8 +1,10 @@
-"""Every returned frame is the frame that libav's own decode of the whole file shows at that time, or an error says why it isn't there."""
+"""Every returned frame is the picture encoded for that time, as libav's own decode of the whole file shows it, or an error says why not."""
 
+import contextlib
 import struct
 import threading
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -28,7 +30,11 @@ MATRIX = {
     "h264-b.mkv": {},
     "h264-b.ts": {},
     "h264-b.flv": {},
-    "h264-b.avi": {},  # packets without times
+    # Packets with times of decoding only: libav calls them times of presentation, and numbers its frames wrongly.
+    "h264-b.avi": {},
+    "h264-b.wmv": {},
+    "h264-b.mxf": {"fps": 25},
+    "open-gop.avi": {"options": OPEN_GOP, "count": 40},
     "open-gop.mp4": {"options": OPEN_GOP, "count": 80},
     "open-gop.mkv": {"options": OPEN_GOP, "count": 80},
     "open-gop.ts": {"options": OPEN_GOP, "count": 80},
@@ -74,6 +80,9 @@ MATRIX = {
     },
     "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
     "mpeg2.ts": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}},
+    "mpeg2-no-b.avi": {"codec": "mpeg2video", "options": {"g": "12"}, "count": 30},
+    "h263.avi": {"codec": "h263", "options": {"g": "12"}, "size": (176, 144), "count": 30},  # every packet is called a keyframe
+    "flv1.swf": {"codec": "flv", "options": {"g": "12"}, "count": 30},  # no packet is
     "odd-444.mp4": {"pixel_format": "yuv444p", "size": (97, 65)},
     "odd.mkv": {"size": (98, 66)},
     "one.mp4": {"count": 1},
@@ -84,8 +93,14 @@ MATRIX = {
 }
 
 
+def numbers(pixels, originals):
+    """Which of the encoded pictures each frame is: the nearest one."""
+    few, all_of_them = (np.asarray(stack)[:, ::3, ::3].reshape(len(stack), -1).astype(np.float32) for stack in (pixels, originals))
+    return [int(np.abs(all_of_them - frame).mean(1).argmin()) for frame in few]
+
+
 @pytest.mark.parametrize("name", MATRIX)
-def test_every_frame_is_the_one_asked_for(name, media, truth):
+def test_every_frame_is_the_one_asked_for(name, media, truth, pictures):
     how = MATRIX[name]
     if how.get("codec", "libx264") not in av.codecs_available:
         pytest.skip(f"this build of libav has no {how['codec']}")
@@ -99,6 +114,8 @@ def test_every_frame_is_the_one_asked_for(name, media, truth):
 
     everything = read_frames(path, times)
     assert (everything.times == times).all()
+    assert numbers(everything.pixels, pictures(len(times), info.width, info.height)) == list(range(len(times)))
+    expected = dict(zip(ticks.tolist(), expected.values()))  # the n-th that comes out is the n-th, whatever libav calls its time
     for i, tick in enumerate(ticks.tolist()):
         assert (everything.pixels[i] == expected[tick]).all(), f"frame {i} at {times[i]} s"
 
@@ -107,6 +124,51 @@ def test_every_frame_is_the_one_asked_for(name, media, truth):
     assert (some.times == times[few]).all()
     for i, chosen in enumerate(few):
         assert (some.pixels[i] == expected[ticks[chosen]]).all(), f"frame {chosen} at {times[chosen]} s"
+
+
+def test_a_packet_without_a_picture_moves_no_other(media, pictures, monkeypatch):
+    """Frames known by their order only: after a packet that a decoder passes over in silence nobody can say which is which."""
+    from eagle_sampling import video_linear
+
+    path = media("h264-b.avi")
+    droppable = droppable_test("h264", b"")
+
+    class Container:  # of a file whose first unreferenced frame from the fortieth packet on gives nothing
+        def __init__(self, path):
+            self.real = av.open(path)
+            self.streams = self.real.streams
+
+        def demux(self, stream):
+            silenced = False
+            for number, packet in enumerate(self.real.demux(stream)):
+                if not silenced and number >= 40 and droppable(bytes(packet)):
+                    silenced = True
+                    packet = SimpleNamespace(size=1, is_discard=False, decode=list)
+                yield packet
+
+    monkeypatch.setattr(video_linear, "open_container", lambda path: contextlib.nullcontext(Container(path)))
+    times = probe(path).times.times()
+    frames = read_frames(path, times, on_error="skip")
+    shown = [int(np.argmin(abs(times - time))) for time in frames.times]
+    assert numbers(frames.pixels, pictures(60, 96, 64)) == shown == list(range(len(shown)))
+    assert 20 <= len(shown) <= 40
+    assert "give no frame" in frames.errors[0].reason
+    assert read_frames(path, times[:8], workers=2).errors == ()
+
+
+def test_a_false_keyframe_is_not_believed(media, pictures, tmp_path):
+    """An AVI whose index calls every frame a keyframe, of a codec that takes a grey picture for a reference that it never saw."""
+    path = media("msmpeg4.avi", codec="msmpeg4v2", options={"g": "20"}, count=40)
+    data = bytearray(path.read_bytes())
+    index = data.rfind(b"idx1")
+    for entry in range(index + 8, index + 8 + int.from_bytes(data[index + 4 : index + 8], "little"), 16):
+        data[entry + 4] |= 0x10
+    path = tmp_path / "false.avi"
+    path.write_bytes(data)
+    assert read_track(str(path)).sync.all()
+    wanted = [3, 17, 26, 38]
+    frames = read_frames(path, probe(path).times.times()[wanted])
+    assert numbers(frames.pixels, pictures(40, 96, 64)) == wanted
 
 
 def test_times_between_frames_mean_the_frame_on_the_screen(small_mp4):
@@ -203,24 +265,42 @@ def test_tolerance_lets_a_keyframe_stand_in(small_mp4):
     assert read_frames(small_mp4, [0.7]).times.tolist() == pytest.approx([0.7])
 
 
+def test_tolerance_where_no_keyframe_is_shown(small_mp4, tmp_path):
+    """A copy from 1.7 s on: its only keyframe lies before the edit list's beginning."""
+    path = tmp_path / "cut.mp4"
+    with av.open(str(small_mp4)) as source, av.open(str(path), "w") as out:
+        stream = source.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None and packet.pts >= round(1.6 * 15360):
+                packet.pts, packet.dts = packet.pts - round(1.7 * 15360), packet.dts - round(1.7 * 15360)
+                packet.stream = copy
+                out.mux(packet)
+    info = probe(path)
+    assert len(info.keyframe_times) == 0
+    assert (read_frames(path, [0.1], tolerance=0.2).pixels == read_frames(small_mp4, [1.8]).pixels).all()
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])  # by our parser, by libavformat
 @pytest.mark.parametrize(
     ("matrix", "turns", "mirror"),
     [((0, 1, -1, 0), 1, False), ((-1, 0, 0, -1), 2, False), ((0, -1, 1, 0), 3, False), ((-1, 0, 0, 1), 0, True)],
 )
-def test_rotation_is_applied(small_mp4, tmp_path, matrix, turns, mirror):
+def test_rotation_is_applied(media, tmp_path, codec, matrix, turns, mirror):
     """The display matrix of `tkhd`, written by hand; the picture turns clockwise as a player shows it."""
-    data = bytearray(small_mp4.read_bytes())
+    straight = media(f"{codec}.mp4", codec=codec, options={"g": "12"}, count=20)
+    data = bytearray(straight.read_bytes())
     at = data.find(struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), data.find(b"tkhd"))
     assert at > 0
     a, b, c, d = (65536 * value for value in matrix)
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path = tmp_path / "turned.mp4"
     path.write_bytes(data)
-    upright = read_frames(small_mp4, [0.5]).pixels[0]
+    upright = read_frames(straight, [0.5]).pixels[0]
     if mirror:
         upright = upright[:, ::-1]
     info = probe(path)
-    assert info.rotation == 90 * turns
+    assert (info.rotation, info.unknown) == (90 * turns, ())
     assert (info.width, info.height) == ((64, 96) if turns % 2 else (96, 64))
     assert (read_frames(path, [0.5]).pixels[0] == np.rot90(upright, -turns)).all()
     if not mirror:  # libav counts anticlockwise
@@ -258,7 +338,7 @@ def test_arguments_that_make_no_sense(small_mp4):
     for wrong in ({"workers": 0}, {"tolerance": -1}, {"on_error": "ignore"}, {"timeout": 0}, {"size": 0}):
         with pytest.raises(ValueError):
             read_frames(small_mp4, [0.0], **wrong)
-    assert read_frames(small_mp4, [], 16).pixels.shape == (0, 16, 16, 3)
+    assert read_frames(small_mp4, [], np.int64(16)).pixels.shape == (0, 16, 16, 3)
 
 
 def test_limits(small_mp4):

@@ -43,9 +43,8 @@ def clip_range(times: ArrayLike | TimeTable, start: float | None = None, end: fl
         raise ValueError(f"the clip from {start} to {end} s is empty: its end must lie after its start")
     if end is not None and end <= seconds[0]:
         raise ValueError(f"the clip ends at {end} s, before the first frame at {seconds[0]:.3f} s")
-    last_shown = seconds[-1] + (seconds[-1] - seconds[0]) / max(n - 1, 1)
-    if start is not None and start > last_shown + TIME_EPSILON and n > 1:
-        raise ValueError(f"the clip starts at {start} s, after the video's end at {last_shown:.3f} s")
+    if start is not None and start > _end(seconds) + TIME_EPSILON and n > 1:
+        raise ValueError(f"the clip starts at {start} s, after the video's end at {_end(seconds):.3f} s")
     first = 0 if start is None else max(int(np.searchsorted(seconds, start + TIME_EPSILON, side="right")) - 1, 0)
     stop = n if end is None else int(np.searchsorted(seconds, end - TIME_EPSILON, side="left"))
     return first, max(stop, first + 1)
@@ -81,8 +80,7 @@ def choose_times(
         right = np.minimum(right, n - 1)
         index = np.where(clip[right] - wanted < wanted - clip[left], right, left)
     elif placement == "center":
-        stop_time = clip[-1] + (clip[-1] - clip[0]) / max(n - 1, 1)
-        wanted = clip[0] + (np.arange(count) + 0.5) * (stop_time - clip[0]) / count
+        wanted = clip[0] + (np.arange(count) + 0.5) * (_end(clip) - clip[0]) / count
         index = np.searchsorted(clip, wanted + TIME_EPSILON, side="right") - 1
     else:
         raise ValueError(f"placement must be 'linspace' or 'center', not {placement!r}")
@@ -98,13 +96,14 @@ def choose_chapters(
 ) -> list[NDArray[np.float64]]:
     """Presentation times per chapter (start, end) in seconds: `fps` a second, at most `max_frames` each.
 
-    The default of 50 is that of the top-down recipe of Eagle 2.5.
+    A chapter that reaches beyond the video counts with the part inside. The default of 50 is that of the top-down recipe of Eagle 2.5.
     """
     seconds = _seconds(times)
     chosen = []
     for start, end in chapters:
         first, stop = clip_range(seconds, start, end)
-        count = min(wanted_frames(end - start, fps, max_frames), stop - first)
+        length = max(0.0, min(end, _end(seconds)) - max(start, float(seconds[0])))
+        count = min(wanted_frames(length, fps, max_frames), stop - first)
         chosen.append(choose_times(seconds, count, start=start, end=end))
     return chosen
 
@@ -114,3 +113,8 @@ def _seconds(times: ArrayLike | TimeTable) -> NDArray[np.float64]:
     if seconds.ndim != 1:
         raise ValueError(f"times must be one-dimensional, not of shape {seconds.shape}")
     return seconds
+
+
+def _end(seconds: NDArray[np.float64]) -> float:
+    """When the last frame's time is over, if it lasts as long as the average one."""
+    return float(seconds[-1] + (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1))

@@ -6,6 +6,7 @@ then workers that decode those and nothing else. Memory is the output, one decod
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import queue
@@ -87,7 +88,7 @@ def read_frames(
         try:
             failures = _decode(name, track, places, out, workers, watch, limits)
         except NotOurs:  # a transport stream that turns out to be irregular inside
-            track = read_packets(name, limits, watch.deadline)
+            track = dataclasses.replace(read_packets(name, limits, watch.deadline), rotation=track.rotation, mirrored=track.mirrored)
             samples, errors = _find(track, asked, tolerance)
             places = _places(samples)
             failures = _decode(name, track, places, out, 1, watch, limits)
@@ -121,8 +122,8 @@ def _find(track: Track, asked: NDArray[np.float64], tolerance: float) -> tuple[N
     bad = ~((asked >= seconds[0] - TIME_EPSILON) & (asked <= end + TIME_EPSILON))
     at = np.clip(np.searchsorted(seconds, asked + TIME_EPSILON, side="right") - 1, 0, None)
     samples = order[at]
-    if tolerance > 0:
-        keys = order[track.sync[order]]
+    keys = order[track.sync[order]]
+    if tolerance > 0 and len(keys):  # an edit list may hide every keyframe
         key_seconds = track.seconds(keys)
         right = np.clip(np.searchsorted(key_seconds, asked), 0, len(keys) - 1)
         left = np.maximum(right - 1, 0)
@@ -138,7 +139,7 @@ def _find(track: Track, asked: NDArray[np.float64], tolerance: float) -> tuple[N
 def _output_size(track: Track, size: int | tuple[int, int] | None) -> tuple[int, int]:
     if size is None:
         return (track.height, track.width) if track.rotation in (90, 270) else (track.width, track.height)
-    width, height = (size, size) if isinstance(size, int) else size
+    width, height = (size, size) if isinstance(size, int | np.integer) else size
     if width < 1 or height < 1:
         raise ValueError(f"size must be positive, not {size}")
     return int(width), int(height)
@@ -161,7 +162,7 @@ def _decode(
     problems: list[BaseException] = []
     painter = functools.partial(Painter, out, track.rotation, track.mirrored, lambda: watch.stopped)
     if not track.timed:
-        _in_threads([lambda: failures.update(_from_front(name, track, places, painter(), watch))], watch, problems)
+        _in_threads([lambda: failures.update(_from_front(name, track, places, painter(), watch, workers))], watch, problems)
         return failures
 
     groups = group_targets(track, np.fromiter(places, np.int64))
@@ -216,17 +217,10 @@ def _in_threads(jobs: list[Callable[[], None]], watch: _Watch, problems: list[Ba
         raise problems[0]
 
 
-def _from_front(name: str, track: Track, places: dict[int, list[int]], painter: Painter, watch: _Watch) -> dict[int, str]:
-    """The whole way, for packets without times."""
-    left = {int(track.ticks[sample]): sample for sample in places}
-    reason = "the decoder gives no frame of that time"
-    try:
-        for tick, frame in decode_linear(name, set(left), watch.check):
-            painter.paint(frame, places[left.pop(tick)])
-    except MediaError as error:
-        watch.check()  # out of time is an error of the call, not of a frame
-        reason = str(error).removeprefix(f"{name}: ")
-    return {sample: reason for sample in left.values()}
+def _from_front(name: str, track: Track, places: dict[int, list[int]], painter: Painter, watch: _Watch, threads: int) -> dict[int, str]:
+    """The whole way, for packets that don't tell which frame they hold."""
+    failed, reason = decode_linear(name, track, set(places), lambda frame, i: painter.paint(frame, places[i]), watch.check, threads)
+    return dict.fromkeys(failed, reason)
 
 
 def _result(

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
@@ -129,6 +130,8 @@ class Decoder:
         self.reader, self.track, self.painter, self.check = reader, track, painter, check
         self.failures: dict[int, str] = {}
         self.orderly = not len(track.doubled())
+        # H.264 may begin at a P-frame (periodic intra refresh) and reports a missing reference; older codecs take a grey picture for it.
+        self.told = track.codec != "h264"
         context = reader.context
         # explode: report damage instead of painting over it. strict: assume the deepest reordering where the stream doesn't say.
         context.options = {"err_detect": "explode", **({"strict": "1"} if track.codec == "h264" else {}), **track.colour}
@@ -155,12 +158,15 @@ class Decoder:
         number = {ticks[sample - start]: sample for sample in left}
         painted: list[int] = []
         damaged = stop  # the first sample whose picture isn't whole; what is decoded after it may refer to it
+        believed = True  # that `start` is a keyframe
         read, context = self.reader.packet, self.reader.context
 
         def take(frame: av.VideoFrame) -> None:
-            nonlocal damaged
+            nonlocal damaged, believed
             if frame.is_corrupt and frame.pts in ticks:
                 damaged = min(damaged, start + ticks.index(frame.pts))
+            if start and self.told and frame.pts == ticks[0] and not frame.key_frame and frame.pict_type in (PictureType.P, PictureType.B):
+                believed = False
             sample = number.pop(frame.pts, None) if frame.pts is not None else None
             if sample is not None and sample < damaged:
                 self.painter.paint(frame, places[sample])
@@ -189,6 +195,8 @@ class Decoder:
         except av.FFmpegError as error:
             reason = reason or error.strerror or str(error)
         context.flush_buffers()
+        if not believed:
+            return None
         left.difference_update(sample for sample in painted if sample < damaged)
         if damaged == stop and reason is None:
             return None

@@ -1,4 +1,7 @@
-"""What a video holds, from its container's headers: size, rotation, exact presentation times, keyframes. Nothing is decoded."""
+"""What a video holds, from its container's headers: size, rotation, exact presentation times, keyframes.
+
+Nothing is decoded, but for one frame where libavformat reads the file: it says how a player turns it.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +199,13 @@ def _header_track(path: str, limits: Limits) -> Track | None:
 def _opened(path: str) -> Iterator[Source]:
     """The file; whatever a parser stumbles over inside becomes a MediaError that names it."""
     try:
-        with Source(path) as source:
+        source = Source(path)
+    except OSError as error:
+        raise MediaError(f"{path}: can't be read: {error.strerror or error}") from error
+    except ValueError as error:  # a null byte, a character that the file system can't have
+        raise MediaError(f"{path!r} can't be a file's name: {error}") from error
+    try:
+        with source:
             if source.size == 0:
                 raise MediaError(f"{path}: is empty (0 bytes)")
             yield source

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import av
 
-from .limits import MediaError
+from .containers.demux import open_container
+from .containers.track import Track
+
+_REORDERED = 16  # frames that a decoder of H.264 or HEVC holds at most: none is shown further before its place in the file
 
 
 class PacketStream:
@@ -14,7 +17,7 @@ class PacketStream:
 
     def __init__(self, path: str):
         self.path = path
-        self.container = av.open(path, metadata_errors="ignore")
+        self.container = open_container(path)
         stream = self.container.streams.video[0]
         self.context = stream.codec_context
         self.packets = (packet for packet in self.container.demux(stream) if packet.size)
@@ -39,27 +42,49 @@ class PacketStream:
         raise av.InvalidDataError(0, "the file ends before it", self.path)
 
 
-def decode_linear(path: str, wanted: set[int], check: Callable[[], None]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(ticks, frame) for every presentation tick in `wanted`, decoding everything: for packets that carry no times.
+def decode_linear(
+    path: str, track: Track, wanted: set[int], paint: Callable[[av.VideoFrame, int], None], check: Callable[[], None], threads: int = 1
+) -> tuple[set[int], str]:
+    """Call `paint(frame, i)` for the i-th frame that the file shows, for i in `wanted`: for packets that don't say which frame they hold.
 
-    check: called once per packet; raises when the time is up. Raises MediaError when the decoder fails.
+    check: called once per packet; raises when the time is up. Returns those of `wanted` that can't be had, painted or not, and the reason.
+
+    A packet that gives no frame, unnoticed, would give all later frames the wrong number. So packets are followed through the decoder, and
+    it goes on after the last wanted frame until no packet is left that could have been shown before it.
     """
-    left = set(wanted)
-    at = None
+    last = max(wanted)
+    painted: set[int] = set()
+    pending: dict[int, None] = {}  # packets whose frames are still to come, in file order
+    sent = shown = 0
+    reason = "some packets before it give no frame, so that it isn't known which one it is"
     try:
-        with av.open(path, metadata_errors="ignore") as container:
+        with open_container(path) as container:
             stream = container.streams.video[0]
-            stream.thread_type = "NONE"
-            stream.codec_context.options = {"err_detect": "explode"}
+            context = stream.codec_context
+            context.thread_count = threads
+            context.thread_type = "FRAME" if threads > 1 else "NONE"
+            context.options = {"err_detect": "explode", **({"strict": "1"} if track.codec == "h264" else {})}  # as in `Decoder`
             for packet in container.demux(stream):
                 check()
+                if packet.size and not packet.is_discard:
+                    packet.pts = sent
+                    pending[sent] = None
+                    sent += 1
                 for frame in packet.decode():
-                    at = frame.pts
-                    if frame.pts in left:
-                        left.discard(frame.pts)
-                        yield frame.pts, frame
-                if not left:
-                    return
+                    if frame.is_corrupt:
+                        raise av.InvalidDataError(0, "the picture is incomplete", path)
+                    if track.whole and frame.pts is not None:
+                        pending.pop(frame.pts, None)
+                    else:
+                        pending.clear()
+                    if shown in wanted:
+                        paint(frame, shown)
+                        painted.add(shown)
+                    shown += 1
+                oldest = next(iter(pending), sent)
+                if shown > last and (oldest > last + _REORDERED or sent > last + 8 * _REORDERED + threads):
+                    break
     except (av.FFmpegError, OSError) as error:
-        where = "at its start" if at is None else f"after tick {at}"
-        raise MediaError(f"{path}: decoding failed {where}: {error}") from error
+        reason = f"decoding failed after frame {shown} of the file: {error.strerror or error}"
+    sure = min(pending, default=sent + _REORDERED + 1) - _REORDERED
+    return {i for i in wanted if i not in painted or i >= sure}, reason

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..limits import Limits
 from .mp4_fragments import Fragments, read_fragment
 from .source import Damaged, Source, boxes
-from .track import NotOurs, Track, colour_options
+from .track import NotOurs, Track, colour_options, orientation
 
 MAX_HEADER = 1 << 28  # a `moov` of 256 MiB describes about 20 million frames
 _CODECS = {
@@ -70,10 +70,12 @@ def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track
     if offsets is not None and sizes is not None:
         present = offsets + sizes <= source.size
         missing = int(len(present) - np.count_nonzero(present))
-        if missing:
+        present &= sizes > 0  # no bytes, no frame: the one before stays on the screen, as libavformat has it
+        if not present.all():
             composition, sync, offsets, sizes = composition[present], sync[present], offsets[present], sizes[present]
             shown = None if shown is None else shown[present]
-    rotation, mirrored, odd = _orientation(header.matrix)
+            sync[:1] = True
+    rotation, mirrored, odd = orientation(header.matrix)
     return Track(
         container="mp4",
         codec=codec,
@@ -243,7 +245,7 @@ def _tables(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None, NDArray[np.int64] | None]:
     """(composition times, sync, offsets, sizes), each [n] in decode order, from the tables of `stbl`.
 
-    within: the file's size, when offsets and sizes are wanted only if samples lie beyond it (None: always); else they are None.
+    within: the file's size, if offsets and sizes are wanted only when samples lie beyond it or are empty (None: always); else they're None.
     """
     tables = header.tables
     stsz = tables.get(b"stsz")
@@ -279,8 +281,9 @@ def _tables(
     runs = _column(tables.get(b"stsc"), 3)
     if not len(runs) or not len(chunks) or runs[0, 0] != 1 or (runs[:, 2] != 1).any() or (np.diff(runs[:, 0]) <= 0).any():
         raise NotOurs("chunks that we can't follow")
-    if within is not None and int(chunks.max()) == chunks[-1] and chunks[-1] + int(sizes[-int(runs[-1, 1]) :].sum()) <= within:
-        return decode, sync, None, None  # even a full last chunk ends inside
+    ends_inside = within is not None and int(chunks.max()) == chunks[-1] and chunks[-1] + int(sizes[-int(runs[-1, 1]) :].sum()) <= within
+    if ends_inside and sizes.all():  # even a full last chunk does, and there are no empty samples to leave out
+        return decode, sync, None, None
     sizes = sizes.astype(np.int64)
     if len(runs) == 1 and runs[0, 1] == 1 and len(chunks) >= n:
         return decode, sync, chunks[:n], sizes
@@ -337,13 +340,3 @@ def _apply_edits(header: _Header, composition: NDArray[np.int64], fragmented: bo
 
 def _rescale(value: int, to: int, per: int) -> int:
     return (2 * value * to + per) // (2 * per)
-
-
-def _orientation(matrix: tuple[int, int, int, int]) -> tuple[int, bool, bool]:
-    """(rotation clockwise, mirrored first, neither) of the display matrix (a, b, c, d): x' = ax + cy, y' = bx + dy."""
-    a, b, c, d = (int(np.sign(value)) if abs(value) > 64 else 0 for value in matrix)
-    mirrored = a * d - b * c < 0
-    if mirrored:
-        a, b = -a, -b
-    rotation = {(1, 0, 0, 1): 0, (0, 1, -1, 0): 90, (-1, 0, 0, -1): 180, (0, -1, 1, 0): 270}.get((a, b, c, d))
-    return (0, False, True) if rotation is None else (rotation, mirrored, False)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..limits import Limits
+from .demux import open_container
 from .source import Damaged, Source
 from .track import NotOurs, Track
 
@@ -31,7 +32,7 @@ def looks_like_ts(head: bytes) -> bool:
 def read_mpegts(source: Source, limits: Limits) -> Track:
     """The first video track. Raises NotOurs for what libavformat has to read, Damaged for what can't be read."""
     try:
-        with av.open(source.path, metadata_errors="ignore") as container:
+        with open_container(source.path) as container:
             if not container.streams.video:
                 raise Damaged("has no video track")
             stream = container.streams.video[0]

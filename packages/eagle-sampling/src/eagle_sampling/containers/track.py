@@ -46,7 +46,8 @@ class Track:
     colour: dict[str, str] = field(default_factory=dict)
     missing: int = 0
     unknown: tuple[str, ...] = ()
-    timed: bool = True  # False: packets carry no times, only a decode from the front tells which frame is which
+    timed: bool = True  # False: a packet's time isn't its frame's; sample i is the i-th frame that a decode from the front gives
+    whole: bool = True  # False (then `timed` is, too): some packets hold less than a frame
     frame_duration: float | None = None  # seconds, what a header claims
     # MPEG-TS: a frame's bytes are spread over transport packets; called with (source, sample) instead of reading offsets/sizes.
     scattered: Callable[[Source, int], bytes] | None = None
@@ -98,6 +99,16 @@ def ordered(ticks: NDArray[np.int64]) -> NDArray[np.int64]:
                 out[place] = ticks
                 return out
     return np.sort(ticks)
+
+
+def orientation(matrix: tuple[int, int, int, int]) -> tuple[int, bool, bool]:
+    """(rotation clockwise, mirrored first, neither) of the display matrix (a, b, c, d): x' = ax + cy, y' = bx + dy."""
+    a, b, c, d = (int(np.sign(value)) if abs(value) > 64 else 0 for value in matrix)
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    rotation = {(1, 0, 0, 1): 0, (0, 1, -1, 0): 90, (-1, 0, 0, -1): 180, (0, -1, 1, 0): 270}.get((a, b, c, d))
+    return (0, False, True) if rotation is None else (rotation, mirrored, False)
 
 
 def colour_options(matrix: int = 2, colour_range: int = 0, chroma: tuple[int, int] = (0, 0)) -> dict[str, str]:
