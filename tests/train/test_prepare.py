@@ -14,7 +14,7 @@ import pytest
 from eagle_model.prompt import VideoSpan, encode, render
 from eagle_model.prompt_costs import PromptCosts
 from eagle_sampling import TimeTable
-from eagle_train.config import ConfigError
+from eagle_train.config import ConfigError, dump_config
 from eagle_train.data.annotation import index_annotation, read_lines
 from eagle_train.data.measure import frame_costs
 from eagle_train.data.prepare import PrepareError, load_facts, prepare, tokenizer_fingerprint
@@ -216,6 +216,111 @@ def test_bad_rows_stop_the_run_with_reasons(tmp_path, row, make_config, write_js
     assert prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"limits": {"max_bad_fraction": 0.1}}), tokenizer).bad_rows == 120
     with pytest.raises(PrepareError, match="max_bad_rows allows 99"):
         prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"limits": {"max_bad_rows": 99, "max_bad_fraction": 1}}), tokenizer)
+
+
+def test_repaired_media_of_a_stopped_source_are_found(tmp_path, row, picture, make_config, write_jsonl, tokenizer):
+    write_jsonl(tmp_path / "rows.jsonl", [row(image=f"{index}.png") if index % 3 == 0 else row() for index in range(40)] + [b"", b"x"])
+    (tmp_path / "0.png").write_bytes(picture())
+    sources = {"s": {"annotation": "rows.jsonl"}}
+    config = make_config(sources, data={"shard_rows": 16})
+    with pytest.raises(PrepareError, match="Repair the rows or their media and run again"):
+        prepare(config, tokenizer)
+    for index in range(3, 40, 3):
+        (tmp_path / f"{index}.png").write_bytes(picture())
+    report = prepare(config, tokenizer)
+    assert (report.good_rows, report.reasons, report.blank_lines, report.rows_reused) == (40, {"broken-json": 1}, 1, 0)
+    fresh = prepare(make_config(sources, data={"shard_rows": 16, "facts": "fresh"}), tokenizer).facts
+    assert report.facts.table.equals(fresh.table)
+    assert report.facts.key == fresh.key
+
+
+def test_repaired_media_of_a_complete_source_are_found_when_asked_for(tmp_path, row, picture, make_config, write_jsonl, tokenizer):
+    rows = [row(image="a.png"), row(image="late.png"), row(image="later.png"), row(), row(answer="")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "a.png").write_bytes(picture(64, 48))
+    config = make_config({"s": {"annotation": "rows.jsonl"}})
+    before = prepare(config, tokenizer)
+    assert before.reasons == {"media-missing": 2, "no-labels": 1}
+    same = prepare(config, tokenizer, again=True)
+    assert (same.facts.key, same.facts.table.equals(before.facts.table)) == (before.facts.key, True)
+    (tmp_path / "late.png").write_bytes(picture(30, 20))
+    (tmp_path / "a.png").write_bytes(picture(7, 7))  # what was good stays as it was measured
+    assert prepare(config, tokenizer).facts.key == before.facts.key  # a run may be training on it
+    after = prepare(config, tokenizer, again=True)
+    assert (after.good_rows, after.reasons) == (3, {"media-missing": 1, "no-labels": 1})
+    assert after.facts.column("line").tolist() == [1, 2, 4]
+    assert after.facts.lists("image_width")[1].tolist() == [64, 30]
+    assert after.facts.key != before.facts.key
+    assert load_facts(config, tokenizer).key == after.facts.key
+
+
+def test_the_verb_says_how_repaired_media_come_in(tmp_path, colour_run, capsys):
+    from eagle_train.cli.data import prepare as verb
+
+    (tmp_path / "run.yaml").write_text(dump_config(colour_run(rows=3)))
+    (tmp_path / "0.png").rename(tmp_path / "away.png")
+    verb(tmp_path / "run.yaml")
+    assert "4 rows: 3 good" in (told := capsys.readouterr().out)
+    assert "1 rows were left out for their media; once these are repaired, eagle prepare --again" in told
+    (tmp_path / "away.png").rename(tmp_path / "0.png")
+    verb(tmp_path / "run.yaml", again=True)
+    assert "4 rows: 4 good" in (told := capsys.readouterr().out)
+    assert "--again" not in told
+
+
+def test_what_nobody_foresaw_costs_its_row(tmp_path, row, picture, make_config, write_jsonl, tokenizer, monkeypatch):
+    from eagle_train.data import measure
+
+    def crash(ref):
+        raise KeyError("of a decoder")
+
+    (tmp_path / "a.png").write_bytes(picture())
+    write_jsonl(tmp_path / "rows.jsonl", [row(), row(image="a.png"), row()])
+    config = make_config({"s": {"annotation": "rows.jsonl"}})
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "image_size", crash)
+        report = prepare(config, tokenizer)
+    assert (report.good_rows, report.reasons) == (2, {"unexpected": 1})
+    entry = json.loads((tmp_path / "runs/test/ledger.jsonl").read_text())
+    assert (entry["line"], entry["detail"][:42]) == (2, "KeyError: 'of a decoder' (test_prepare.py:")
+    assert prepare(config, tokenizer, again=True).good_rows == 3
+
+
+def test_damaged_parts_are_made_again(media, rows, make_config, write_jsonl, tokenizer):
+    """What a power loss may leave of files that were not on the disk."""
+    write_jsonl(media / "rows.jsonl", rows)
+    config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 1})
+    facts = prepare(config, tokenizer).facts
+    folder = next((media / "runs/test/facts").glob("s-*"))
+    parts = sorted(folder.glob("*.parquet"))
+    parts[0].write_bytes(b"")
+    parts[1].write_bytes(bytes(parts[1].stat().st_size))
+    parts[2].write_bytes((whole := parts[2].read_bytes())[:-1000] + bytes(992) + whole[-8:])
+    (folder / "done.json").write_bytes(bytes(100))
+    next((media / "runs/test/facts/index").iterdir()).write_bytes(b"")
+    with pytest.raises(PrepareError, match="no facts"):
+        load_facts(config, tokenizer)
+    again = prepare(config, tokenizer)
+    assert (again.rows_reused, again.facts.table.equals(facts.table)) == (3, True)
+    parts[0].write_bytes(b"")
+    with pytest.raises(OSError, match=r"part-00000.parquet: can't be read .* remove the folder"):
+        load_facts(config, tokenizer)
+
+
+def test_only_times_stay_in_pieces(media, rows, make_config, write_jsonl, tokenizer):
+    """Together they may be more than a list's offsets can count; every other column is read as one array."""
+    write_jsonl(media / "rows.jsonl", rows)
+    table = prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 2}), tokenizer).facts.table
+    assert {name for name in table.column_names if table.column(name).num_chunks > 1} == {"video_times"}
+
+
+def test_sources_are_apart_whatever_their_names(tmp_path, row, make_config, write_jsonl, tokenizer):
+    write_jsonl(tmp_path / "rows.jsonl", [row(), b"x"])
+    entry = {"annotation": "rows.jsonl"}
+    facts = prepare(make_config({"Bäume": entry, "Baume ": entry, "Büume": entry}), tokenizer).facts
+    assert [source.rows for source in facts.sources] == [1, 1, 1]
+    ledger = [json.loads(line)["source"] for line in (tmp_path / "runs/test/ledger.jsonl").read_text().splitlines()]
+    assert ledger == ["Bäume", "Baume ", "Büume"]
 
 
 def test_a_handful_of_bad_rows_is_no_share(tmp_path, row, make_config, write_jsonl, tokenizer):

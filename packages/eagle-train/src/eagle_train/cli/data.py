@@ -35,29 +35,38 @@ def init(
 
 
 @app.command()
-def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+def prepare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    again: Annotated[bool, typer.Option("--again", help="Look again at rows that were left out for their media.")] = False,
+) -> None:
     """Measure every row once, on all CPUs; what can't be used goes to the ledger."""
     from eagle_train.config import load_config
+    from eagle_train.data.parts import MEDIA_REASONS
     from eagle_train.data.prepare import prepare as run_prepare
     from eagle_train.training.model import load_run_tokenizer
     from eagle_train.watching.progress import prepare_progress
 
     loaded = load_config(config, overrides or ())
     tokenizer = load_run_tokenizer(loaded)
+    left_out = 0
     for evaluation in (False, True):
         if evaluation and loaded.data.eval_recipe is None and not loaded.data.eval_sources:
             continue
         with prepare_progress() as progress:
-            report = run_prepare(loaded, tokenizer, evaluation=evaluation, progress=progress)
+            report = run_prepare(loaded, tokenizer, evaluation=evaluation, again=again, progress=progress)
         what = "held-out rows" if evaluation else "rows"
         print(f"{report.rows} {what}: {report.good_rows} good, {report.bad_rows} in the ledger, {report.seconds:.1f} s")
         for reason, number in sorted(report.reasons.items(), key=lambda item: -item[1]):
             print(f"  {reason}: {number}")
+            left_out += number if reason in MEDIA_REASONS else 0
         for note in report.notes:
             print(f"note: {note}")
     print(f"facts: {loaded.facts_folder}")
     if (loaded.run.folder / "ledger.jsonl").exists():
         print(f"ledger: {loaded.run.folder / 'ledger.jsonl'}")
+    if left_out:
+        print(f"{left_out} rows were left out for their media; once these are repaired, eagle prepare --again takes the rows in")
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from eagle_train.config import ConfigError
 
+from .atomic import read_json, replacing
 from .sample import RowError
 
 _CHUNK = 1 << 22
@@ -44,15 +44,13 @@ def index_annotation(path: Path, shard_rows: int, cache: Path) -> AnnotationInde
     """
     stat = path.stat()
     known = cache / f"{hashlib.blake2b(str(path.resolve()).encode(), digest_size=12).hexdigest()}-{shard_rows}.json"
-    if known.exists():
-        content = json.loads(known.read_text(encoding="utf-8"))
-        if (content["size"], content["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
-            return AnnotationIndex(**{**content, "shards": tuple(Shard(*shard) for shard in content["shards"])})
+    content = read_json(known)
+    if content is not None and (content["size"], content["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+        return AnnotationIndex(**{**content, "shards": tuple(Shard(*shard) for shard in content["shards"])})
     index = _scan(path, shard_rows, stat.st_mtime_ns)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = known.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(asdict(index)), encoding="utf-8")
-    temporary.replace(known)
+    with replacing(known) as file:
+        file.write(json.dumps(asdict(index)).encode())
     return index
 
 

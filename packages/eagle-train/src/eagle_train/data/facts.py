@@ -128,8 +128,8 @@ def assemble(config: Config, recipe_sources: dict[str, Source], folders: dict[st
     costs: FrameCosts | None = None
     for name, source in recipe_sources.items():
         done = json.loads((folders[name] / "done.json").read_text(encoding="utf-8"))
-        parts = [pq.read_table(folders[name] / part, memory_map=True) for part in done["parts"]]
-        table = pa.concat_tables([part.cast(SCHEMA) for part in parts]) if parts else empty_table()
+        parts = [_read_part(folders[name] / part) for part in done["parts"]]
+        table = pa.concat_tables(parts) if parts else empty_table()
         costs = FrameCosts(tuple(tuple(row) for row in done["frame_costs"]))
         tables.append(table)
         sources.append(
@@ -146,5 +146,19 @@ def assemble(config: Config, recipe_sources: dict[str, Source], folders: dict[st
             )
         )
         first += table.num_rows
-    table = pa.concat_tables(tables).combine_chunks() if tables else empty_table()
+    table = _in_one_piece(pa.concat_tables(tables)) if tables else empty_table()
     return Facts(table, tuple(sources), costs or FrameCosts(tuple((0,) * 8 for _ in range(8))), config.prompt.system, key)
+
+
+def _read_part(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, memory_map=True).cast(SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise OSError(f"{path}: can't be read ({error}); remove the folder {path.parent} and run eagle prepare again") from error
+
+
+def _in_one_piece(table: pa.Table) -> pa.Table:
+    """Columns without chunks, but for the times: 2^31 of them (20 000 hours of video) are more than an offset of a list can count, and
+    they are only looked up row by row."""
+    times = table.column("video_times")
+    return table.drop_columns(["video_times"]).combine_chunks().append_column(SCHEMA.field("video_times"), times)

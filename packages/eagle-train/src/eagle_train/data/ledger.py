@@ -1,22 +1,27 @@
 """What was not used, and why: one JSON line per row, so that counts at the end add up to the rows at the start."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .atomic import replacing
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row that was not used: `where` is `prepare`, or the stage that dropped it; `line` is 1-based."""
+    """One row that was not used: `where` is `prepare`, the stage that dropped it, or `train`; `line` is 1-based.
+
+    step: of the run (1-based), when training left the row out; else 0, and not written.
+    """
 
     source: str
     line: int
     reason: str
     detail: str
     where: str = "prepare"
+    step: int = 0
 
 
 class Ledger:
@@ -39,6 +44,12 @@ class Ledger:
         kept = [entry for entry in self if entry.where != where]
         write_entries(self.path, [*kept, *entries])
 
+    def rewind(self, step: int) -> None:
+        """Forget what came after step `step` of the run: a run that resumes there will write it again."""
+        entries = list(self)
+        if any(entry.step > step for entry in entries):
+            write_entries(self.path, (entry for entry in entries if entry.step <= step))
+
     def __iter__(self) -> Iterator[Entry]:
         if self.path.exists():
             yield from read_entries(self.path)
@@ -50,17 +61,18 @@ class Ledger:
 
 def encode(entry: Entry) -> bytes:
     """One entry as a line."""
-    return json.dumps(asdict(entry), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    content = asdict(entry)
+    if not entry.step:
+        del content["step"]
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def write_entries(path: Path, entries: Iterable[Entry]) -> None:
     """A whole ledger file, atomically: the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         for entry in entries:
             file.write(encode(entry))
-    temporary.replace(path)
 
 
 def read_entries(path: Path) -> Iterator[Entry]:

@@ -1,7 +1,9 @@
 """Parts: the facts of one shard on disk, whole or not at all, with the ledger of its bad rows beside them."""
 
 import json
-import os
+import logging
+import traceback
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .annotation import Shard, read_lines
+from .atomic import replacing
 from .facts import SCHEMA
-from .ledger import Entry, write_entries
+from .ledger import Entry, read_entries, write_entries
 from .measure import Measurer
 from .sample import RowError, normalise, parse_row
+
+logger = logging.getLogger(__name__)
+
+UNEXPECTED = "unexpected"
+MEDIA_REASONS = frozenset({"media-missing", "bad-image", "bad-video", "bad-document", "bad-clip", UNEXPECTED})
+"""Reasons that can go away though the row stays as it is: the key of the facts doesn't cover the media."""
+_LONGEST_DETAIL = 2000
+"""Characters of a detail that the ledger keeps: it may quote a row, and rows have up to 64 MiB."""
 
 
 class Counts(NamedTuple):
@@ -24,7 +35,7 @@ class Counts(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One shard of one source, as a worker gets it."""
+    """One shard of one source, as a worker gets it; `again`: of a part that is there, look again at the rows left out for their media."""
 
     source: str
     annotation: Path
@@ -33,14 +44,39 @@ class Work(NamedTuple):
     part: Path
     system: str | None
     max_line_bytes: int
+    again: bool = False
 
 
 def run_shard(work: Work, measurer: Measurer) -> Counts:
     """Measure the rows of a shard and write its part; returns its counts."""
+    if work.again and (there := counts_of(work.part)) is not None:
+        return _look_again(work, measurer, there)
+    table, bad, blank = _measure_rows(work, measurer)
+    return _write(work.part, table, bad, blank)
+
+
+def _look_again(work: Work, measurer: Measurer, there: Counts) -> Counts:
+    """Rows whose media were repaired join the part; all others stay what they are."""
+    known = list(read_entries(ledger_of(work.part)))
+    again = {entry.line for entry in known if entry.reason in MEDIA_REASONS}
+    repaired, still_bad, _ = _measure_rows(work, measurer, again)
+    bad = sorted([*(entry for entry in known if entry.line not in again), *still_bad], key=lambda entry: entry.line)
+    if bad == known:
+        return there
+    table = pa.concat_tables([pq.read_table(work.part).cast(SCHEMA), repaired]).sort_by("line")
+    # The ledger and the part change together: after a kill between the two there is no part, and the whole shard is measured.
+    work.part.unlink()
+    return _write(work.part, table, bad, there.blank)
+
+
+def _measure_rows(work: Work, measurer: Measurer, only: Container[int] | None = None) -> tuple[pa.Table, list[Entry], int]:
+    """Facts, bad rows and number of empty lines of a shard, or of `only` some lines of it."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     bad: list[Entry] = []
     blank = 0
     for line, offset, content in read_lines(work.annotation, work.shard, work.max_line_bytes):
+        if only is not None and line not in only:
+            continue
         try:
             if isinstance(content, RowError):
                 raise content
@@ -50,33 +86,47 @@ def run_shard(work: Work, measurer: Measurer) -> Counts:
             sample = normalise(parse_row(content), work.source, root=work.root, line=line, system=work.system)
             facts = measurer.measure(sample)
         except RowError as error:
-            bad.append(Entry(work.source, line, error.reason, error.detail))
+            bad.append(Entry(work.source, line, error.reason, error.detail[:_LONGEST_DETAIL]))
+            continue
+        except Exception as error:  # one odd row among millions: the ledger names it, the limits count it, and the others go on
+            bad.append(Entry(work.source, line, UNEXPECTED, _report(error)))
             continue
         facts |= {"line": line, "offset": offset, "size": len(content)}
         for name in columns:
             columns[name].append(facts[name])
-    counts = Counts(len(columns["line"]), len(bad), blank)
-    _write(work.part, columns, bad, counts)
+    return pa.table(columns, schema=SCHEMA), bad, blank
+
+
+def _report(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error}"[:_LONGEST_DETAIL] + f" ({Path(place.filename).name}:{place.lineno}); please report this"
+
+
+def _write(part: Path, table: pa.Table, bad: list[Entry], blank: int) -> Counts:
+    counts = Counts(table.num_rows, len(bad), blank)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    write_entries(ledger_of(part), bad)
+    with replacing(part) as file:
+        pq.write_table(table.replace_schema_metadata({"counts": json.dumps(counts)}), file, compression="zstd")
     return counts
 
 
-def _write(part: Path, columns: dict[str, list[Any]], bad: list[Entry], counts: Counts) -> None:
-    part.parent.mkdir(parents=True, exist_ok=True)
-    write_entries(ledger_of(part), bad)
-    schema = SCHEMA.with_metadata({"counts": json.dumps(counts)})
-    temporary = part.with_name(f"{part.name}.{os.getpid()}.tmp")
-    pq.write_table(pa.table(columns, schema=schema), temporary, compression="zstd")
-    os.replace(temporary, part)
-
-
 def counts_of(part: Path) -> Counts | None:
-    """Counts of a part that exists, else None (and what a killed run left of it is removed)."""
+    """Counts of a part that is there and whole, else None; what a killed run left of it is removed."""
     if not part.exists():
         for leftover in part.parent.glob(f"{part.name}.*.tmp"):
             leftover.unlink(missing_ok=True)
         return None
-    metadata = pq.read_schema(part).metadata or {}
-    return Counts(*json.loads(metadata[b"counts"]))
+    try:
+        return Counts(*json.loads((pq.read_schema(part).metadata or {})[b"counts"]))
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        logger.warning("%s is damaged, its rows are measured again: %s", part, error)
+        return None
+
+
+def has_media_reasons(part: Path) -> bool:
+    """Whether rows of a shard were not used for what their media were, which may have been repaired since."""
+    return any(entry.reason in MEDIA_REASONS for entry in read_entries(ledger_of(part)))
 
 
 def ledger_of(part: Path) -> Path:

@@ -1,9 +1,13 @@
 """Prepare: every row is measured once, on all CPUs, into Parquet; what can't be used goes to a ledger.
 
 Layout: `<facts>/<source>-<key>/part-NNNNN.parquet` with `part-NNNNN.ledger.jsonl` beside it, and `done.json` when the source is
-complete. The key covers everything that facts depend on (content of the annotation file, media root, tokenizer, prompt, limits), so a
-folder is never stale: what changed gets another key, what did not is found again. Parts are written under another name and renamed,
-the ledger first, so after a kill (also -9) a part exists whole or not at all, and the next run continues with what is missing.
+complete. The key covers everything that rows depend on (name and content of the source, media root, tokenizer, prompt, limits): what
+changed gets another key, what did not is found again. Parts are written under another name and renamed, the ledger first, so after a
+kill (also -9) a part exists whole or not at all, and the next run continues with what is missing.
+
+The key doesn't cover the media: opening each of them would be measuring. Rows that were left out for their media are looked at again
+when an incomplete source is continued (one that the limits stopped, say), and in a complete one, which may be in training, only when
+that is asked for. Rows that became good change the key of the facts, and not the folder.
 """
 
 import hashlib
@@ -25,10 +29,11 @@ from eagle_model.prompt_costs import PromptCosts
 from eagle_train.config import Config, Source
 
 from .annotation import AnnotationIndex, index_annotation
+from .atomic import read_json, replacing
 from .facts import FACTS_VERSION, Facts, FrameCosts, assemble, root_of
 from .ledger import Entry, Ledger, read_entries, top_reasons
 from .measure import Measurer, frame_costs
-from .parts import Counts, Work, counts_of, ledger_of, run_shard
+from .parts import Counts, Work, counts_of, has_media_reasons, ledger_of, run_shard
 from .recipe import Recipe, recipe_of
 
 ALWAYS_ALLOWED = 10
@@ -68,12 +73,18 @@ class PrepareReport:
 
 
 def prepare(
-    config: Config, tokenizer: Any, *, evaluation: bool = False, progress: Callable[[Progress], None] | None = None
+    config: Config,
+    tokenizer: Any,
+    *,
+    evaluation: bool = False,
+    again: bool = False,
+    progress: Callable[[Progress], None] | None = None,
 ) -> PrepareReport:
     """Measure every row of the run's sources (the held-out ones with `evaluation`), or find it measured.
 
     Args:
         tokenizer: a transformers tokenizer that knows Eagle's tokens; must be picklable when data.workers > 1.
+        again: look again at the rows of complete sources that were left out for their media, which may have been repaired since.
         progress: called in this process whenever a shard is done.
 
     Raises:
@@ -83,6 +94,9 @@ def prepare(
     started = time.monotonic()
     recipe = recipe_of(config, evaluation=evaluation)
     plans = _source_plans(config, recipe, tokenizer)
+    if again:
+        for plan in plans:
+            plan.reopen()
     state = _State(config, plans, progress)
     todo = state.look()
     try:
@@ -120,7 +134,7 @@ def load_facts(config: Config, tokenizer: Any, *, evaluation: bool = False) -> F
     """Facts that `prepare` made for exactly this configuration and tokenizer; raises PrepareError when there are none."""
     recipe = recipe_of(config, evaluation=evaluation)
     plans = _source_plans(config, recipe, tokenizer)
-    missing = [plan.name for plan in plans if not (plan.folder / "done.json").exists()]
+    missing = [plan.name for plan in plans if plan.done() is None]
     if missing:
         raise PrepareError(
             f"no facts under {config.facts_folder} for {', '.join(missing)} as configured now (annotation, root, tokenizer and limits "
@@ -167,6 +181,7 @@ class _SourcePlan:
         limits = {field: getattr(data.limits, field) for field in ("max_pixels", "max_bytes", "max_frames", "max_line_bytes")}
         content = {
             "version": FACTS_VERSION,
+            "source": name,
             "annotation": self.index.digest,
             "root": str(root_of(source).resolve()),
             "tokenizer": fingerprint,
@@ -188,21 +203,28 @@ class _SourcePlan:
         for number, shard in enumerate(self.index.shards):
             yield Work(self.name, self.source.annotation, root_of(self.source), shard, self.part(number), self.system, self.max_line_bytes)
 
-    def done(self) -> Counts | None:
-        """Counts of the whole source when an earlier run completed it."""
-        done = self.folder / "done.json"
-        if not done.exists():
-            return None
-        content = json.loads(done.read_text(encoding="utf-8"))
-        return Counts(content["rows"], content["bad_rows"], content["blank_lines"])
+    def done(self) -> dict[str, Any] | None:
+        """What done.json holds, when an earlier run completed the source."""
+        return read_json(self.folder / "done.json")
+
+    def reopen(self) -> None:
+        """Make a complete source with bad rows incomplete."""
+        if (done := self.done()) is not None and done["bad_rows"]:
+            (self.folder / "done.json").unlink()
+
+    def entries(self) -> Iterator[Entry]:
+        """The ledger of all shards."""
+        for number in range(len(self.index.shards)):
+            path = ledger_of(self.part(number))
+            if path.exists():
+                yield from read_entries(path)
 
     def finish(self, costs: FrameCosts) -> None:
         """Write done.json, which makes the source complete; PrepareError when the annotation file changed meanwhile."""
         stat = self.source.annotation.stat()
         if (stat.st_size, stat.st_mtime_ns) != (self.index.size, self.index.mtime_ns):
             raise PrepareError(f"{self.source.annotation}: changed while it was being read; run prepare again")
-        done = self.folder / "done.json"
-        if done.exists():
+        if self.done() is not None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
@@ -212,12 +234,13 @@ class _SourcePlan:
             "rows": self.counts.good,
             "bad_rows": self.counts.bad,
             "blank_lines": self.counts.blank,
+            # The lines that the facts don't have, which a repair changes.
+            "unused": hashlib.blake2b(repr([entry.line for entry in self.entries()]).encode(), digest_size=10).hexdigest(),
             "parts": [self.part(number).name for number in range(len(self.index.shards))],
             "frame_costs": costs.table,
         }
-        temporary = done.with_name(f"done.json.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(done)
+        with replacing(self.folder / "done.json") as file:
+            file.write(json.dumps(content).encode())
 
 
 class _State:
@@ -232,10 +255,11 @@ class _State:
         self.done = self.reused = 0
 
     def look(self) -> list[tuple[_SourcePlan, Work]]:
-        """Shards that are still to do; those that are there are counted."""
+        """Shards that are still to do, or to be looked at again; those that are there are counted."""
         todo = []
         for plan in self.plans:
-            if (counts := plan.done()) is not None:
+            if (done := plan.done()) is not None:
+                counts = Counts(done["rows"], done["bad_rows"], done["blank_lines"])
                 self.reused += sum(counts)
                 self.finished(plan, counts)
                 continue
@@ -243,6 +267,8 @@ class _State:
                 counts = counts_of(work.part)
                 if counts is None:
                     todo.append((plan, work))
+                elif counts.bad and has_media_reasons(work.part):
+                    todo.append((plan, work._replace(again=True)))
                 else:
                     self.reused += sum(counts)
                     self.finished(plan, counts)
@@ -274,7 +300,8 @@ class _State:
 
     def _stop(self, message: str, plans: list[_SourcePlan]) -> None:
         lines = "".join(f"\n  {line}" for line in top_reasons(_entries(plans, "prepare")))
-        raise PrepareError(f"{message}; most frequent reasons:{lines}\nAll of them: {self.ledger}. Repair the rows, or raise the limit.")
+        advice = "Repair the rows or their media and run again, or raise the limit"
+        raise PrepareError(f"{message}; most frequent reasons:{lines}\nAll of them: {self.ledger}. {advice}.")
 
 
 def _run(state: "_State", todo: list[tuple["_SourcePlan", Work]], config: Config, tokenizer: Any) -> None:
@@ -346,15 +373,13 @@ def _work(work: Work) -> Counts:
 
 def _entries(plans: list[_SourcePlan], where: str) -> Iterator[Entry]:
     for plan in plans:
-        for number in range(len(plan.index.shards)):
-            path = ledger_of(plan.part(number))
-            if path.exists():
-                for entry in read_entries(path):
-                    yield Entry(entry.source, entry.line, entry.reason, entry.detail, where)
+        for entry in plan.entries():
+            yield Entry(entry.source, entry.line, entry.reason, entry.detail, where)
 
 
 def _assemble(config: Config, recipe: Recipe, plans: list[_SourcePlan]) -> Facts:
-    key = hashlib.blake2b("".join(plan.key for plan in plans).encode(), digest_size=10).hexdigest()
+    content = [(plan.key, read_json(plan.folder / "done.json")["unused"]) for plan in plans]
+    key = hashlib.blake2b(repr(content).encode(), digest_size=10).hexdigest()
     return assemble(config, recipe.sources, {plan.name: plan.folder for plan in plans}, key)
 
 
