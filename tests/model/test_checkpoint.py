@@ -1,13 +1,15 @@
 """Checkpoint folders: golden names, bit-exact round trips, and what released folders may hold."""
 
 import json
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from eagle_model import EagleForConditionalGeneration, register
+from eagle_model import EagleConfig, EagleForConditionalGeneration, checkpoint, register
 from eagle_model.checkpoint import load_checkpoint, read_tensors, save_checkpoint, weight_files
 
 LAYER = "self_attn.k_proj self_attn.v_proj self_attn.q_proj self_attn.out_proj layer_norm1 layer_norm2 mlp.fc1 mlp.fc2"
@@ -76,6 +78,87 @@ def test_shards(make_model, tmp_path):
     (tmp_path / files[1]).unlink()
     with pytest.raises(FileNotFoundError, match=files[1]):
         weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after"), [(60_000, 10**9), (10**9, 60_000), (30_000, 60_000)])
+def test_a_used_folder_is_replaced(make_model, tmp_path, before, after):
+    old, new = make_model(seed=1), make_model(seed=2)
+    save_checkpoint(old.state_dict(), old.config, tmp_path / "used", max_shard_bytes=before)
+    (tmp_path / "used/notes.safetensors").touch()
+    for folder in ("used", "fresh"):
+        save_checkpoint(new.state_dict(), new.config, tmp_path / folder, max_shard_bytes=after)
+        assert equal(new, EagleForConditionalGeneration.from_pretrained(tmp_path / folder))
+        load_checkpoint(old, tmp_path / folder)
+        assert equal(new, old)
+    used, fresh = ({path.name for path in (tmp_path / folder).iterdir()} for folder in ("used", "fresh"))
+    assert used == fresh | {"notes.safetensors"}
+
+
+@pytest.mark.parametrize("after", [60_000, 10**9])
+def test_an_interrupted_rewrite_is_no_mix(make_model, tmp_path, monkeypatch, after):
+    """Interrupted while it writes, the old checkpoint stays; interrupted later, none or the new one is there, and the next try works."""
+    old, new = make_model(seed=1), make_model(seed=2)
+
+    def interrupt(owner, name, number):
+        save_checkpoint(old.state_dict(), old.config, tmp_path, max_shard_bytes=60_000)
+        real, calls = getattr(owner, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == number:
+                raise OSError("disk full")
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch, suppress(OSError):
+            patch.setattr(owner, name, counted)
+            save_checkpoint(new.state_dict(), new.config, tmp_path, max_shard_bytes=after)
+        found = make_model(seed=3)
+        try:
+            load_checkpoint(found, tmp_path)
+        except FileNotFoundError:
+            return "none", len(calls) < number
+        return "old" if equal(found, old) else "new" if equal(found, new) else "mix", len(calls) < number
+
+    assert interrupt(checkpoint, "save_file", 1) == ("old", False)
+    assert not (tmp_path / "checkpoint.incomplete").exists()
+    number, done = 0, False
+    while not done:
+        number += 1
+        state, done = interrupt(Path, "replace", number)
+        assert state == ("new" if done else "none")
+    assert number > 2
+
+
+def test_without_a_head_is_tied(make_model, tmp_path):
+    model = make_model(text_config={"tie_word_embeddings": True})
+    model.save_pretrained(tmp_path / "inner")
+    file = tmp_path / "inner/config.json"
+    config = json.loads(file.read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    file.write_text(json.dumps(config))
+    loaded = make_model(EagleConfig.from_pretrained(tmp_path / "inner"))
+    assert loaded.get_output_embeddings().weight is not loaded.get_input_embeddings().weight
+    load_checkpoint(loaded, tmp_path / "inner")
+    for again in (loaded, EagleForConditionalGeneration.from_pretrained(tmp_path, subfolder="inner")):
+        assert equal(model, again)
+        assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+        assert again.config.tie_word_embeddings
+        assert again.config.text_config.tie_word_embeddings
+    loaded.save_pretrained(tmp_path / "again")
+    assert set(weight_files(tmp_path / "again")) == golden_names(3, 2)
+
+
+def test_a_head_of_its_own_is_not_dropped(make_model, tmp_path):
+    model = make_model(text_config={"tie_word_embeddings": False})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lm_head.*tie_word_embeddings"):
+        load_checkpoint(make_model(), tmp_path)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path)
+    tied = make_model(seed=1)
+    load_checkpoint(tied, tmp_path)
+    assert equal(model, tied)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -91,6 +91,10 @@ def test_both_spellings_of_the_grid(tmp_path):
     assert (config.min_dynamic_tiles, config.max_dynamic_tiles) == (2, 9)
     both = read(tmp_path, vision_config=VISION, text_config=TEXT, max_dynamic_tiles=12, max_dynamic_patch=9)
     assert both.max_dynamic_tiles == 12
+    edited = read(
+        tmp_path, vision_config=VISION, text_config=TEXT, min_dynamic_tiles=1, max_dynamic_tiles=6, min_dynamic_patch=2, max_dynamic_patch=9
+    )
+    assert (edited.min_dynamic_tiles, edited.max_dynamic_tiles) == (1, 6), "the defaults, but given"
     written = config.to_diff_dict()
     assert [written[f"{end}_dynamic_{word}"] for end in ("min", "max") for word in ("tiles", "patch")] == [2, 2, 9, 9]
 

@@ -119,6 +119,8 @@ def test_frequencies_stay_float32():
     model.to(torch.bfloat16)
     assert model.model.inv_freq(torch.device("cpu")).dtype == torch.float32
     assert not list(model.buffers())
+    with torch.inference_mode():
+        assert not model.model.inv_freq(torch.device("meta")).is_inference(), "it would spoil the next training step"
     with torch.device("meta"):
         built = LanguageModel(LlamaConfig(**SIZES))
     assert built.model.frequencies.device.type == "cpu"

@@ -145,6 +145,7 @@ def test_activation_checkpointing_changes_nothing(make_model, pack, mode):
         {"mlp_connector_layers": 1},
         {"select_layer": -2},
         {"downsample_ratio": 0.25},
+        {"downsample_ratio": 0.1, "vision_config": {"image_size": 60, "patch_size": 2}},
         {"vision_config": {"image_size": 48, "patch_size": 12, "hidden_size": 40, "num_attention_heads": 5}},
     ],
 )
@@ -161,7 +162,12 @@ def test_other_shapes(make_model, make_config, changes):
 
 
 def test_impossible_configurations(make_config):
-    for changes, words in (({"force_image_size": 64}, "force_image_size"), ({"downsample_ratio": 0.4}, "downsample_ratio")):
+    for changes, words in (
+        ({"force_image_size": 64}, "force_image_size"),
+        ({"downsample_ratio": 0.4}, "downsample_ratio"),
+        ({"downsample_ratio": 1 / 3}, "downsample_ratio"),
+        ({"text_config": {"attention_dropout": 0.1}}, "text_config.attention_dropout"),
+    ):
         with pytest.raises(ValueError, match=words):
             EagleForConditionalGeneration(make_config(**changes))
 
@@ -172,6 +178,9 @@ def test_wrong_use_is_said(make_model, make_config):
         model(torch.arange(3), layout=layout(3))
     with pytest.raises(TypeError, match="target"):
         model(torch.arange(3), position_ids=torch.arange(3), layout=layout(3), target=torch.arange(3))
+    for option in ({"output_hidden_states": True}, {"output_attentions": True}, {"return_dict": False}):
+        with pytest.raises(TypeError, match=next(iter(option))):
+            model(torch.ones(1, 3, dtype=torch.long), **option)
     with pytest.raises(ValueError, match="attention_mask"):
         model(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 4))
     with pytest.raises(ValueError, match="row 1"):

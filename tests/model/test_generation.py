@@ -75,6 +75,28 @@ def test_tokens_after_a_cache_equal_one_forward(chat):
     torch.testing.assert_close(torch.cat([step.logits, rest.logits], 1), whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [16, 40, 1000])
+def test_a_prompt_in_chunks(chat, chunk):
+    """Chunks of a padded batch: in the first ones a row may have nothing but padding."""
+    model, processor = chat
+    batch = processor(text=["Hi", "a much longer question, with many words in it " * 2])
+    assert batch["attention_mask"][0, :40].sum() == 0
+    assert torch.equal(answer(model, batch, prefill_chunk_size=chunk), answer(model, batch))
+    one = {name: value[:1] for name, value in batch.items()}
+    assert torch.equal(answer(model, one, prefill_chunk_size=chunk), answer(model, batch)[:1])
+
+
+def test_what_cannot_be_generated_is_said(chat):
+    model, processor = chat
+    batch = processor(text="Hi")
+    with pytest.raises(ValueError, match=r"StaticCache.*dynamic"):
+        answer(model, batch, cache_implementation="static")
+    with pytest.raises(TypeError, match="output_hidden_states"):
+        answer(model, batch, output_hidden_states=True, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="row 0"):
+        answer(model, batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])})
+
+
 def test_greedy_is_the_largest_logit(chat):
     model, processor = chat
     inputs = processor(text="What?", images=[picture(1)])

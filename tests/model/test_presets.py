@@ -47,5 +47,12 @@ def test_changes():
     assert config.text_config.num_hidden_layers == 7
     assert config.text_config.hidden_size == PRESETS["tiny"]["text_config"]["hidden_size"]
     assert config.tile_size == 32
+    for wrong, words in (
+        ({"max_dynamic_tile": 3}, "max_dynamic_tile; is max_dynamic_tiles meant"),
+        ({"text_config": {"num_hidden_layer": 3}}, "text_config.num_hidden_layer; is num_hidden_layers meant"),
+        ({"vision_config": {"colour": 3}}, "vision_config.colour"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            preset("tiny", **wrong)
     with pytest.raises(ValueError, match="tiny, 1b, 2b, 8b"):
         preset("9b")

@@ -86,11 +86,38 @@ def test_forms_of_one_conversation(processor, tmp_path):
         assert (form["pixel_values"].int() - forms[0]["pixel_values"].int()).abs().max() <= 2
 
 
+def test_placeholders_without_a_number_are_the_media_of_their_message(processor):
+    a, b, c = picture(1, (30, 30)), picture(2, (60, 30)), picture(3, (90, 30))
+
+    def user(*blocks):
+        return {"role": "user", "content": [block if isinstance(block, str) else {"type": "image", "image": block} for block in blocks]}
+
+    talk = [user(a, b, "<image> or\n<image>?"), {"role": "assistant", "content": "That <image>."}, user("And", c)]
+    expected = processor(
+        messages=[{"role": "user", "content": "<image-1> or\n<image-2>?"}, talk[1], {"role": "user", "content": "And<image-3>"}],
+        images=[a, b, c],
+    )
+    assert torch.equal(processor(messages=talk)["input_ids"], expected["input_ids"])
+    with pytest.raises(PromptError, match="message 0 has 2 blocks with images and 1 placeholders"):
+        processor(messages=[user(a, b, "<image>?")])
+    with pytest.raises(PromptError, match="message 0 says <image>, but the images are in other messages"):
+        processor(messages=[user("<image>?"), user(a, "?")])
+    given = processor(messages=[user("<image>?")], images=[a])
+    assert torch.equal(given["input_ids"], processor(text="<image-1>?", images=[a])["input_ids"])
+
+
 def test_tiles_follow_the_prompt(processor):
     small, large = picture(1, (30, 30)), picture(2, (100, 30))
     inputs = processor(text="<image-2> then <image-1>", images=[small, large])
     parts = [tile_image(image, select_grid(*image.size, max_tiles=6, tile_size=32), tile_size=32) for image in (large, small)]
     assert np.array_equal(inputs["pixel_values"].numpy(), np.concatenate(parts))
+
+
+def test_file_addresses(processor, tmp_path):
+    picture().save(tmp_path / "a b%.png")
+    address = (tmp_path / "a b%.png").as_uri()
+    assert "a%20b%25.png" in address
+    assert read_image(address).size == read_image(str(tmp_path / "a b%.png")).size == (50, 40)
 
 
 def test_exif_alpha_and_modes(processor):
@@ -119,6 +146,9 @@ def test_video_file(processor, video, small_tokenizer):
     text = small_tokenizer.decode(clip["input_ids"][0])
     assert "sampled with 8.00 fps: Frame 1 sample at 0.00s: " in text
     assert "Frame 8 sample at 0.90s: " in text
+    for block in ({"video": {"path": video}, "start": 1.0, "end": 2.0}, {"video": {"path": video, "start": 1.0}, "end_time": 2.0}):
+        again = processor(messages=[{"role": "user", "content": [{"type": "video", **block}, "x"]}])
+        assert torch.equal(again["input_ids"], clip["input_ids"])
 
 
 def test_video_of_frames_and_pages(processor, small_tokenizer):
@@ -132,6 +162,8 @@ def test_video_of_frames_and_pages(processor, small_tokenizer):
     assert "The first video: Frame 1: " in small_tokenizer.decode(pages["input_ids"][0])
     blocks = processor(messages=[{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "x"}]}])
     assert torch.equal(blocks["input_ids"], pages["input_ids"])
+    block = {"type": "video", "video": frames, "times": [0.0, 2.0, 4.0], "fps": 0.5}
+    assert torch.equal(processor(messages=[{"role": "user", "content": [block, "x"]}])["input_ids"], timed["input_ids"])
 
 
 @pytest.mark.parametrize("budget", [200, 240, 320, 500, 2000])
@@ -179,6 +211,9 @@ def test_chatml_strings(processor, small_tokenizer):
         processor(text="before <|im_start|>user\nQ<|im_end|>\n")
     with pytest.raises(PromptError, match="ChatML"):
         processor(text="<|im_start|>user\nQ<|im_end|>\nafter")
+    for open_turn in ("<|im_start|>assistant\nSure,", "<|im_start|>user\nQ<|im_start|>assistant\n"):
+        with pytest.raises(PromptError, match="isn't closed"):
+            processor(text=f"<|im_start|>user\nQ<|im_end|>\n{open_turn}")
     with pytest.raises(ValueError, match="template"):
         processor.apply_chat_template(messages, chat_template="{{ messages }}")
     # The tokenizer's own template is the same text.
@@ -221,6 +256,29 @@ def test_wrong_use_is_said(processor, tmp_path):
         processor(messages=[{"role": "user", "content": [{"type": "image", "image": picture()}]}], images=[picture()])
     with pytest.raises(PromptError, match="'audio'"):
         processor(messages=[{"role": "user", "content": [{"type": "audio", "audio": 1}]}])
+    with pytest.raises(PromptError, match="message 1 is the assistant's"):
+        processor(messages=[{"role": "user", "content": "draw"}, {"role": "assistant", "content": [{"image": picture()}, "here"]}])
+    for tokenize in (True, False):
+        with pytest.raises(PromptError, match="message 0 has content of type NoneType"):
+            processor.apply_chat_template([{"role": "user", "content": None}], tokenize=tokenize)
+        with pytest.raises(PromptError, match=r"no messages|needs text or messages"):
+            processor.apply_chat_template([], tokenize=tokenize)
+        with pytest.raises(ValueError, match="tools"):
+            processor.apply_chat_template([{"role": "user", "content": "x"}], tokenize=tokenize, tools=[{"type": "function"}])
+        with pytest.raises(ValueError, match="continue_final_message"):
+            processor.apply_chat_template([{"role": "user", "content": "x"}], tokenize=tokenize, continue_final_message=True)
+    with pytest.raises(PromptError, match="text or messages"):
+        processor(text=[])
+    with pytest.raises(PromptError, match="no messages"):
+        processor(messages=[[]])
+    with pytest.raises(TypeError, match="max_token; is max_tokens meant"):
+        processor(text="x", max_token=3)
+    with pytest.raises(TypeError, match="max_tiles: it is a setting"):
+        processor(text="x", max_tiles=1)
+    with pytest.raises(ValueError, match="truncation=True"):
+        processor(text="x", truncation=True)
+    with pytest.raises(TypeError, match="max_tile; is max_tiles meant"):
+        EagleProcessor.from_pretrained(tmp_path, max_tile=4)
     with pytest.raises(PromptError, match="no image"):
         processor(messages=[{"role": "user", "content": [{"type": "image"}]}])
     with pytest.raises(MediaError, match=r"missing\.png"):
@@ -233,10 +291,24 @@ def test_wrong_use_is_said(processor, tmp_path):
         processor(text="x", images=["data:image/png;base64,???"])
     with pytest.raises(ValueError, match="2 frames but 1 times"):
         processor(text="x", videos=[{"frames": [picture(), picture()], "times": [0.0]}])
+    with pytest.raises(ValueError, match="nothing reads fps of a video that is a file"):
+        processor(text="x", videos=[{"path": "a.mp4", "fps": 1.0}])
+    with pytest.raises(ValueError, match="nothing reads start of a video that is a list of frames"):
+        processor(text="x", videos=[{"frames": [picture()], "start": 1.0}])
     with pytest.raises(ValueError, match="without frames"):
         open_video({}, MediaSettings())
     with pytest.raises(ValueError, match="padding_side"):
         processor(text="x", padding_side="middle")
+
+
+def test_what_transformers_passes_is_accepted(processor):
+    messages = [{"role": "user", "content": "x"}]
+    plain = processor(messages=messages)
+    for options in ({"padding": True, "truncation": False}, {"padding": "longest", "return_attention_mask": True}):
+        assert torch.equal(processor(messages=messages, **options)["input_ids"], plain["input_ids"])
+    options = {"tools": None, "documents": None, "continue_final_message": False, "return_dict": True, "processor_kwargs": {}}
+    made = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, **options)
+    assert torch.equal(made["input_ids"], plain["input_ids"])
 
 
 def test_same_ids_as_training(processor, video, small_tokenizer):

@@ -43,6 +43,15 @@ def test_other_sizes():
     torch.testing.assert_close(ours(tiles), theirs(normalised(tiles)).last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
+def test_pixels_beside_whole_patches_are_cut_off():
+    """As in the released SigLIP of 384 pixels with patches of 14."""
+    theirs, ours = towers(-1, image_size=38)
+    tiles = torch.randint(0, 256, (2, 38, 38, 3), dtype=torch.uint8)
+    expected = theirs(normalised(tiles)).last_hidden_state
+    torch.testing.assert_close(ours(tiles), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(normalised(tiles)), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_checkpointing_changes_nothing():
     from functools import partial
 
@@ -65,6 +74,8 @@ def test_wrong_size_is_said():
         ours(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="select_layer"):
         VisionModel(SiglipVisionConfig(**SIZES), -6)
+    with pytest.raises(ValueError, match="attention_dropout"):
+        VisionModel(SiglipVisionConfig(**SIZES, attention_dropout=0.5), -1)
 
 
 def test_pixel_shuffle_is_the_formula():
@@ -77,6 +88,8 @@ def test_pixel_shuffle_is_the_formula():
     # One token is its 2x2 block, row by row.
     block = torch.cat([x[:, 0, 0], x[:, 0, 1], x[:, 1, 0], x[:, 1, 1]], dim=-1)
     assert torch.equal(pixel_shuffle(x, f)[:, 0, 0], block)
+    for n in (3, 5, 10):
+        assert torch.equal(pixel_shuffle(x[:, :1, :1].expand(2, n, n, 8), 1 / n)[:, 0, 0], x[:, 0, 0].repeat(1, n * n))
 
 
 def test_patches_are_channels_first():

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from eagle_model.configuration import ARCHITECTURE, EagleConfig
 
@@ -20,30 +23,32 @@ EMBEDDING = "language_model.model.embed_tokens.weight"
 POOLING_HEAD = "vision_model.vision_model.head."
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+#: Where a checkpoint is written before it takes its place in the folder.
+STAGING = "checkpoint.incomplete"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def weight_files(folder: str | Path) -> dict[str, Path]:
-    """Name of every tensor in a checkpoint folder, and the file that holds it.
+    """Name of every tensor in a checkpoint folder, and the file that holds it; a single file comes before an index, as in transformers.
 
     Raises FileNotFoundError when the folder has no safetensors weights, or an index names a file that isn't there.
     """
     folder = Path(folder)
-    if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text())["weight_map"]
-        missing = sorted({file for file in names.values() if not (folder / file).is_file()})
-        if missing:
-            raise FileNotFoundError(f"{folder / INDEX} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing")
-        return {name: folder / file for name, file in names.items()}
-    if not (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS).is_file():
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it isn't a checkpoint folder")
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return dict.fromkeys(file.keys(), folder / WEIGHTS)
+    names = json.loads((folder / INDEX).read_text())["weight_map"]
+    missing = sorted({file for file in names.values() if not (folder / file).is_file()})
+    if missing:
+        raise FileNotFoundError(f"{folder / INDEX} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing")
+    return {name: folder / file for name, file in names.items()}
 
 
 def lacks_head(folder: str | Path) -> bool:
-    """Whether a local checkpoint folder certainly has no language head of its own (then it is the embedding's)."""
-    if not os.path.isdir(folder):
-        return False
+    """Whether a local checkpoint folder certainly has no language head of its own (then it is the embedding's, whatever its
+    configuration says)."""
     try:
         return HEAD not in weight_files(folder)
     except FileNotFoundError:
@@ -62,25 +67,38 @@ def read_tensors(folder: str | Path, *, device: str = "cpu") -> Iterator[tuple[s
                 yield name, file.get_tensor(name)
 
 
-def load_checkpoint(model: torch.nn.Module, folder: str | Path) -> None:
-    """Copy the tensors of a folder into a model that exists already, in the model's dtypes.
+def load_checkpoint(model: PreTrainedModel, folder: str | Path) -> None:
+    """Copy the tensors of a folder into an Eagle model that exists already, in the model's dtypes.
 
-    Raises ValueError naming tensors that are missing, unknown or of another shape. A tied head may be absent.
+    A folder without a head makes the model's head the embedding, as `from_pretrained` does.
+    Raises ValueError naming tensors that are missing, unknown or of another shape, and a head of the folder's own that a tied model has
+    no place for.
     """
     own = dict(model.named_parameters(remove_duplicate=False))
+    if own[HEAD] is not own[EMBEDDING] and lacks_head(folder):
+        model.config.tie()  # type: ignore[union-attr]
+        model.tie_weights()
+        own[HEAD] = own[EMBEDDING]
+    tied = own[HEAD] is own[EMBEDDING]
     left = set(own)
     wrong: list[str] = []
+    head: Tensor | None = None
     for name, tensor in read_tensors(folder):
         if name not in own:
             wrong.append(f"{name} (unknown)")
-        elif own[name].shape != tensor.shape:
+            continue
+        left.discard(name)
+        if own[name].shape != tensor.shape:
             wrong.append(f"{name} (is {tuple(tensor.shape)}, expected {tuple(own[name].shape)})")
+        elif tied and name == HEAD:
+            head = tensor
         else:
             with torch.no_grad():
                 own[name].copy_(tensor)
-            left.discard(name)
-    if HEAD in left and own[HEAD] is own.get(EMBEDDING):
+    if tied:
         left.discard(HEAD)
+        if head is not None and not torch.equal(head.to(own[EMBEDDING]), own[EMBEDDING]):
+            wrong.append(f"{HEAD} (isn't the embedding, but the configuration ties them; set tie_word_embeddings to false)")
     wrong += [f"{name} (missing)" for name in sorted(left)]
     if wrong:
         raise ValueError(f"{folder} doesn't fit the model: {', '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}")
@@ -90,9 +108,35 @@ def save_checkpoint(
     state: Mapping[str, Tensor], config: EagleConfig, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9, dtype: Any = None
 ) -> None:
     """Write a state dict and its configuration as a checkpoint folder: `dtype` (default: as the tensors are), shards of at most
-    `max_shard_bytes`, no pooling head, and no head when it is tied. The index is written last, so that a folder with one is whole."""
+    `max_shard_bytes`, no pooling head, and no head when it is tied.
+
+    A checkpoint that is in the folder already is replaced. The new one is written beside it first, so there must be room for both; then
+    the old one goes, and the file that readers look for comes last. However it is interrupted, a folder that can be loaded is whole.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        shards = _write(state, config, staging, max_shard_bytes, dtype)
+        for path in staging.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    for name in (INDEX, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name in (INDEX, WEIGHTS)):
+        path.replace(folder / path.name)
+    staging.rmdir()
+    for path in folder.iterdir():
+        if _SHARD.fullmatch(path.name) and path.name not in shards:
+            path.unlink()
+
+
+def _write(state: Mapping[str, Tensor], config: EagleConfig, folder: Path, max_shard_bytes: int, dtype: Any) -> set[str]:
+    """Write a checkpoint into an empty folder; gives the names of the files with its tensors."""
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(POOLING_HEAD)}
     if config.tie_word_embeddings:
         tensors.pop(HEAD, None)
@@ -120,3 +164,4 @@ def save_checkpoint(
     if len(shards) > 1:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
         (folder / INDEX).write_text(text + "\n")
+    return set(weight_map.values())

@@ -27,7 +27,8 @@ class EagleConfig(PretrainedConfig):
     force_image_size: side of a tile in pixels; None means that of the vision tower.
     downsample_ratio: 0.5 joins 2x2 patches to one token. use_pixel_shuffle: False leaves every patch a token.
     mlp_connector_layers: 2 (LayerNorm, Linear, GELU, Linear) or 1 (Linear).
-    min_dynamic_tiles, max_dynamic_tiles: bounds of the tiling grid (also read and written as `min_dynamic_patch`, `max_dynamic_patch`).
+    min_dynamic_tiles, max_dynamic_tiles: bounds of the tiling grid, 1 and 6 when absent (also read and written as `min_dynamic_patch`,
+    `max_dynamic_patch`; where both are given, `_tiles` holds).
     initializer_range, patch_initializer_range: standard deviations of random weights, of language model and connector, and of the tower's
     patch embedding; None means the language model's own, and SigLIP's 1 / sqrt(3 * patch_size^2).
     tie_word_embeddings: whether the head shares the embedding's weight. What `text_config` says comes first, then the top level.
@@ -49,8 +50,9 @@ class EagleConfig(PretrainedConfig):
     mlp_connector_layers: int = 2
     dynamic_image_size: bool = False
     use_thumbnail: bool = False
-    min_dynamic_tiles: int = 1
-    max_dynamic_tiles: int = 6
+    # None tells an absent field from one that says the default; once made, these are numbers.
+    min_dynamic_tiles: int = None  # type: ignore[assignment]
+    max_dynamic_tiles: int = None  # type: ignore[assignment]
     image_token_index: int | None = None
     tie_word_embeddings: bool | None = None
     template: str | None = None
@@ -68,10 +70,9 @@ class EagleConfig(PretrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings if said is None else said)
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
         # Readers of InternVL's kind spell the bounds of the grid differently.
-        for tiles, patches in (("min_dynamic_tiles", "min_dynamic_patch"), ("max_dynamic_tiles", "max_dynamic_patch")):
-            other = kwargs.pop(patches, None)
-            if other is not None and getattr(self, tiles) == getattr(type(self), tiles):
-                setattr(self, tiles, other)
+        for name, default in (("min_dynamic", 1), ("max_dynamic", 6)):
+            given = (getattr(self, f"{name}_tiles"), kwargs.pop(f"{name}_patch", None), default)
+            setattr(self, f"{name}_tiles", next(value for value in given if value is not None))
         # What a file says about the code that it was written for doesn't hold here.
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
@@ -86,6 +87,10 @@ class EagleConfig(PretrainedConfig):
         """`k`: image tokens that one tile gives."""
         side = self.tile_size // self.vision_config.patch_size
         return round(side * self.downsample_ratio) ** 2 if self.use_pixel_shuffle else side**2
+
+    def tie(self) -> None:
+        """Say that the head is the embedding, in both places."""
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings = True
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as the released files spell it, with both names of what has two."""

@@ -156,6 +156,8 @@ class Decoder(nn.Module):
             raise ValueError(f"text_config asks for layers of the kinds {sorted(kinds)}; only full attention is supported")
         if config.hidden_act != "silu":
             raise ValueError(f"text_config.hidden_act is {config.hidden_act!r}; only 'silu' is supported")
+        if config.attention_dropout:
+            raise ValueError(f"text_config.attention_dropout is {config.attention_dropout}; dropout isn't supported, set it to 0")
         self.frequencies, scale_factor = inverse_frequencies(config)
         self._frequencies_on: dict[torch.device, Tensor] = {}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -165,7 +167,9 @@ class Decoder(nn.Module):
     def inv_freq(self, device: torch.device) -> Tensor:
         """Inverse frequencies on `device`: always float32, and no buffer that a cast or an empty initialisation could spoil."""
         if device not in self._frequencies_on:
-            self._frequencies_on[device] = self.frequencies.to(device)
+            # What is made in inference mode could never be used in training again.
+            with torch.inference_mode(False):
+                self._frequencies_on[device] = self.frequencies.to(device)
         return self._frequencies_on[device]
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:

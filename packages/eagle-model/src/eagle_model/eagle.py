@@ -6,6 +6,8 @@ Hugging Face (generation): padded batches and a key/value cache. Both run the sa
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +26,8 @@ from eagle_model.decoder import AttentionContext, DecoderLayer, Head, LanguageMo
 from eagle_model.vision import VisionModel, VisionTower, make_connector, pixel_shuffle
 
 IGNORE_INDEX = -100
-#: What transformers passes to every model and this one has no use for.
-IGNORED_ARGUMENTS = frozenset({"return_dict", "output_attentions", "output_hidden_states", "cache_position"})
+#: What transformers passes to every model and this one has no use for, with the values that change nothing.
+IGNORED_ARGUMENTS = {"return_dict": (True,), "output_attentions": (False,), "output_hidden_states": (False,)}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -65,9 +67,10 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "set vision_config.image_size to the same size and resize its position embedding"
             )
         side = vision.image_size // vision.patch_size
-        if config.use_pixel_shuffle and (side * config.downsample_ratio) % 1:
-            raise ValueError(f"downsample_ratio {config.downsample_ratio} doesn't divide {side} patches a side")
-        width = vision.hidden_size * (round(1 / config.downsample_ratio) ** 2 if config.use_pixel_shuffle else 1)
+        block = round(1 / config.downsample_ratio) if config.use_pixel_shuffle else 1
+        if config.use_pixel_shuffle and (side % block or abs(block * config.downsample_ratio - 1) > 1e-6):
+            raise ValueError(f"downsample_ratio {config.downsample_ratio} must be 1/n, and n divide the {side} patches a side of a tile")
+        width = vision.hidden_size * block**2
         self.vision_model = VisionModel(vision, config.select_layer)
         self.mlp1 = make_connector(width, text.hidden_size, config.mlp_connector_layers)
         self.language_model = LanguageModel(text)
@@ -129,7 +132,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         keeps the inputs of decoder layers in host memory (`engine`: an `eagle_kernels.OffloadEngine`)."""
         if mode not in ("none", "full", "offload"):
             raise ValueError(f"activation checkpointing mode {mode!r}; it must be 'none', 'full' or 'offload'")
-        # Nothing in the model draws random numbers, so their state needn't be kept.
+        # Nothing in the model draws random numbers (dropout is refused), so their state needn't be kept.
         full = None if mode == "none" else partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         decoder = partial(offload_checkpoint, engine=engine) if mode == "offload" else full
         for module in self.modules():
@@ -172,9 +175,10 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: uint8 tiles [N, s, s, 3] or normalised float [N, 3, s, s]; labels [B, L], not shifted; logits_to_keep: only the last
         so many positions (0: all). Gives logits, the loss (mean over labels) with labels, and the cache with use_cache.
         """
-        unknown = {name for name, value in kwargs.items() if value is not None} - IGNORED_ARGUMENTS
+        kwargs.pop("cache_position", None)
+        unknown = {name: value for name, value in kwargs.items() if value is not None and value not in IGNORED_ARGUMENTS.get(name, ())}
         if unknown:
-            raise TypeError(f"forward has no argument {', '.join(sorted(unknown))}")
+            raise TypeError(f"forward has no argument {', '.join(sorted(unknown))}; it gives an EagleOutput: loss, logits, past_key_values")
         if layout is not None:
             if position_ids is None:
                 raise ValueError("packed forward needs position_ids [T], which restart with every sample")
@@ -203,6 +207,11 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None,
         logits_to_keep: int,
     ) -> EagleOutput:
+        if getattr(cache, "is_compileable", False):
+            raise ValueError(
+                f"the cache is a {type(cache).__name__}, of fixed size; this model's must grow with the answer: "
+                "leave cache_implementation out or set it to 'dynamic'"
+            )
         batch, length = input_ids.shape
         past = cache.get_seq_length() if cache is not None else 0
         if attention_mask is None:
@@ -216,26 +225,25 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids = (seen.long().cumsum(1) - 1).clamp_min(0)[:, past:]
         if use_cache and cache is None:
             cache = DynamicCache()
-        starts = [0]
-        if past:
-            # All new tokens run, padding or not: nothing has to be known on the host between two tokens of an answer.
-            rows = torch.arange(batch * length, device=seen.device)
-        else:
-            for row, count in enumerate(seen.sum(1).tolist()):
-                if count == 0:
-                    raise ValueError(f"row {row} of the batch has no token")
-                starts.append(starts[-1] + count)
-            rows = seen.flatten().nonzero().squeeze(1)
+        counts = [] if past else seen.sum(1).tolist()
+        if 0 in counts and cache is None:
+            raise ValueError(f"row {counts.index(0)} of the batch has no token")
+        # After a cache all new tokens run, padding or not: nothing has to be known on the host between two tokens of an answer. So does
+        # the first chunk of a prompt in chunks, if some row's tokens only begin in a later one.
+        whole = past > 0 or 0 in counts
+        rows = torch.arange(batch * length, device=seen.device) if whole else seen.flatten().nonzero().squeeze(1)
         hidden = self.embed(input_ids.flatten()[rows], pixel_values)
         context = AttentionContext(
             position_ids.expand(batch, length).flatten()[rows], self._inv_freq(hidden), cache=cache, rows=rows, shape=(batch, length)
         )
-        if past:
-            # New token i of a row sees the cached tokens and the new ones up to itself, as far as they aren't padding.
+        if whole:
+            # New token i of a row sees the cached tokens and the new ones up to itself, as far as they aren't padding. Padding sees at
+            # least itself, for a softmax over nothing isn't a number.
             order = torch.arange(past + length, device=seen.device)
-            context.mask = (seen[:, None, :] & (order[None, None, :] <= order[None, past:, None]))[:, None]
+            new = order[past:, None]
+            context.mask = ((seen[:, None, :] & (order <= new)) | (order == new))[:, None]
         else:
-            context.layout = Layout.single(starts)
+            context.layout = Layout.single([0, *accumulate(counts)])
         hidden = self.language_model.model(hidden, context)
 
         head = self.language_model.lm_head
@@ -271,16 +279,12 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """As in transformers. A folder that has no head is read as tied, whatever its configuration says."""
+        """As in transformers. A local folder that has no head is read as tied, whatever its configuration says."""
         if not isinstance(config, EagleConfig):
-            hub = {
-                key: kwargs[key]
-                for key in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-                if key in kwargs
-            }
+            hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
             config = EagleConfig.from_pretrained(pretrained_model_name_or_path if config is None else config, **hub)
-        if not config.tie_word_embeddings and lacks_head(pretrained_model_name_or_path):
-            config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+        if not config.tie_word_embeddings and lacks_head(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")):
+            config.tie()
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @torch.no_grad()
@@ -305,7 +309,13 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """Beams and several answers repeat every row; the tiles of a row repeat with it, as one block."""
+        """Beams and several answers repeat every row; the tiles of a row repeat with it, as one block.
+
+        Here is also the whole prompt, which `forward` may see in chunks: raises ValueError for a row without tokens.
+        """
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not (filled := mask.any(1)).all():
+            raise ValueError(f"row {filled.int().argmin().item()} of the batch has no token")
         tiles = model_kwargs.pop("pixel_values", None)
         if tiles is not None and expand_size > 1:
             counts = (input_ids == self.config.image_token_index).sum(1) // self.tokens_per_tile

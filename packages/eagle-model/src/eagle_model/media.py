@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,10 @@ from PIL import Image
 from eagle_model.prompt import VideoSpan, sampled_fps, shown_times
 from eagle_sampling import CAPS, Dropped, VideoRequest, choose_times, clip_range, open_image, plan, probe, read_frames, wanted_frames
 from eagle_tiling import Grid, load_rgb, select_grid, tile_count, tile_image
+
+#: What a mapping may say about a video.
+_OF_FILES = ("start", "end", "start_time", "end_time")
+_OF_FRAMES = ("times", "fps")
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,15 @@ def read_image(ref: Any) -> Any:
             ref = base64.b64decode(ref.partition("base64,")[2], validate=True)
         except binascii.Error as error:
             raise ValueError(f"a data: address of an image isn't base64: {error}") from error
-    if isinstance(ref, str) and ref.startswith("file://"):
-        ref = ref.removeprefix("file://")
-    if isinstance(ref, str) and ref.startswith(("http://", "https://")):
-        raise ValueError(f"{ref}: images aren't fetched from the network; download the file first and give its path")
-    with open_image(ref) as image:
+    with open_image(_local(ref) if isinstance(ref, str) else ref) as image:
         return load_rgb(image)
+
+
+def _local(address: str) -> str:
+    """The path that a `file://` address names (%20 is a space there), or the path itself; ValueError for other addresses."""
+    if address.startswith(("http://", "https://")):
+        raise ValueError(f"{address}: media aren't fetched from the network; download the file first and give its path")
+    return unquote(address.removeprefix("file://")) if address.startswith("file://") else address
 
 
 def size_of(image: Any) -> tuple[int, int]:
@@ -86,25 +94,26 @@ class Clip:
 def open_video(ref: Any, settings: MediaSettings) -> Clip:
     """A video from what people have.
 
-    ref: path of a file; `{"path" or "video": file, "start"/"start_time", "end"/"end_time": seconds}`; frames already decoded as
-    `{"frames": ..., "times": seconds (optional), "fps": (optional)}`; or pages, a list of images or an array [n, h, w, 3].
+    ref: path of a file; frames already decoded, a list of images or an array [n, h, w, 3]; or a mapping with either as `video` (also
+    `path`, `frames`), for a file with `start`/`start_time` and `end`/`end_time` in seconds, for frames with `times` in seconds and `fps`.
     Raises MediaError for unreadable files, ValueError for anything else.
     """
-    if isinstance(ref, str | os.PathLike):
-        ref = {"path": ref}
-    if not isinstance(ref, Mapping):
-        ref = {"frames": ref}
-    path = ref.get("path", ref.get("video"))
-    if path is not None and not isinstance(path, str | os.PathLike):
-        ref = {"frames": path, **{key: ref[key] for key in ("times", "fps") if key in ref}}
-        path = None
-    if path is not None:
-        start, end = (ref.get(name, ref.get(f"{name}_time")) for name in ("start", "end"))
-        return _file_clip(Path(os.fspath(path).removeprefix("file://")), start, end, settings)
-    frames = ref.get("frames")
-    if frames is None or len(frames) == 0:
-        raise ValueError(f"a video must be a path, a mapping with path or frames, or a list of frames; got {sorted(ref)} without frames")
-    return _decoded_clip(frames, ref.get("times"), ref.get("fps"), settings)
+    about = dict(ref) if isinstance(ref, Mapping) else {"video": ref}
+    name = next((name for name in ("path", "video", "frames") if about.get(name) is not None), "video")
+    video = about.pop(name, None)
+    if isinstance(video, Mapping):
+        return open_video({**video, **about}, settings)
+    from_file = isinstance(video, str | os.PathLike)
+    if not from_file and (video is None or len(video) == 0):
+        raise ValueError(f"a video must be a path, a mapping with path or frames, or a list of frames; got {sorted(about)} without frames")
+    unread = sorted(key for key in about if about[key] is not None and key not in (_OF_FILES if from_file else _OF_FRAMES))
+    if unread:
+        kind, names = ("file", _OF_FILES) if from_file else ("list of frames", _OF_FRAMES)
+        raise ValueError(f"nothing reads {', '.join(unread)} of a video that is a {kind}; what can be said of it is {', '.join(names)}")
+    if from_file:
+        start, end = (about.get(name) if about.get(name) is not None else about.get(f"{name}_time") for name in ("start", "end"))
+        return _file_clip(Path(_local(os.fspath(video))), start, end, settings)
+    return _decoded_clip(video, about.get("times"), about.get("fps"), settings)
 
 
 def _file_clip(path: Path, start: float | None, end: float | None, settings: MediaSettings) -> Clip:

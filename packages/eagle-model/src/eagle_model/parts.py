@@ -12,7 +12,7 @@ from torch import Tensor
 from eagle_model.checkpoint import EMBEDDING, HEAD, read_tensors
 from eagle_model.configuration import EagleConfig
 from eagle_model.eagle import EagleForConditionalGeneration
-from eagle_model.presets import IN_USE
+from eagle_model.presets import IN_USE, check_changes
 from eagle_model.prompt import IMG_CONTEXT
 from eagle_model.tokenizer import check_tokenizer
 
@@ -32,7 +32,8 @@ def assemble(
 
     tokenizer: the language model's, with Eagle's tokens (`add_eagle_tokens`); the vocabulary grows to it where it must, new rows being the
     mean of the old ones. image_size: tile side in pixels; positions are resized (bicubic) when it isn't the tower's own. changes: other
-    fields of `EagleConfig`. Raises ValueError naming tensors that are missing or of another shape, and FileNotFoundError.
+    fields of `EagleConfig`. Raises ValueError naming tensors that are missing or of another shape, or an unknown change, and
+    FileNotFoundError.
     """
     check_tokenizer(tokenizer)
     vision_config = json.loads((Path(vision) / "config.json").read_text())
@@ -44,6 +45,7 @@ def assemble(
     values: dict[str, Any] = {"vision_config": vision_config, "text_config": text_config}
     values["image_token_index"] = int(tokenizer.convert_tokens_to_ids(IMG_CONTEXT))
     config = EagleConfig(**(IN_USE | values | changes))
+    check_changes(config, {name: value for name, value in changes.items() if name not in values})
     config.force_image_size = config.tile_size
     model = EagleForConditionalGeneration(config)
     model.to(dtype)  # type: ignore[arg-type]

@@ -1,6 +1,9 @@
 """Sizes by name, from `tiny` (a CPU learns with it in minutes) to `8b` (the released model)."""
 
+from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 from eagle_model.configuration import EagleConfig
@@ -99,7 +102,7 @@ def preset(name: str, *, tokenizer: Any = None, **changes: Any) -> EagleConfig:
     """The configuration of that name; `changes` replace keyword arguments of `EagleConfig`, and update its two parts.
 
     tokenizer: gives the ids of `<IMG_CONTEXT>`, end and padding, and the size of the vocabulary where it is larger than the preset's
-    (for `tiny`: always). Raises ValueError for an unknown name, PromptError when the tokenizer lacks Eagle's tokens.
+    (for `tiny`: always). Raises ValueError for an unknown name or change, PromptError when the tokenizer lacks Eagle's tokens.
     """
     if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}; they are {', '.join(PRESETS)}")
@@ -112,4 +115,23 @@ def preset(name: str, *, tokenizer: Any = None, **changes: Any) -> EagleConfig:
         ids = {"vocab_size": size, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         values["text_config"] = values["text_config"] | ids | changes.get("text_config", {})
     values.setdefault("force_image_size", values["vision_config"]["image_size"])
-    return EagleConfig(**values)
+    config = EagleConfig(**values)
+    check_changes(config, changes)
+    return config
+
+
+def check_changes(config: EagleConfig, changes: Mapping[str, Any]) -> None:
+    """Raise ValueError for changes that name no field of a configuration or of its parts; transformers' classes keep whatever they get.
+
+    Older spellings of a field (`rope_theta`) are refused too: they would yield to the newer one where both are given.
+    """
+    parts = {"": (config, changes)}
+    parts |= {f"{part}.": (getattr(config, part), changes[part]) for part in ("vision_config", "text_config") if part in changes}
+    for prefix, (owner, given) in parts.items():
+        known = {field.name for field in fields(owner)} | set(owner.attribute_map)
+        if prefix == "text_config.":
+            known.add("head_dim")  # not every language model's class has the field, but all may be given one
+        for name in given:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                raise ValueError(f"the configuration has no field {prefix}{name}{f'; is {near[0]} meant?' if near else ''}")

@@ -1,8 +1,9 @@
 """The processor: messages with images and videos in, ids and tiles out, through the one prompt and the one choice of tiles and frames."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,24 @@ from eagle_model.tokenizer import CHAT_TEMPLATE, check_tokenizer, load_tokenizer
 from eagle_tiling import tile_count, tile_image
 
 FILE = "processor_config.json"
+SETTINGS = frozenset(field.name for field in fields(MediaSettings))
+#: What a tokenised `apply_chat_template` passes on.
+_CALL_OPTIONS = frozenset({"max_tokens", "padding_side", "return_labels", "return_tensors"})
+#: Arguments that transformers passes to processors, with the values that ask for what happens here anyway; so does None, False or nothing.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "chat_template_kwargs": (),
+    "continue_final_message": (),
+    "documents": (),
+    "padding": (True, "longest"),
+    "processor_kwargs": (),
+    "return_attention_mask": (True,),
+    "return_dict": (True,),
+    "tools": (),
+    "truncation": (),
+}
+#: What transformers tells every `from_pretrained`, for code from elsewhere and for the model beside the processor.
+_NOT_OURS = frozenset({"attn_implementation", "code_revision", "device_map", "dtype", "torch_dtype", "trust_remote_code", "use_fast"})
 
 
 class Processed(NamedTuple):
@@ -123,9 +142,13 @@ class EagleProcessor(ProcessorMixin):
         images, videos: for one conversation a list (or a single one); for a batch a list of lists. Media inside content blocks need
         not be given again. add_generation_prompt: whether an answer is wanted (default: unless the last message is an assistant's).
         return_labels: add labels [B, L] (-100 where nothing is learned). return_tensors: "pt" or "np".
+
+        Raises what `process` raises, and TypeError or ValueError for other arguments, but for those of transformers' processors that ask
+        for what happens anyway (`padding=True`).
         """
+        _refuse(kwargs, _HARMLESS, "the processor", _CALL_OPTIONS)
         given = messages if messages is not None else text
-        if given is None:
+        if given is None or (not isinstance(given, str) and len(given) == 0):
             raise PromptError("the processor needs text or messages")
         single = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], Mapping))
         rows = [given] if single else list(given)
@@ -134,7 +157,7 @@ class EagleProcessor(ProcessorMixin):
         for row, row_images, row_videos in zip(rows, image_rows, video_rows, strict=True):
             talk = parse_chatml(row) if isinstance(row, str) else flatten(row)
             talk = _with_media(talk, row_images, row_videos)
-            wants = talk.answer_next or talk.messages[-1]["role"] != "assistant"
+            wants = talk.answer_next or not talk.messages or talk.messages[-1]["role"] != "assistant"
             generate = (wants and not return_labels) if add_generation_prompt is None else add_generation_prompt or talk.answer_next
             processed.append(self.process(talk.messages, talk.images, talk.videos, add_generation_prompt=generate, max_tokens=max_tokens))
         return self._batch(processed, padding_side, return_labels, return_tensors)
@@ -166,12 +189,15 @@ class EagleProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> Any:
         """Messages as a ChatML string with `<image-N>` and `<video-N>` (for `processor(text=..., images=...)`), or, with tokenize, as
-        model inputs, media taken from the content blocks. The format is Eagle's; another `chat_template` is refused."""
+        model inputs, media taken from the content blocks; then `kwargs` may be `max_tokens`, `padding_side`, `return_labels` and
+        `return_tensors`. The format is Eagle's: another `chat_template`, `tools` and `continue_final_message` are refused."""
         if chat_template is not None and chat_template != self.chat_template:
             raise ValueError("Eagle has one prompt format; messages can't be rendered with another chat template")
         if tokenize:
-            options = {key: kwargs[key] for key in ("max_tokens", "padding_side", "return_tensors") if key in kwargs}
+            options = {key: kwargs.pop(key) for key in _CALL_OPTIONS & set(kwargs)}
+            _refuse(kwargs, _HARMLESS, "apply_chat_template", _CALL_OPTIONS)
             return self(messages=conversation, add_generation_prompt=add_generation_prompt, **options)
+        _refuse(kwargs, _HARMLESS, "apply_chat_template without tokenize", ())
         single = len(conversation) == 0 or isinstance(conversation[0], Mapping)
         texts = [
             chatml(flatten(messages).messages, add_generation_prompt=add_generation_prompt)
@@ -196,14 +222,15 @@ class EagleProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "EagleProcessor":
         """From a folder or hub name: the tokenizer, and settings from `processor_config.json` if Eagle wrote it, else from the model's
-        `config.json` (released checkpoints). `kwargs` may replace single settings."""
-        hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        names = {field.name for field in fields(MediaSettings)}
-        own = {key: value for key, value in kwargs.items() if key in names}
+        `config.json` (released checkpoints). `kwargs` may replace single settings; TypeError for others."""
+        hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+        own = {key: kwargs.pop(key) for key in SETTINGS & set(kwargs)}
+        others = {key: value for key, value in kwargs.items() if key not in _NOT_OURS and not key.startswith("_from_")}
+        _refuse(others, {}, "from_pretrained", SETTINGS)
         written: dict[str, Any] = {}
         file = cached_file(pretrained_model_name_or_path, FILE, _raise_exceptions_for_missing_entries=False, **hub)
         if file is not None:
-            written = {key: value for key, value in json.loads(Path(file).read_text()).items() if key in names}
+            written = {key: value for key, value in json.loads(Path(file).read_text()).items() if key in SETTINGS}
         if "tile_size" not in written:
             written |= _settings_of(EagleConfig.from_pretrained(pretrained_model_name_or_path, **hub))
         return cls(load_tokenizer(pretrained_model_name_or_path, **hub), **(written | own))
@@ -218,6 +245,19 @@ def _settings_of(config: EagleConfig) -> dict[str, Any]:
         "max_tiles": tiles,
         "thumbnail": config.use_thumbnail,
     }
+
+
+def _refuse(given: Mapping[str, Any], harmless: Mapping[str, tuple[Any, ...]], where: str, known: Iterable[str]) -> None:
+    """Raise TypeError for arguments that don't exist, ValueError for transformers' where they ask for what isn't supported."""
+    for name, value in given.items():
+        if name in harmless:
+            if value and value not in harmless[name]:
+                raise ValueError(f"{where}: {name}={value!r} isn't supported")
+        elif name in SETTINGS:
+            raise TypeError(f"{where} has no argument {name}: it is a setting of the processor, given when that is made or loaded")
+        elif value is not None:
+            near = get_close_matches(name, known, 1)
+            raise TypeError(f"{where} has no argument {name}{f'; is {near[0]} meant?' if near else ''}")
 
 
 def _no_frames(count: int, end_time: float | None, k: int) -> int:

@@ -108,18 +108,10 @@ class Encoded(NamedTuple):
     labels: np.ndarray
 
 
-def place_media(messages: Sequence[Mapping[str, Any]], images: int, videos: int) -> list[tuple[str, list[str | Media]]]:
-    """Messages with their placeholders resolved: per message its role and its content cut into text and media.
-
-    `<image-N>` and `<video-N>` are 1-based. A lone `<image>` is number 1; as many of them as there are images are numbers 1, 2, ... in
-    order. Media that no message mentions go before the first user text, images first. What an assistant says is never a placeholder.
-
-    Raises PromptError for an empty conversation, an unknown role, content that isn't text, a number without a medium, a medium that is
-    placed twice, or media without a user message.
-    """
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Role and text of each message. Raises PromptError for an empty conversation, an unknown role, or content that isn't text."""
     if not messages:
         raise PromptError("the conversation has no messages")
-    counts = {"image": images, "video": videos}
     contents: list[tuple[str, str]] = []
     for position, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
@@ -128,6 +120,20 @@ def place_media(messages: Sequence[Mapping[str, Any]], images: int, videos: int)
         if not isinstance(content, str):
             raise PromptError(f"message {position} ({role}) has content of type {type(content).__name__}; it must be text")
         contents.append((role, content))
+    return contents
+
+
+def place_media(messages: Sequence[Mapping[str, Any]], images: int, videos: int) -> list[tuple[str, list[str | Media]]]:
+    """Messages with their placeholders resolved: per message its role and its content cut into text and media.
+
+    `<image-N>` and `<video-N>` are 1-based. A lone `<image>` is number 1; as many of them as there are images are numbers 1, 2, ... in
+    order. Media that no message mentions go before the first user text, images first. What an assistant says is never a placeholder.
+
+    Raises PromptError for messages that aren't (`check_messages`), a number without a medium, a medium that is placed twice, or media
+    without a user message.
+    """
+    counts = {"image": images, "video": videos}
+    contents = check_messages(messages)
     lone = {"image": 0, "video": 0}
     numbered: dict[str, set[int]] = {"image": set(), "video": set()}
     for role, content in contents:

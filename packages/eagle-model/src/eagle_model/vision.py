@@ -13,28 +13,30 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, Sigli
 
 
 def pixel_shuffle(x: Tensor, factor: float) -> Tensor:
-    """Join neighbouring patches: [N, h, w, c] -> [N, h * factor, w * factor, c / factor^2].
+    """Join neighbouring patches: [N, h, w, c] -> [N, h * factor, w * factor, c / factor^2]. factor: 1/n, n dividing h and w.
 
     The channel order is that of InternVL's second version: each token holds the rows of its block one after the other.
     """
     n, h, w, c = x.shape
-    x = x.reshape(n, h, int(w * factor), int(c / factor)).permute(0, 2, 1, 3)
-    x = x.reshape(n, int(w * factor), int(h * factor), int(c / factor**2))
+    side = round(1 / factor)
+    x = x.reshape(n, h, w // side, c * side).permute(0, 2, 1, 3)
+    x = x.reshape(n, w // side, h // side, c * side**2)
     return x.permute(0, 2, 1, 3)
 
 
 def patches_of(pixels: Tensor, side: int) -> Tensor:
     """Pixels cut into flat patches, values normalised with mean = std = 0.5: float [N, P, 3 * side * side], channels first in a patch.
 
-    pixels: uint8 [N, s, s, 3], or float [N, 3, s, s] that is normalised already.
+    pixels: uint8 [N, s, s, 3], or float [N, 3, s, s] that is normalised already. What is left of s after whole patches is cut off, as by
+    the convolution that this stands for.
     """
-    if pixels.dtype == torch.uint8:
-        n, height, width, _ = pixels.shape
-        cut = pixels.view(n, height // side, side, width // side, side, 3).permute(0, 1, 3, 5, 2, 4)
-        return cut.reshape(n, -1, 3 * side * side).float().div_(127.5).sub_(1.0)
-    n, _, height, width = pixels.shape
-    cut = pixels.reshape(n, 3, height // side, side, width // side, side).permute(0, 2, 4, 1, 3, 5)
-    return cut.reshape(n, -1, 3 * side * side)
+    channels_last = pixels.dtype == torch.uint8
+    height, width = (size // side * side for size in (pixels.shape[1:3] if channels_last else pixels.shape[2:]))
+    if channels_last:
+        cut = pixels[:, :height, :width].unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(0, 1, 3, 5, 2, 4)
+        return cut.reshape(len(pixels), -1, 3 * side * side).float().div_(127.5).sub_(1.0)
+    cut = pixels[..., :height, :width].unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(len(pixels), -1, 3 * side * side)
 
 
 class Encoder(nn.Module):
@@ -56,6 +58,8 @@ class VisionTower(nn.Module):
         if not 0 <= self.depth <= layers:
             raise ValueError(f"select_layer is {select_layer}, but the vision tower has {layers} layers")
         self.normed = select_layer == -1
+        if config.attention_dropout:
+            raise ValueError(f"vision_config.attention_dropout is {config.attention_dropout}; dropout isn't supported, set it to 0")
         if config._attn_implementation is None:
             # SigLIP's attention reads this field; transformers sets it for its own models only.
             config._attn_implementation = "sdpa"
