@@ -1,5 +1,8 @@
 """Pages of PDFs and multi-page TIFFs, pictures of animations."""
 
+import contextlib
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,6 +35,21 @@ def test_pdf_pages_at_a_chosen_size(sheets, tmp_path):
         page_count(path)
 
 
+def test_pdf_pages_have_the_size_that_was_told(tmp_path):
+    pdfium = pytest.importorskip("pypdfium2")
+    path = tmp_path / "a.pdf"
+    document = pdfium.PdfDocument.new()
+    for width, height in ((612.2, 792.1), (10.1, 20.6), (595.276, 841.89)):
+        document.new_page(width, height)
+    document.new_page(200.2, 100.3).set_rotation(90)
+    document.save(path)
+    for dpi in (72, 100, 144):
+        assert page_sizes(path, dpi=dpi) == [page.size for page in read_pages(path, dpi=dpi)]
+    assert page_sizes(path)[:2] == [(1225, 1585), (21, 42)]
+    for size in range(50, 90):
+        assert {max(page.size) for page in read_pages(path, size=size)} == {size}
+
+
 def test_multi_page_tiff(sheets, tmp_path):
     path = tmp_path / "a.tiff"
     sheets[0].save(path, save_all=True, append_images=sheets[1:])
@@ -55,8 +73,27 @@ def test_animations_are_films(tmp_path):
     assert np.abs(frames.pixels[:, 5, 5, 1].astype(int) - [0, 80, 160, 240]).max() <= 8
 
 
+def test_damaged_pictures_are_media_errors(sheets, tmp_path):
+    """Cut, or a byte turned over, at 50 places each: Pillow raises TypeError, KeyError, IndexError, SyntaxError and OSError."""
+    for suffix in ("tiff", "gif"):
+        whole = tmp_path / f"whole.{suffix}"
+        sheets[0].resize((10, 14)).save(whole, save_all=True, append_images=[sheet.resize((10, 14)) for sheet in sheets[1:]])
+        content = whole.read_bytes()
+        path = tmp_path / f"damaged.{suffix}"
+        for at in range(4, len(content), len(content) // 50):
+            for damaged in (content[:at], content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]):
+                path.write_bytes(damaged)
+                for call in (page_count, page_sizes, read_pages, animation_times):
+                    with contextlib.suppress(MediaError), warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        call(path)
+
+
 def test_what_is_no_document(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     for name in ("a.txt", "missing.pdf"):
         with pytest.raises(MediaError, match=name):
             page_count(tmp_path / name)
+    for name in ("a\0.pdf", "\ud800.pdf"):
+        with pytest.raises(MediaError, match="can't be read"):
+            page_count(name)

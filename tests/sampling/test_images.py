@@ -1,5 +1,6 @@
 """Sizes come from headers and agree with Pillow; pixels come within limits or not at all."""
 
+import contextlib
 import io
 import struct
 import time
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
 from eagle_sampling import Limits, MediaError, image_size, open_image, read_bytes
+from eagle_sampling.images import exists
 
 FORMATS = {
     "jpeg": ("JPEG", "RGB", {}),
@@ -72,6 +74,31 @@ def test_a_jpeg_whose_header_lies_behind_long_segments(tmp_path):
     path = tmp_path / "long.jpg"
     path.write_bytes(data)
     assert image_size(data) == image_size(path) == (21, 33)
+
+
+def test_sizes_of_what_decoders_put_up_with(tmp_path):
+    jpeg = encoded("jpeg", (33, 21), 6)
+    behind = 4 + struct.unpack_from(">H", jpeg, 4)[0]  # the first segment
+    assert jpeg[behind] == 0xFF
+    for strange in (b"\0\1\2", b"\xff\0", b"\xff\0\0\0\0", b"\xff" * 5000):
+        data = jpeg[:behind] + strange + jpeg[behind:]
+        assert open_image(data).size == (33, 21)
+        assert image_size(data) == (21, 33)
+    with pytest.raises(MediaError, match=r"no size in its header: no JPEG marker at byte 2"):
+        image_size(jpeg[:2] + jpeg[4:])
+
+
+@pytest.mark.parametrize("screen", [(0, 0), (10, 10), (50, 10), (64, 64)])
+def test_a_gif_is_as_large_as_its_first_picture(screen, tmp_path):
+    gif = encoded("gif", (37, 23))
+    at = gif.index(b",", 13 + (3 << (gif[10] & 7) + 1))
+    path = tmp_path / "image.gif"
+    for place in ((0, 0), (5, 3)):
+        for comment in (b"", b"!\xfe" + b"".join(b"\xff" + bytes(255) for _ in range(40)) + b"\0"):
+            data = gif[:6] + struct.pack("<HH", *screen) + gif[10:at] + comment + b"," + struct.pack("<HH", *place) + gif[at + 5 :]
+            path.write_bytes(data)
+            shown = max(screen[0], place[0] + 37), max(screen[1], place[1] + 23)
+            assert image_size(data) == image_size(path) == open_image(data).size == shown
 
 
 @settings(deadline=None, max_examples=300)
@@ -144,6 +171,40 @@ def test_missing_empty_and_foreign_files(tmp_path):
                 call(tmp_path / name)
     with pytest.raises(MediaError, match="lmdb_key"):
         open_image({"lmdb_file": "x"})
+
+
+@pytest.mark.parametrize(
+    "ref", ["a\0b.jpg", "\ud800.jpg", "iVBORw0KGgo" * 1000, {"lmdb_file": "\0", "lmdb_key": "a"}, {"lmdb_file": 5, "lmdb_key": "a"}]
+)
+def test_what_can_be_no_file(ref, tmp_path):
+    """Legal JSON, all of it; the errors can be printed and are no longer than a few lines."""
+    for call in (image_size, open_image, read_bytes):
+        for root in (None, tmp_path):
+            with pytest.raises(MediaError) as caught:
+                call(ref, root=root)
+            assert len(str(caught.value).encode()) < 1000
+    if isinstance(ref, str):
+        assert not exists(ref)
+
+
+def test_whatever_a_decoder_raises_is_a_media_error():
+    dds = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(dds, "DDS")
+    foreign = dds.getvalue()[:80] + b"\4\0\0\0WHAT" + dds.getvalue()[88:]  # NotImplementedError
+    tiff = bytearray(encoded("tiff", (20, 10)))
+    tiff[tiff.index(struct.pack("<H", 257))] = 0  # no height: TypeError
+    for data in (foreign, bytes(tiff)):
+        for call in (image_size, open_image):
+            with pytest.raises(MediaError, match="bytes>: "):
+                call(data)
+    if features.check("avif"):
+        avif = encoded("avif", (64, 48))
+        for at in range(200, len(avif) - 30, 29):
+            with contextlib.suppress(MediaError):  # libavif: RuntimeError here and there
+                open_image(avif[:at] + bytes(30) + avif[at + 30 :])
+    huge = struct.pack("<2sHHHQ", b"II", 43, 8, 0, (1 << 64) - 8)  # a BigTIFF directory beyond any file: no OverflowError
+    with pytest.raises(MediaError, match="no size in its header"):
+        image_size(huge)
 
 
 def test_draft_decodes_a_smaller_jpeg_that_still_suffices():

@@ -90,6 +90,13 @@ def test_transparent_colour():
     assert pixels(grey)[0].tolist() == [[255] * 3, [8] * 3]
 
 
+def test_transparent_grey_of_16_bits():
+    deep = np.array([[0, 699, 700, 65535]], np.uint16)
+    image = saved(Image.fromarray(deep), "PNG", transparency=700)
+    assert (image.mode, image.info["transparency"]) == ("I;16", 700)
+    assert pixels(image)[0].tolist() == [[0] * 3, [3] * 3, [255] * 3, [255] * 3]
+
+
 def test_one_bit():
     assert pixels(saved(Image.fromarray(np.array([[True, False]])), "PNG"))[0].tolist() == [[255] * 3, [0] * 3]
 

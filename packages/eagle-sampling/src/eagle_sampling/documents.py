@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
-from .images import _pillow
+from .images import _pillow, decoding, unreadable
 from .limits import DEFAULT_LIMITS, Limits, MediaError
 
 _pdfium_lock = threading.Lock()  # PDFium isn't thread-safe
@@ -26,7 +27,7 @@ def page_count(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
         with _pdfium_lock, _Pdf(name) as document:
             count = len(document)
     else:
-        with _pillow(name, name) as image:
+        with _pillow(name, name) as image, decoding(f"{name}: its pictures can't be counted"):
             count = getattr(image, "n_frames", 1)
     limits.check_frames(count, name)
     if count == 0:
@@ -40,8 +41,8 @@ def page_sizes(path: str | os.PathLike[str], *, dpi: float = 144.0, limits: Limi
     count = page_count(name, limits=limits)
     if _is_pdf(name):
         with _pdfium_lock, _Pdf(name) as document:
-            return [_pixels(document.get_page_size(i), dpi) for i in range(count)]
-    with _pillow(name, name) as image:
+            return [_pixels(document.get_page_size(i), dpi / 72) for i in range(count)]
+    with _pillow(name, name) as image, decoding(f"{name}: its pictures have no sizes"):
         return [page.size for page in ImageSequence.Iterator(image)]
 
 
@@ -69,9 +70,9 @@ def read_pages(
     images = []
     with _pdfium_lock, _Pdf(name) as document:
         for number in wanted:
-            width, height = document.get_page_size(number)
-            scale = size / max(width, height) if size is not None else dpi / 72
-            limits.check_size(max(round(width * scale), 1), max(round(height * scale), 1), f"{name}, page {number}")
+            points = document.get_page_size(number)
+            scale = dpi / 72 if size is None else _scale_to(size, max(points))
+            limits.check_size(*_pixels(points, scale), f"{name}, page {number}")
             images.append(document[number].render(scale=scale).to_pil().convert("RGB"))
     return images
 
@@ -80,39 +81,40 @@ def animation_times(path: str | os.PathLike[str]) -> NDArray[np.float64]:
     """Presentation times of an animated GIF's or WebP's pictures, float64 [n] seconds; the delay that browsers use for 0 (0.1 s)."""
     name = os.fspath(path)
     durations = []
-    with _pillow(name, name) as image:
-        try:
-            for page in ImageSequence.Iterator(image):
-                page.load()
-                durations.append(float(page.info.get("duration", 0)) or 100.0)
-        except (OSError, SyntaxError, EOFError, ValueError) as error:
-            raise MediaError(f"{name}: picture {len(durations)} can't be decoded: {error}") from error
+    with _pillow(name, name) as image, decoding(f"{name}: its pictures can't be decoded"):
+        for page in ImageSequence.Iterator(image):
+            page.load()
+            durations.append(float(page.info.get("duration", 0)) or 100.0)
     return np.cumsum([0.0, *durations[:-1]]) / 1000
 
 
 def _picture(name: str, page: int, limits: Limits) -> Image.Image:
-    with _pillow(name, name) as image:
-        try:
-            image.seek(page)
-            limits.check_size(*image.size, f"{name}, page {page}")
-            return image.copy()
-        except MediaError:
-            raise
-        except (OSError, SyntaxError, EOFError, ValueError) as error:
-            raise MediaError(f"{name}: page {page} can't be decoded: {error}") from error
+    with _pillow(name, name) as image, decoding(f"{name}: page {page} can't be decoded"):
+        image.seek(page)
+        limits.check_size(*image.size, f"{name}, page {page}")
+        return image.copy()
 
 
 def _is_pdf(name: str) -> bool:
     try:
         with open(name, "rb") as file:
             return b"%PDF-" in file.read(1024)
-    except OSError as error:
-        raise MediaError(f"{name}: can't be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise unreadable(name, error) from error
 
 
-def _pixels(points: tuple[float, float], dpi: float) -> tuple[int, int]:
+def _pixels(points: tuple[float, float], scale: float) -> tuple[int, int]:
+    """What a page of that many points has when drawn: pypdfium2 takes the ceiling."""
     width, height = points
-    return max(round(width * dpi / 72), 1), max(round(height * dpi / 72), 1)
+    return max(math.ceil(width * scale), 1), max(math.ceil(height * scale), 1)
+
+
+def _scale_to(size: int, points: float) -> float:
+    """The largest scale at which `points` are no more than `size` pixels: their quotient may give one more."""
+    scale = size / points
+    while math.ceil(points * scale) > size:
+        scale = math.nextafter(scale, 0)
+    return scale
 
 
 class _Pdf:

@@ -2,10 +2,12 @@
 
 `Reader` hands out bytes by offset, so that a file costs one read of 4 KiB unless its header lies further in.
 Formats: JPEG (ITU T.81, EXIF 2.3), PNG, GIF, BMP, WebP (RFC 9649), TIFF 6.0 and BigTIFF, AVIF/HEIF (ISO 23008-12).
+The parsers are strict: what a lenient decoder would still take is a HeaderError here, and the caller asks the decoder.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 
@@ -16,28 +18,37 @@ _BE32 = struct.Struct(">I").unpack_from
 _PNG_SIZE = struct.Struct(">II").unpack_from
 _JPEG_SOF = frozenset((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
 _MAX_SEGMENTS = 4096  # a JPEG with more marker segments before its frame header is an attack, not a photo
+_MAX_CHUNKS = 1 << 16  # of a PNG (its data may come in chunks of 8 KiB), or blocks of a GIF before its first picture
 _MAX_IFD_ENTRIES = 4096
 _MAX_BOXES = 1024
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 class HeaderError(Exception):
     """The bytes don't hold a size; the caller adds the file's name."""
 
 
-def parse_size(head: bytes, read: Reader) -> tuple[int, int] | None:
+def parse_size(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[int, int] | None:
     """(width, height) as displayed, or None when the format isn't one of those above.
 
-    `head`: the first bytes of the file (4 KiB, or all of a shorter one). Raises HeaderError when the header is damaged.
+    `head`: the first bytes of the file (4 KiB, or all of a shorter one). Raises HeaderError when the header is damaged or says 0.
     """
+    size = _parse(head, read, file_size)
+    if size is not None and (size[0] <= 0 or size[1] <= 0):
+        raise HeaderError(f"it says {size[0]} x {size[1]} pixels")
+    return size
+
+
+def _parse(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[int, int] | None:
     try:
         if head[:2] == b"\xff\xd8":
             return _jpeg(head, read)
         if head[:8] == b"\x89PNG\r\n\x1a\n":
-            return _png(head, read)
+            return _png(head, read, file_size)
         if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
             return _webp(head, read)
         if head[:6] in (b"GIF89a", b"GIF87a"):
-            return struct.unpack_from("<HH", head, 6)
+            return _gif(head, read)
         if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return _tiff(read)
         if head[:2] == b"BM":
@@ -46,12 +57,14 @@ def parse_size(head: bytes, read: Reader) -> tuple[int, int] | None:
             return _avif(head, read)
     except (struct.error, IndexError) as error:
         raise HeaderError("the file ends inside its header") from error
+    except (OverflowError, ValueError) as error:
+        raise HeaderError("it points outside of any file") from error
     return None
 
 
 def _jpeg(head: bytes, read: Reader) -> tuple[int, int]:
     base, data = 0, head  # `data` is the window of the file that begins at `base`
-    position, swapped = 2, False
+    position, orientation = 2, 0  # 0: no EXIF block yet; further ones only continue the first
     for _ in range(_MAX_SEGMENTS):
         at = position - base
         if at + 10 > len(data):
@@ -67,7 +80,9 @@ def _jpeg(head: bytes, read: Reader) -> tuple[int, int]:
             continue
         if marker in _JPEG_SOF:
             height, width = _BE16(data, at + 5)[0], _BE16(data, at + 7)[0]
-            return (height, width) if swapped else (width, height)
+            return (height, width) if orientation >= 5 else (width, height)
+        if marker < 0xC0 and marker != 0x01:
+            raise HeaderError(f"no JPEG marker at byte {position}")
         if marker == 0x01 or 0xD0 <= marker <= 0xD8:
             position += 2
             continue
@@ -76,53 +91,104 @@ def _jpeg(head: bytes, read: Reader) -> tuple[int, int]:
         length = _BE16(data, at + 2)[0]
         if length < 2:
             raise HeaderError(f"the JPEG segment at byte {position} has an impossible length")
-        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+        if marker == 0xE1 and not orientation and data[at + 4 : at + 10] == b"Exif\0\0":
             start = position + 10
             if at + 2 + length <= len(data):
                 exif = data[at + 10 : at + 2 + length]
             else:
                 exif = read(start, length - 8)
-            swapped = exif_swaps_axes(exif)
+            orientation = exif_orientation(exif)
         position += 2 + length
     raise HeaderError(f"more than {_MAX_SEGMENTS} JPEG segments before the frame header")
 
 
-def exif_swaps_axes(exif: bytes) -> bool:
-    """True when the TIFF block of an EXIF header holds an orientation (5-8) that exchanges width and height."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
-    if order is None or len(exif) < 14:
-        return False
-    (start,) = struct.unpack_from(order + "I", exif, 4)
-    if start + 2 > len(exif):
-        return False
-    (count,) = struct.unpack_from(order + "H", exif, start)
-    tag = b"\x12\x01" if order == "<" else b"\x01\x12"
-    entries = exif[start + 2 : start + 2 + 12 * count]
-    at = entries.find(tag)
-    while at >= 0 and at % 12:
-        at = entries.find(tag, at + 1)
-    if at < 0 or at + 10 > len(entries):
-        return False
-    return 5 <= struct.unpack_from(order + "H", entries, at + 8)[0] <= 8
+def exif_orientation(exif: bytes) -> int:
+    """The orientation (1-8) that an EXIF block states, with or without its prefix; 1 when it states none.
+
+    Tag 274 of the first directory, one value of type SHORT (as EXIF says) or LONG (as some write). `eagle_tiling.load_rgb` reads it with
+    the same few lines, so that the size planned for is that of the picture cut; `tests/system` compares the two byte by byte.
+    """
+    exif = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
+    if exif[:4] == b"II*\0":
+        order, short, long = "little", b"\x12\1\3\0\1\0\0\0", b"\x12\1\4\0\1\0\0\0"
+    elif exif[:4] == b"MM\0*":
+        order, short, long = "big", b"\1\x12\0\3\0\0\0\1", b"\1\x12\0\4\0\0\0\1"
+    else:
+        return 1
+    first = int.from_bytes(exif[4:8], order) + 2
+    stop = first + 12 * int.from_bytes(exif[first - 2 : first], order)
+    for entry, size in ((short, 2), (long, 4)):
+        at = exif.find(entry, first, stop)
+        while at >= 0 and (at - first) % 12:
+            at = exif.find(entry, at + 1, stop)
+        if at >= 0:
+            value = int.from_bytes(exif[at + 8 : at + 8 + size], order)
+            return value if 1 <= value <= 8 else 1
+    return 1
 
 
-def _png(head: bytes, read: Reader) -> tuple[int, int]:
+def _png(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[int, int]:
     if head[12:16] != b"IHDR":
         raise HeaderError("the PNG doesn't begin with IHDR")
     width, height = _PNG_SIZE(head, 16)
     position, data, base = 33, head, 0
-    for _ in range(64):  # an eXIf chunk may stand anywhere before the image data
-        if position + 8 - base > len(data):
-            base, data = position, read(position, 64)
-        if len(data) < position + 8 - base:
-            break
-        (length,), kind = _BE32(data, position - base), data[position - base + 4 : position - base + 8]
+    in_data = False
+    for _ in range(_MAX_CHUNKS):  # an eXIf chunk may stand before the image data or behind it
+        at = position - base
+        if at + 8 > len(data):
+            base, data, at = position, read(position, 64), 0
+            if len(data) < 8:
+                break
+        (length,), kind = _BE32(data, at), data[at + 4 : at + 8]
         if kind == b"eXIf" and length < 1 << 20:
-            return (height, width) if exif_swaps_axes(read(position + 8, length)) else (width, height)
-        if kind in (b"IDAT", b"IEND"):
+            return (height, width) if exif_orientation(read(position + 8, length)) >= 5 else (width, height)
+        if kind == b"IEND" or (kind == b"fcTL" and in_data):  # fcTL: the next picture of an animation
             break
-        position += 12 + length
+        if kind == b"IDAT" and not in_data and at + 20 + length > len(data):
+            position = _behind_idats(position, 12 + length, read, file_size())
+        else:
+            position += 12 + length
+        in_data = in_data or kind == b"IDAT"
     return width, height
+
+
+def _behind_idats(position: int, step: int, read: Reader, file_size: int) -> int:
+    """Where the chunk behind the last IDAT begins, or behind an earlier one; `position` and `step` are the first one's place and size.
+
+    Encoders write all IDATs of one size but the last, so that one is found without visiting the others (a hundred in 1 MB of libpng's).
+    """
+    last = position + (file_size - 8 - position) // step * step
+    for target in (last, last - step):
+        if target > position:
+            found = read(target, 8)
+            if found[4:] == b"IDAT" and (size := 12 + _BE32(found, 0)[0]) <= step:
+                return target + size
+    return position + step
+
+
+def _gif(head: bytes, read: Reader) -> tuple[int, int]:
+    """The logical screen, or what the first picture needs where that is larger, as decoders show it."""
+
+    width, height, flags = struct.unpack_from("<HHB", head, 6)
+    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    data, base, inside = head, 0, False  # inside: `position` is at a sub-block of an extension
+    for _ in range(_MAX_CHUNKS):
+        at = position - base
+        if at + 10 > len(data):
+            base, data, at = position, read(position, 4096), 0
+        kind = data[at]
+        if inside:
+            position += 1 + kind
+            inside = kind > 0
+        elif kind == 0x21:
+            position += 2
+            inside = True
+        elif kind == 0x2C:
+            left, top, columns, rows = struct.unpack_from("<HHHH", data, at + 1)
+            return max(width, left + columns), max(height, top + rows)
+        else:
+            break
+    raise HeaderError(f"the GIF has no picture at byte {position}")
 
 
 def _webp(head: bytes, read: Reader) -> tuple[int, int]:
@@ -148,9 +214,7 @@ def _webp(head: bytes, read: Reader) -> tuple[int, int]:
             break
         size = int.from_bytes(chunk[4:], "little")
         if chunk[:4] == b"EXIF":
-            exif = read(position + 8, min(size, 1 << 16))
-            exif = exif[6:] if exif[:6] == b"Exif\0\0" else exif
-            return (height, width) if exif_swaps_axes(exif) else (width, height)
+            return (height, width) if exif_orientation(read(position + 8, min(size, 1 << 16))) >= 5 else (width, height)
         position += 8 + size + (size & 1)
     return width, height
 
@@ -173,16 +237,22 @@ def _tiff(read: Reader) -> tuple[int, int]:
         raise HeaderError(f"the TIFF directory claims {count} entries")
     step = 20 if big else 12
     entries = read(start + (8 if big else 2), count * step)
-    found = {256: 0, 257: 0, 274: 1}
+    found = {256: 0, 257: 0, 274: 0}
+    xmp = b""
     for at in range(0, len(entries) - step + 1, step):
-        tag, kind = struct.unpack_from(order + "HH", entries, at)
+        tag, kind, number = struct.unpack_from(order + ("HHQ" if big else "HHI"), entries, at)
         if tag in found:
-            form = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)
-            if form is None:
-                raise HeaderError(f"TIFF tag {tag} has the type {kind}")
-            (found[tag],) = struct.unpack_from(order + form, entries, at + (12 if big else 8))
+            form = {3: "H", 4: "I", 16: "Q"}.get(kind)
+            if form is None or number != 1:
+                raise HeaderError(f"TIFF tag {tag} has the type {kind} and {number} values")
+            (found[tag],) = struct.unpack_from(order + form, entries, at + step - (8 if big else 4))
+        elif tag == 700 and not found[274]:
+            (offset,) = struct.unpack_from(order + ("Q" if big else "I"), entries, at + step - (8 if big else 4))
+            xmp = read(offset, min(number, 1 << 20))
     if not found[256] or not found[257]:
         raise HeaderError("the TIFF directory lacks the image's size")
+    if not found[274] and (stated := _XMP_ORIENTATION.search(xmp)):
+        found[274] = int(stated[1])  # Pillow turns a TIFF by it while decoding, and nobody after it can tell
     return (found[257], found[256]) if 5 <= found[274] <= 8 else (found[256], found[257])
 
 

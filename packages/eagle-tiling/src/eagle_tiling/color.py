@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -22,6 +20,9 @@ _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 def load_rgb(image: Image.Image) -> Image.Image:
     """`image` as upright RGB: EXIF orientation applied, transparency composited on white, every mode brought to 8 bits.
 
+    The orientation is that of the EXIF block in the format's own place (`image.info["exif"]`), as in browsers. XMP's, and one kept as
+    text in a PNG, don't count: few programs follow them, and planners that read headers only never see them.
+
     16-bit grey is scaled (not clipped) to 8 bits. Modes `I` and `F` say nothing about their range, so their values decide: within
     0..255 they are taken as they are (`F` within 0..1 as fractions of white), within 0..65535 as 16 bits, and anything else is
     stretched from its least to its greatest value. An image that is upright RGB already is returned itself, not a copy.
@@ -36,7 +37,7 @@ def load_rgb(image: Image.Image) -> Image.Image:
     if image.width < 1 or image.height < 1:
         raise ValueError(f"image is {image.width} x {image.height} pixels: both sides must be at least 1")
     image.load()  # before the orientation is read: a TIFF applies it while loading and then has none
-    turn = _TURN.get(_orientation(image))
+    turn = _TURN.get(exif_orientation(image.info.get("exif", b"")))
     rgb = _to_rgb(image)
     if turn is not None:
         rgb = rgb.transpose(turn)
@@ -44,11 +45,29 @@ def load_rgb(image: Image.Image) -> Image.Image:
     return rgb
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        return 1  # a damaged EXIF block says nothing about the picture, whose pixels may be fine
+def exif_orientation(exif: bytes) -> int:
+    """The orientation (1-8) that an EXIF block states, with or without its prefix; 1 when it states none.
+
+    Tag 274 of the first directory, one value of type SHORT (as EXIF says) or LONG (as some write). `eagle_sampling.image_size` reads it
+    with the same few lines, so that the size planned for is that of the picture cut; `tests/system` compares the two byte by byte.
+    """
+    exif = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
+    if exif[:4] == b"II*\0":
+        order, short, long = "little", b"\x12\1\3\0\1\0\0\0", b"\x12\1\4\0\1\0\0\0"
+    elif exif[:4] == b"MM\0*":
+        order, short, long = "big", b"\1\x12\0\3\0\0\0\1", b"\1\x12\0\4\0\0\0\1"
+    else:
+        return 1
+    first = int.from_bytes(exif[4:8], order) + 2
+    stop = first + 12 * int.from_bytes(exif[first - 2 : first], order)
+    for entry, size in ((short, 2), (long, 4)):
+        at = exif.find(entry, first, stop)
+        while at >= 0 and (at - first) % 12:
+            at = exif.find(entry, at + 1, stop)
+        if at >= 0:
+            value = int.from_bytes(exif[at + 8 : at + 8 + size], order)
+            return value if 1 <= value <= 8 else 1
+    return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -79,7 +98,8 @@ def _to_grey(image: Image.Image) -> np.ndarray:
     """Modes I;16*, I and F -> uint8 [H, W]."""
     values = np.asarray(image)
     if image.mode.startswith("I;16"):
-        return scale_16_bit(values)
+        clear = image.info.get("transparency")  # a PNG's one transparent grey, of 16 bits
+        return scale_16_bit(values if clear is None else np.where(values == clear, 65535, values))
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     if image.mode == "F" and low >= 0 and high <= 1:
