@@ -98,14 +98,21 @@ def test_nothing_labelled_is_zero_with_zero_gradients(device, num_kept):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_known_count_gives_the_same_and_a_wrong_one_is_nan(device):
+@pytest.mark.parametrize("choice", ["triton", "torch"])
+def test_known_count_gives_the_same_and_a_wrong_one_is_nan(device, choice):
     inputs = example(device, 25, 8, 30)
     kept = int((inputs["labels"] >= 0).sum())
-    with use_implementation("triton"):
+    for name in BOTH:
+        inputs[name].requires_grad_()
+    with use_implementation(choice):
         expected = linear_cross_entropy(**inputs)
         assert torch.equal(linear_cross_entropy(**inputs, num_kept=kept), expected)
-        assert linear_cross_entropy(**inputs, num_kept=kept - 1).isnan()
-        assert linear_cross_entropy(**inputs, num_kept=kept + 1).isnan()
+        for wrong in (0, kept - 1, kept + 1):
+            for denominator in (None, torch.tensor(5.0, device=device)):
+                loss = linear_cross_entropy(**inputs, num_kept=wrong, denominator=denominator)
+                assert loss.isnan()
+                # No step can be made of it by someone who doesn't look at the loss.
+                assert torch.autograd.grad(loss, inputs["weight"])[0].isnan().all()
         with pytest.raises(ValueError, match=f"num_kept is {kept + 1}, but {kept}"):
             linear_cross_entropy(**inputs, num_kept=kept + 1, validate=True)
 

@@ -7,6 +7,7 @@ import pytest
 from eagle_kernels import DecoderShape, VisionShape, plan_memory
 
 QWEN = DecoderShape(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064)
+SIGLIP = VisionShape(width=1152, intermediate=4304, layers=27, patches=120 * 1024)
 GIB = 1 << 30
 
 
@@ -62,14 +63,30 @@ def test_text_names_the_parts():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [({"tokens": 0}, "tokens is 0"), ({"mlp_rows": 0}, "mlp_rows is 0"), ({"labelled": 9}, "labelled")]
+    ("change", "says"),
+    [
+        ({"tokens": 0}, "tokens is 0"),
+        ({"mlp_rows": 0}, "mlp_rows is 0"),
+        ({"labelled": 9}, "labelled"),
+        ({"gpu_states": -3}, "gpu_states is -3, expected 0 or more"),
+        ({"weight_bytes": 0}, "weight_bytes is 0, expected 1 or more"),
+        ({"compute_bytes": 0}, "compute_bytes is 0"),
+        ({"optimizer_bytes": -8}, "optimizer_bytes is -8"),
+        ({"decoder": dataclasses.replace(QWEN, vocab=0)}, "decoder.vocab is 0"),
+        ({"decoder": dataclasses.replace(QWEN, hidden=-64)}, "decoder.hidden is -64"),
+        ({"vision": dataclasses.replace(SIGLIP, merge=0)}, "vision.merge is 0"),
+        ({"vision": dataclasses.replace(SIGLIP, patches=-1)}, "vision.patches is -1, expected 0 or more"),
+    ],
 )
 def test_bad_input(change, says):
     with pytest.raises(ValueError, match=says):
-        plan_memory(QWEN, **({"tokens": 8} | change))
+        plan_memory(**({"decoder": QWEN, "tokens": 8} | change))
 
 
-SIGLIP = VisionShape(width=1152, intermediate=4304, layers=27, patches=120 * 1024)
+def test_a_step_without_pictures_has_no_patches():
+    assert plan_memory(QWEN, 8, vision=dataclasses.replace(SIGLIP, patches=0)).gpu < plan_memory(QWEN, 8, vision=SIGLIP).gpu
+
+
 TRAINER = {"weight_bytes": 4, "gradient_bytes": 4, "optimizer_bytes": 8, "compute_bytes": 2}
 
 

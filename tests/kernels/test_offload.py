@@ -2,6 +2,7 @@
 
 import functools
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,14 +130,26 @@ def test_without_an_engine_it_is_a_checkpoint():
     assert layer.calls == 3
 
 
-def test_an_argument_modified_in_place_is_an_error():
+@pytest.mark.parametrize("rows", [ROWS, 70], ids=["2 MiB", "70 KiB"])
+@pytest.mark.parametrize("leaf", [False, True])
+def test_an_argument_modified_in_place_is_an_error(rows, leaf):
     engine = OffloadEngine(10 * STATE, device="cpu")
     (layer,) = layers("cpu", 1)
-    x = torch.randn(ROWS, WIDTH, requires_grad=True)
-    hidden = x * 1
+    x = nn.Parameter(torch.randn(rows, WIDTH))
+    hidden = x if leaf else x * 1
     out = offload_checkpoint(layer, hidden, engine=engine)
     with torch.no_grad():
         hidden.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [ROWS, 70], ids=["2 MiB", "70 KiB"])
+def test_a_kept_output_modified_in_place_is_an_error(rows):
+    """Recomputation would take the changed one for what the operator gave."""
+    engine = OffloadEngine(10 * STATE, device="cpu", keep_operators=["aten::tanh"])
+    x = torch.randn(rows, WIDTH, requires_grad=True)
+    out = engine.checkpoint(lambda x: x.tanh().mul_(2).sin(), x)
     with pytest.raises(RuntimeError, match="modified in place"):
         out.sum().backward()
 
@@ -159,6 +172,41 @@ def test_the_arena_has_the_size_it_was_asked_for():
     assert arena.capacity == -(-1_100_000 // ALIGNMENT) * ALIGNMENT
     available = available_host_bytes()
     assert available is None or available > 0
+
+
+def system(root: Path, group: str, files: dict[str, str], free: int = 900) -> Path:
+    """What the kernel says: `free` KiB in all, and the control groups' files by their folder."""
+    files = {"proc/meminfo": f"MemTotal: 1000 kB\nMemAvailable: {free} kB\n", "proc/self/cgroup": group} | {
+        f"sys/fs/cgroup/{name}": text for name, text in files.items()
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+STAT = "anon 100000\nfile 400000\nshmem 50000\ninactive_file 300000\nactive_file 40000\nslab_reclaimable 10000\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        ("0::/\n", {"memory.max": "max\n", "memory.current": "500000\n"}, 900 * 1024),
+        ("0::/\n", {"memory.max": "600000\n", "memory.current": "500000\n"}, 100_000),
+        # Pages of files that were read are given up when someone needs the memory; shared memory is not.
+        ("0::/\n", {"memory.max": "600000\n", "memory.current": "500000\n", "memory.stat": STAT}, 450_000),
+        # The process's own group, and each above it.
+        ("1:name=systemd:/x\n0::/a/b\n", {"a/b/memory.max": "600000\n", "a/b/memory.current": "500000\n"}, 100_000),
+        ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "600000\n", "a/memory.current": "500000\n"}, 100_000),
+        # A path from outside this container, which sees only its own group, at the root.
+        ("0::/../../kubepods/pod\n", {"memory.max": "600000\n", "memory.current": "500000\n"}, 100_000),
+        ("0::/kubepods/pod\n", {"memory.max": "600000\n", "memory.current": "500000\n"}, 100_000),
+        ("4:memory:/x\n", {}, 900 * 1024),
+        ("0::/\n", {"memory.max": "600000\n", "memory.current": "700000\n"}, 0),
+    ],
+)  # fmt: skip
+def test_available_memory_is_what_the_group_can_still_get(tmp_path, group, files, expected):
+    assert available_host_bytes(system(tmp_path, group, files)) == expected
 
 
 @settings(deadline=None, max_examples=40)

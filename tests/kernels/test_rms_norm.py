@@ -93,6 +93,23 @@ def test_bad_input(change, error, says):
         rms_norm(**({"x": torch.ones(4, 8), "weight": torch.ones(8)} | change))
 
 
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
+def test_under_autocast_x_follows_the_residual(residual):
+    """There a projection gives bfloat16 whatever the residual stream is in."""
+    r, weight = torch.randn(4, 8).to(residual), torch.ones(8)
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        projected = x @ torch.eye(8)
+        assert projected.dtype == torch.bfloat16
+        found = add_rms_norm(r, projected, weight)
+        found[0].sum().backward()
+    expected = add_rms_norm(r, projected.detach().to(residual), weight)
+    assert all(torch.equal(a, b) and a.dtype == residual for a, b in zip(found, expected))
+    assert x.grad is not None
+    with pytest.raises(TypeError, match=r"residual is torch\.float32"):
+        add_rms_norm(r.float(), projected, weight)
+
+
 def test_residual_of_another_shape():
     with pytest.raises(ValueError, match="residual has shape"):
         add_rms_norm(torch.ones(4, 8), torch.ones(5, 8), torch.ones(8))

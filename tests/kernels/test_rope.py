@@ -34,6 +34,7 @@ def test_rope_is_as_exact_as_torch(device, assert_as_exact_as_torch):
 def test_angles_at_millions_of_tokens(device, relative_error):
     inputs = example(device, 64, 1, 1, 32, 1 << 40)
     inputs["positions"][:8] = torch.tensor([0, 1, 999_999, 1 << 20, (1 << 24) + 1, (1 << 31) + 1, (1 << 33) + 7, 1 << 40], device=device)
+    inputs["positions"][32:] = torch.randint(1 << 28, 1 << 29, (32,), device=device)
     with use_implementation("triton"):
         q, _ = rope(**inputs)
     # Angles of exactly these positions and frequencies, in Python's integers and float64.
@@ -44,6 +45,8 @@ def test_angles_at_millions_of_tokens(device, relative_error):
     expected = torch.cat((first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), dim=-1)
     near = inputs["positions"] < (1 << 34)
     assert relative_error(q[near, 0], expected[near]) < 1e-6
+    promised = inputs["positions"] < (1 << 29)  # there `expected` has exact angles: 24 bits of a frequency times 29 of a position fit
+    assert relative_error(q[promised, 0], expected[promised]) < 1e-7
     assert relative_error(q[:, 0], expected) < 2e-4  # at 2^40 a float64 angle itself is good to 1e-4 of a turn
 
 
@@ -69,6 +72,22 @@ def test_in_place_is_declared_and_equal(device):
         out = rope(*leaves, inputs["positions"], inputs["inv_freq"])
         (out[0].sum() + out[1].sum()).backward()
     assert all(torch.equal(a, leaf.grad) for a, leaf in zip(in_place, leaves))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("choice", ["triton", "torch"])
+def test_in_place_writes_over_its_arguments_on_every_path(device, choice, strided):
+    inputs = example(device, 19, 3, 1, 16, 1000)
+    places = {name: inputs[name].repeat_interleave(2, -1)[..., ::2] if strided else inputs[name].clone() for name in ("q", "k")}
+    leaf = inputs["q"].clone().requires_grad_()
+    with use_implementation(choice):
+        expected = rope(**inputs)
+        out = rope(**(inputs | places), inplace=True)
+        assert all(a.data_ptr() == place.data_ptr() for a, place in zip(out, places.values()))
+        assert all(torch.equal(place, b) for place, b in zip(places.values(), expected))
+        out = rope(leaf * 1.0, inputs["k"].clone(), inputs["positions"], inputs["inv_freq"], inplace=True)[0]
+        (found,) = torch.autograd.grad(out.square().sum(), leaf)
+    torch.testing.assert_close(found, 2 * inputs["q"])  # a rotation keeps lengths
 
 
 def test_packed_positions_restart():

@@ -17,17 +17,41 @@ ALIGNMENT = 4096
 GIB = 1 << 30
 
 
-def available_host_bytes() -> int | None:
-    """Memory that this process can still get: the kernel's estimate, cut by the control group's limit; None where neither can be read."""
+# What the kernel takes back from a control group that reaches its limit, by the names of memory.stat: pages of files, not shared memory.
+RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
+
+
+def available_host_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that this process can still get: the kernel's estimate, cut by the limits of its control group (version 2) and of those above
+    it, where the page cache counts as free; None where neither can be read. root: of the file system."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         found.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        found.append(int(limit) - used)
+    for group in _control_groups(root):
+        with contextlib.suppress(OSError, ValueError):  # no such group here, or no limit ("max")
+            limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+            found.append(max(0, limit - used + _reclaimable(group)))
     return min(found) if found else None
+
+
+def _control_groups(root: Path) -> list[Path]:
+    """Folders of this process's group and of those above it. The last is the root, which in a container is often the only one it sees."""
+    mount, path = root / "sys/fs/cgroup", "/"
+    with contextlib.suppress(OSError, StopIteration):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        path = next(line for line in lines if line.startswith("0::")).removeprefix("0::")
+    parts = [part for part in path.split("/") if part]
+    if ".." in parts:  # outside of this container
+        parts = []
+    return [mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _reclaimable(group: Path) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        pairs = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return sum(int(size) for name, size in pairs if name in RECLAIMABLE)
+    return 0
 
 
 def _unpin(address: int) -> None:

@@ -79,7 +79,11 @@ def _forward(
     elif kept > 0:
         divisor = count.float()
     if kept == 0:
-        return divisor.new_zeros(()), losses, count, dhidden.zero_(), dweight.zero_(), torch.ones_like(divisor)  # 0 / 0 is 0 here
+        divisor = torch.ones_like(divisor)  # 0 / 0 is 0 here
+    if num_kept >= 0:
+        divisor = torch.where(count == num_kept, divisor, torch.nan)  # a wrong count is loud without waiting for the device
+    if kept == 0:
+        return divisor * 0, losses, count, dhidden.zero_(), dweight.zero_(), divisor
 
     # float16 would lose gradients divided by a large denominator: there the division of hidden's gradient, too, waits for backward.
     divide = None if hidden.dtype == torch.float16 else divisor
@@ -100,10 +104,7 @@ def _forward(
             product = product_in_float32(chunk, weight)
             launch_rows(product, index, divide, dhidden if index is not None else dhidden[start:stop])
             del product
-    loss = weighted.sum() / divisor
-    if num_kept >= 0:
-        loss = torch.where(count == num_kept, loss, torch.nan)  # a wrong count is loud without waiting for the device
-    return loss, losses, count, dhidden, dweight, divisor
+    return weighted.sum() / divisor, losses, count, dhidden, dweight, divisor
 
 
 def _forward_fake(hidden, weight, labels, token_weights, denominator, smoothing, z_loss, ignore_index, num_kept, need_hidden, need_weight):
@@ -217,7 +218,7 @@ def linear_cross_entropy(
     (default: the sum over the kept rows of this call, a local figure, for convenience).
     With smoothing e and z: `l = (1-e)(lse - x_y) + e(lse - mean(x)) + z lse^2`.
     Rows whose label is `ignore_index` or whose weight is 0 are left out before the matmul. num_kept: how many rows remain; given, nothing
-    waits for the device (and a wrong number makes the loss NaN). validate: check labels, count and denominator, which waits.
+    waits for the device (and a wrong number makes the loss and its gradients NaN). validate: check labels, count, denominator, which waits.
     Returns the loss (0-dim float32), or with return_details a `LinearCrossEntropyResult`.
 
     The weight gradient is accumulated in float32 and returned as `weight.grad_dtype` (float32 on a bf16 parameter
@@ -239,7 +240,7 @@ def linear_cross_entropy(
         else:
             result = reference.linear_cross_entropy(
                 hidden, weight.to(hidden.dtype), labels, token_weights=token_weights, denominator=denominator,
-                label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index,
+                label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, num_kept=num_kept,
             )  # fmt: skip
     result = LinearCrossEntropyResult(*result)
     return result if return_details else result.loss

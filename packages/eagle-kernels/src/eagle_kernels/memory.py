@@ -6,11 +6,12 @@ backward, a layer of the tower, or FSDP's reduction of what is in no layer. Whic
 gradients appear, so the first and the last layer are compared.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from eagle_kernels.linear_cross_entropy import chunk_rows
 
 GIB = 1 << 30
+MAY_BE_ZERO = ("gradient_bytes", "optimizer_bytes", "gpu_states", "vision.patches")
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,17 @@ def plan_memory(
     with them. mlp_rows: `rows` of `swiglu_mlp`. labelled: rows with a label (default: all).
     shards: FSDP ranks over which weights, gradients and optimiser are divided.
     Counts what torch allocates, not the CUDA context (0.5 GiB) or libraries' workspaces.
-    Raises ValueError for sizes below 1.
+    Raises ValueError for sizes below 1; those of which a step may have none (patches, bytes of an optimiser or a gradient, labels,
+    gpu_states) may be 0.
     """
-    for name, value in (("tokens", tokens), ("shards", shards), ("mlp_rows", 1 if mlp_rows is None else mlp_rows)):
-        if value < 1:
-            raise ValueError(f"plan_memory: {name} is {value}, expected 1 or more")
+    sizes = {"tokens": tokens, "shards": shards, "mlp_rows": mlp_rows, "weight_bytes": weight_bytes, "compute_bytes": compute_bytes}
+    sizes |= {"activation_bytes": activation_bytes, "gradient_bytes": gradient_bytes, "optimizer_bytes": optimizer_bytes}
+    sizes |= {"gpu_states": gpu_states} | {f"decoder.{name}": size for name, size in asdict(decoder).items() if name != "tied"}
+    sizes |= {f"vision.{name}": size for name, size in (asdict(vision) if vision else {}).items() if name != "frozen"}
+    for name, size in sizes.items():
+        least = 0 if name in MAY_BE_ZERO else 1
+        if size is not None and size < least:
+            raise ValueError(f"plan_memory: {name} is {size}, expected {least} or more")
     labelled = tokens if labelled is None else labelled
     if not 0 <= labelled <= tokens:
         raise ValueError(f"plan_memory: labelled is {labelled}, expected 0 to {tokens}, the tokens")

@@ -52,6 +52,23 @@ class _Group:
         return [stored for reference in self.references if (stored := reference()) is not None]
 
 
+def _unchanged(value: Tensor, version: int) -> Tensor:
+    """A value that never left. Raises RuntimeError if something wrote over it since: autograd doesn't look behind hooks."""
+    if value._version != version:
+        raise RuntimeError(
+            f"OffloadEngine: a checkpoint's argument (or a kept operator's output) of shape {tuple(value.shape)} was modified in place "
+            "after the call; its recomputation would give other values. Modify a copy instead"
+        )
+    return value
+
+
+class _Resident:
+    """One tensor that stays where it is: a small one, a parameter, or one of another device."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.version = value, value._version
+
+
 class _Stored:
     """One tensor: on the GPU (`value`), on the host (`offset`), or on its way back (`fetched`)."""
 
@@ -77,16 +94,6 @@ class _Stored:
         self.counted = False  # within the engine's gpu_bytes
         group.references.append(weakref.ref(self))
 
-    def resident(self) -> Tensor:
-        """The value that never left. Raises RuntimeError if something wrote over it since."""
-        assert self.value is not None
-        if self.value._version != self.version:
-            raise RuntimeError(
-                f"OffloadEngine: a checkpoint's argument of shape {tuple(self.shape)} was modified in place after the call; "
-                "its recomputation would give other values. Modify a copy instead"
-            )
-        return self.value
-
     def __del__(self) -> None:
         self.engine._forget(self)
 
@@ -109,10 +116,17 @@ class _Keep(TorchDispatchMode):
         if self.replay:
             out = self.outputs[self.position]
             self.position += 1
-            return tree_map_only(_Stored, self.engine._fetch, out)
+            return tree_map_only((_Stored, _Resident), self.engine._unpack, out)
         out = func(*args, **(kwargs or {}))
-        self.outputs.append(tree_map_only(Tensor, lambda tensor: self.engine._store(tensor.detach(), self.group), out))
+        self.outputs.append(tree_map_only(Tensor, lambda tensor: self.engine._store(_detached(tensor), self.group), out))
         return out
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """`tensor.detach()` that knows of in-place changes: below autograd, where a dispatch mode is, views count their own (torch's selective
+    checkpointing does the same)."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
 
 
 class OffloadEngine:
@@ -180,16 +194,16 @@ class OffloadEngine:
             torch.cuda.current_stream(self.device).wait_event(event)
         self._leaving.clear()
 
-    def _pack(self, tensor: Tensor, group: _Group) -> Any:
+    def _pack(self, tensor: Tensor, group: _Group) -> _Stored | _Resident:
         movable = tensor.device.type == self.device.type and not isinstance(tensor, torch.nn.Parameter)
-        return self._store(tensor, group) if movable else tensor
+        return self._store(tensor, group) if movable else _Resident(tensor)
 
-    def _unpack(self, packed: Any) -> Tensor:
-        return self._fetch(packed) if isinstance(packed, _Stored) else packed
+    def _unpack(self, packed: _Stored | _Resident) -> Tensor:
+        return self._fetch(packed) if isinstance(packed, _Stored) else _unchanged(packed.value, packed.version)
 
-    def _store(self, tensor: Tensor, group: _Group) -> Any:
+    def _store(self, tensor: Tensor, group: _Group) -> _Stored | _Resident:
         if tensor.nbytes < SMALLEST_BYTES:
-            return tensor
+            return _Resident(tensor)
         stored = _Stored(self, tensor, group)
         if self.gpu_used + tensor.nbytes <= self.gpu_bytes:
             self.gpu_used += tensor.nbytes
@@ -200,7 +214,7 @@ class OffloadEngine:
         """Start the copy to the host; the tensor's memory is given back when the next group begins."""
         if stored.value is None or stored.counted:
             return
-        value, offset = stored.resident(), self.arena.take(stored.nbytes)
+        value, offset = _unchanged(stored.value, stored.version), self.arena.take(stored.nbytes)
         host = self.arena.view(offset, stored.shape.numel(), stored.dtype)
         value = value.as_strided((value.numel(),), (1,))
         if self._out is not None and self._in is not None:
@@ -242,7 +256,7 @@ class OffloadEngine:
                 if other.offset is not None and not other.announced:
                     self._bring(other)
         if stored.value is not None:
-            return stored.resident().detach()
+            return _unchanged(stored.value, stored.version).detach()
         assert stored.fetched is not None
         if stored.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(stored.arrived)

@@ -82,8 +82,10 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     ignore_index: int = -100,
+    num_kept: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`sum_i w_i l_i / denominator` over the rows whose label is not `ignore_index` and whose weight is not 0.
+    """`sum_i w_i l_i / denominator` over the rows whose label is not `ignore_index` and whose weight is not 0; NaN where these are not
+    `num_kept`.
 
     hidden: [T, H], weight: [V, H], labels: [T] -> (loss 0-dim, token losses [T] detached, count of kept rows 0-dim int64).
     """
@@ -112,6 +114,8 @@ def linear_cross_entropy(
         loss = total
     else:
         loss = total / denominator.to(device=total.device, dtype=wide)
+    if num_kept is not None:
+        loss = loss * torch.where(keep.sum() == num_kept, 1.0, torch.nan)
     every = torch.zeros(labels.shape, dtype=wide, device=hidden.device)
     every[rows] = losses.detach()
     return loss, every, torch.tensor(count, dtype=torch.int64, device=hidden.device)

@@ -88,8 +88,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """`(rms_norm(total), total)` with `total = residual + x` (rounded to their dtype), in one pass. residual, x: [..., H], weight: [H].
 
-    Raises ValueError or TypeError on shapes, dtypes or devices that don't fit.
+    Under autocast x, which a projection made, is cast to the residual's dtype. Raises ValueError or TypeError on shapes, dtypes or devices
+    that don't fit.
     """
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x = x.to(residual.dtype)
     checks.rms_norm("add_rms_norm", x, weight, residual)
     weight_dtype, weight = gradient_dtype(weight), checks.gathered(weight)
     if use_triton("add_rms_norm", x) and 0 < x.shape[-1] <= MAX_WIDTH:
