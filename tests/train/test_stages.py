@@ -1,5 +1,7 @@
 """Stage plans: every row once, steps whole, ranks even, the same everywhere, resumable by index."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from eagle_train.config import Config, SamplingConfig, StageConfig, TilingConfig
 from eagle_train.data.facts import FactsSource
+from eagle_train.planning import stages
 from eagle_train.planning.packing import sample_costs
 from eagle_train.planning.stages import StageSchedule, draw_rows, pack_costs, plan_stage
 from eagle_train.planning.visual import ModelFacts
@@ -146,8 +149,47 @@ def test_schedule_counts_epochs_and_steps(make_facts):
 
 def test_nothing_that_fits_is_an_error(make_facts):
     facts = make_facts([{"text": 5000}])
-    with pytest.raises(ValueError, match=r"stage s: none of 1 rows .* \(1 do not fit 4096 tokens\)"):
+    with pytest.raises(ValueError, match=r"stage s: none of 1 rows .* \(1 do not fit 4096 tokens, 0 are never drawn\)"):
         plan_stage(facts, stage(), MODEL, **OPTIONS)
+
+
+def test_an_epoch_that_drew_nothing_is_skipped(make_facts):
+    facts = make_facts([{"text": 5000}, {"text": 100}], sources(a=(2, 1.0, 0.5)))
+    long = schedule(facts, steps=40, packs_per_step=1)
+    epochs = [long.locate(step)[0].epoch for step in range(40)]
+    assert sorted(set(epochs)) == epochs  # one step an epoch
+    assert 50 < epochs[-1] < 120  # about every other epoch draws the row that fits
+    empty = long.plan(next(epoch for epoch in range(epochs[-1]) if epoch not in epochs))
+    assert (empty.steps, empty.summary().rows_dropped) == (0, 1)
+    assert schedule(facts, epochs=30, packs_per_step=1).steps == sum(epoch < 30 for epoch in epochs)
+    name = next(name for name in "abcdefgh" if not plan_stage(facts, stage(name=name), MODEL, **OPTIONS).steps)
+    with pytest.raises(ValueError, match=f"stage {name}: none of 2 rows"):
+        schedule(facts, name=name)  # its only epoch drew nothing
+
+
+@pytest.mark.parametrize(("texts", "weight", "numbers"), [((5000, 100), 0.2, (0, 2)), ((5000, 6000), 0.5, (2, 0))])
+def test_what_no_epoch_draws_or_fits_is_an_error(make_facts, texts, weight, numbers):
+    facts = make_facts([{"text": text} for text in texts], sources(a=(2, 1.0, weight)))
+    with pytest.raises(ValueError, match=rf"none of 2 rows .*\({numbers[0]} do not fit 4096 tokens, {numbers[1]} are never drawn"):
+        schedule(facts, steps=3).locate(0)
+
+
+def test_threads_plan_an_epoch_once(make_facts, monkeypatch):
+    planned, running = [], []
+
+    def slow(*arguments, **options):
+        running.append(None)
+        assert len(running) == 1
+        time.sleep(0.01)
+        planned.append(options["epoch"])
+        running.pop()
+        return plan_stage(*arguments, **options)
+
+    monkeypatch.setattr(stages, "plan_stage", slow)
+    shared = schedule(make_facts([{"text": 3000}] * 4), steps=5, packs_per_step=2)
+    with ThreadPoolExecutor(4) as threads:
+        located = list(threads.map(shared.locate, [0, 1, 2, 3, 4, 4, 3]))
+    assert [(plan.epoch, step) for plan, step in located] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 0), (1, 1)]
 
 
 def test_fewer_samples_than_packs_leaves_empty_packs(make_facts):

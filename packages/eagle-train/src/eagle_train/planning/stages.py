@@ -9,6 +9,7 @@ the same cost at the same time. The last step is made whole by splitting packs; 
 can be split, are some packs of an epoch empty.
 """
 
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eagle_train.config import Config, SamplingConfig, StageConfig, TilingConfig
-from eagle_train.data.facts import Facts
+from eagle_train.data.facts import Facts, FactsSource
 from eagle_train.data.ledger import Entry
 
 from .packing import Packs, pack, sample_costs, shuffled
@@ -158,18 +159,15 @@ def plan_stage(
     """Plan one epoch of a stage.
 
     visual: the stage's visual plan when it is already known (it does not depend on the epoch); computed otherwise.
-    Raises ValueError when no row at all fits the stage.
+    An epoch that drew only rows that don't fit, by chance, has no steps. Raises ValueError when no epoch draws a row that fits the stage.
     """
     if visual is None:
         visual = plan_visual(facts, stage.max_tokens, model, sampling=sampling, tiling=tiling)
     drawn = draw_rows(facts, stage, seed, epoch)
     fits = visual.status[drawn] == 0
     rows, dropped = drawn[fits], np.unique(drawn[~fits])
-    if not len(rows):
-        raise ValueError(
-            f"stage {stage.name}: none of {len(facts)} rows can be used ({len(dropped)} do not fit {stage.max_tokens} tokens); "
-            "raise max_tokens, or look at the ledger and at the stage's sources"
-        )
+    if not len(rows) and not np.any(visual.status[drawable_rows(facts, stage, seed)] == 0):
+        raise nothing_to_train(facts, stage, visual, seed)
     mixed = (seed * 1_000_003 + epoch) * 1_000_003 + zlib.crc32(stage.name.encode())
     packs = pack(visual.tokens[rows], stage.max_tokens, seed=mixed)
     lengths = visual.tokens[rows]
@@ -178,19 +176,39 @@ def plan_stage(
     return StagePlan(stage, epoch, facts, model, sampling, tiling, visual, packs.offsets, rows[packs.items], dropped)
 
 
+def nothing_to_train(facts: Facts, stage: StageConfig, visual: VisualColumns, seed: int) -> ValueError:
+    """The error of a stage without a step."""
+    drawable = np.unique(drawable_rows(facts, stage, seed))
+    return ValueError(
+        f"stage {stage.name}: none of {len(facts)} rows can be used ({np.count_nonzero(visual.status[drawable])} do not fit "
+        f"{stage.max_tokens} tokens, {len(facts) - len(drawable)} are never drawn); raise max_tokens, or look at the ledger and at the "
+        "stage's sources, their repeat_time and weight"
+    )
+
+
 def draw_rows(facts: Facts, stage: StageConfig, seed: int, epoch: int) -> np.ndarray:
     """Rows that an epoch of the stage shows, int64 [S], in the facts' order, a row as often as it comes."""
     parts = [np.zeros(0, np.int64)]
-    for source in facts.sources:
-        weight = source.weight if stage.sources is None else stage.sources.get(source.name)
-        if weight is None or not source.rows:
-            continue
+    for source, weight, base in _sources_of(facts, stage, seed):
         name = zlib.crc32(source.name.encode())
-        rows = np.arange(source.rows, dtype=np.int64)
-        base = _times(rows, source.repeat_time, seed * 1_000_003 + name)
         shown = _times(base, weight, ((seed * 1_000_003 + name) * 1_000_003 + zlib.crc32(stage.name.encode())) * 1_000_003 + epoch)
         parts.append(np.sort(shown) + source.first)
     return np.concatenate(parts)
+
+
+def drawable_rows(facts: Facts, stage: StageConfig, seed: int) -> np.ndarray:
+    """Rows that some epoch of the stage shows, int64."""
+    shown = [base + source.first for source, weight, base in _sources_of(facts, stage, seed) if len(_times(base, weight, 0))]
+    return np.concatenate([np.zeros(0, np.int64), *shown])
+
+
+def _sources_of(facts: Facts, stage: StageConfig, seed: int) -> Iterator[tuple[FactsSource, float, np.ndarray]]:
+    """The stage's sources with their weights, and the rows that repeat_time makes of each, int64, counted within the source."""
+    for source in facts.sources:
+        weight = source.weight if stage.sources is None else stage.sources.get(source.name)
+        if weight is not None and source.rows:
+            rows = np.arange(source.rows, dtype=np.int64)
+            yield source, weight, _times(rows, source.repeat_time, seed * 1_000_003 + zlib.crc32(source.name.encode()))
 
 
 def _times(rows: np.ndarray, factor: float, seed: int) -> np.ndarray:
@@ -237,12 +255,16 @@ def order_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int, seed: in
 
 
 class StageSchedule:
-    """All epochs of a stage as one run of steps; plans of epochs are made when they are needed and the last two are kept."""
+    """All epochs of a stage as one run of steps; plans of epochs are made when they are needed and the last two are kept.
+
+    Threads may share it (the loader's asks ahead of the trainer's): one plans, and the others wait for it.
+    """
 
     def __init__(self, facts: Facts, config: Config, stage: StageConfig, model: ModelFacts) -> None:
         self.stage = stage
         self.facts, self._config, self._model = facts, config, model
         self.visual = plan_visual(facts, stage.max_tokens, model, sampling=config.sampling, tiling=config.tiling)
+        self._lock = threading.RLock()  # of the two below
         self._plans: dict[int, StagePlan] = {}
         self._ends: list[int] = []  # steps until the end of epoch e
         if stage.steps is not None:
@@ -251,35 +273,39 @@ class StageSchedule:
             epochs = stage.epochs if stage.epochs is not None else 1.0
             whole = int(epochs)
             self.steps = self._end(whole - 1) if whole else 0
-            if epochs > whole:
-                self.steps += max(1, round((epochs - whole) * self.plan(whole).steps))
+            if epochs > whole and (last := self.plan(whole).steps):
+                self.steps += max(1, round((epochs - whole) * last))
+        if not self.steps:
+            raise nothing_to_train(facts, stage, self.visual, config.run.seed)
 
     def plan(self, epoch: int) -> StagePlan:
         """The plan of one epoch."""
-        if epoch not in self._plans:
-            config = self._config
-            while len(self._plans) > 1:
-                del self._plans[next(iter(self._plans))]
-            self._plans[epoch] = plan_stage(
-                self.facts,
-                self.stage,
-                self._model,
-                sampling=config.sampling,
-                tiling=config.tiling,
-                seed=config.run.seed,
-                epoch=epoch,
-                visual=self.visual,
-            )
-        return self._plans[epoch]
+        with self._lock:
+            if epoch not in self._plans:
+                config = self._config
+                while len(self._plans) > 1:
+                    del self._plans[next(iter(self._plans))]
+                self._plans[epoch] = plan_stage(
+                    self.facts,
+                    self.stage,
+                    self._model,
+                    sampling=config.sampling,
+                    tiling=config.tiling,
+                    seed=config.run.seed,
+                    epoch=epoch,
+                    visual=self.visual,
+                )
+            return self._plans[epoch]
 
     def locate(self, step: int) -> tuple[StagePlan, int]:
         """The plan that step `step` (0-based, of the whole stage) belongs to, and the step within it."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} is not in 0 ... {self.steps - 1} of stage {self.stage.name}")
         epoch = 0
-        while step >= self._end(epoch):
-            epoch += 1
-        return self.plan(epoch), step - (self._end(epoch - 1) if epoch else 0)
+        with self._lock:
+            while step >= self._end(epoch):
+                epoch += 1
+            return self.plan(epoch), step - (self._end(epoch - 1) if epoch else 0)
 
     def _end(self, epoch: int) -> int:
         while len(self._ends) <= epoch:

@@ -6,7 +6,6 @@ read or does not fit counts as a wrong answer, so that the number of questions n
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter, defaultdict
@@ -24,7 +23,7 @@ from eagle_sampling import Limits, MediaError
 from eagle_train.config import Config
 from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.facts import Facts
-from eagle_train.data.sample import RowError, Sample
+from eagle_train.data.sample import RowError, Sample, normalise, parse_row
 from eagle_train.planning.visual import ModelFacts, SamplePlan, VisualColumns, plan_visual, sample_plan
 
 from .batch import Address, address_of, load_sample, tokenise
@@ -91,6 +90,11 @@ def question_text(content: str) -> str:
     return _PLACEHOLDER.sub(" ", content).strip()
 
 
+def last_question(messages: Sequence[dict[str, str]]) -> str:
+    """What the user said last, without placeholders."""
+    return next((question_text(message["content"]) for message in reversed(messages) if message["role"] == "user"), "")
+
+
 class Blind:
     """The best answers without looking: the most frequent training answer of each question text, else of all questions."""
 
@@ -109,21 +113,17 @@ class Blind:
 
 
 def training_pairs(facts: Facts) -> Iterator[tuple[str, str]]:
-    """(question, answer) of every assistant turn of the rows of the facts."""
+    """(question, answer) of every assistant turn of the rows of the facts, the question as `evaluate` asks it."""
+    columns = [facts.column(name) for name in ("line", "offset", "size")]
     for source in facts.sources:
         with open(source.annotation, "rb") as file:
             rows = slice(source.first, source.first + source.rows)
-            for offset, size in zip(facts.column("offset")[rows].tolist(), facts.column("size")[rows].tolist()):
+            for line, offset, size in zip(*(column[rows].tolist() for column in columns)):
                 file.seek(offset)
-                row = json.loads(file.read(size))
-                turns = row.get("conversations", row.get("messages")) or []
-                said = ""
-                for turn in turns:
-                    who, what = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-                    if who in ("gpt", "assistant"):
-                        yield said, str(what)
-                    else:
-                        said = question_text(str(what))
+                sample = normalise(parse_row(file.read(size)), source.name, root=source.root, line=line, system=facts.system)
+                for index, message in enumerate(sample.messages):
+                    if message["role"] == "assistant":
+                        yield last_question(sample.messages[:index]), message["content"]
 
 
 class _Question(NamedTuple):
@@ -179,11 +179,7 @@ def evaluate(
             texts = _generate(model, tokenizer, ready, config, world, described)
             for item, given in zip(ready, texts):
                 address = item.question.address
-                asked = (
-                    question_text(next((m["content"] for m in reversed(item.prompt.messages) if m["role"] == "user"), ""))
-                    if item.prompt
-                    else ""
-                )
+                asked = last_question(item.prompt.messages) if item.prompt else ""
                 answers[item.question.row] = Answer(
                     address.source, address.line, asked, item.expected, given, blind.answer(asked), item.problem
                 )
