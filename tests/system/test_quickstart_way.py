@@ -1,12 +1,15 @@
 """The quickstart's whole way in small: built, prepared, planned, trained in three stages, asked, exported, and continued."""
 
+import pytest
 import torch
 
 from eagle_model.eagle import EagleForConditionalGeneration
 from eagle_train.cli.tables import plan_table, score_table
+from eagle_train.config import ConfigError
 from eagle_train.quickstart.build import Size
 from eagle_train.quickstart.run import run_quickstart
 from eagle_train.training.checkpoint import whole
+from eagle_train.training.folder import remove_run
 from eagle_train.watching.metrics import Metrics
 
 SIZE = Size(images=40, positions=1, train_clips=6, test_clips=3, steps=(4, 3, 2))
@@ -59,3 +62,13 @@ def test_quickstart_in_small(tmp_path):
     # The same command again has nothing left to train, and gives the same answers.
     again = run_quickstart(tmp_path, ear, **options)
     assert again.answers == result.answers
+    assert [record["kind"] for record in Metrics(run / "metrics.jsonl")].count("final") == 1
+
+    # A fresh start removes a run, and nothing else.
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "config.yaml").write_text("mine: 1")
+    with pytest.raises(ConfigError, match="precious is not removed: it holds no run"):
+        run_quickstart(tmp_path, ear, fresh=True, **(options | {"overrides": ["run.name=precious"]}))
+    assert (tmp_path / "precious" / "config.yaml").read_text() == "mine: 1"
+    remove_run(run)
+    assert not run.exists()

@@ -79,6 +79,9 @@ def test_a_model_of_another_size_is_refused_with_the_folder(tmp_path, world):
         checkpoint.read(path, make(width=6)[0], None, world)
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         checkpoint.read(tmp_path, model, None, world)
+    (path / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(checkpoint.CheckpointError, match=r"s0-end: can't be read.*: a file in it ends too early\. .*remove that folder"):
+        checkpoint.read(path, model, None, world)
 
 
 def write_for_ever(folder):

@@ -5,10 +5,12 @@ import shutil
 import pytest
 import torch
 
+from eagle_train.data.prepare import prepare
 from eagle_train.training.chat import Chat
-from eagle_train.training.evaluate import Answer, Blind, Evaluation, normalised, question_text, training_pairs
+from eagle_train.training.evaluate import Answer, Blind, Evaluation, last_question, normalised, question_text, training_pairs
+from eagle_train.training.folder import open_run
 from eagle_train.training.parallel import start_world
-from eagle_train.training.run import ask, export, get_ready, open_run, train, write_answers
+from eagle_train.training.run import ask, export, get_ready, train, write_answers
 
 
 def test_normalised_forgives_case_spacing_and_outer_punctuation():
@@ -26,6 +28,21 @@ def test_blind_answers_are_the_most_frequent():
     blind = Blind(iter([("q", "a"), ("q", "b"), ("q", "b"), ("r", "c"), ("r", "c"), ("r", "c")]))
     assert [blind.answer(text) for text in ("q", "r", "never seen")] == ["b", "c", "c"]
     assert Blind(iter(())).answer("q") == ""
+
+
+def test_training_pairs_are_asked_as_evaluation_asks(tmp_path, make_config, write_jsonl, tokenizer, picture):
+    """Whatever the spelling of the row: content parts too, and what a tool says is no question."""
+    (tmp_path / "a.png").write_bytes(picture())
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What colour?"}]
+    plain = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]
+    tool = [{"from": "observation", "value": "42"}, {"from": "gpt", "value": "as said"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    rows = [{"messages": [{"role": "user", "content": parts}, answer]}, {"image": "a.png", "conversations": plain + tool}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}, prompt={"system": "Be brief."}), tokenizer).facts
+    pairs = list(training_pairs(facts))
+    assert pairs == [("What colour?", "red"), ("What colour?", "red"), ("What colour?", "as said")]
+    assert Blind(iter(pairs)).answer(last_question(facts.load_sample(0).messages[:-1])) == "red"
 
 
 def test_scores_count_what_has_no_answer_as_wrong():

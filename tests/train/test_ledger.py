@@ -28,6 +28,16 @@ def test_replace_touches_one_origin(tmp_path):
     assert [(entry.line, entry.where) for entry in ledger] == [(1, "prepare"), (3, "stage a")]
 
 
+def test_rewind_forgets_what_training_left_out_later(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.rewind(0)
+    prepared = Entry("s", 1, "r", "d")
+    ledger.extend([prepared, *(Entry("s", 2, "r", "d", "train", step) for step in (1, 2, 3))])
+    ledger.rewind(2)
+    assert list(ledger) == [prepared, *(Entry("s", 2, "r", "d", "train", step) for step in (1, 2))]
+    assert b"step" not in ledger.path.read_bytes().splitlines()[0]
+
+
 def test_a_cut_last_line_is_left_out(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.extend([Entry("s", 1, "r", "d"), Entry("s", 2, "r", "d")])

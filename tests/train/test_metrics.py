@@ -44,6 +44,14 @@ def test_rewind_forgets_what_came_after(tmp_path):
     assert [record["total_step"] for record in metrics] == [1, 2, 3, 4]
 
 
+def test_a_record_is_replaced_where_it_says_the_same(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for accuracy in (0.5, 0.6):
+        metrics.write(STEP | {"total_step": 9})
+        metrics.replace({"kind": "final", "total_step": 9, "accuracy": accuracy})
+    assert [record.get("accuracy") for record in metrics] == [None, None, 0.6]
+
+
 def test_same_run_leaves_out_the_machine():
     [kept] = same_run([STEP])
     assert "loss" in kept

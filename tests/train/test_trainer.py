@@ -9,9 +9,13 @@ import time
 import pytest
 import torch
 
+from eagle_train.config import ConfigError
+from eagle_train.data.ledger import Ledger
 from eagle_train.training import checkpoint
+from eagle_train.training.folder import claim_folder, open_run
+from eagle_train.training.lock import locked
 from eagle_train.training.parallel import start_world
-from eagle_train.training.run import claim_folder, get_ready, open_run, train
+from eagle_train.training.run import get_ready, train
 from eagle_train.training.trainer import Trainer, TrainingError
 from eagle_train.watching.metrics import Metrics, same_run
 
@@ -61,6 +65,80 @@ def test_killed_and_resumed_is_the_run_that_was_not(colour_run):
     assert numbers(killed) == numbers(straight)
 
 
+class Stopped(Exception):
+    """Something ends the run."""
+
+
+def run_until(config, total_step):
+    """A run that ends after a step's record is there, and before its checkpoint is."""
+
+    def stop(record):
+        if record["total_step"] == total_step:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(config, on_record=stop)
+
+
+def test_data_that_changed_is_no_resume(colour_run, tmp_path):
+    config = colour_run()
+    run_until(config, 4)
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text("".join(rows.splitlines(keepends=True)[:20]))
+    with pytest.raises(ConfigError, match=r"one-00000003: was trained on other data than there is now \(source rows\)"):
+        run(config)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    recipe = tmp_path / "recipe.yaml"
+    for repeat, differing in ((1, ()), (2, (r"source rows",))):  # a recipe file's numbers aren't in config.yaml
+        recipe.write_text(f"rows: {{annotation: rows.jsonl, repeat_time: {repeat}}}")
+        by_recipe = colour_run(run={"name": "by-recipe"}, data={"recipe": "recipe.yaml", "workers": 1})
+        if differing:
+            with pytest.raises(ConfigError, match=r"other data than there is now \(source rows\)"):
+                run(by_recipe)
+        else:
+            run_until(by_recipe, 4)
+    # A checkpoint of a version that didn't write this down is taken as it is.
+    state = checkpoint.latest(by_recipe.run.folder / "checkpoints") / "state.json"
+    state.write_text(json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != "data"}))
+    run(by_recipe)
+
+
+def test_one_trainer_per_folder(colour_run):
+    config = colour_run()
+    unfinished = config.run.folder / "checkpoints" / ".writing-one-00000003"
+    with locked(config.run.folder):
+        unfinished.mkdir(parents=True)
+        with pytest.raises(ConfigError, match=rf"run is being trained by process {os.getpid()} on .*another run.name"):
+            run(config)
+        assert unfinished.exists()
+    run(config)
+
+
+@pytest.mark.parametrize(("every", "lost_at"), [(None, 4), (3, 3), (None, 6)])
+def test_an_evaluation_that_was_interrupted_is_made_up_for(colour_run, every, lost_at):
+    def trainer(name, on_evaluate):
+        config = colour_run(run={"name": name}, eval={"every": every})
+        ready = get_ready(config)
+        world = start_world(config.parallel, "cpu")
+        return Trainer(config, ready.facts, ready.tokenizer, world, on_evaluate=on_evaluate)
+
+    def look(model, stage):
+        return {"sum": float(sum(parameter.detach().double().sum() for parameter in model.parameters())), "learning": model.training}
+
+    def interrupted(model, stage):
+        if trainers[-1].metrics and max(record["total_step"] for record in trainers[-1].metrics) == lost_at:
+            raise Stopped
+        return look(model, stage)
+
+    trainers = [trainer("straight", look), trainer("stopped", interrupted)]
+    trainers[0].train()
+    with pytest.raises(Stopped):
+        trainers[1].train()
+    again = trainer("stopped", look)
+    again.train()
+    assert same_run(again.metrics) == same_run(trainers[0].metrics)
+
+
 def test_it_learns_and_frozen_parts_stay(colour_run):
     config = colour_run(
         stages=[{"name": "only", "max_tokens": 1280, "steps": 12, "packs_per_step": 1, "lr": 1e-2, "train": ["connector", "language"]}]
@@ -93,6 +171,24 @@ def test_a_sample_that_vanished_is_counted_and_the_rest_is_trained(colour_run, t
     assert sum(record["missing"] for record in numbers(config)) > 0
     entries = [json.loads(line) for line in (config.run.folder / "ledger-train.jsonl").read_text().splitlines()]
     assert {(entry["source"], entry["line"], entry["reason"]) for entry in entries} == {("rows", 5, "unreadable")}
+
+
+def test_a_resumed_run_counts_what_is_missing_once(colour_run, tmp_path):
+    """The sum is right too when not every step is logged."""
+    ledgers = []
+    for name, log_every in (("straight", 1), ("stopped", 100)):
+        data = {"sources": {"rows": {"annotation": "rows.jsonl"}}, "workers": 1, "facts": "facts"}
+        config = colour_run(run={"name": name, "log_every": log_every}, data=data)
+        get_ready(config)
+        for index in range(8):
+            (tmp_path / f"{index}.png").unlink()
+        if name == "stopped":
+            run_until(config, 4)  # from step 3 on it comes again
+        run(config)
+        ledgers.append(list(Ledger(config.run.folder / "ledger-train.jsonl")))
+        assert numbers(config)[-1]["seen_missing"] == len(ledgers[-1])
+    assert ledgers[0] == ledgers[1]
+    assert {entry.step for entry in ledgers[0]} >= {3, 4, 5}
 
 
 def test_loss_does_not_depend_on_how_samples_are_packed(colour_run):

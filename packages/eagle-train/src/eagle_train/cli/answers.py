@@ -16,14 +16,15 @@ def evaluate(
     run: RunFolder,
     data: Annotated[Path | None, typer.Option(help="Annotation file (JSONL) to ask instead of the run's.", show_default=False)] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of --data's media; left out: that of the file.", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows of each source.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each source.", show_default=False)] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of the run; left out: the newest.", show_default=False)] = None,
     device: Device = None,
 ) -> None:
     """Ask held-out questions and compare word for word, beside the best answer that never looks."""
     from eagle_train.config import Source
-    from eagle_train.training.parallel import start_world
-    from eagle_train.training.run import ask, get_ready, load_trained, open_run, write_answers
+    from eagle_train.training.folder import open_run
+    from eagle_train.training.parallel import for_asking, start_world
+    from eagle_train.training.run import ask, get_ready, load_trained, write_answers
 
     from .progress import Printer, quiet
     from .tables import score_table
@@ -33,7 +34,7 @@ def evaluate(
     if data is not None:
         source = Source(annotation=data.absolute(), root=root.absolute() if root else None)
         vars(config.data)["eval_recipe"], vars(config.data)["eval_sources"] = None, {data.stem: source}
-    world = start_world(config.parallel.model_copy(update={"dtype": "float32"}), device)
+    world = start_world(for_asking(config.parallel), device)
     printer = Printer(silent=not world.is_main)
     with printer.preparing() as progress:
         ready = get_ready(config, world, progress)

@@ -21,8 +21,11 @@ def main(given: list[str]) -> NoReturn:
     try:
         app(args=[argument for argument in given if argument != "--debug"], prog_name="eagle")
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        interrupted(given)
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        interrupted(given)  # typer has made a code of the KeyboardInterrupt
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -33,6 +36,13 @@ def main(given: list[str]) -> NoReturn:
             print("(this is not an error eagle foresaw; --debug shows where it comes from)", file=sys.stderr)
         sys.exit(exit_code(error))
     sys.exit(0)
+
+
+def interrupted(given: list[str]) -> NoReturn:
+    """Say what became of the command, and exit."""
+    goes_on = given[:1] in (["train"], ["prepare"]) or given[:2] == ["lmdb", "build"]
+    print("\ninterrupted" + ("; the same command continues where it stopped" if goes_on else ""), file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 
 def exit_code(error: BaseException) -> int:

@@ -16,7 +16,9 @@ def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="Configuration (YAML), or the word quickstart.", show_default=False)],
     overrides: Overrides = None,
     device: Device = None,
-    folder: Annotated[Path, typer.Option("--dir", help="quickstart only: where its data and its run go.")] = Path("runs"),
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="quickstart only: where its data and its run go; left out: runs.", show_default=False)
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="quickstart only: remove an earlier quickstart run first.")] = False,
 ) -> None:
     """Prepare, plan, train all stages, evaluate. The same command continues a run that was interrupted.
@@ -31,10 +33,14 @@ def train(
 
         from .tables import plan_table, score_table
 
-        run_quickstart(folder, Printer(), overrides=overrides or (), fresh=fresh, tables=(plan_table, score_table))
+        run_quickstart(
+            folder or Path("runs"), Printer(), overrides=overrides or (), fresh=fresh, device=device, tables=(plan_table, score_table)
+        )
         return
-    from eagle_train.config import explain_defaults, load_config
+    from eagle_train.config import ConfigError, explain_defaults, load_config
 
+    if folder is not None or fresh:
+        raise ConfigError("--dir and --fresh are the quickstart's; the folder of another run is its run.dir and run.name")
     loaded = load_config(config, overrides or ())
 
     from eagle_train.training.parallel import start_world
@@ -79,8 +85,8 @@ def export(
     from .progress import quiet
 
     quiet()
+    from eagle_train.training.folder import open_run
     from eagle_train.training.run import export as run_export
-    from eagle_train.training.run import open_run
 
     done = run_export(open_run(run), output, checkpoint_path=checkpoint, dtype=dtype)
     print(f"wrote {output} (stage {done['from']['stage_name']}, step {done['from']['step']})")

@@ -3,7 +3,7 @@
 import copy
 import difflib
 import typing
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +90,8 @@ def parse_config(
         config = Config.model_validate(content)
     except ValidationError as error:
         raise ConfigError(describe_errors(error, Config, origin)) from None
-    return _absolute(config, base or Path.cwd())
+    base = base or Path.cwd()
+    return map_paths(config, lambda path: base / path.expanduser())
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -203,14 +204,14 @@ def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
-def _absolute(config: Config, base: Path) -> Config:
-    """Paths made absolute, without marking them as set by the user."""
+def map_paths(config: Config, change: Callable[[Path], Path]) -> Config:
+    """Change every path of a configuration, in place and without marking it as set by the user."""
 
     def fix(section: BaseModel, *names: str) -> None:
         for name in names:
             value = getattr(section, name)
             if isinstance(value, Path):
-                vars(section)[name] = base / value.expanduser()
+                vars(section)[name] = change(value)
 
     def fix_source(source: Source) -> None:
         fix(source, "annotation", "root")
@@ -222,7 +223,7 @@ def _absolute(config: Config, base: Path) -> Config:
     for name in ("path", "tokenizer"):
         value = getattr(config.model, name)
         if value is not None:
-            vars(config.model)[name] = str(base / Path(value).expanduser())
+            vars(config.model)[name] = str(change(Path(value)))
     return config
 
 

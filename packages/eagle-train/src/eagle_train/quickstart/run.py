@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, Protocol
 
 from eagle_train.config import load_config
 from eagle_train.training.evaluate import Answer, Evaluation
-from eagle_train.training.parallel import start_world
+from eagle_train.training.folder import remove_run
+from eagle_train.training.parallel import device_kind, start_world
 from eagle_train.training.run import ask, export, get_ready, train, write_answers
 from eagle_train.watching.metrics import Metrics
 from eagle_train.watching.report import write_report
@@ -34,11 +34,15 @@ def run_quickstart(
     overrides: Sequence[str] = (),
     fresh: bool = False,
     size: Size | None = None,
+    device: str | None = None,
     tables: tuple[Callable[..., str], Callable[..., str]] | None = None,
 ) -> Evaluation:
-    """The whole way from nothing; continues what an earlier call began. Returns the answers to all held-out questions."""
+    """The whole way from nothing; continues what an earlier call began. Returns the answers to all held-out questions.
+
+    fresh: remove the run that an earlier call made, first. device: cpu or cuda; None takes a GPU when there is one.
+    """
     begin = time.monotonic()
-    size = size or Size()
+    size, device = size or Size(), device_kind(device)
 
     def clock() -> str:
         return f"[{time.monotonic() - begin:5.1f} s]"
@@ -54,8 +58,8 @@ def run_quickstart(
         write_configuration(path, configuration(data, size))
     config = load_config(path, overrides)
     if fresh and config.run.folder.exists():
-        shutil.rmtree(config.run.folder)
-    world = start_world(config.parallel)
+        remove_run(config.run.folder)
+    world = start_world(config.parallel, device)
     try:
         printer.say(f"{clock()} preparing: what every row costs, once for all context lengths")
         with printer.preparing() as progress:
@@ -78,7 +82,7 @@ def run_quickstart(
             run = config.run.folder
             write_answers(result, run)
             scores = {name: score._asdict() for name, score in result.by_source().items()}
-            Metrics(run / "metrics.jsonl").write(
+            Metrics(run / "metrics.jsonl").replace(
                 {
                     "kind": "final",
                     "stage": "final",

@@ -12,7 +12,7 @@ from torch import nn
 from eagle_model.processor import EagleProcessor
 from eagle_model.prompt import IM_END
 
-from .parallel import start_world
+from .parallel import alone
 
 
 class Chat:
@@ -50,14 +50,15 @@ class Chat:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: there is no such file")
         media = {"images": [str(path) for path in images], "videos": [str(path) for path in videos]}
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        world = alone(device)
+        target = world.device
         if (folder / "config.yaml").is_file():
+            from .folder import open_run
             from .model import load_run_tokenizer
-            from .run import load_trained, open_run
+            from .run import load_trained
 
             config = open_run(folder)
             tokenizer = load_run_tokenizer(config)
-            world = start_world(config.parallel.model_copy(update={"dtype": "float32"}), target.type)
             model, _ = load_trained(config, tokenizer, world)
             sampling = config.sampling
             settings = {

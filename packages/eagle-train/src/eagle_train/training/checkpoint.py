@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ _WRITING = ".writing-"
 class Progress:
     """Where training stands: `step` optimizer steps of stage number `stage` are done, `total_steps` of the run.
 
-    done: the stage is over. seen: counters that continue (tokens, tiles, samples).
+    done: the stage is over. seen: counters that continue (tokens, tiles, samples). data: what it is trained on (`identity.identify`).
     """
 
     stage: int
@@ -45,6 +45,7 @@ class Progress:
     total_steps: int
     done: bool
     seen: dict[str, int]
+    data: dict[str, str] = field(default_factory=dict)
 
 
 class CheckpointError(ValueError):
@@ -84,12 +85,21 @@ def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     try:
         dcp.load(state, checkpoint_id=str(path), no_dist=world.size == 1)
     except dcp.api.CheckpointException as error:
-        reasons = "; ".join(dict.fromkeys(str(failure[0]) for failure in error.failures.values()))
-        raise CheckpointError(f"{path}: can't be read, or does not fit this model: {reasons}") from error
+        reasons = "; ".join(dict.fromkeys(_reason(failure[0]) for failure in error.failures.values()))
+        raise CheckpointError(
+            f"{path}: can't be read, or does not fit this model: {reasons}. If it is damaged, remove that folder: "
+            "the run goes on from the checkpoint before"
+        ) from error
     set_model_state_dict(model, state["model"])
     if with_optimizer is not None:
         set_optimizer_state_dict(model, with_optimizer, state["optimizer"])
     return progress
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what a library says; a file that was cut off may say nothing but its kind of error."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "a file in it ends too early" if isinstance(error, EOFError) else type(error).__name__
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

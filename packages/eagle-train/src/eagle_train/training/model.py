@@ -143,8 +143,11 @@ def model_facts(model: Any) -> ModelFacts:
     return ModelFacts(model.tile_size, model.tokens_per_tile)
 
 
-def build_model(config: Config, tokenizer: Any) -> EagleForConditionalGeneration:
-    """The model on the CPU in float32: random weights from run.seed, or the checkpoint's weights."""
+def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> EagleForConditionalGeneration:
+    """The model on the CPU in float32: random weights from run.seed, or the checkpoint's.
+
+    weights: False leaves the checkpoint's unread, for others that will be loaded.
+    """
     import torch
 
     from eagle_model.checkpoint import load_checkpoint
@@ -154,7 +157,8 @@ def build_model(config: Config, tokenizer: Any) -> EagleForConditionalGeneration
     torch.manual_seed(config.run.seed)
     model = EagleForConditionalGeneration(described).float()
     if config.model.path is not None:
-        load_checkpoint(model, config.model.path)
+        if weights:
+            load_checkpoint(model, config.model.path)
         if len(tokenizer) > described.text_config.vocab_size:
             model.resize_token_embeddings(len(tokenizer))
     return model

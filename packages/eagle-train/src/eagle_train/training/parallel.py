@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import datetime
 import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,14 @@ from eagle_train.config import ConfigError, ParallelConfig
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a collective may wait: a rank may be reading a long video meanwhile."""
+PATIENCE = datetime.timedelta(days=7)
+"""How long ranks wait for what only the first one does: it may be measuring a hundred million rows."""
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """The first rank can't go on, and with it none can."""
 
 
 @dataclass
@@ -35,6 +43,7 @@ class World:
     context: ContextMesh
     mesh: DeviceMesh | None
     owns_group: bool = field(default=False, repr=False)
+    patient: dist.ProcessGroup | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -51,6 +60,28 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def first(self, work: Callable[[], T]) -> T | None:
+        """Let the main rank do `work` while the others wait, for days if need be. Returns its result there and None elsewhere.
+
+        What `work` raises is raised on the main rank, and RankError with the same message on the others; a main rank that is killed
+        ends them too.
+        """
+        if self.size == 1:
+            return work()
+        told: list[str | None] = [None]
+        if not self.is_main:
+            dist.broadcast_object_list(told, src=0, group=self.patient)
+            if told[0] is not None:
+                raise RankError(f"rank 0 stopped: {told[0]}")
+            return None
+        try:
+            result = work()
+        except Exception as error:
+            dist.broadcast_object_list([str(error) or type(error).__name__], src=0, group=self.patient)
+            raise
+        dist.broadcast_object_list(told, src=0, group=self.patient)
+        return result
+
     def gather(self, value: Any) -> list[Any]:
         """The (small, picklable) values of all ranks, on all ranks."""
         if self.size == 1:
@@ -66,13 +97,35 @@ class World:
             self.owns_group = False
 
 
+def device_kind(device: str | None) -> str:
+    """`cpu` or `cuda`: the one that is asked for, or a GPU when there is one. Raises ConfigError for another name, or without a GPU."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r}: expected cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda': torch finds no GPU here; eagle doctor says what it finds")
+    return device
+
+
+def alone(device: str | None = None) -> World:
+    """This process by itself, whatever runs beside it: for what needs a model and no other rank. Raises ConfigError for another device."""
+    return World(0, 1, torch.device(device_kind(device)), 0, 1, ContextMesh.single(), None)
+
+
+def for_asking(config: ParallelConfig) -> ParallelConfig:
+    """How ranks share the questions to a trained model, whatever it was trained on: the whole model on every rank, in float32."""
+    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": 1, "gather": 1})
+
+
 def start_world(config: ParallelConfig, device: str | None = None) -> World:
     """Join the ranks that torchrun started (or be the only one).
 
-    device: `cpu` or `cuda`; None takes a GPU when there is one. Raises ConfigError when `config` doesn't fit the number of ranks.
+    device: `cpu` or `cuda`; None takes a GPU when there is one. Raises ConfigError for another device, and when `config` doesn't fit the
+    number of ranks.
     """
     size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device_kind(device)
     context = config.context
     if size % context:
         raise ConfigError(f"parallel: ulysses {config.ulysses} x gather {config.gather} = {context} ranks don't divide the {size} that run")
@@ -82,6 +135,8 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
             f"parallel.data is {config.data}, but {size} ranks in groups of {context} make {data}; start {config.data * context} ranks"
         )
     if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ConfigError(f"local rank {local} finds no GPU of its own, there are {torch.cuda.device_count()}; start fewer ranks here")
         torch.cuda.set_device(local)
     here = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     owns = False
@@ -91,16 +146,16 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
         if size > 1:
             dist.init_process_group(backend, timeout=TIMEOUT, device_id=here if kind == "cuda" else None)
         else:
-            store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="eagle-"), "store"), 1)
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         owns = True
+    patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
     mesh = None
     context_mesh = ContextMesh.single()
     if sharded:
         mesh = init_device_mesh(kind, (data, config.gather, config.ulysses), mesh_dim_names=("data", "gather", "ulysses"))
         if context > 1:
             context_mesh = ContextMesh.from_device_mesh(mesh["gather", "ulysses"])
-    return World(rank, size, here, rank // context, data, context_mesh, mesh, owns)
+    return World(rank, size, here, rank // context, data, context_mesh, mesh, owns, patient)
 
 
 def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from eagle_train.watching.metrics import Metrics
 from . import checkpoint
 from .activations import activation_mode, make_engine
 from .batch import Batch, Planned, Share, address_of
+from .identity import check_same, identify
 from .loader import Loader, Reading, Task, read
 from .model import attention_backend, build_model, model_facts, tokenizer_folder
 from .optim import learning_rate, make_optimizer, set_trainable
@@ -84,6 +85,7 @@ class Trainer:
         self.described: Any = self.model.config
         self.schedules = [StageSchedule(facts, config, stage, model_facts(self.described)) for stage in config.stages]
         self.total_steps = sum(schedule.steps for schedule in self.schedules)
+        self._data = identify(config, facts, tokenizer, self.schedules)
         self._pending: _Pending | None = None
         self._waiting: dict[str, Any] | None = None
         self._pace: float | None = None
@@ -99,19 +101,27 @@ class Trainer:
         return self.folder / "checkpoints"
 
     def train(self) -> None:
-        """Train what is left of the run. Raises TrainingError for a loss that is not finite, CheckpointError, LoaderError."""
-        stage, step, resumed = 0, 0, self._resume_point()
-        if self.world.is_main:
-            checkpoint.clean(self.checkpoints)
-        if resumed is not None:
-            progress = checkpoint.read_progress(resumed)
+        """Train what is left of the run.
+
+        Raises ConfigError when the data changed since the checkpoint, TrainingError for a loss that is not finite, CheckpointError,
+        LoaderError.
+        """
+        stage, step, resumed = 0, 0, checkpoint.latest(self.checkpoints)
+        progress = checkpoint.read_progress(resumed) if resumed is not None else None
+        if resumed is not None and progress is not None:
+            check_same(progress.data, self._data, resumed)
             stage, step = (progress.stage + 1, 0) if progress.done else (progress.stage, progress.step)
             self._seen = dict(progress.seen)
             logger.info("resuming from %s", resumed)
         if self.world.is_main:
-            self.metrics.rewind(sum(schedule.steps for schedule in self.schedules[:stage]) + step)
-        if resumed is not None and (step == 0 or stage == len(self.schedules)):
-            checkpoint.read(resumed, self.model, None, self.world)
+            checkpoint.clean(self.checkpoints)
+            self._rewind(progress.total_steps if progress is not None else 0)
+        if resumed is not None and progress is not None:
+            lost = self._lost_evaluation(progress)
+            if step == 0 or lost:
+                checkpoint.read(resumed, self.model, None, self.world)
+            if lost:
+                self._evaluate(progress.stage_name, progress.total_steps)
         with Loader(
             self._tasks(stage, step),
             self._reading(),
@@ -130,7 +140,7 @@ class Trainer:
 
     def _train_stage(self, number: int, first: int, loader: Loader, resumed: Path | None) -> None:
         stage, schedule = self.config.stages[number], self.schedules[number]
-        if number and is_sharded(self.model) and set(stage.train) != set(self.config.stages[number - 1].train):
+        if is_sharded(self.model) and set(stage.train) != self._sharded_for:
             # FSDP2 remembers at sharding what learns: another choice needs a fresh model, from the end of the last stage.
             self.model = None  # type: ignore[assignment]
             self.model = self._new_model(stage.train)
@@ -158,22 +168,43 @@ class Trainer:
             over = step + 1 == schedule.steps
             if over or (step + 1) % self.config.checkpoint.every == 0:
                 self._flush()
-                progress = checkpoint.Progress(number, stage.name, step + 1, done_before + step + 1, over, dict(self._seen))
+                seen = dict(self._seen)
+                progress = checkpoint.Progress(number, stage.name, step + 1, done_before + step + 1, over, seen, self._data)
                 checkpoint.write(self.checkpoints, progress, self.model, None if over else optimizer, self.world)
                 if self.world.is_main:
                     checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
-            every = self.config.eval.every
-            if self.on_evaluate is not None and (over if every is None else (step + 1) % every == 0):
+            if self._evaluation_is_due(step + 1, over):
                 self._flush()
-                self.model.eval()
-                result = self.on_evaluate(self.model, stage.name)
-                self.model.train()
-                if result is not None and self.world.is_main:
-                    self._record({"kind": "eval", "stage": stage.name, "total_step": done_before + step + 1} | result)
+                self._evaluate(stage.name, done_before + step + 1)
                 begin = time.monotonic()
+
+    # ---- evaluations -------------------------------------------------------------------------------------------------------------
+
+    def _evaluation_is_due(self, step: int, over: bool) -> bool:
+        """Whether one follows `step` steps of a stage, which are all of them when it is `over`."""
+        every = self.config.eval.every
+        return self.on_evaluate is not None and (over if every is None else step % every == 0)
+
+    def _lost_evaluation(self, progress: checkpoint.Progress) -> bool:
+        """Whether the run ended between a checkpoint and the evaluation that follows it; the same on every rank."""
+        lost = False
+        if self.world.is_main and self._evaluation_is_due(progress.step, progress.done):
+            lost = not any(record["kind"] == "eval" and record["total_step"] == progress.total_steps for record in self.metrics)
+        return self.world.gather(lost)[0]
+
+    def _evaluate(self, stage: str, total_step: int) -> None:
+        assert self.on_evaluate is not None
+        self.model.eval()
+        result = self.on_evaluate(self.model, stage)
+        self.model.train()
+        if result is not None and self.world.is_main:
+            self._record({"kind": "eval", "stage": stage, "total_step": total_step} | result)
+
+    # ---- one step ----------------------------------------------------------------------------------------------------------------
 
     def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, loader: Loader) -> dict[str, Any]:
         stage, schedule, world = self.config.stages[number], self.schedules[number], self.world
+        total_step = sum(schedule.steps for schedule in self.schedules[:number]) + step + 1
         micro = stage.packs_per_step // world.data
         batches: list[Batch] = []
         for place in range(micro):
@@ -194,7 +225,7 @@ class Trainer:
                 self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
             loss += self._forward_backward(batch, denominator)
             if world.context.rank == 0:
-                self.ledger.extend(batch.failed)
+                self.ledger.extend(replace(entry, step=total_step) for entry in batch.failed)
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(learning, limit)
@@ -216,6 +247,7 @@ class Trainer:
             "missing": totals.missing,
             "fill": totals.tokens / (stage.packs_per_step * stage.max_tokens),
             "seen_tokens": self._seen["tokens"],
+            "seen_missing": self._seen["missing"],
         }
         ids = [sample for batch in batches for sample in batch.sample_ids]
         self._check()
@@ -279,6 +311,12 @@ class Trainer:
         left += sum(schedule.steps * size for schedule, size in list(zip(self.schedules, room))[number + 1 :])
         return left * self._pace
 
+    def _rewind(self, total_step: int) -> None:
+        """Forget what was written after a step of the run, by however many ranks: it comes again."""
+        self.metrics.rewind(total_step)
+        for path in self.folder.glob("ledger-train*.jsonl"):
+            Ledger(path).rewind(total_step)
+
     def _record(self, record: dict[str, Any]) -> None:
         self.metrics.write(record)
         if self.on_record is not None:
@@ -288,16 +326,15 @@ class Trainer:
 
     def _new_model(self, train: Any = None) -> nn.Module:
         model = build_model(self.config, self.tokenizer)
-        set_trainable(model, train or self.config.stages[0].train)
+        parts = train or self.config.stages[0].train
+        set_trainable(model, parts)
+        self._sharded_for = set(parts)
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
         mode = activation_mode(self.config, self.world.device)
         if mode == "offload" and self.engine is None:
             self.engine = make_engine(self.config, model.config, self.world)
         model.set_activation_checkpointing(mode, self.engine)
         return shard_model(nn.Module.to(model, self.world.device), self.world, self.config.parallel)
-
-    def _resume_point(self) -> Path | None:
-        return checkpoint.latest(self.checkpoints)
 
     def _reading(self) -> Reading:
         limits = self.config.data.limits

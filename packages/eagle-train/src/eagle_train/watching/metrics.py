@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,23 @@ class Metrics:
         with open(self.path, "ab") as file:
             file.write(json.dumps(_plain(record), allow_nan=False).encode() + b"\n")
 
+    def replace(self, record: dict[str, Any]) -> None:
+        """Append one record in place of those of its kind at its step."""
+        self._keep(lambda other: (other["kind"], other.get("total_step")) != (record["kind"], record["total_step"]))
+        self.write(record)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.path.exists():
             yield from read_metrics(self.path)
 
     def rewind(self, total_step: int) -> None:
         """Forget what came after step `total_step` of the run: a run that resumes there will write it again."""
+        self._keep(lambda record: record.get("total_step", 0) <= total_step)
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         if not self.path.exists():
             return
-        kept = [record for record in self if record.get("total_step", 0) <= total_step]
+        kept = [record for record in self if wanted(record)]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_bytes(b"".join(json.dumps(record).encode() + b"\n" for record in kept))
         temporary.replace(self.path)

@@ -23,14 +23,16 @@ def summary(folder: str | Path) -> str:
     """The run so far, a line per stage and the last scores."""
     records = list(Metrics(Path(folder) / "metrics.jsonl"))
     steps = _steps(records)
-    lines = []
+    lines, missed = [], 0
     for name in dict.fromkeys(record["stage"] for record in steps):
         mine = [record for record in steps if record["stage"] == name]
         last = mine[-1]
         speed = float(np.median([record["tokens_per_second"] for record in mine]))
+        # A running sum: steps between two lines of metrics count as well.
+        missing, missed = last["seen_missing"] - missed, last["seen_missing"]
         lines.append(
             f"stage {name}: step {last['step']} of {last['steps']}, loss {mine[0]['loss']:.3f} -> {last['loss']:.3f}, "
-            f"{speed:,.0f} tok/s, {sum(record['missing'] for record in mine)} samples missing"
+            f"{speed:,.0f} tok/s, {missing} samples missing"
         )
     for record in [record for record in records if record["kind"] in ("eval", "final")][-1:]:
         for source, score in record["scores"].items():
