@@ -1,5 +1,6 @@
 """Everything that goes wrong in real data ends in the ledger with source, line and reason, and the rest is used."""
 
+import io
 import json
 import os
 import struct
@@ -10,6 +11,7 @@ import zlib
 import lmdb
 import numpy as np
 import pytest
+from PIL import Image
 
 from eagle_train.config import ConfigError, SamplingConfig, StageConfig, TilingConfig, dump_config, load_config
 from eagle_train.data.ledger import Ledger
@@ -59,6 +61,9 @@ def folder(tmp_path, picture, write_video):
     (tmp_path / "bomb.png").write_bytes(picture()[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + picture()[24:])
     video = write_video(tmp_path / "good.mp4", frames=30).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(video[: len(video) // 2])
+    dds = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(dds, "DDS")
+    (tmp_path / "foreign.dds").write_bytes(dds.getvalue()[:80] + b"\4\0\0\0WHAT" + dds.getvalue()[88:])
     (tmp_path / "text.mp4").write_bytes(b"no video" * 100)
     with lmdb.open(str(tmp_path / "images.lmdb"), map_size=1 << 24) as store, store.begin(write=True) as write:
         write.put(b"here", picture())
@@ -114,6 +119,8 @@ def test_every_bad_row_is_in_the_ledger(folder, row, make_config, write_jsonl, t
         (row(image="http://example.org/a.png"), "bad-media"),
         (row(video={"path": "good.mp4", "start": 2, "end": 1}), "bad-media"),
         (b'{"x": "' + b"y" * 70_000 + b'"}', "line-too-long"),
+        (stored("\ud800"), "media-missing"),  # legal in JSON, no key
+        (row(image="foreign.dds"), "bad-image"),  # Pillow: NotImplementedError
     ]
     (folder / "text.pdf").write_bytes(b"not a PDF")
     lines = [content for content, _ in cases]
@@ -128,7 +135,7 @@ def test_every_bad_row_is_in_the_ledger(folder, row, make_config, write_jsonl, t
         assert found == reason, f"line {line}: {content if len(str(content)) < 200 else '...'}: {entries.get(line)}"
         if reason is not None:
             assert entries[line].source == "s"
-            assert entries[line].detail
+            assert 0 < len(entries[line].detail.encode()) < 1000, "it can be printed"
     bad = sum(reason is not None for _, reason in cases)
     assert (report.rows, report.good_rows, report.bad_rows, report.blank_lines) == (len(cases), len(cases) - bad, bad, 1)
     assert sum(report.reasons.values()) == bad

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from eagle_model.prompt import IGNORE_INDEX
 from eagle_train.data.encoding import CachedEncoder
@@ -161,6 +162,21 @@ def test_a_file_that_is_gone_is_missing_and_named(packs, tokenizer, tmp_path):
     assert set(whole.sample_ids) - set(batch.sample_ids) == {("rows", address.line)}
     assert batch.label_weight < whole.label_weight
     assert batch.label_weight == pytest.approx(batch.token_weights.sum(dtype=np.float64))
+
+
+def test_an_image_of_another_shape_than_planned_is_missing_and_named(packs, tokenizer, tmp_path):
+    """Its tiles would be stretched: cut for one grid from a picture of another shape."""
+    pack = packs[0]
+    place = next(place for place, planned in enumerate(pack) if planned.plan.grids and planned.plan.sizes[0] == (64, 32))
+    path = tmp_path / f"{pack[place].address.line - 1}.png"
+    exif = Image.Exif()
+    for orientation, failed in ((3, []), (6, ["changed"])):
+        exif[0x0112] = orientation
+        Image.new("RGB", (64, 32)).save(path, exif=exif)
+        batch = materialise(pack, CachedEncoder(tokenizer), MODEL)
+        assert [entry.reason for entry in batch.failed] == failed
+    assert f"{path.name}: is 32 x 64 as displayed, prepare measured 64 x 32" in batch.failed[0].detail
+    assert batch.failed[0].line == pack[place].address.line
 
 
 def test_a_row_that_changed_is_missing_and_named(packs, tokenizer, tmp_path):

@@ -16,7 +16,7 @@ from eagle_train.config import Config, Source
 
 from .sample import Sample, normalise, read_row
 
-FACTS_VERSION = 1
+FACTS_VERSION = 2
 """Raised when the columns or what they mean change; part of the content key."""
 
 SCHEMA = pa.schema(

@@ -64,12 +64,16 @@ class VideoPlan:
 
 @dataclass(frozen=True, slots=True)
 class SamplePlan:
-    """One sample of a pack: its row in the facts, its length in tokens (upper bound), its grids and frames, in the row's order."""
+    """One sample of a pack: its row in the facts, its length in tokens (upper bound), its grids and frames, in the row's order.
+
+    `sizes` are those that the grids were chosen for, (width, height) as displayed.
+    """
 
     row: int
     tokens: int
     label_tokens: int
     grids: tuple[Grid, ...]
+    sizes: tuple[tuple[int, int], ...]
     videos: tuple[VideoPlan, ...]
 
 
@@ -149,10 +153,10 @@ def sample_plan(
     if visual.status[row] != 0:
         raise ValueError(f"row {row} of the facts was dropped at {visual.max_tokens} tokens ({visual.reasons[visual.status[row]]})")
     first, last = visual.image_offsets[row : row + 2]
-    widths, heights = (facts.table.column(name)[row].as_py() for name in ("image_width", "image_height"))
+    sizes = tuple(zip(*(facts.table.column(name)[row].as_py() for name in ("image_width", "image_height"))))
     grids = tuple(
         select_grid(width, height, min_tiles=tiling.min_tiles, max_tiles=int(cap), tile_size=model.tile_size)
-        for width, height, cap in zip(widths, heights, visual.image_caps[first:last])
+        for (width, height), cap in zip(sizes, visual.image_caps[first:last])
     )
     videos = []
     first, last = visual.video_offsets[row : row + 2]
@@ -160,7 +164,7 @@ def sample_plan(
         columns = (facts.table.column(f"video_{name}")[row].as_py() for name in ("frames", "seconds", "start", "stop", "times"))
         for count, available, seconds, start, stop, table in zip(visual.frames[first:last], *columns):
             videos.append(_video_plan(int(count), available, seconds, start, stop, table, sampling))
-    return SamplePlan(row, int(visual.tokens[row]), facts.table.column("label_tokens")[row].as_py(), grids, tuple(videos))
+    return SamplePlan(row, int(visual.tokens[row]), facts.table.column("label_tokens")[row].as_py(), grids, sizes, tuple(videos))
 
 
 def _video_plan(

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from eagle_model.prompt import media_order
-from eagle_sampling import Limits, open_image, read_frames
-from eagle_tiling import tile_count, tile_image
+from eagle_sampling import Limits, MediaError, open_image, read_frames
+from eagle_sampling.images import describe
+from eagle_tiling import load_rgb, tile_count, tile_image
 from eagle_train.data.documents import render_pages
-from eagle_train.data.sample import Sample, VideoRef
+from eagle_train.data.sample import ImageRef, Sample, VideoRef
 from eagle_train.planning.visual import ModelFacts, SamplePlan, VideoPlan
 
 FRAMES_TIMEOUT = 300.0
@@ -59,14 +61,32 @@ def read_tiles_into(out: np.ndarray, sample: Sample, plan: SamplePlan, first: in
         if begin < end:
             part = out[start + begin - first : start + end - first]
             if is_image:
-                with open_image(sample.images[number], limits=limits) as image:
-                    if len(part) == count:
-                        tile_image(image, plan.grids[number], tile_size=side, thumbnail=thumbnail, out=part)
-                    else:
-                        part[:] = tile_image(image, plan.grids[number], tile_size=side, thumbnail=thumbnail)[begin:end]
+                image = _picture(sample.images[number], limits)
+                if image.size != plan.sizes[number]:  # its tiles would be cut from another shape than its grid is for
+                    raise MaterialiseError("changed", _other_size(sample.images[number], image.size, plan.sizes[number]))
+                if len(part) == count:
+                    tile_image(image, plan.grids[number], tile_size=side, thumbnail=thumbnail, out=part)
+                else:
+                    part[:] = tile_image(image, plan.grids[number], tile_size=side, thumbnail=thumbnail)[begin:end]
             else:
                 _read_video(part, sample.videos[number], plan.videos[number], begin, limits)
         start += count
+
+
+def _picture(ref: ImageRef, limits: Limits) -> Image.Image:
+    """An image as displayed, RGB."""
+    with open_image(ref, limits=limits) as image:
+        try:
+            return load_rgb(image)
+        except ValueError as error:
+            raise MediaError(f"{describe(ref)}: can't be shown in RGB: {error}") from error
+
+
+def _other_size(ref: ImageRef, found: tuple[int, int], planned: tuple[int, int]) -> str:
+    return (
+        f"{describe(ref)}: is {found[0]} x {found[1]} as displayed, prepare measured {planned[0]} x {planned[1]}. If the file changed, "
+        "remove its source's facts and run eagle prepare again; if it did not, its header contradicts its picture: save it anew"
+    )
 
 
 def _read_video(out: np.ndarray, ref: VideoRef, plan: VideoPlan, first: int, limits: Limits) -> None:
@@ -84,5 +104,4 @@ def _read_video(out: np.ndarray, ref: VideoRef, plan: VideoPlan, first: int, lim
     for place, number in enumerate(pages[wanted].tolist()):
         if number >= len(ref.pages):
             raise MaterialiseError("changed", f"page {number + 1} of {len(ref.pages)} is gone; run eagle prepare again")
-        with open_image(ref.pages[number], limits=limits) as image:
-            tile_image(image, (1, 1), tile_size=side, out=out[place : place + 1])
+        tile_image(_picture(ref.pages[number], limits), (1, 1), tile_size=side, out=out[place : place + 1])
