@@ -1,6 +1,6 @@
 """What a video holds, from its container's headers: size, rotation, exact presentation times, keyframes.
 
-Nothing is decoded, but for one frame where libavformat reads the file: it says how a player turns it.
+Nothing is decoded, but for one frame of a MOV or Matroska file that libavformat reads: it says how a player turns it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Any container that libavformat reads (AVI, FLV, GIF, ...), and whatever our parsers pass on: one pass over the packets.
 
-One frame is decoded, for what it says of rotation. Where packets carry no times of presentation, frames are known by their order only.
+Of MOV and Matroska one frame is decoded, for what it says of rotation; others can't say. Where packets carry no times of presentation,
+frames are known by their order only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .track import Track, orientation
 
 # libav's parsers of these tell no picture types, and where they run (AVI, WTV, bare streams) every packet is called a keyframe.
 _KEYFRAMES_UNTOLD = {"h261", "h263"}
+_TURNING = ("mov,", "matroska,")  # libavformat's names of the containers that can tell a player to turn the picture
 _FIRST_FRAME_WITHIN = 64  # packets that are given to a decoder to see one frame
 
 Turn = tuple[int, bool, bool]  # what `orientation` gives
@@ -44,7 +46,7 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
             ticks: list[int] = []
             sync: list[bool] = []
             shown: list[bool] = []
-            turn: Turn | None = None
+            turn: Turn | None = None if container.format.name.startswith(_TURNING) else (0, False, False)
             last: av.Packet | None = None
             timed = whole = True
             for packet in container.demux(stream):
@@ -65,7 +67,7 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
                         raise MediaError(f"{path}: reading its packets took longer than the time limit")
             missing = 0
             if not whole:
-                ticks, turn = _decode_times(path, limits, deadline)
+                ticks = _decode_times(path, limits, deadline)
             elif last is not None and is_cut_off(container, stream, last.pos):
                 if last.is_corrupt:
                     del ticks[-1], sync[-1], shown[-1]
@@ -113,28 +115,24 @@ def _turn(packet: av.Packet) -> Turn | None:
         frames = packet.decode()
     except av.FFmpegError:  # damage is for whoever wants this frame
         return None
-    return _turn_of(frames[0]) if frames and isinstance(frames[0], av.VideoFrame) else None
-
-
-def _turn_of(frame: av.VideoFrame) -> Turn:
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if not frames or not isinstance(frames[0], av.VideoFrame):
+        return None
+    matrix = frames[0].side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False, False
     a, b, _, c, d = np.frombuffer(memoryview(matrix), np.int32, 5).tolist()  # type: ignore[arg-type]
     return orientation((a, b, c, d))
 
 
-def _decode_times(path: str, limits: Limits, deadline: float | None) -> tuple[list[int], Turn | None]:
+def _decode_times(path: str, limits: Limits, deadline: float | None) -> list[int]:
     """Times of a container that gives them to some of its packets only (fields of H.264 in a transport stream): decoding tells."""
     ticks: list[int] = []
-    turn: Turn | None = None
     with open_container(path) as container:
         for frame in container.decode(video=0):
             if frame.pts is None:
                 raise MediaError(f"{path}: its frames have no presentation times; convert it to MP4 or Matroska")
             ticks.append(frame.pts)
-            turn = turn or _turn_of(frame)
             limits.check_frames(len(ticks), path)
             if deadline is not None and time.monotonic() > deadline:
                 raise MediaError(f"{path}: decoding its times took longer than the time limit")
-    return sorted(ticks), turn
+    return sorted(ticks)
