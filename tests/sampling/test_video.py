@@ -156,6 +156,31 @@ def test_a_packet_without_a_picture_moves_no_other(media, pictures, monkeypatch)
     assert read_frames(path, times[:8], workers=2).errors == ()
 
 
+def test_packed_b_frames(media, pictures, tmp_path):
+    """As DivX and XviD wrote them: a B-frame lies in the chunk of the frame before it, and its own holds an empty one."""
+    path, mark = tmp_path / "packed.avi", b"\0\0\1\xb6"
+    with av.open(str(media("mpeg4-b.avi", codec="mpeg4", options={"g": "12", "bf": "1", "b_strategy": "0"}, count=40))) as container:
+        plain = [(bytes(packet), packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
+    chunks = [(plain[0][0].replace(mark, b"\0\0\1\xb2DivX503b1393p" + mark), True)]
+    for data, key in plain[1:]:
+        if data[data.index(mark) + 4] >> 6 == 2:  # a B-frame
+            chunks[-1] = (chunks[-1][0] + data, chunks[-1][1])
+            chunks.append((mark + b"\x5f\xff\xff", False))
+        else:
+            chunks.append((data, key))
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for i, (data, key) in enumerate(chunks):
+            packet = av.Packet(data)
+            packet.pts = packet.dts = i
+            packet.time_base, packet.is_keyframe, packet.stream = Fraction(1, 30), key, stream
+            out.mux(packet)
+    assert len(chunks) == len(plain) == 40
+    frames = read_frames(path, probe(path).times.times())
+    assert numbers(frames.pixels, pictures(40, 96, 64)) == list(range(40))
+
+
 def test_a_false_keyframe_is_not_believed(media, pictures, tmp_path):
     """An AVI whose index calls every frame a keyframe, of a codec that takes a grey picture for a reference that it never saw."""
     path = media("msmpeg4.avi", codec="msmpeg4v2", options={"g": "20"}, count=40)
