@@ -72,8 +72,8 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
                 if last.is_corrupt:
                     del ticks[-1], sync[-1], shown[-1]
                 missing = max(1, stream.frames - len(ticks))
-            # Frames change places, yet the times don't: what is stored are times of decoding (H.264 in AVI, ASF and MXF, MPEG-2 in ASF, packed MPEG-4).
-            # They are the times of the frames all the same, in the order in which a decoder gives these.
+            # Frames change places, yet the times don't: what is stored are times of decoding (H.264 in AVI, ASF and MXF, MPEG-2 in ASF,
+            # packed MPEG-4 in AVI). They are the times of the frames all the same, in the order in which a decoder gives these.
             if context.has_b_frames and not all(sync) and (np.diff(ticks) >= 0).all():
                 timed = False
             if not timed:
