@@ -94,6 +94,39 @@ def test_exit_codes_and_messages(colour_run, tmp_path, eagle_here):
         main(["plan", str(tmp_path / "nothing.yaml"), "--debug"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "quickstart", "--device", "bogus"], "device 'bogus': expected cpu or cuda"),
+        (["train", "RUN.yaml", "--device", "cuda:1"], "device 'cuda:1': expected cpu or cuda"),
+        (["chat", "RUN", "--device", "gpu"], "device 'gpu': expected cpu or cuda"),
+        (["train", "RUN.yaml", "--fresh"], "--dir and --fresh are the quickstart's"),
+        (["train", "RUN.yaml", "--dir", "here"], "--dir and --fresh are the quickstart's"),
+        (["eval", "RUN", "--limit", "0"], "Invalid value for '--limit'"),
+    ],
+)
+def test_what_the_user_must_change_ends_with_2(colour_run, tmp_path, monkeypatch, eagle_here, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RUN.yaml").write_text(dump_config(colour_run()))
+    done = eagle_here(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "foresaw" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("verb", "goes_on"), [("train", True), ("plan", False)])
+def test_interrupted_says_whether_the_same_command_continues(tmp_path, monkeypatch, eagle_here, verb, goes_on):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eagle_train.config.load_config", interrupt)
+    done = eagle_here(verb, tmp_path / "run.yaml")
+    assert done.returncode == 130
+    assert "interrupted" in done.stderr
+    assert ("the same command continues where it stopped" in done.stderr) == goes_on
+
+
 def test_too_many_bad_rows_end_with_3(colour_run, tmp_path):
     config = colour_run()
     for index in range(20):
@@ -145,6 +178,15 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     assert (config.run.folder / "plot.png").stat().st_size > 5000
     reported = eagle_here("report", config.run.folder)
     assert "stage two: step 2 of 2" in reported.stdout
+    # However many ranks it was trained on, one process can ask it and export it.
+    written = config.run.folder / "config.yaml"
+    assert "ulysses: 1" in written.read_text()
+    written.write_text(written.read_text().replace("ulysses: 1", "ulysses: 2").replace("  data: null", "  data: 3"))
+    asked = eagle_here("eval", config.run.folder, "--data", tmp_path / "rows.jsonl", "--limit", 2, "--device", "cpu")
+    assert asked.returncode == 0, asked.stderr
+    assert len((config.run.folder / "answers.jsonl").read_text().splitlines()) == 2
+    exported = eagle_here("export", config.run.folder, tmp_path / "model", "--dtype", "float32")
+    assert exported.returncode == 0, exported.stderr
     answered = eagle_here(
         "chat", config.run.folder, "what color?", "--image", tmp_path / "1.png", "--max-new-tokens", "3", "--device", "cpu"
     )

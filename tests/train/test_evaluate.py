@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from eagle_train.config import dump_config, load_config
 from eagle_train.data.prepare import prepare
 from eagle_train.training.chat import Chat
 from eagle_train.training.evaluate import Answer, Blind, Evaluation, last_question, normalised, question_text, training_pairs
@@ -109,3 +110,32 @@ def test_a_run_is_asked_exported_and_talked_to(run, tmp_path):
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
     with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         Chat.open(moved, images=[tmp_path / "nothing.png"])
+
+
+def test_a_run_that_moved_with_its_project_is_the_same_run(colour_run_in, tmp_path):
+    (tmp_path / "there").mkdir()
+    held_out = {"held": {"annotation": "rows.jsonl"}}
+    sources = {"rows": {"annotation": "rows.jsonl"}}
+    stages = [{"name": "s", "max_tokens": 640, "steps": 1, "packs_per_step": 1}]
+    options = {"data": {"sources": sources, "eval_sources": held_out, "workers": 1}, "stages": stages, "eval": {"limit": 2}}
+    config = colour_run_in(tmp_path / "there", **options)
+    world = start_world(config.parallel, "cpu")
+    train(get_ready(config), world)
+    here = tmp_path / "here"
+    (tmp_path / "there").rename(here)
+    moved = open_run(here / "runs" / "run")
+    assert len(get_ready(moved).eval_facts) == 25
+    # What the user wrote lies where it lay to the run, so training goes on (and has nothing left to do).
+    train(get_ready(colour_run_in(here, **options)), world)
+    # One that starts from an export of the first, and then is all that is left.
+    export(moved, here / "model", dtype="float32")
+    from_export = here / "run.yaml"
+    from_export.write_text(dump_config(colour_run_in(here, **options, run={"name": "second"}, model={"path": "model"})))
+    train(get_ready(load_config(from_export)), world)
+    left = tmp_path / "left"
+    (here / "runs" / "second").rename(left)
+    shutil.rmtree(here)
+    export(open_run(left), tmp_path / "again", dtype="float32")
+    assert Chat.open(left, max_new_tokens=2, device="cpu").ask("?") == Chat.open(tmp_path / "again", max_new_tokens=2, device="cpu").ask(
+        "?"
+    )

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,15 @@ CHILD = Path(__file__).with_name("train_on_ranks.py")
 def train_on_ranks(paths, ranks=2):
     """The runs of some configuration files on `ranks` processes; starting those costs more than the runs, so they do all of them."""
     with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(socket.socket()) for _ in paths]
-        for one in free:
+        first, *free = [stack.enter_context(socket.socket()) for _ in [None, *paths]]
+        for one in (first, *free):
             one.bind(("127.0.0.1", 0))
+        port = str(first.getsockname()[1])
         runs = [f"{one.getsockname()[1]}:{path}" for one, path in zip(free, paths)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(CHILD), VANISHING, *runs],
+            [sys.executable, str(CHILD), port, VANISHING, *runs],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -101,6 +103,12 @@ def test_two_ranks_train_what_one_trains(alone, on_ranks, way):
     assert json.loads((ranks.run.folder / "checkpoints" / "two-end" / "state.json").read_text())["total_steps"] == 3
     missing = {(entry.line, entry.reason) for name in ("", "1") for entry in Ledger(ranks.run.folder / f"ledger-train{name}.jsonl")}
     assert missing == {(4, "unreadable")}
+
+
+def test_one_process_needs_no_files_to_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    start_world(ParallelConfig(dtype="bfloat16"), "cpu").close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranks_that_do_not_fit_are_refused(monkeypatch):
