@@ -39,7 +39,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout: torch.Tensor):
         p: Problem = ctx.problem
         ulysses, share, shares = p.mesh.ulysses, p.share, p.shares
-        if dout.stride(-1) != 1 or 0 in dout.stride():  # of `out.sum()`, say; not every kernel takes such strides
+        if dout.stride(-1) != 1 or 0 in dout.stride():  # of `out.sum()`, say: copied here once, not by every kernel call
             dout = dout.contiguous()
         if ulysses.size == 1:
             q, k, v, out, *lses = ctx.saved_tensors
