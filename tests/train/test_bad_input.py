@@ -119,6 +119,11 @@ def test_every_bad_row_is_in_the_ledger(folder, row, make_config, write_jsonl, t
         (row(image="http://example.org/a.png"), "bad-media"),
         (row(video={"path": "good.mp4", "start": 2, "end": 1}), "bad-media"),
         (b'{"x": "' + b"y" * 70_000 + b'"}', "line-too-long"),
+        (row("half of a pair: \ud83d"), "bad-row"),
+        *(
+            (row(**{kind: "x" * 300 + ending}), "media-missing")
+            for kind, ending in (("image", ""), ("video", ".mp4"), ("document", ".pdf"))
+        ),
         (stored("\ud800"), "media-missing"),  # legal in JSON, no key
         (row(image="foreign.dds"), "bad-image"),  # Pillow: NotImplementedError
     ]
