@@ -30,6 +30,6 @@ def check_same(before: Mapping[str, str], now: Mapping[str, str], where: Path) -
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)] if before else []
     if differing:
         raise ConfigError(
-            f"{where}: was trained on other data than there is now ({', '.join(differing[:6])}): bring that back, or give this run "
-            "another run.name; model.path can start it from what eagle export makes of the old one"
+            f"{where}: was trained on other data than there is now ({', '.join(differing[:6])}): bring that back, give this run "
+            "another run.name (model.path can start it from an export of the old one), or remove its folder (quickstart: --fresh)"
         )

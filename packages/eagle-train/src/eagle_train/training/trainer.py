@@ -106,22 +106,7 @@ class Trainer:
         Raises ConfigError when the data changed since the checkpoint, TrainingError for a loss that is not finite, CheckpointError,
         LoaderError.
         """
-        stage, step, resumed = 0, 0, checkpoint.latest(self.checkpoints)
-        progress = checkpoint.read_progress(resumed) if resumed is not None else None
-        if resumed is not None and progress is not None:
-            check_same(progress.data, self._data, resumed)
-            stage, step = (progress.stage + 1, 0) if progress.done else (progress.stage, progress.step)
-            self._seen = dict(progress.seen)
-            logger.info("resuming from %s", resumed)
-        if self.world.is_main:
-            checkpoint.clean(self.checkpoints)
-            self._rewind(progress.total_steps if progress is not None else 0)
-        if resumed is not None and progress is not None:
-            lost = self._lost_evaluation(progress)
-            if step == 0 or lost:
-                checkpoint.read(resumed, self.model, None, self.world)
-            if lost:
-                self._evaluate(progress.stage_name, progress.total_steps)
+        stage, step, resumed = self._resume()
         with Loader(
             self._tasks(stage, step),
             self._reading(),
@@ -135,6 +120,26 @@ class Trainer:
         if self.world.is_main:
             for source, seconds in loader.seconds_by_source.most_common(3):
                 logger.info("reading of source %s took %.1f s", source, seconds)
+
+    def _resume(self) -> tuple[int, int, Path | None]:
+        """Stage and step to go on with, and the checkpoint that they follow, if any; what was written after it is forgotten."""
+        path = checkpoint.latest(self.checkpoints)
+        progress = checkpoint.read_progress(path) if path is not None else None
+        if path is not None and progress is not None:
+            check_same(progress.data, self._data, path)
+            logger.info("resuming from %s", path)
+        if self.world.is_main:
+            checkpoint.clean(self.checkpoints)
+            self._rewind(progress.total_steps if progress is not None else 0)
+        if path is None or progress is None:
+            return 0, 0, None
+        self._seen = dict(progress.seen)
+        lost = self._lost_evaluation(progress)
+        if progress.done or lost:  # within a stage weights are read together with the optimizer's state
+            checkpoint.read(path, self.model, None, self.world)
+        if lost:
+            self._evaluate(progress.stage_name, progress.total_steps)
+        return (progress.stage + 1, 0, path) if progress.done else (progress.stage, progress.step, path)
 
     # ---- one stage ---------------------------------------------------------------------------------------------------------------
 
