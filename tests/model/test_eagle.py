@@ -236,3 +236,22 @@ def test_bfloat16_stays_near_float32(make_model, pack):
     assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
     rounded.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_autocast_stays_near_float32(make_model, pack):
+    """Both modes under autocast: float32 parameters and gradients, matmuls in bfloat16."""
+    model = make_model()
+    options = {"layout": layout(*LENGTHS), "denominator": torch.tensor(17.0)}
+    exact = model(**pack, **options).loss
+    ids = pack["input_ids"][None, :30]
+    tiles = pack["tiles"][: TILES[0]]
+    logits = model(ids, pixel_values=tiles).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(**pack, **options).loss
+        first = model(ids[:, :25], pixel_values=tiles, use_cache=True)
+        rest = model(ids[:, 25:], past_key_values=first.past_key_values).logits
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
+    assert rounded.item() != exact.item()
+    torch.testing.assert_close(rest.float(), logits[:, 25:], atol=0.05 * logits.abs().max().item(), rtol=0)
+    rounded.backward()
+    assert all(parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in model.parameters())
