@@ -86,6 +86,24 @@ def test_gradients_that_are_rounded_later(name, lengths):
                 assert relative(x - 1, placed) < 0.95 * relative(narrow, want)
 
 
+@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_float32(causal, dim):
+    """Evaluation, chat and small runs compute in it on a GPU, too."""
+    kernel = choose(torch.device("cuda", torch.cuda.current_device()), torch.float32, dim, causal)
+    assert kernel.name == "torch-efficient"
+    segments = Segments([0, 1, 4, 134, 600, 1624, 1688], [0, 1, 6, 136, 836, 2884, 2948])
+    q, dout = (torch.randn(segments.total_q, 14, dim, device="cuda") for _ in range(2))
+    k, v = (torch.randn(segments.total_k, 2, dim, device="cuda") for _ in range(2))
+    out, dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, q, k, v))
+    lse = kernel.forward(q, k, v, segments, causal, dim**-0.5, out=out)
+    kernel.backward(dout, q, k, v, out, lse, segments, causal, dim**-0.5, dq, dk, dv)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    ref = reference(*exact, segments, causal)
+    for x, wanted in zip((out, dq, dk, dv), (ref, *torch.autograd.grad(ref, exact, dout.double()))):
+        assert relative(x, wanted.detach()) < 1e-5
+
+
 @pytest.mark.parametrize("lengths", [[8192], [5000, 300, 2892]], ids=["one document", "three"])
 @pytest.mark.parametrize("name", [n for n in KERNELS if n not in ("cpu", "cudnn")])
 def test_the_same_bits_again(name, lengths):

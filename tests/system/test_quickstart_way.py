@@ -72,3 +72,14 @@ def test_quickstart_in_small(tmp_path):
     assert (tmp_path / "precious" / "config.yaml").read_text() == "mine: 1"
     remove_run(run)
     assert not run.exists()
+
+
+@pytest.mark.gpu
+def test_quickstart_where_there_is_a_gpu(tmp_path):
+    """Which it takes by itself, in float32."""
+    ear = Ear()
+    result = run_quickstart(tmp_path, ear, size=SIZE, overrides=["loader.workers=0", "data.workers=1"])
+    assert "on cuda" in "\n".join(ear.said)
+    steps = [record for record in Metrics(tmp_path / "quickstart" / "metrics.jsonl") if record["kind"] == "step"]
+    assert [record["stage"] for record in steps if record["step"] == record["steps"]] == ["short", "middle", "long"]
+    assert not [answer for answer in result.answers if answer.problem]

@@ -52,7 +52,8 @@ KEY = {"lmdb_file": "/media/x.lmdb", "lmdb_key": "k"}
     [
         ({"image": "a.png"}, ("/media/a.png",)),
         ({"image": "/elsewhere/a.png"}, ("/elsewhere/a.png",)),
-        ({"image": "file:///elsewhere/a.png"}, ("/elsewhere/a.png",)),
+        ({"image": "file:///elsewhere/a%20b.png"}, ("/elsewhere/a b.png",)),
+        ({"image": "a%20b.png"}, ("/media/a%20b.png",)),
         ({"images": ["a.png", "b.png"]}, ("/media/a.png", "/media/b.png")),
         ({"image": {"lmdb_file": "x.lmdb", "lmdb_key": "k"}}, (KEY,)),
         ({"image": [{"lmdb_file": "x.lmdb", "lmdb_key": "k"}, "a.png"]}, (KEY, "/media/a.png")),

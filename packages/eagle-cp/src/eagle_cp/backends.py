@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from eagle_cp import fa2, fa4
-from eagle_cp.blockwise import CPU, CUDNN, Dense, blockwise_backward, blockwise_backward_wide, blockwise_forward, count_calls
+from eagle_cp.blockwise import CPU, CUDNN, EFFICIENT, Dense, blockwise_backward, blockwise_backward_wide, blockwise_forward, count_calls
 from eagle_cp.segments import Segments
 
 log = logging.getLogger("eagle_cp")
@@ -87,6 +87,17 @@ def _fa2_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal
     return reason
 
 
+def _efficient_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool) -> str | None:
+    if device.type != "cuda":
+        return f"needs CUDA tensors, got {device.type}"
+    if dtype not in (torch.float32, *HALF):
+        return f"takes float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and _capability(device.index)[0] < 8:
+        return _cuda_half(device, dtype, 8, "for bfloat16")
+    step = 4 if dtype == torch.float32 else 8
+    return f"head dim {head_dim} is not a multiple of {step}" if head_dim % step else None
+
+
 def _cpu_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool) -> str | None:
     if device.type != "cpu":
         return f"needs CPU tensors, got {device.type}"
@@ -113,6 +124,7 @@ KERNELS: dict[str, Kernel] = {
         Kernel("torch-flash", fa2.aten_forward, fa2.aten_backward, fa2.aten_backward_wide, _aten_why_not),
         _dense("cudnn", CUDNN, _cudnn_why_not),
         Kernel("flash-attn", fa2.fa2_forward, fa2.fa2_backward, fa2.fa2_backward_wide, _fa2_why_not),
+        _dense("torch-efficient", EFFICIENT, _efficient_why_not),
         _dense("cpu", CPU, _cpu_why_not),
     )
 }

@@ -1,4 +1,5 @@
-"""Packed attention from kernels that know only dense blocks with a top-left causal mask (torch's CPU flash kernel, cuDNN through torch).
+"""Packed attention from kernels that know only dense blocks with a top-left causal mask (torch's CPU flash kernel, cuDNN and the
+memory-efficient kernel through torch).
 
 A segment is cut into a square on the diagonal (causal) and the rectangle of keys before it (full); where both exist the results are
 merged by their log-sum-exps. Squares of similar length share one padded batch: with a top-left causal mask no real query sees a padded
@@ -269,5 +270,23 @@ def _cudnn_backward(dout, q, k, v, out, lse, causal: bool, scale: float):
     )
 
 
+LSE_ALIGNMENT = 32  # rows; the memory-efficient kernel's log-sum-exps end at a multiple of it
+
+
+def _efficient_forward(q, k, v, causal: bool, scale: float):
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return out, lse[:, :, : q.shape[2]]
+
+
+def _efficient_backward(dout, q, k, v, out, lse, causal: bool, scale: float):
+    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=torch.inf)  # e^-inf: rows that don't exist add nothing
+    grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+    )
+    return grads[:3]
+
+
 CPU = Dense(_cpu_forward, _cpu_backward, same_shapes=False, grouped=False, max_rows=1 << 16)
 CUDNN = Dense(_cudnn_forward, _cudnn_backward, same_shapes=True, grouped=True, max_rows=1 << 17)
+EFFICIENT = Dense(_efficient_forward, _efficient_backward, same_shapes=False, grouped=False, max_rows=1 << 16)

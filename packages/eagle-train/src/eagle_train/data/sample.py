@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 ImageRef = str | dict[str, str]
 """An absolute path, or `{"lmdb_file": absolute path, "lmdb_key": key}`: what `eagle_sampling.open_image` takes."""
@@ -205,7 +206,8 @@ class _Media:
     def path(self, value: Any, what: str) -> str:
         if not isinstance(value, str) or not value:
             raise RowError("bad-media", f"{what} is {_short(value)}, expected a path")
-        value = value.removeprefix("file://")
+        if value.startswith("file://"):
+            value = unquote(value.removeprefix("file://"))
         if _ADDRESS.match(value):
             raise RowError("bad-media", f"{what} {_short(value)} is an address; media are read from files, download it first")
         if len(value) > _LONGEST_PATH:

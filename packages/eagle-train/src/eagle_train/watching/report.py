@@ -29,7 +29,8 @@ def summary(folder: str | Path) -> str:
         last = mine[-1]
         speed = float(np.median([record["tokens_per_second"] for record in mine]))
         # A running sum: steps between two lines of metrics count as well.
-        missing, missed = last["seen_missing"] - missed, last["seen_missing"]
+        seen = last.get("seen_missing", missed + sum(record["missing"] for record in mine))  # runs from before it was written
+        missing, missed = seen - missed, seen
         lines.append(
             f"stage {name}: step {last['step']} of {last['steps']}, loss {mine[0]['loss']:.3f} -> {last['loss']:.3f}, "
             f"{speed:,.0f} tok/s, {missing} samples missing"
