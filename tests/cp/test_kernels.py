@@ -97,7 +97,7 @@ def test_single_rank_precision(cp, dtype, causal):
 
 def test_choice_says_why():
     assert choose(torch.device("cpu"), torch.float64, 64).name == "cpu"
-    assert list(KERNELS) == ["flash-attn-4", "torch-flash", "cudnn", "flash-attn", "cpu"]
+    assert list(KERNELS) == ["flash-attn-4", "torch-flash", "cudnn", "flash-attn", "torch-efficient", "cpu"]
     with pytest.raises(ValueError, match=r"backend 'cudnn' can't run: needs CUDA tensors, got cpu"):
         choose(torch.device("cpu"), torch.float32, 64, backend="cudnn")
     with pytest.raises(ValueError, match=r"no backend 'flash'; known: flash-attn-4"):
