@@ -7,11 +7,10 @@ from typing import Any
 
 from eagle_model.prompt import PromptError
 from eagle_model.prompt_costs import PromptCosts
-from eagle_sampling import Limits, MediaError, VideoInfo, clip_range, image_size, probe, read_frames
+from eagle_sampling import Limits, MediaError, VideoInfo, clip_range, image_size, pdf_size, probe, read_frames
 from eagle_sampling.images import exists
 from eagle_train.config import LimitsConfig
 
-from .documents import pdf_size
 from .encoding import CachedEncoder
 from .facts import FrameCosts
 from .sample import RowError, Sample, VideoRef

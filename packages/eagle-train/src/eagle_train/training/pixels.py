@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 
 from eagle_model.prompt import media_order
-from eagle_sampling import Limits, MediaError, open_image, read_frames
+from eagle_sampling import Limits, MediaError, open_image, read_frames, render_pages
 from eagle_sampling.images import describe
 from eagle_tiling import load_rgb, tile_count, tile_image
-from eagle_train.data.documents import render_pages
 from eagle_train.data.sample import ImageRef, Sample, VideoRef
 from eagle_train.planning.visual import ModelFacts, SamplePlan, VideoPlan
 
