@@ -20,9 +20,8 @@ from rich.panel import Panel
 from rich.text import Text as RichText
 
 from eagle_model.prompt import IGNORE_INDEX, Context, Segment, Special, VideoSpan, encode, render
-from eagle_sampling import Limits, MediaError, open_image, read_frames
+from eagle_sampling import Limits, MediaError, open_image, read_frames, render_pages
 from eagle_tiling import Grid, load_rgb, tile_count, tile_image
-from eagle_train.data.documents import render_pages
 from eagle_train.data.sample import Sample, VideoRef
 from eagle_train.planning.visual import ModelFacts, SamplePlan, VideoPlan
 
