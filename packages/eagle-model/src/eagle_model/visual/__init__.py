@@ -26,7 +26,7 @@ from eagle_model.visual.plan import (
     plan_sample,
     row_plan,
 )
-from eagle_model.visual.read import FRAMES_TIMEOUT, MediaChanged, read_tiles, read_tiles_into
+from eagle_model.visual.read import FRAMES_TIMEOUT, MediaChanged, read_image, read_tiles, read_tiles_into, read_video
 from eagle_model.visual.spec import VisualSpec
 
 __all__ = [
@@ -49,8 +49,10 @@ __all__ = [
     "measure_video",
     "plan_columns",
     "plan_sample",
+    "read_image",
     "read_tiles",
     "read_tiles_into",
+    "read_video",
     "row_plan",
     "size_of",
 ]

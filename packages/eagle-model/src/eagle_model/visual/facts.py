@@ -185,8 +185,7 @@ def measure_video(ref: VideoRef, limits: Limits | None = None, *, info: VideoInf
         return VideoFacts(len(ref.frames), width, height, last_time=last, frame_times=ref.times, fps=ref.fps)
     if ref.is_pdf:
         limits.check_bytes(_file_size(ref.path), ref.path)
-        pages, width, height = pdf_size(ref.path)
-        limits.check_frames(pages, ref.path)
+        pages, width, height = pdf_size(ref.path, limits=limits)
         return VideoFacts(pages, width, height)
     info = info or probe(ref.path, limits=limits)
     if info.times is None:

@@ -17,8 +17,8 @@ from eagle_model.prompt.costs import FrameCosts
 from eagle_model.prompt.render import Segment, VideoSpan, render, sampled_fps, shown_times
 from eagle_model.visual.facts import VideoFacts
 from eagle_model.visual.spec import VisualSpec
-from eagle_sampling import Dropped, PlanColumns, PlanResult, choose_times, plan_many
-from eagle_sampling.budget import FRAMES_PER_VIDEO, STATUS
+from eagle_sampling import Dropped, PlanColumns, PlanResult, choose_pages, choose_times, plan_many, wanted_frames
+from eagle_sampling.budget import FRAMES_PER_VIDEO, STATUS, STRATEGIES
 from eagle_tiling import Grid, select_grid, tile_count, tile_counts
 
 #: The budget of a sample that has none: larger than any sample, small enough for products in int64.
@@ -140,11 +140,11 @@ def plan_columns(
     if facts.image_limits is not None:
         limits = np.minimum(facts.image_limits, limits)
     tiles = _tiles_by_cap(facts.image_width, facts.image_height, limits, spec)
-    wanted = wanted_frames(facts.video_seconds, facts.video_frames, spec)
+    wanted = _wanted(facts.video_seconds, facts.video_frames, spec)
     minimum = np.minimum(wanted, spec.min_frames)
     for place, own in enumerate(video_specs or ()):
         one = slice(place, place + 1)
-        wanted[one] = wanted_frames(facts.video_seconds[one], facts.video_frames[one], own)
+        wanted[one] = _wanted(facts.video_seconds[one], facts.video_frames[one], own)
         minimum[one] = np.minimum(wanted[one], own.min_frames)
     result = plan_many(
         PlanColumns(
@@ -250,25 +250,17 @@ def _video_plan(video: VideoFacts, count: int, spec: VisualSpec) -> VideoPlan:
     return VideoPlan(count, times=times, shown=shown_times(times, video.start), fps=sampled_fps(count, video.seconds))
 
 
-def choose_pages(available: int, count: int) -> np.ndarray:
-    """`count` of `available` pages or frames, spread evenly from first to last, int64 [count]."""
-    return np.round(np.linspace(0, available - 1, count)).astype(np.int64) if count > 1 else np.zeros(count, np.int64)
-
-
-def wanted_frames(seconds: np.ndarray, available: np.ndarray, spec: VisualSpec) -> np.ndarray:
-    """Frames to aim at, int64 [V]: `fps` a second (`eagle_sampling.wanted_frames` over columns), all pages of a document.
-
-    Never fewer than `min_frames` where the video has them, as in the original, and at most `max_frames` and what there is.
-    The strategy "uniform" aims at `max_frames` (default: 32) of every video, whatever its length.
-    """
-    if spec.strategy == "uniform":
-        return np.minimum(available, spec.max_frames or FRAMES_PER_VIDEO).astype(np.int64)
-    all_wanted = np.isnan(seconds)
-    by_rate = np.maximum(np.floor(np.where(all_wanted, 0.0, seconds) * spec.fps + 1e-6), 1)
-    wanted = np.where(all_wanted, available, np.maximum(by_rate, spec.min_frames)).astype(np.int64)
-    if spec.max_frames is not None:
-        wanted = np.minimum(wanted, spec.max_frames)
-    return np.minimum(wanted, available)
+def _wanted(seconds: np.ndarray, available: np.ndarray, spec: VisualSpec) -> np.ndarray:
+    """Frames to aim at, int64 [V]: `fps` a second, at least `min_frames`, and all pages; `max_frames` (default: 32) with a strategy that
+    doesn't go by the length of a video."""
+    by_rate = STRATEGIES[spec.strategy].by_rate
+    return wanted_frames(
+        np.asarray(seconds, np.float64),
+        spec.fps if by_rate else None,
+        spec.max_frames if by_rate else spec.max_frames or FRAMES_PER_VIDEO,
+        min_frames=spec.min_frames if by_rate else 1,
+        available=np.asarray(available, np.int64),
+    )
 
 
 def drop_detail(plans: VisualPlans, row: int) -> str:

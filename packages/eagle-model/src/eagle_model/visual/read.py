@@ -77,13 +77,26 @@ def read_tiles_into(
         if begin < end:
             part = out[start + begin - first : start + end - first]
             if is_image:
-                _read_image(part, images[number], plan.grids[number], plan.sizes[number], begin, spec, limits)
+                read_image(part, images[number], plan.grids[number], plan.sizes[number], spec, first=begin, limits=limits)
             else:
-                _read_video(part, videos[number], plan.videos[number], begin, limits)
+                read_video(part, videos[number], plan.videos[number], first=begin, limits=limits)
         start += count
 
 
-def _read_image(out: np.ndarray, ref: ImageRef, grid: Grid, size: tuple[int, int], first: int, spec: VisualSpec, limits: Limits) -> None:
+def read_image(
+    out: np.ndarray,
+    ref: ImageRef,
+    grid: Grid,
+    size: tuple[int, int],
+    spec: VisualSpec,
+    *,
+    first: int = 0,
+    limits: Limits | None = None,
+) -> None:
+    """Fill `out`, uint8 [n, s, s, 3], with tiles `first` ... of an image, whose `size` (width, height) must be that of its plan.
+
+    Raises MediaError and MediaChanged.
+    """
     image = load_image(ref, limits)
     found = size_of(image)
     if found != size:  # its tiles would be cut from another shape than its grid is for
@@ -100,8 +113,9 @@ def _read_image(out: np.ndarray, ref: ImageRef, grid: Grid, size: tuple[int, int
     out[:] = tiles if isinstance(tiles, np.ndarray) else tiles.cpu().numpy()
 
 
-def _read_video(out: np.ndarray, ref: VideoRef, plan: VideoPlan, first: int, limits: Limits) -> None:
-    """Frames or pages `first` ... of a video or document."""
+def read_video(out: np.ndarray, ref: VideoRef, plan: VideoPlan, *, first: int = 0, limits: Limits | None = None) -> None:
+    """Fill `out`, uint8 [n, s, s, 3], with frames or pages `first` ... of a video or document; raises MediaError and MediaChanged."""
+    limits = limits or Limits()
     wanted, side = slice(first, first + len(out)), out.shape[1]
     if plan.times is not None:
         if ref.path is None:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eagle_sampling import CAPS
+from eagle_sampling.budget import STRATEGIES, tile_caps
 
-Strategy = Literal["ads", "ads-fill", "uniform"]
 Placement = Literal["linspace", "center"]
 
 
@@ -20,7 +19,8 @@ class VisualSpec:
     tile_size: side of a tile in pixels. tokens_per_tile: `k`, visual tokens of one tile.
     min_tiles, max_tiles: bounds of an image's grid, thumbnail not counted (Eq. 1). thumbnail: whether an image of several tiles gets the
     whole image as one more.
-    strategy: how a budget is spent (`eagle_sampling.plan`): `ads` (Eq. 2), `ads-fill` or `uniform`.
+    strategy: how a budget is spent (`eagle_sampling.plan`): `ads` (Eq. 2), `ads-fill`, `uniform`, or another
+    that is registered.
     fps: frames per second of video that are aimed at. min_frames: a video gets at least so many, if it has them, or its sample is dropped.
     max_frames: at most so many frames of a video or pages of a document; None: no limit. placement: where the frames lie in the clip.
     Raises ValueError for values that contradict each other.
@@ -31,7 +31,7 @@ class VisualSpec:
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True
-    strategy: Strategy = "ads"
+    strategy: str = "ads"
     fps: float = 2.0
     min_frames: int = 8
     max_frames: int | None = None
@@ -48,14 +48,14 @@ class VisualSpec:
             raise ValueError(f"max_tiles ({self.max_tiles}) is below min_tiles ({self.min_tiles})")
         if self.max_frames is not None and self.max_frames < self.min_frames:
             raise ValueError(f"max_frames ({self.max_frames}) is below min_frames ({self.min_frames}); lower min_frames too")
-        for name, known in (("strategy", ("ads", "ads-fill", "uniform")), ("placement", ("linspace", "center"))):
+        for name, known in (("strategy", tuple(STRATEGIES)), ("placement", ("linspace", "center"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
 
     @property
     def caps(self) -> tuple[int, ...]:
         """The tile caps that ADS tries, largest first: those of the paper below `max_tiles`, and `max_tiles` itself."""
-        return (self.max_tiles, *(cap for cap in CAPS if self.min_tiles <= cap < self.max_tiles))
+        return tile_caps(self.min_tiles, self.max_tiles)
 
     def replace(self, **changes: Any) -> VisualSpec:
         """The same with other values. Raises TypeError for a name that is not a field, ValueError as the class does."""
