@@ -58,8 +58,8 @@ def configuration_page() -> str:
         models = list(_models(field.annotation))
         if models:
             lines += ["", *_table(models[0], indexed(name, field))]
-        for model, prefix in _nested(models, indexed(name, field)):
-            lines += ["", f"### `{prefix}`", "", (model.__doc__ or "").split("\n")[0], "", *_table(model, prefix)]
+        for model, prefix, about in _nested(models, indexed(name, field)):
+            lines += ["", f"### `{prefix}`", "", about, "", *_table(model, prefix)]
     return "\n".join(lines) + "\n"
 
 
@@ -70,7 +70,8 @@ def indexed(name: str, field: FieldInfo) -> str:
     return name + (".<i>" if origin is list and has_models else ".<name>" if origin is dict and has_models else "")
 
 
-def _nested(models: list[type[BaseModel]], prefix: str) -> Iterator[tuple[type[BaseModel], str]]:
+def _nested(models: list[type[BaseModel]], prefix: str) -> Iterator[tuple[type[BaseModel], str, str]]:
+    """(section, its path, its description) of sections inside sections, each once."""
     seen = set()
     for model in models:
         for name, field in model.model_fields.items():
@@ -78,7 +79,7 @@ def _nested(models: list[type[BaseModel]], prefix: str) -> Iterator[tuple[type[B
                 path = f"{prefix}.{indexed(name, field)}"
                 if inner not in seen:
                     seen.add(inner)
-                    yield inner, path
+                    yield inner, path, field.description or ""
                 yield from _nested([inner], path)
 
 
@@ -135,7 +136,7 @@ def _words(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(f"`{value}`" for value in arguments)
     if origin in (list, tuple):
-        return "list of " + _words(arguments[0]) if arguments else "list"
+        return "list of " + _words(arguments[0]).removeprefix("one of ") if arguments else "list"
     if origin is dict:
         return f"mapping of {_words(arguments[0])} to {_words(arguments[1])}"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path", Any: "any value"}
