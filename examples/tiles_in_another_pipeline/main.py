@@ -1,4 +1,4 @@
-"""Image Area Preservation in the data pipeline of another vision-language model. Needs eagle-tiling (numpy, Pillow); torch is never imported.
+"""Image Area Preservation in the data pipeline of another vision-language model, with eagle-tiling alone (numpy, Pillow; no torch).
 
 A LLaVA-style pipeline turns a row into text with image tokens and an array of crops. Only two of its steps know about tiling: how many
 tokens an image costs, and which crops it becomes. Here both come from eagle_tiling, with the tile size and the tokens per tile of the other

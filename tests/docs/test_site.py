@@ -81,7 +81,9 @@ def test_configuration_page_shows_defaults_and_allowed_values(pages):
 def test_command_page_has_every_verb(pages):
     generator = load_generator()
     page = pages[generator.COMMANDS]
-    assert {"init", "prepare", "plan", "show", "train", "eval", "chat", "export", "report", "doctor", "lmdb build"} <= set(generator.verbs())
+    assert {"init", "prepare", "plan", "show", "train", "eval", "chat", "export", "report", "doctor", "lmdb build"} <= set(
+        generator.verbs()
+    )
     for verb in generator.verbs():
         assert f"## eagle {verb}\n" in page
         assert f"Usage: eagle {verb} " in page
@@ -89,7 +91,12 @@ def test_command_page_has_every_verb(pages):
 
 def test_links_of_markdown_files_outside_the_site():
     """Relative links of README.md, CONTRIBUTING.md and examples/ lead to files; mkdocs checks those inside docs/."""
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "examples").rglob("*.md"), *(ROOT / "packages").glob("*/README.md")]:
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "examples").rglob("*.md"),
+        *(ROOT / "packages").glob("*/README.md"),
+    ]:
         for link in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", path.read_text()):
             if not link.startswith(("http://", "https://")):
                 assert (path.parent / link).exists(), f"{path.relative_to(ROOT)}: {link}"
