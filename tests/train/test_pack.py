@@ -11,41 +11,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from eagle_model.prompt import IGNORE_INDEX
-from eagle_train.data.encoding import CachedEncoder
+from eagle_model.prompt import IGNORE_INDEX, CachedEncoder, Encoded
+from eagle_model.visual import VisualSpec, facts, read
 from eagle_train.data.ledger import Entry
 from eagle_train.data.prepare import prepare
+from eagle_train.distributed.agreement import agree
+from eagle_train.loading.pack import LoadedPack, Share, join_samples, load_pack, token_weight
 from eagle_train.planning.stages import StageSchedule
-from eagle_train.planning.visual import ModelFacts
-from eagle_train.training import pixels
-from eagle_train.training.batch import Address, Batch, Planned, Share, Tokenised, address_of, assemble, materialise, token_weight
-from eagle_train.training.sharing import agree
 
-MODEL = ModelFacts(32, 4)
+SPEC = VisualSpec(tile_size=32, tokens_per_tile=4)
 
 
 @pytest.fixture
 def packs(colour_run, tokenizer):
     """The packs of the first stage's first epoch."""
     config = colour_run()
-    facts = prepare(config, tokenizer).facts
-    plan = StageSchedule(facts, config, config.stages[0], MODEL).plan(0)
-    return [tuple(Planned(address_of(facts, sample.row), sample) for sample in plan.samples(pack)) for pack in range(plan.packs)]
+    plan = StageSchedule(prepare(config, tokenizer).facts, config, config.stages[0], SPEC).plan(0)
+    return [tuple(plan.samples(pack)) for pack in range(plan.packs)]
 
 
 def test_every_row_comes_once_with_its_own_tiles(packs, tokenizer):
     encoder = CachedEncoder(tokenizer)
     seen = []
     for pack in packs:
-        batch = materialise(pack, encoder, MODEL)
-        assert not batch.failed
-        seen += batch.sample_ids
-        assert batch.tokens == batch.cu_seqlens[-1] <= batch.planned_tokens <= 640
-        assert len(batch.context_index) == 4 * len(batch.tiles)
-        assert (batch.input_ids[batch.context_index] == encoder.token_id("<IMG_CONTEXT>")).all()
+        loaded = load_pack(pack, encoder, SPEC)
+        batch = loaded.batch
+        assert not loaded.failed
+        seen += loaded.sample_ids
+        assert loaded.tokens == batch.cu_seqlens[-1] <= loaded.planned_tokens <= 640
+        assert len(batch.visual_index) == 4 * len(batch.tiles)
+        assert (batch.input_ids[batch.visual_index] == encoder.token_id("<IMG_CONTEXT>")).all()
         tile = 0
-        for (_, line), start, stop in zip(batch.sample_ids, batch.cu_seqlens[:-1], batch.cu_seqlens[1:]):
-            inside = (batch.context_index >= start) & (batch.context_index < stop)
+        for (_, line), start, stop in zip(loaded.sample_ids, batch.cu_seqlens[:-1], batch.cu_seqlens[1:]):
+            inside = (batch.visual_index >= start) & (batch.visual_index < stop)
             count = int(inside.sum()) // 4
             if line <= 24:  # images of one colour, in the order in which they were written
                 expected = [(255, 0, 0), (0, 160, 0), (0, 0, 255)][(line - 1) % 3]
@@ -59,32 +57,32 @@ def test_every_row_comes_once_with_its_own_tiles(packs, tokenizer):
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_shares_make_the_whole_and_nobody_reads_more(packs, tokenizer, monkeypatch, ranks):
     encoder = CachedEncoder(tokenizer)
-    read = {"images": 0, "frames": 0}
+    counts = {"images": 0, "frames": 0}
 
-    def count_image(*arguments, open_image=pixels.open_image, **options):
-        read["images"] += 1
+    def count_image(*arguments, open_image=facts.open_image, **options):
+        counts["images"] += 1
         return open_image(*arguments, **options)
 
-    def count_frames(path, times, *arguments, read_frames=pixels.read_frames, **options):
-        read["frames"] += len(times)
+    def count_frames(path, times, *arguments, read_frames=read.read_frames, **options):
+        counts["frames"] += len(times)
         return read_frames(path, times, *arguments, **options)
 
-    monkeypatch.setattr(pixels, "open_image", count_image)
-    monkeypatch.setattr(pixels, "read_frames", count_frames)
+    monkeypatch.setattr(facts, "open_image", count_image)
+    monkeypatch.setattr(read, "read_frames", count_frames)
     for pack in packs:
-        read.update(images=0, frames=0)
-        whole = materialise(pack, encoder, MODEL)
-        alone = dict(read)
-        parts = [materialise(pack, encoder, MODEL, share=Share(rank, ranks)) for rank in range(ranks)]
-        assert np.array_equal(np.concatenate([part.tiles for part in parts]), whole.tiles)
-        sizes = [len(part.tiles) for part in parts]
+        counts.update(images=0, frames=0)
+        whole = load_pack(pack, encoder, SPEC)
+        alone = dict(counts)
+        parts = [load_pack(pack, encoder, SPEC, share=Share(rank, ranks)) for rank in range(ranks)]
+        assert np.array_equal(np.concatenate([part.batch.tiles for part in parts]), whole.batch.tiles)
+        sizes = [len(part.batch.tiles) for part in parts]
         assert max(sizes) - min(sizes) <= 1
-        assert read["frames"] == 2 * alone["frames"]
-        assert read["images"] <= 2 * alone["images"] + ranks - 1  # an image is read twice only where a share ends within it
+        assert counts["frames"] == 2 * alone["frames"]
+        assert counts["images"] <= 2 * alone["images"] + ranks - 1  # an image is read twice only where a share ends within it
         for part in parts:
-            assert part.tile_count == whole.tile_count == len(whole.tiles)
-            for name in ("input_ids", "targets", "position_ids", "context_index", "token_weights"):
-                assert np.array_equal(getattr(part, name), getattr(whole, name))
+            assert part.tile_count == whole.tile_count == len(whole.batch.tiles)
+            for name in ("input_ids", "targets", "position_ids", "visual_index", "token_weights"):
+                assert np.array_equal(getattr(part.batch, name), getattr(whole.batch, name))
 
 
 @settings(deadline=None, max_examples=30)
@@ -110,10 +108,9 @@ def test_ranks_agree_on_what_is_missing(data):
 
 
 def fake_batch(places, missing):
-    batch = Batch(*[np.zeros(1, np.int64)] * 3, (0, 1), np.zeros((0, 4, 4, 3), np.uint8), *[np.zeros(1)] * 2, 0, 0.0, ())
-    batch.sample_ids = tuple(("s", place) for place in range(places) if place not in missing)
-    batch.missing = dict(sorted(missing.items()))
-    return batch
+    batch, _ = join_samples([], np.zeros((0, 4, 4, 3), np.uint8), None, SPEC, weighting="token")
+    ids = tuple(("s", place) for place in range(places) if place not in missing)
+    return LoadedPack(batch, ids, missing=dict(sorted(missing.items())))
 
 
 def agree_on_threads(batches, read):
@@ -140,7 +137,7 @@ def agree_on_threads(batches, read):
 
 
 def test_targets_are_the_answers_and_their_end(packs, tokenizer):
-    batch = materialise(packs[0], CachedEncoder(tokenizer), MODEL, weighting="token")
+    batch = load_pack(packs[0], CachedEncoder(tokenizer), SPEC, weighting="token").batch
     for start, stop in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:]):
         kept = batch.targets[start:stop] != IGNORE_INDEX
         assert tokenizer.decode(batch.targets[start:stop][kept]) in [f"{word}<|im_end|>" for word in ("red", "green", "blue", "noise")]
@@ -153,15 +150,15 @@ def test_a_file_that_is_gone_is_missing_and_named(packs, tokenizer, tmp_path):
     pack = packs[0]
     place = next(place for place, planned in enumerate(pack) if planned.plan.grids)
     address = pack[place].address
-    whole = materialise(pack, CachedEncoder(tokenizer), MODEL)
+    whole = load_pack(pack, CachedEncoder(tokenizer), SPEC)
     (tmp_path / f"{address.line - 1}.png").unlink()
-    batch = materialise(pack, CachedEncoder(tokenizer), MODEL)
+    batch = load_pack(pack, CachedEncoder(tokenizer), SPEC)
     [entry] = batch.failed
     assert (entry.source, entry.line, entry.where) == ("rows", address.line, "train")
     assert f"{address.line - 1}.png" in entry.detail
     assert set(whole.sample_ids) - set(batch.sample_ids) == {("rows", address.line)}
-    assert batch.label_weight < whole.label_weight
-    assert batch.label_weight == pytest.approx(batch.token_weights.sum(dtype=np.float64))
+    assert batch.batch.label_weight < whole.batch.label_weight
+    assert batch.batch.label_weight == pytest.approx(batch.batch.token_weights.sum(dtype=np.float64))
 
 
 def test_an_image_of_another_shape_than_planned_is_missing_and_named(packs, tokenizer, tmp_path):
@@ -173,7 +170,7 @@ def test_an_image_of_another_shape_than_planned_is_missing_and_named(packs, toke
     for orientation, failed in ((3, []), (6, ["changed"])):
         exif[0x0112] = orientation
         Image.new("RGB", (64, 32)).save(path, exif=exif)
-        batch = materialise(pack, CachedEncoder(tokenizer), MODEL)
+        batch = load_pack(pack, CachedEncoder(tokenizer), SPEC)
         assert [entry.reason for entry in batch.failed] == failed
     assert f"{path.name}: is 32 x 64 as displayed, prepare measured 64 x 32" in batch.failed[0].detail
     assert batch.failed[0].line == pack[place].address.line
@@ -182,27 +179,26 @@ def test_an_image_of_another_shape_than_planned_is_missing_and_named(packs, toke
 def test_a_row_that_changed_is_missing_and_named(packs, tokenizer, tmp_path):
     rows = (tmp_path / "rows.jsonl").read_bytes()
     (tmp_path / "rows.jsonl").write_bytes(rows.replace(b"what color?", b"what colour"))
-    assert not materialise(packs[0], CachedEncoder(tokenizer), MODEL).failed  # as long as before: still fits
+    assert not load_pack(packs[0], CachedEncoder(tokenizer), SPEC).failed  # as long as before: still fits
     (tmp_path / "rows.jsonl").write_bytes(b"{}\n" * (len(rows) // 3))
-    batch = materialise(packs[0], CachedEncoder(tokenizer), MODEL)
+    batch = load_pack(packs[0], CachedEncoder(tokenizer), SPEC)
     assert len(batch.failed) == len(packs[0])
     assert {entry.reason for entry in batch.failed} <= {"broken-json", "bad-row"}
     assert batch.sample_ids == ()
     assert batch.tokens == 0
-    assert batch.num_kept == 0
-    assert batch.label_weight == 0.0
+    assert batch.batch.num_kept == 0
+    assert batch.batch.label_weight == 0.0
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from(["token", "sample", "sqrt"]))
 def test_weights_sum_to_what_the_weighting_says(tokenizer, counts, weighting):
     samples = []
-    for number, count in enumerate(counts):
+    for count in counts:
         labels = np.full(count + 3, IGNORE_INDEX)
         labels[2 : 2 + count] = 7
-        address = Address("s", number, "", 0, 0, "", None)
-        samples.append((address, Tokenised(np.full(count + 3, 5), labels)))
-    batch = assemble(samples, np.zeros((0, 32, 32, 3), np.uint8), CachedEncoder(tokenizer), MODEL, weighting=weighting)
+        samples.append(Encoded(np.full(count + 3, 5), labels))
+    batch, _ = join_samples(samples, np.zeros((0, 32, 32, 3), np.uint8), CachedEncoder(tokenizer), SPEC, weighting=weighting)
     expected = {"token": sum(counts), "sample": len(counts), "sqrt": sum(count**0.5 for count in counts)}[weighting]
     assert batch.label_weight == pytest.approx(expected, rel=1e-6)
     assert batch.num_kept == sum(counts)
