@@ -1,7 +1,7 @@
 """The verbs by name, and what their end means to a shell.
 
 Exit codes: 0 it worked; 1 the run failed; 2 the command line or the configuration is wrong; 3 the data: too many bad rows, damaged media,
-or facts are missing; 130 interrupted. Errors are one message without a traceback, unless `--debug` is given.
+or facts are missing; 4 an evaluation failed (after train: training is complete); 130 interrupted by SIGINT. Errors are one message without a traceback, unless `--debug` is given.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NoReturn
 from . import answers, data, inspection, train  # noqa: F401  (they add their verbs)
 from .app import app
 
-RUN_FAILED, WRONG_USE, BAD_DATA, INTERRUPTED = 1, 2, 3, 130
+RUN_FAILED, WRONG_USE, BAD_DATA, EVALUATION_FAILED, INTERRUPTED = 1, 2, 3, 4, 130
 
 
 def main(given: list[str]) -> NoReturn:
@@ -52,6 +52,8 @@ def exit_code(error: BaseException) -> int:
         return WRONG_USE
     if names & {"PrepareError", "MediaError"}:
         return BAD_DATA
+    if "EvaluationError" in names:
+        return EVALUATION_FAILED
     return RUN_FAILED
 
 

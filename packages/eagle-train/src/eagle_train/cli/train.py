@@ -44,7 +44,7 @@ def train(
     loaded = load_config(config, overrides or ())
 
     from eagle_train.training.parallel import start_world
-    from eagle_train.training.run import ask, get_ready, has_evaluation, train, write_answers
+    from eagle_train.training.run import check_evaluations, final_evaluation, get_ready, has_evaluation, train, write_answers
     from eagle_train.watching.report import write_report
 
     from .tables import plan_table, rows_line, score_table
@@ -58,14 +58,15 @@ def train(
             ready = get_ready(loaded, world, progress)
         trainer = train(ready, world, on_record=printer.record, on_start=lambda trainer: printer.say(plan_table(trainer.schedules)))
         if has_evaluation(loaded):
-            result = ask(ready, trainer.model, world, limit=loaded.eval.limit)
-            if world.is_main:
+            result = final_evaluation(ready, trainer, world, limit=loaded.eval.limit)
+            if world.is_main and result is not None:
                 write_answers(result, loaded.run.folder)
                 printer.say(score_table(result))
         if world.is_main:
             write_report(loaded.run.folder)
             printer.say(rows_line(trainer.schedules, trainer.missing))
             printer.say(f"run folder: {loaded.run.folder}\nask it: eagle chat {loaded.run.folder} --image picture.png 'a question'")
+        check_evaluations(trainer)
     finally:
         world.close()
 

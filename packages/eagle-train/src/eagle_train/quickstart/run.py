@@ -11,7 +11,7 @@ from eagle_train.config import load_config
 from eagle_train.training.evaluate import Answer, Evaluation
 from eagle_train.training.folder import remove_run
 from eagle_train.training.parallel import device_kind, start_world
-from eagle_train.training.run import ask, export, get_ready, train, write_answers
+from eagle_train.training.run import check_evaluations, export, final_evaluation, get_ready, train, write_answers
 from eagle_train.watching.metrics import Metrics
 from eagle_train.watching.report import write_report
 
@@ -39,7 +39,8 @@ def run_quickstart(
 ) -> Evaluation:
     """The whole way from nothing; continues what an earlier call began. Returns the answers to all held-out questions.
 
-    fresh: remove the run that an earlier call made, first. device: cpu or cuda; None takes a GPU when there is one.
+    fresh: remove the run that an earlier call made, first. device: cpu or cuda; None takes a GPU when there is one. Raises
+    EvaluationError when the model is trained and an evaluation failed.
     """
     begin = time.monotonic()
     size, device = size or Size(), device_kind(device)
@@ -77,8 +78,8 @@ def run_quickstart(
         trainer = train(ready, world, on_record=printer.record, on_start=started)
         printer.say(f"{clock()} trained; asking all held-out questions")
         with printer.counting("questions") as counted:
-            result = ask(ready, trainer.model, world, progress=counted)
-        if world.is_main:
+            result = final_evaluation(ready, trainer, world, progress=counted)
+        if world.is_main and result is not None:
             run = config.run.folder
             write_answers(result, run)
             scores = {name: score._asdict() for name, score in result.by_source().items()}
@@ -100,6 +101,8 @@ def run_quickstart(
             plot = write_report(run)
             export(config, run / "model", dtype="float32")
             printer.say(farewell(run, plot, data, result, clock()))
+        check_evaluations(trainer)
+        assert result is not None
         return result
     finally:
         world.close()

@@ -27,8 +27,12 @@ PATIENCE = datetime.timedelta(days=7)
 T = TypeVar("T")
 
 
+FAILED_PATIENCE = datetime.timedelta(seconds=60)
+"""How long a rank that failed waits for the others: one that waits for it inside a collective of the model never comes."""
+
+
 class RankError(RuntimeError):
-    """The first rank can't go on, and with it none can."""
+    """A rank can't continue, and without it no rank can."""
 
 
 @dataclass
@@ -89,6 +93,32 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def failures(self, mine: str | None) -> list[str]:
+        """What failed, as `rank N: ...`, on all ranks the same; empty when `mine` is None everywhere. A collective of all ranks.
+
+        Raises RankError on a rank that failed when the others don't come within `FAILED_PATIENCE`: they wait for it in another collective
+        (for example in a layer of a sharded model), and the process group can't be used again.
+        """
+        if self.size == 1:
+            return [] if mine is None else [mine]
+        failed = torch.zeros(self.size, dtype=torch.int32)
+        failed[self.rank] = mine is not None
+        # On a group of its own, so that it never meets a collective of the model.
+        work = dist.all_reduce(failed, group=self.patient, async_op=True)
+        assert work is not None
+        try:
+            work.wait(PATIENCE if mine is None else FAILED_PATIENCE)
+        except RuntimeError as error:
+            if mine is None:
+                raise RankError(f"rank {self.rank} lost another rank ({error}); the message of that rank says why") from error
+            raise RankError(
+                f"rank {self.rank} failed while the others waited for it in a collective: {mine}. The run ends here; "
+                "the same command continues from the newest checkpoint"
+            ) from error
+        if not failed.any():
+            return []
+        return [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(mine)) if text is not None]
 
     def close(self) -> None:
         """Leave the process group, if it was made here."""

@@ -22,7 +22,7 @@ from eagle_train.data.prepare import Progress, load_facts, prepare
 
 from . import checkpoint
 from .deterministic import deterministic
-from .evaluate import Blind, Evaluation, evaluate, training_pairs
+from .evaluate import Blind, Evaluation, EvaluationError, evaluate, training_pairs
 from .folder import claim_folder
 from .lock import locked
 from .model import build_model, load_run_tokenizer, model_facts
@@ -119,6 +119,23 @@ def ask(
     model.eval()
     described = model_facts(model.config)  # type: ignore[arg-type]
     return evaluate(model, ready.tokenizer, held_out, ready.config, world, described, blind=blind, limit=limit, progress=progress)
+
+
+def final_evaluation(
+    ready: Ready, trainer: Trainer, world: World, *, limit: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> Evaluation | None:
+    """Evaluate the trained model on the run's held-out facts; None when that fails, which is logged and recorded as during training."""
+    return trainer.attempt("final", trainer.total_steps, lambda: ask(ready, trainer.model, world, limit=limit, progress=progress))
+
+
+def check_evaluations(trainer: Trainer) -> None:
+    """Raises EvaluationError, naming each, when evaluations of a run failed whose training is complete."""
+    if trainer.failed_evaluations:
+        failed = "\n  ".join(trainer.failed_evaluations)
+        raise EvaluationError(
+            f"training is complete, but {len(trainer.failed_evaluations)} of its evaluations failed:\n  {failed}\n"
+            f"The weights are in {trainer.checkpoints}; eagle eval {trainer.folder} evaluates them again"
+        )
 
 
 def write_answers(result: Evaluation, folder: Path) -> Path:

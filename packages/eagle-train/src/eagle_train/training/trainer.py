@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,17 @@ from eagle_train.watching.metrics import Metrics
 from . import checkpoint
 from .activations import activation_mode, make_engine
 from .batch import Batch, Planned, Share, address_of
+from .evaluate import EvaluationError, describe
 from .identity import check_same, identify
 from .loader import Loader, Reading, Task, read
 from .model import attention_backend, build_model, model_facts, tokenizer_folder
 from .optim import learning_rate, make_optimizer, set_trainable
-from .parallel import World, is_sharded, shard_model
+from .parallel import RankError, World, is_sharded, shard_model
 from .sharing import agree, shares
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class TrainingError(RuntimeError):
@@ -61,7 +64,8 @@ class Trainer:
     """A run from its configuration: `train()` goes through all stages, from the newest checkpoint if there is one.
 
     on_record: called on the main rank with every metrics record. on_evaluate: called on every rank with (model, stage name) when an
-    evaluation is due; what it returns is written as an "eval" record.
+    evaluation is due; what it returns is written as an "eval" record. When it fails on any rank, an "eval_failed" record is written,
+    `failed_evaluations` gets an entry on every rank, and training continues.
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class Trainer:
         self.schedules = [StageSchedule(facts, config, stage, model_facts(self.described)) for stage in config.stages]
         self.total_steps = sum(schedule.steps for schedule in self.schedules)
         self._data = identify(config, facts, tokenizer, self.schedules)
+        #: One sentence for every evaluation that failed.
+        self.failed_evaluations: list[str] = []
         self._pending: _Pending | None = None
         self._waiting: dict[str, Any] | None = None
         self._pace: float | None = None
@@ -194,16 +200,51 @@ class Trainer:
         """Whether the run ended between a checkpoint and the evaluation that follows it; the same on every rank."""
         lost = False
         if self.world.is_main and self._evaluation_is_due(progress.step, progress.done):
-            lost = not any(record["kind"] == "eval" and record["total_step"] == progress.total_steps for record in self.metrics)
+            made = ("eval", "eval_failed")
+            lost = not any(record["kind"] in made and record["total_step"] == progress.total_steps for record in self.metrics)
         return self.world.gather(lost)[0]
 
     def _evaluate(self, stage: str, total_step: int) -> None:
-        assert self.on_evaluate is not None
-        self.model.eval()
-        result = self.on_evaluate(self.model, stage)
-        self.model.train()
+        on_evaluate = self.on_evaluate
+        assert on_evaluate is not None
+        result = self.attempt(stage, total_step, lambda: on_evaluate(self.model, stage))
         if result is not None and self.world.is_main:
             self._record({"kind": "eval", "stage": stage, "total_step": total_step} | result)
+
+    def attempt(self, stage: str, total_step: int, evaluate: Callable[[], T]) -> T | None:
+        """What `evaluate()` returns, or None on every rank when it fails on one of them: the failure is logged and recorded.
+
+        A collective of all ranks. Raises RankError when a rank fails in the middle of a collective, which nothing can continue.
+        """
+        failure, agreed, result = None, None, None
+        self.model.eval()
+        try:
+            result = evaluate()
+        except RankError as error:
+            self._evaluation_failed(stage, total_step, str(error), everywhere=False)
+            raise
+        except EvaluationError as error:  # the same on every rank
+            failure = agreed = str(error)
+        except Exception as error:
+            failure = describe(error)
+            logger.debug("evaluation failed", exc_info=True)
+        self.model.train()
+        failures = self.world.failures(failure)
+        if not failures:
+            return result
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):  # FSDP2 keeps a layer's parameters gathered when its forward raises
+                module.reshard()  # type: ignore[operator]
+        self._evaluation_failed(stage, total_step, agreed or "; ".join(failures))
+        return None
+
+    def _evaluation_failed(self, stage: str, total_step: int, error: str, *, everywhere: bool = True) -> None:
+        text = f"the evaluation of stage {stage} after step {total_step} failed: {error}"
+        self.failed_evaluations.append(text)
+        # The only rank that knows writes it: the evaluation isn't tried again by the same command.
+        if self.world.is_main or not everywhere:
+            logger.error("%s%s", text, "; training continues" if everywhere and total_step < self.total_steps else "")
+            self._record({"kind": "eval_failed", "stage": stage, "total_step": total_step, "error": error})
 
     # ---- one step ----------------------------------------------------------------------------------------------------------------
 
