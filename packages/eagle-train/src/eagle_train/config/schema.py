@@ -256,6 +256,9 @@ class StageConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(default=500, ge=1, description="Optimizer steps between checkpoints; the end of a stage always makes one.")
+    minutes: float | None = Field(
+        default=60.0, gt=0, description="Minutes after which the running step is followed by a checkpoint, next to every; null: only every."
+    )
     keep: int = Field(default=2, ge=1, description="Newest checkpoints kept within a stage; ends of stages are always kept.")
 
 

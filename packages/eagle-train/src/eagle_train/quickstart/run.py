@@ -12,6 +12,7 @@ from eagle_train.training.evaluate import Answer, Evaluation
 from eagle_train.training.folder import remove_run
 from eagle_train.training.parallel import device_kind, start_world
 from eagle_train.training.run import check_evaluations, export, final_evaluation, get_ready, train, write_answers
+from eagle_train.training.stop import StopSignals, what_is_saved
 from eagle_train.watching.metrics import Metrics
 from eagle_train.watching.report import write_report
 
@@ -36,10 +37,12 @@ def run_quickstart(
     size: Size | None = None,
     device: str | None = None,
     tables: tuple[Callable[..., str], Callable[..., str]] | None = None,
+    stop: StopSignals | None = None,
 ) -> Evaluation:
     """The whole way from nothing; continues what an earlier call began. Returns the answers to all held-out questions.
 
-    fresh: remove the run that an earlier call made, first. device: cpu or cuda; None takes a GPU when there is one. Raises
+    fresh: remove the run that an earlier call made, first. device: cpu or cuda; None takes a GPU when there is one. stop: signals that
+    are handled (default: none). Raises
     EvaluationError when the model is trained and an evaluation failed.
     """
     begin = time.monotonic()
@@ -58,6 +61,9 @@ def run_quickstart(
     if fresh or not path.is_file():
         write_configuration(path, configuration(data, size))
     config = load_config(path, overrides)
+    if stop is not None:
+        signals = stop
+        stop.describe = lambda: what_is_saved(config.run.folder, config.stages[-1].name, began=signals.training)
     if fresh and config.run.folder.exists():
         remove_run(config.run.folder)
     world = start_world(config.parallel, device)
@@ -75,7 +81,7 @@ def run_quickstart(
                 f"{clock()} training {parameters:,} parameters from random weights, {trainer.total_steps} steps, on {world.device.type}"
             )
 
-        trainer = train(ready, world, on_record=printer.record, on_start=started)
+        trainer = train(ready, world, on_record=printer.record, on_start=started, stop=stop)
         printer.say(f"{clock()} trained; asking all held-out questions")
         with printer.counting("questions") as counted:
             result = final_evaluation(ready, trainer, world, progress=counted)

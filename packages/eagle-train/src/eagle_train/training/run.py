@@ -28,6 +28,7 @@ from .lock import locked
 from .model import build_model, load_run_tokenizer, model_facts
 from .parallel import World, alone
 from .preview import record_drops
+from .stop import StopSignals
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -71,15 +72,20 @@ def train(
     *,
     on_record: Callable[[dict[str, Any]], None] | None = None,
     on_start: Callable[[Trainer], None] | None = None,
+    stop: StopSignals | None = None,
 ) -> Trainer:
-    """Train what is left of the run, with evaluations on the way. Raises ConfigError when the folder holds, or is used by, another run."""
+    """Train what is left of the run, with evaluations on the way. Raises ConfigError when the folder holds, or is used by, another run.
+
+    stop: signals that are handled (default: none). The first one ends training with a checkpoint and `Interrupted`; an evaluation ends
+    after its running batch of questions.
+    """
     config = ready.config
     blind = Blind(training_pairs(ready.facts)) if ready.eval_facts is not None else None
 
     def on_evaluate(model: nn.Module, stage: str) -> dict[str, Any] | None:
         assert ready.eval_facts is not None
         assert blind is not None
-        done = ask(ready, model, world, blind=blind, limit=config.eval.limit)
+        done = ask(ready, model, world, blind=blind, limit=config.eval.limit, progress=lambda *_: trainer.check_stop())
         return {"scores": {name: score._asdict() for name, score in done.by_source().items()}, "accuracy": done.score().accuracy}
 
     with contextlib.ExitStack() as until_the_end:
@@ -91,7 +97,13 @@ def train(
         world.first(claim)
         until_the_end.enter_context(deterministic(config.run.deterministic))
         trainer = Trainer(
-            config, ready.facts, ready.tokenizer, world, on_record=on_record, on_evaluate=on_evaluate if blind is not None else None
+            config,
+            ready.facts,
+            ready.tokenizer,
+            world,
+            on_record=on_record,
+            on_evaluate=on_evaluate if blind is not None else None,
+            stop=stop,
         )
         if world.is_main:
             record_drops(config, trainer.schedules)

@@ -29,12 +29,22 @@ class Totals(NamedTuple):
     samples: int
     missing: int
     labels: int
+    #: How many ranks got SIGINT and SIGTERM, and whether the main rank wants a checkpoint after this step.
+    interrupts: int = 0
+    terminations: int = 0
+    saves: int = 0
 
 
-def agree(batches: Sequence[Batch], world: World, read_again: Callable[[int, dict[int, Entry]], Batch]) -> tuple[list[Batch], Totals]:
+def agree(
+    batches: Sequence[Batch],
+    world: World,
+    read_again: Callable[[int, dict[int, Entry]], Batch],
+    wishes: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[list[Batch], Totals]:
     """The batches of a step with the same samples on every rank of their context group, and the step's sums; a collective of all ranks.
 
     read_again(place, missing): batch `place` of the step once more, without the samples `missing` (by place in the pack).
+    wishes: this rank's part of `interrupts`, `terminations` and `saves`, which need no collective of their own.
     """
     batches = list(batches)
     agreed: list[dict[int, Entry]] = [{} for _ in batches]
@@ -45,7 +55,7 @@ def agree(batches: Sequence[Batch], world: World, read_again: Callable[[int, dic
         # The ranks of a context group hold the same packs: the first of them counts.
         mine = torch.tensor(numbers, dtype=torch.float64).sum(0) * (world.context.rank == 0)
         news = sum(batch.missing.keys() != known.keys() for batch, known in zip(batches, agreed)) if world.context.size > 1 else 0
-        weight, *counts, news = world.sum(torch.cat([mine, torch.tensor([news], dtype=torch.float64)])).tolist()
+        weight, *counts, news = world.sum(torch.cat([mine, torch.tensor([*wishes, news], dtype=torch.float64)])).tolist()
         if not news:
             return batches, Totals(weight, *map(int, counts))
         told = world.gather([batch.missing for batch in batches])[group]

@@ -11,12 +11,13 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ from .loader import Loader, Reading, Task, read
 from .model import attention_backend, build_model, model_facts, tokenizer_folder
 from .optim import learning_rate, make_optimizer, set_trainable
 from .parallel import RankError, World, is_sharded, shard_model
-from .sharing import agree, shares
+from .sharing import Totals, agree, shares
+from .stop import Interrupted, StopSignals, what_is_saved
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ class Trainer:
 
     on_record: called on the main rank with every metrics record. on_evaluate: called on every rank with (model, stage name) when an
     evaluation is due; what it returns is written as an "eval" record. When it fails on any rank, an "eval_failed" record is written,
-    `failed_evaluations` gets an entry on every rank, and training continues.
+    `failed_evaluations` gets an entry on every rank, and training continues. stop: signals that are handled (default: none).
     """
 
     def __init__(
@@ -77,9 +79,11 @@ class Trainer:
         *,
         on_record: Callable[[dict[str, Any]], None] | None = None,
         on_evaluate: Callable[[nn.Module, str], dict[str, Any] | None] | None = None,
+        stop: StopSignals | None = None,
     ) -> None:
         self.config, self.facts, self.tokenizer, self.world = config, facts, tokenizer, world
         self.on_record, self.on_evaluate = on_record, on_evaluate
+        self.stop = stop or StopSignals()
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
@@ -96,6 +100,8 @@ class Trainer:
         self._waiting: dict[str, Any] | None = None
         self._pace: float | None = None
         self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0}
+        #: Stage and step of the newest checkpoint, and when it was written.
+        self._saved, self._saved_at = (0, 0), time.monotonic()
 
     @property
     def missing(self) -> int:
@@ -110,9 +116,28 @@ class Trainer:
         """Train what is left of the run.
 
         Raises ConfigError when the data changed since the checkpoint, TrainingError for a loss that is not finite, CheckpointError,
-        LoaderError.
+        LoaderError, and Interrupted on every rank when a signal asked one of them to stop; by then a checkpoint is written.
         """
+        try:
+            with self.stop.deferred():
+                self._train()
+                self.check_stop()
+        except Interrupted as stop:
+            raise Interrupted(stop.signum, f"stopped; {self.what_is_saved()}") from None
+
+    def what_is_saved(self) -> str:
+        """What a command that trains this run continues from."""
+        return what_is_saved(self.folder, self.config.stages[-1].name, began=self.stop.training)
+
+    def check_stop(self) -> None:
+        """Raises Interrupted on every rank when a signal asked one of them to stop; a collective of all ranks, for use between steps."""
+        signum = max(self.world.gather(self.stop.requested))
+        if signum:
+            raise Interrupted(signum)
+
+    def _train(self) -> None:
         stage, step, resumed = self._resume()
+        self._saved = stage, step
         with Loader(
             self._tasks(stage, step),
             self._reading(),
@@ -164,7 +189,13 @@ class Trainer:
         done_before = sum(schedule.steps for schedule in self.schedules[:number])
         begin, waited = time.monotonic(), loader.waited
         for step in range(first, schedule.steps):
-            record = self._step(number, step, optimizer, loader)
+            if self.stop.requested and self.world.size == 1:  # without waiting for the next packs
+                self._save_and_stop(number, step, optimizer, self.stop.requested)
+            batches, totals = self._read(number, step, loader)
+            if totals.interrupts or totals.terminations:
+                self._save_and_stop(number, step, optimizer, signal.SIGTERM if totals.terminations else signal.SIGINT)
+            record = self._step(number, step, optimizer, batches, totals)
+            self.stop.training = True
             now = time.monotonic()
             elapsed = max(now - begin, 1e-9)
             record |= {
@@ -177,17 +208,40 @@ class Trainer:
             begin, waited = now, loader.waited
             self._publish(record, step + 1 == schedule.steps)
             over = step + 1 == schedule.steps
-            if over or (step + 1) % self.config.checkpoint.every == 0:
-                self._flush()
-                seen = dict(self._seen)
-                progress = checkpoint.Progress(number, stage.name, step + 1, done_before + step + 1, over, seen, self._data)
-                checkpoint.write(self.checkpoints, progress, self.model, None if over else optimizer, self.world)
-                if self.world.is_main:
-                    checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
+            if over or totals.saves or (step + 1) % self.config.checkpoint.every == 0:
+                self._save(number, step + 1, optimizer)
             if self._evaluation_is_due(step + 1, over):
                 self._flush()
-                self._evaluate(stage.name, done_before + step + 1)
+                try:
+                    self._evaluate(stage.name, done_before + step + 1)
+                except Interrupted as stop:  # the same command makes up for it
+                    self._save_and_stop(number, step + 1, optimizer, stop.signum)
                 begin = time.monotonic()
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------------------
+
+    def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint after `step` steps of a stage, and apply the keep rule."""
+        self._flush()
+        schedules, name = self.schedules, self.config.stages[number].name
+        over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
+        progress = checkpoint.Progress(number, name, step, total, over, dict(self._seen), self._data)
+        checkpoint.write(self.checkpoints, progress, self.model, None if over else optimizer, self.world)
+        if self.world.is_main:
+            checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
+        self._saved, self._saved_at = (number, step), time.monotonic()
+
+    def _save_is_due(self) -> bool:
+        """Whether `checkpoint.minutes` have passed, by the main rank's clock."""
+        minutes = self.config.checkpoint.minutes
+        return self.world.is_main and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+
+    def _save_and_stop(self, number: int, step: int, optimizer: torch.optim.Optimizer, signum: int) -> NoReturn:
+        """Raises Interrupted, with a checkpoint after `step` steps of a stage; every rank calls it at the same step."""
+        self._flush()
+        if step and self._saved != (number, step):
+            self._save(number, step, optimizer)
+        raise Interrupted(signum)
 
     # ---- evaluations -------------------------------------------------------------------------------------------------------------
 
@@ -248,10 +302,10 @@ class Trainer:
 
     # ---- one step ----------------------------------------------------------------------------------------------------------------
 
-    def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, loader: Loader) -> dict[str, Any]:
-        stage, schedule, world = self.config.stages[number], self.schedules[number], self.world
-        total_step = sum(schedule.steps for schedule in self.schedules[:number]) + step + 1
-        micro = stage.packs_per_step // world.data
+    def _read(self, number: int, step: int, loader: Loader) -> tuple[list[Batch], Totals]:
+        """This rank's packs of a step, and the sums over all ranks."""
+        stage, requested = self.config.stages[number], self.stop.requested
+        micro = stage.packs_per_step // self.world.data
         batches: list[Batch] = []
         for place in range(micro):
             item = loader.get()
@@ -260,7 +314,13 @@ class Trainer:
                     f"stage {stage.name} step {step}: the loader gave {item and item[0]}, not pack {place}; please report this"
                 )
             batches.append(item[1])
-        batches, totals = agree(batches, world, partial(self._read_again, number, step))
+        wishes = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due())
+        return agree(batches, self.world, partial(self._read_again, number, step), wishes)
+
+    def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, batches: list[Batch], totals: Totals) -> dict[str, Any]:
+        stage, schedule, world = self.config.stages[number], self.schedules[number], self.world
+        total_step = sum(schedule.steps for schedule in self.schedules[:number]) + step + 1
+        micro = len(batches)
         lr = learning_rate(step, schedule.steps, stage)
         for group in optimizer.param_groups:
             group["lr"] = lr
