@@ -103,7 +103,7 @@ def test_a_stopped_and_continued_run_is_the_run_that_was_not(colour_run):
         with StopSignals() as stop:
             train(get_ready(stopped), start_world(stopped.parallel, "cpu"), on_record=ask_for_a_stop, stop=stop)
 
-    for where in ("after step 3 of stage one", "after step 1 of stage two"):
+    for where in ("after step 3 of stage one", "from the end of stage one"):
         with pytest.raises(Interrupted, match=f"the same command continues {where}") as caught:
             run()
         assert caught.value.signum == signal.SIGTERM
