@@ -12,6 +12,7 @@ from .options import Device, Overrides, RunFolder
 
 if TYPE_CHECKING:
     from eagle_train.training.stop import StopSignals
+    from eagle_train.training.trainer import Trainer
 
 
 @app.command()
@@ -60,13 +61,16 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     config = load_config(path, overrides or ())
     stop.describe = lambda: what_is_saved(config.run.folder, config.stages[-1].name, began=stop.training)
 
-    from eagle_train.training.parallel import start_world
+    from eagle_train.training.parallel import device_kind, start_world
+    from eagle_train.training.precision import resolve_dtype
     from eagle_train.training.run import check_evaluations, final_evaluation, get_ready, has_evaluation, train, write_answers
     from eagle_train.watching.report import write_report
 
     from .progress import Printer
-    from .tables import plan_table, rows_line, score_table
+    from .tables import plan_table, rows_line, score_table, start_line
 
+    device = device_kind(device)
+    config = resolve_dtype(config, device)
     world = start_world(config.parallel, device)
     printer = Printer(silent=not world.is_main)
     for default in explain_defaults(config):
@@ -74,9 +78,13 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     try:
         with printer.preparing() as progress:
             ready = get_ready(config, world, progress)
-        trainer = train(
-            ready, world, on_record=printer.record, on_start=lambda trainer: printer.say(plan_table(trainer.schedules)), stop=stop
-        )
+        printer.say(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
+
+        def started(trainer: Trainer) -> None:
+            printer.say(plan_table(trainer.schedules))
+            printer.say(start_line(trainer))
+
+        trainer = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.say)
         if has_evaluation(config):
             result = final_evaluation(ready, trainer, world, limit=config.eval.limit)
             if world.is_main and result is not None:

@@ -81,7 +81,7 @@ def run_quickstart(
                 f"{clock()} training {parameters:,} parameters from random weights, {trainer.total_steps} steps, on {world.device.type}"
             )
 
-        trainer = train(ready, world, on_record=printer.record, on_start=started, stop=stop)
+        trainer = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.say)
         printer.say(f"{clock()} trained; asking all held-out questions")
         with printer.counting("questions") as counted:
             result = final_evaluation(ready, trainer, world, progress=counted)

@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from eagle_cp import ContextMesh
 from eagle_train.config import ConfigError, ParallelConfig
 
+from .precision import auto_dtype
+
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a collective may wait: a rank may be reading a long video meanwhile."""
 PATIENCE = datetime.timedelta(days=7)
@@ -170,7 +172,8 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
         torch.cuda.set_device(local)
     here = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     owns = False
-    sharded = size > 1 or config.dtype == "bfloat16"
+    dtype = auto_dtype(kind) if config.dtype == "auto" else config.dtype
+    sharded = size > 1 or dtype == "bfloat16"
     if sharded and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         if size > 1:
@@ -192,8 +195,13 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
     """FSDP2 over all ranks: a unit for every layer, one for the rest; master weights float32, computation in `config.dtype`.
 
     Ranks of a context group see the same parameters and other tokens, so for parameters they are data ranks too.
-    With `config.fsdp` false parameters are replicated and only gradients are summed. A single float32 rank stays as it is.
+    With `config.fsdp` false parameters are replicated and only gradients are summed. A single float32 rank stays as it is. Raises
+    ConfigError when `config.dtype` isn't the precision that `world` was started for.
     """
+    if config.dtype == "auto":
+        raise ConfigError("parallel.dtype is auto; resolve it first (eagle_train.training.precision.resolve_dtype)")
+    if world.mesh is None and config.dtype == "bfloat16":
+        raise ConfigError("the ranks were started for float32 and the run computes in bfloat16: call resolve_dtype before start_world")
     if world.mesh is None:
         return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .folder import claim_folder
 from .lock import locked
 from .model import build_model, load_run_tokenizer, model_facts
 from .parallel import World, alone
+from .precision import resolve_dtype, warn_of_slow_bfloat16
 from .preview import record_drops
 from .stop import StopSignals
 from .trainer import Trainer
@@ -73,13 +74,17 @@ def train(
     on_record: Callable[[dict[str, Any]], None] | None = None,
     on_start: Callable[[Trainer], None] | None = None,
     stop: StopSignals | None = None,
+    on_slow: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Train what is left of the run, with evaluations on the way. Raises ConfigError when the folder holds, or is used by, another run.
 
     stop: signals that are handled (default: none). The first one ends training with a checkpoint and `Interrupted`; an evaluation ends
-    after its running batch of questions.
+    after its running batch of questions. on_slow: called on the main rank with a line about a step that takes longer than a minute.
     """
+    ready = replace(ready, config=resolve_dtype(ready.config, world.device.type))
     config = ready.config
+    if world.is_main:
+        warn_of_slow_bfloat16(config, world.device.type)
     blind = Blind(training_pairs(ready.facts)) if ready.eval_facts is not None else None
 
     def on_evaluate(model: nn.Module, stage: str) -> dict[str, Any] | None:
@@ -104,6 +109,7 @@ def train(
             on_record=on_record,
             on_evaluate=on_evaluate if blind is not None else None,
             stop=stop,
+            on_slow=on_slow,
         )
         if world.is_main:
             record_drops(config, trainer.schedules)

@@ -14,6 +14,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.facts import Facts
 from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.planning.stages import StageSchedule
+from eagle_train.watching.heartbeat import Heartbeat
 from eagle_train.watching.metrics import Metrics
 
 from . import checkpoint
@@ -40,6 +42,7 @@ from .loader import Loader, Reading, Task, read
 from .model import attention_backend, build_model, model_facts, tokenizer_folder
 from .optim import learning_rate, make_optimizer, set_trainable
 from .parallel import RankError, World, is_sharded, shard_model
+from .precision import resolve_dtype
 from .sharing import Totals, agree, shares
 from .stop import Interrupted, StopSignals, what_is_saved
 
@@ -67,7 +70,8 @@ class Trainer:
 
     on_record: called on the main rank with every metrics record. on_evaluate: called on every rank with (model, stage name) when an
     evaluation is due; what it returns is written as an "eval" record. When it fails on any rank, an "eval_failed" record is written,
-    `failed_evaluations` gets an entry on every rank, and training continues. stop: signals that are handled (default: none).
+    `failed_evaluations` gets an entry on every rank, and training continues. stop: signals that are handled (default: none). on_slow:
+    called on the main rank with a line about a step that takes longer than a minute (default: it is logged).
     """
 
     def __init__(
@@ -80,10 +84,13 @@ class Trainer:
         on_record: Callable[[dict[str, Any]], None] | None = None,
         on_evaluate: Callable[[nn.Module, str], dict[str, Any] | None] | None = None,
         stop: StopSignals | None = None,
+        on_slow: Callable[[str], None] | None = None,
     ) -> None:
+        config = resolve_dtype(config, world.device.type)
         self.config, self.facts, self.tokenizer, self.world = config, facts, tokenizer, world
         self.on_record, self.on_evaluate = on_record, on_evaluate
         self.stop = stop or StopSignals()
+        self.beat = Heartbeat(on_slow or logger.info)
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
@@ -119,7 +126,7 @@ class Trainer:
         LoaderError, and Interrupted on every rank when a signal asked one of them to stop; by then a checkpoint is written.
         """
         try:
-            with self.stop.deferred():
+            with self.stop.deferred(), self.beat if self.world.is_main else nullcontext():
                 self._train()
                 self.check_stop()
         except Interrupted as stop:
@@ -191,6 +198,7 @@ class Trainer:
         for step in range(first, schedule.steps):
             if self.stop.requested and self.world.size == 1:  # without waiting for the next packs
                 self._save_and_stop(number, step, optimizer, self.stop.requested)
+            self.beat.begin(f"step {step + 1} of stage {stage.name}")
             batches, totals = self._read(number, step, loader)
             if totals.interrupts or totals.terminations:
                 self._save_and_stop(number, step, optimizer, signal.SIGTERM if totals.terminations else signal.SIGINT)
@@ -222,6 +230,7 @@ class Trainer:
 
     def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint after `step` steps of a stage, and apply the keep rule."""
+        self.beat.at("writing of a checkpoint")
         self._flush()
         schedules, name = self.schedules, self.config.stages[number].name
         over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
@@ -261,6 +270,7 @@ class Trainer:
     def _evaluate(self, stage: str, total_step: int) -> None:
         on_evaluate = self.on_evaluate
         assert on_evaluate is not None
+        self.beat.begin(f"evaluation after step {total_step}")
         result = self.attempt(stage, total_step, lambda: on_evaluate(self.model, stage))
         if result is not None and self.world.is_main:
             self._record({"kind": "eval", "stage": stage, "total_step": total_step} | result)
@@ -308,12 +318,14 @@ class Trainer:
         micro = stage.packs_per_step // self.world.data
         batches: list[Batch] = []
         for place in range(micro):
+            self.beat.at(f"reading of pack {place + 1} of {micro}")
             item = loader.get()
             if item is None or item[0] != (number, step, place):
                 raise TrainingError(
                     f"stage {stage.name} step {step}: the loader gave {item and item[0]}, not pack {place}; please report this"
                 )
             batches.append(item[1])
+        self.beat.at("the sums over all ranks")
         wishes = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due())
         return agree(batches, self.world, partial(self._read_again, number, step), wishes)
 
@@ -329,9 +341,11 @@ class Trainer:
         for place, batch in enumerate(batches):
             if is_sharded(self.model):
                 self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
+            self.beat.at(f"forward/backward of pack {place + 1} of {micro}")
             loss += self._forward_backward(batch, denominator)
             if world.context.rank == 0:
                 self.ledger.extend(replace(entry, step=total_step) for entry in batch.failed)
+        self.beat.at("the optimizer")
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(learning, limit)
