@@ -27,14 +27,22 @@ class Totals(NamedTuple):
     samples: int
     missing: int
     labels: int
+    #: How many ranks got SIGINT and SIGTERM, and whether the main rank asks for a checkpoint after this step.
+    interrupts: int = 0
+    terminations: int = 0
+    saves: int = 0
 
 
 def agree(
-    packs: Sequence[LoadedPack], world: World, read_again: Callable[[int, dict[int, Entry]], LoadedPack]
+    packs: Sequence[LoadedPack],
+    world: World,
+    read_again: Callable[[int, dict[int, Entry]], LoadedPack],
+    requests: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[list[LoadedPack], Totals]:
     """The packs of a step with the same samples on every rank of their context group, and the step's sums; a collective of all ranks.
 
     read_again(place, missing): pack `place` of the step once more, without the samples `missing` (by place in the pack).
+    requests: this rank's part of `interrupts`, `terminations` and `saves`, which need no collective of their own.
     """
     packs = list(packs)
     agreed: list[dict[int, Entry]] = [{} for _ in packs]
@@ -45,7 +53,7 @@ def agree(
         # The ranks of a context group hold the same packs: the first of them counts.
         mine = torch.tensor(numbers, dtype=torch.float64).sum(0) * (world.context.rank == 0)
         changed = sum(pack.missing.keys() != known.keys() for pack, known in zip(packs, agreed)) if world.context.size > 1 else 0
-        weight, *counts, changed = world.sum(torch.cat([mine, torch.tensor([changed], dtype=torch.float64)])).tolist()
+        weight, *counts, changed = world.sum(torch.cat([mine, torch.tensor([*requests, changed], dtype=torch.float64)])).tolist()
         if not changed:
             return packs, Totals(weight, *map(int, counts))
         everyone = world.gather([pack.missing for pack in packs])[group]
