@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagle_cp import Layout, plan_tiles
+from eagle_cp import Layout, TilePlan, plan_tiles
 from eagle_model.prompt import IGNORE_INDEX
 from eagle_train.data.ledger import Entry
 
@@ -56,19 +56,28 @@ def agree(batches: Sequence[Batch], world: World, read_again: Callable[[int, dic
                 batches[place] = read_again(place, agreed[place])
 
 
-def shares(batch: Batch, world: World, described: Any) -> tuple[dict[str, Tensor], Layout, int]:
-    """What this rank computes of a pack, all of it or its share: arguments of the model's forward, their layout, and `num_kept`."""
+class Share(NamedTuple):
+    """What one rank computes of a pack: tensors that the model's forward takes by these names, and its arguments on the host."""
+
+    fields: dict[str, Tensor]
+    layout: Layout
+    num_kept: int
+    tile_plan: TilePlan | None
+
+
+def shares(batch: Batch, world: World, described: Any) -> Share:
+    """What this rank computes of a pack: all of it, or its part of the tokens and tiles."""
     names = ("input_ids", "position_ids", "targets", "token_weights")
     fields = {name: torch.from_numpy(getattr(batch, name)) for name in names}
     tiles = torch.from_numpy(batch.tiles)
     if world.context.size == 1:
         index = torch.from_numpy(batch.context_index)
-        return fields | {"tiles": tiles, "context_index": index}, Layout.single(batch.cu_seqlens), batch.num_kept
+        return Share(fields | {"tiles": tiles, "context_index": index}, Layout.single(batch.cu_seqlens), batch.num_kept, None)
     text = described.text_config
     layout = Layout.build(batch.cu_seqlens, world.context, num_heads=text.num_attention_heads, num_kv_heads=text.num_key_value_heads)
     is_feature = torch.zeros(layout.total, dtype=torch.bool)
     is_feature[torch.from_numpy(batch.context_index)] = True
-    plan_tiles(layout, is_feature, described.tokens_per_tile)
+    plan = plan_tiles(layout, is_feature, described.tokens_per_tile)
     fields = {name: layout.shard(value, fill=IGNORE_INDEX if name == "targets" else 0) for name, value in fields.items()}
     kept = int(((fields["targets"] != IGNORE_INDEX) & (fields["token_weights"] != 0)).sum())
-    return fields | {"tiles": tiles}, layout, kept
+    return Share(fields | {"tiles": tiles}, layout, kept, plan)
