@@ -128,7 +128,9 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
     kind = device_kind(device)
     context = config.context
     if size % context:
-        raise ConfigError(f"parallel: ulysses {config.ulysses} x all_gather {config.all_gather} = {context} ranks don't divide the {size} that run")
+        raise ConfigError(
+            f"parallel: ulysses {config.ulysses} x all_gather {config.all_gather} = {context} ranks don't divide the {size} that run"
+        )
     data = size // context
     if config.data is not None and config.data != data:
         raise ConfigError(
