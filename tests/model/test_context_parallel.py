@@ -32,8 +32,8 @@ def make_pack(tiles):
     }, torch.randint(0, 256, (sum(tiles), 32, 32, 3), dtype=torch.uint8, generator=generator)
 
 
-def step(model, pack, tiles, layout):
-    loss = model(**pack, tiles=tiles, layout=layout, denominator=torch.tensor(7.0, dtype=torch.float64)).loss
+def step(model, pack, tiles, layout, plan=None):
+    loss = model(**pack, tiles=tiles, layout=layout, tile_plan=plan, denominator=torch.tensor(7.0, dtype=torch.float64)).loss
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -41,13 +41,13 @@ def step(model, pack, tiles, layout):
 def rank_main(rank, store, model, counts, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    mesh = ContextMesh.from_device_mesh(dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("gather", "ulysses")))
+    mesh = ContextMesh.from_device_mesh(dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("all_gather", "ulysses")))
     pack, tiles = make_pack(counts)
     cu_seqlens = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     layout = Layout.build(cu_seqlens, mesh, num_heads=4, num_kv_heads=2)
     plan = plan_tiles(layout, pack["input_ids"] == 100, 4)
     local = {name: layout.shard(tensor, fill=-100 if name == "targets" else 0) for name, tensor in pack.items()}
-    loss, gradients = step(model, local, tiles[plan.first : plan.last], layout)
+    loss, gradients = step(model, local, tiles[plan.first : plan.last], layout, plan)
     results.put((rank, loss, {name: gradient.numpy() for name, gradient in gradients.items()}))
     results.close()
     results.join_thread()

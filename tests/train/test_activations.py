@@ -104,7 +104,7 @@ def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colou
     described = preset("8b")
     state = 131072 * 3584 * 2
     assert 27 * state <= host_bytes(config, described) <= 27 * state + (1 << 20)
-    shared = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ulysses": 2, "gather": 2})})
+    shared = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ulysses": 2, "all_gather": 2})})
     assert 27 * state // 4 <= host_bytes(shared, described) <= 27 * state // 4 + (1 << 20)
     world = start_world(colour_run().parallel, "cpu")
     with pytest.raises(ConfigError, match=r"27 layers at 131072 tokens take 23.6\d GiB .* can spare 10.00 GiB; .*recompute"):

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.utils.generic import ModelOutput
 
-from eagle_cp import Layout, exchange_tiles
+from eagle_cp import Layout, TilePlan, exchange_tiles
 from eagle_kernels import offload_checkpoint
 from eagle_model.checkpoint import HEAD, lacks_head
 from eagle_model.configuration import EagleConfig
@@ -100,12 +100,19 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             hidden = pixel_shuffle(hidden.unflatten(1, (side, side)), self.config.downsample_ratio).flatten(1, 2)
         return self.mlp1(hidden)[:real]
 
-    def embed(self, input_ids: Tensor, tiles: Tensor | None, context_index: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        tiles: Tensor | None,
+        context_index: Tensor | None = None,
+        layout: Layout | None = None,
+        tile_plan: TilePlan | None = None,
+    ) -> Tensor:
         """Embeddings [T, H] of flat ids [T], image tokens replaced by the features of the tiles in order.
 
         context_index: int64 [n], where the image tokens stand; found by looking (which waits for the device) when not given.
-        layout: with several context ranks, `tiles` are this rank's share of its tile plan (`eagle_cp.plan_tiles`), and features travel
-        to the ranks that hold their tokens.
+        layout, tile_plan: with several context ranks, `tiles` are this rank's share of the plan (`eagle_cp.plan_tiles`), and features are
+        sent to the ranks that hold their tokens.
         Raises ValueError when the number of image tokens isn't that of the features.
         """
         hidden = self.language_model.model.embed_tokens(input_ids)
@@ -113,9 +120,10 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return hidden
         features = self.image_features(tiles).flatten(0, 1)
         if layout is not None and layout.mesh.size > 1:
-            features = exchange_tiles(features, layout)
-            assert layout.tiles is not None
-            context_index = layout.tiles.local_rows.to(hidden.device, non_blocking=True)
+            if tile_plan is None:
+                raise ValueError("several context ranks need a tile_plan for their tiles; pass tile_plan=eagle_cp.plan_tiles(layout, ...)")
+            features = exchange_tiles(features, layout, tile_plan)
+            context_index = tile_plan.local_rows.to(hidden.device, non_blocking=True)
         if context_index is None:
             if self.config.image_token_index is None:
                 raise ValueError("config.image_token_index isn't set; take it from the tokenizer: convert_tokens_to_ids('<IMG_CONTEXT>')")
@@ -161,6 +169,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         token_weights: Tensor | None = None,
         denominator: Tensor | None = None,
         num_kept: int | None = None,
+        tile_plan: TilePlan | None = None,
         **kwargs: Any,
     ) -> EagleOutput:
         """Packed mode (with `layout`) or Hugging Face mode.
@@ -169,7 +178,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `image_features`) or None, which leaves the tower out; context_index: int64 [n], positions of the image tokens; targets: [T], the
         id expected after each position, -100 ignored; token_weights: float32 [T]; denominator: 0-dim; num_kept: count of rows that carry
         loss, if known on the host. Gives the loss, or logits [T, V] without targets. With several context ranks all of these are the
-        rank's own (`layout.shard`; tiles by its tile plan), and losses and gradients of the ranks add up.
+        rank's own (`layout.shard`; tiles by `tile_plan`, from `eagle_cp.plan_tiles`), and losses and gradients of the ranks add up.
 
         Hugging Face: input_ids [B, L]; attention_mask [B, L] (with a cache: over cached and new tokens), padding on either side;
         pixel_values: uint8 tiles [N, s, s, 3] or normalised float [N, 3, s, s]; labels [B, L], not shifted; logits_to_keep: only the last
@@ -182,7 +191,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if layout is not None:
             if position_ids is None:
                 raise ValueError("packed forward needs position_ids [T], which restart with every sample")
-            hidden = self.embed(input_ids, tiles, context_index, layout)
+            hidden = self.embed(input_ids, tiles, context_index, layout, tile_plan)
             context = AttentionContext(position_ids, self._inv_freq(hidden), layout, backend=self.attention_backend)
             hidden = self.language_model.model(hidden, context)
             head = self.language_model.lm_head

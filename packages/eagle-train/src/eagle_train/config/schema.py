@@ -263,9 +263,9 @@ class CheckpointConfig(Section):
 
 
 class ParallelConfig(Section):
-    data: int | None = Field(default=None, ge=1, description="Groups that read different packs; null: ranks / (ulysses * gather).")
+    data: int | None = Field(default=None, ge=1, description="Groups that read different packs; null: ranks / (ulysses * all_gather).")
     ulysses: int = Field(default=1, ge=1, description="Ranks of the inner level of context parallelism (all-to-all over heads).")
-    gather: int = Field(default=1, ge=1, description="Ranks of the outer level of context parallelism (all-gather of keys and values).")
+    all_gather: int = Field(default=1, ge=1, description="Ranks of the outer level of context parallelism (all-gather of keys and values).")
     fsdp: bool = Field(
         default=True, description="Shard parameters over the ranks (FSDP2) when there is more than one; false: replicate them."
     )
@@ -278,7 +278,7 @@ class ParallelConfig(Section):
     @property
     def context(self) -> int:
         """Ranks that share one pack."""
-        return self.ulysses * self.gather
+        return self.ulysses * self.all_gather
 
 
 class LoaderConfig(Section):

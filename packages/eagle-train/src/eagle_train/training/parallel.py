@@ -147,7 +147,7 @@ def alone(device: str | None = None) -> World:
 
 def for_asking(config: ParallelConfig) -> ParallelConfig:
     """How ranks share the questions to a trained model, whatever it was trained on: the whole model on every rank, in float32."""
-    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": 1, "gather": 1})
+    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": 1, "all_gather": 1})
 
 
 def start_world(config: ParallelConfig, device: str | None = None) -> World:
@@ -160,7 +160,9 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
     kind = device_kind(device)
     context = config.context
     if size % context:
-        raise ConfigError(f"parallel: ulysses {config.ulysses} x gather {config.gather} = {context} ranks don't divide the {size} that run")
+        raise ConfigError(
+            f"parallel: ulysses {config.ulysses} x all_gather {config.all_gather} = {context} ranks don't divide the {size} that run"
+        )
     data = size // context
     if config.data is not None and config.data != data:
         raise ConfigError(
@@ -185,9 +187,9 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
     mesh = None
     context_mesh = ContextMesh.single()
     if sharded:
-        mesh = init_device_mesh(kind, (data, config.gather, config.ulysses), mesh_dim_names=("data", "gather", "ulysses"))
+        mesh = init_device_mesh(kind, (data, config.all_gather, config.ulysses), mesh_dim_names=("data", "all_gather", "ulysses"))
         if context > 1:
-            context_mesh = ContextMesh.from_device_mesh(mesh["gather", "ulysses"])
+            context_mesh = ContextMesh.from_device_mesh(mesh["all_gather", "ulysses"])
     return World(rank, size, here, rank // context, data, context_mesh, mesh, owns, patient)
 
 

@@ -377,9 +377,10 @@ class Trainer:
     def _forward_backward(self, batch: Batch, denominator: Tensor) -> Tensor:
         device = self.world.device
         pin = device.type == "cuda"
-        fields, layout, num_kept = shares(batch, self.world, self.described)
-        moved = {name: (value.pin_memory() if pin else value).to(device, non_blocking=True) for name, value in fields.items()}
-        output = self.model(**moved, layout=layout, denominator=denominator, num_kept=num_kept)
+        share = shares(batch, self.world, self.described)
+        moved = {name: (value.pin_memory() if pin else value).to(device, non_blocking=True) for name, value in share.fields.items()}
+        host = {"layout": share.layout, "num_kept": share.num_kept, "tile_plan": share.tile_plan}
+        output = self.model(**moved, **host, denominator=denominator)
         output.loss.backward()
         return output.loss.detach()
 

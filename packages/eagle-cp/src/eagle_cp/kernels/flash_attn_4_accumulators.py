@@ -1,4 +1,8 @@
-"""A Triton kernel that reads a tiled fp32 accumulator in the order of its table and adds its rows to others."""
+"""Adds flash-attn-4's tiled float32 accumulators, in the order that `flash_attn_4.accumulator_order` measured, to rows of a tensor."""
+
+# Triton's language has no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportMissingTypeStubs=false
 
 from __future__ import annotations
 
@@ -44,11 +48,11 @@ def add_accumulator(
     rows: torch.Tensor | None,
     unique: bool,
 ) -> None:
-    """Adds `factor` times row `i < count` of `accumulator: [heads, tiles * stride]`, fp32, to row `rows[i]` (None: `i`) of
-    `target: [n, heads, D]`, fp32.
+    """Adds `factor` times row `i < count` of `accumulator: float32 [heads, tiles * stride]` to row `rows[i]` (None: `i`) of
+    `target: float32 [n, heads, D]`.
 
-    The accumulator's row is `tile_rows[i]` (None: `i`); in a tile of `tile` rows, `table: int32 [tile, D]` says where its numbers are.
-    `unique`: no two `rows` are the same, so that no atomic additions are needed."""
+    Row `i` is row `tile_rows[i]` (None: `i`) of the accumulator. Within a tile of `tile` rows, `table: int32 [tile, D]` holds the position
+    of each number. `unique`: no two `rows` are the same, so that atomic additions are not needed."""
     heads, dim = target.shape[1:]
     block = 16  # rows a program: the matrix unit's fragments interleave this many
     kernel: Any = _add_rows[(triton.cdiv(count, block), heads)]

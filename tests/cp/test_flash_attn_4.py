@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from eagle_cp import fa4
+from eagle_cp.kernels import flash_attn_4
 from eagle_cp.segments import Segments
 
 TILE, DIM = 128, 128
@@ -47,18 +47,18 @@ class StandIn:
 @pytest.fixture
 def stand_in(monkeypatch):
     def use(*args):
-        fa4.accumulator_order.cache_clear()
+        flash_attn_4.accumulator_order.cache_clear()
         module = StandIn(*args)
-        monkeypatch.setattr(fa4, "module", lambda: module)
+        monkeypatch.setattr(flash_attn_4, "interface", lambda: module)
 
     yield use
-    fa4.accumulator_order.cache_clear()
+    flash_attn_4.accumulator_order.cache_clear()
 
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_the_order_is_asked_of_the_kernel(stand_in, dense):
     stand_in()
-    order = fa4.accumulator_order(torch.device("cpu"), torch.bfloat16, DIM, 7, True, dense)
+    order = flash_attn_4.accumulator_order(torch.device("cpu"), torch.bfloat16, DIM, 7, True, dense)
     assert order is not None
     if not dense:  # one segment alone can't tell a tile from its halves
         assert (order.tile, order.stride) == (TILE, TILE * DIM)
@@ -72,29 +72,29 @@ def test_the_order_is_asked_of_the_kernel(stand_in, dense):
 )
 def test_accumulators_that_are_not_understood_are_left_alone(stand_in, caplog, arguments):
     stand_in(*arguments)
-    assert fa4.accumulator_order(torch.device("cpu"), torch.bfloat16, DIM, 7, True, False) is None
+    assert flash_attn_4.accumulator_order(torch.device("cpu"), torch.bfloat16, DIM, 7, True, False) is None
     assert "partial gradients" in caplog.text
     segments = Segments([0, 3], [0, 3])
     q, k, v = (torch.randn(3, h, DIM).bfloat16() for h in (4, 2, 2))
     dk, dv = torch.zeros(5, 2, DIM), torch.zeros(5, 2, DIM)
-    fa4.backward_wide(q, q, k, v, q, torch.zeros(4, 3), segments, True, 0.5, torch.empty_like(q))(dk, dv, torch.tensor([4, 0, 2]))
+    flash_attn_4.backward_wide(q, q, k, v, q, torch.zeros(4, 3), segments, True, 0.5, torch.empty_like(q))(dk, dv, torch.tensor([4, 0, 2]))
     assert dv[1].count_nonzero() == 0
     assert dv[[4, 0, 2]].count_nonzero() > 0
 
 
 READ = """
 import torch
-from eagle_cp import fa4
+from eagle_cp.kernels import flash_attn_4
 from eagle_cp.segments import Segments
-from test_fa4 import DIM, StandIn
+from test_flash_attn_4 import DIM, StandIn
 
 module = StandIn()
-fa4.module = lambda: module
+flash_attn_4.interface = lambda: module
 for lengths, heads in (([20], 2), ([130, 5], 1)):
     cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     n, segments = cu[-1], Segments(cu, cu)
     q, k, v = (torch.randn(n, h, DIM).bfloat16() for h in (3 * heads, heads, heads))
-    add_to = fa4.backward_wide(q, q, k, v, q, torch.zeros(3 * heads, n), segments, True, 0.5, torch.empty_like(q))
+    add_to = flash_attn_4.backward_wide(q, q, k, v, q, torch.zeros(3 * heads, n), segments, True, 0.5, torch.empty_like(q))
     rows = torch.randperm(n + 50)[:n]
     for rows, unique in ((rows, True), (rows // 2, False), (None, True)):
         both = torch.ones(n + 50, 2 * heads, DIM)  # dK and dV side by side: strided rows
@@ -109,6 +109,7 @@ for lengths, heads in (([20], 2), ([130, 5], 1)):
 def test_reading_them():
     """In a process of its own, where Triton interprets."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    path = [os.path.dirname(__file__), *filter(None, sys.path)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run([sys.executable, "-c", READ], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

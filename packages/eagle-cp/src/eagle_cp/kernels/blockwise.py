@@ -1,25 +1,25 @@
-"""Packed attention from kernels that know only dense blocks with a top-left causal mask (torch's CPU flash kernel, cuDNN and the
-memory-efficient kernel through torch).
+"""Packed attention from kernels that only take dense blocks with a top-left causal mask.
 
-A segment is cut into a square on the diagonal (causal) and the rectangle of keys before it (full); where both exist the results are
-merged by their log-sum-exps. Squares of similar length share one padded batch: with a top-left causal mask no real query sees a padded
-key, which all lie to its right, so padding is exact. Each block's backward gets the merged output and log-sum-exp, which makes the sum
-over blocks exact."""
+A segment is cut into a square on the diagonal (causal) and the rectangle of keys before it (full). Where both exist, the results are
+merged by their log-sum-exps. Squares of similar length share one padded batch: with a top-left causal mask no real query attends to a
+padded key, because all of these are to its right, so padding is exact. The backward of each block gets the merged output and log-sum-exp,
+which makes the sum over blocks exact (Dao et al., FlashAttention-2, section 3.1)."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 
-from eagle_cp.gradients import add_rows
+from eagle_cp.kernels.kernel import AddGradients, Kernel, Unsupported, add_rows
 from eagle_cp.segments import Segments
 
 
-class Batch(NamedTuple):
+class DenseBatch(NamedTuple):
     """Blocks of one shape that run as one dense call. `rows_*`: rows of the packed tensors; `slots_*`: where they go in `[blocks *
     length]`, None if they fill it in order."""
 
@@ -27,26 +27,40 @@ class Batch(NamedTuple):
     length_q: int
     length_k: int
     causal: bool
-    rows_q: torch.Tensor
-    rows_k: torch.Tensor
-    slots_q: torch.Tensor | None
-    slots_k: torch.Tensor | None
+    rows_q: Tensor
+    rows_k: Tensor
+    slots_q: Tensor | None
+    slots_k: Tensor | None
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A dense kernel. `forward(q, k, v, causal, scale)` on `[B, H, L, D]` -> out, lse `[B, H, L]`; `backward(dout, q, k, v, out, lse,
-    causal, scale)`.
+class DenseKernel:
+    """A kernel for dense blocks.
 
-    `same_shapes`: shapes are rounded up to few distinct ones, also of rectangles, because the kernel plans anew for each.
-    `grouped`: takes fewer key/value heads than query heads.
+    forward(q, k, v, causal, scale) on `[B, H, L, D]` -> out `[B, H, L, D]`, lse `[B, H, L]`
+    backward(dout, q, k, v, out, lse, causal, scale) -> dq, dk, dv
+    same_shapes: block lengths are rounded up to few distinct ones, also those of rectangles, because the kernel prepares itself for every
+        new shape.
+    grouped: takes fewer key/value heads than query heads.
+    max_rows: padded rows in one batch, except where a single block is longer.
     """
 
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]]
     same_shapes: bool
     grouped: bool
-    max_rows: int  # padded rows in one batch, unless a single block is longer
+    max_rows: int
+
+
+def blockwise_kernel(name: str, dense: DenseKernel, unsupported: Unsupported) -> Kernel:
+    """A kernel over packed segments that computes with `dense`."""
+    return Kernel(
+        name,
+        functools.partial(blockwise_forward, dense),
+        functools.partial(blockwise_backward, dense),
+        functools.partial(blockwise_backward_wide, dense),
+        unsupported,
+    )
 
 
 def bucket_length(n: int, fine: bool = False) -> int:
@@ -67,7 +81,7 @@ def _floor_bucket(n: int) -> int:
 Shapes = dict[tuple[int, int], list[tuple[int, int, int, int]]]
 
 
-def _blocks(segments: Segments, causal: bool, dense: Dense) -> tuple[dict[int, list[tuple[int, int, int, int]]], Shapes]:
+def _blocks(segments: Segments, causal: bool, dense: DenseKernel) -> tuple[dict[int, list[tuple[int, int, int, int]]], Shapes]:
     """Squares by length: (first query row, its slot, first key row, keys); rectangles by lengths: (first query row, queries, first key
     row, keys)."""
     squares: dict[int, list[tuple[int, int, int, int]]] = {}
@@ -84,18 +98,18 @@ def _blocks(segments: Segments, causal: bool, dense: Dense) -> tuple[dict[int, l
     return squares, rectangles
 
 
-def count_calls(segments: Segments, causal: bool, dense: Dense) -> int:
-    """Dense calls that the forward of `segments` takes, long batches not counted twice."""
+def count_calls(segments: Segments, causal: bool, dense: DenseKernel) -> int:
+    """Number of dense calls of the forward of `segments`, not counting that `max_rows` cuts long batches."""
     key = ("calls", dense, causal)
     if key not in segments.cache:
         segments.cache[key] = sum(map(len, _blocks(segments, causal, dense)))
     return segments.cache[key]
 
 
-def make_batches(segments: Segments, causal: bool, dense: Dense, device: torch.device) -> list[Batch]:
+def make_batches(segments: Segments, causal: bool, dense: DenseKernel, device: torch.device) -> list[DenseBatch]:
     """Cuts `segments` into dense blocks and groups those of equal shape. Squares come first and write each query row once."""
     squares, rectangles = _blocks(segments, causal, dense)
-    batches = []
+    batches: list[DenseBatch] = []
     for length, items in sorted(squares.items()):
         per_batch = max(1, dense.max_rows // length)
         for i in range(0, len(items), per_batch):
@@ -115,7 +129,7 @@ def make_batches(segments: Segments, causal: bool, dense: Dense, device: torch.d
     return batches
 
 
-def _place(first: torch.Tensor, slot: torch.Tensor, count: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _place(first: Tensor, slot: Tensor, count: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Rows `first[i] + j` and their slots `i * length + slot[i] + j` for `j < count[i]`."""
     inside = torch.arange(length) < count[:, None]
     rows = (first[:, None] + torch.arange(length))[inside]
@@ -123,19 +137,22 @@ def _place(first: torch.Tensor, slot: torch.Tensor, count: torch.Tensor, length:
     return rows, slots
 
 
-def _batch(blocks, length_q, length_k, causal, rows_q, rows_k, slots_q, slots_k, device) -> Batch:
+def _batch(
+    blocks: int, length_q: int, length_k: int, causal: bool, rows_q: Tensor, rows_k: Tensor, slots_q: Tensor, slots_k: Tensor,
+    device: torch.device,
+) -> DenseBatch:  # fmt: skip
     placed = [None if len(s) == blocks * n else s.to(device) for s, n in ((slots_q, length_q), (slots_k, length_k))]
-    return Batch(blocks, length_q, length_k, causal, rows_q.to(device), rows_k.to(device), *placed)
+    return DenseBatch(blocks, length_q, length_k, causal, rows_q.to(device), rows_k.to(device), *placed)
 
 
-def _batches(segments: Segments, causal: bool, dense: Dense, device: torch.device) -> list[Batch]:
+def _batches(segments: Segments, causal: bool, dense: DenseKernel, device: torch.device) -> list[DenseBatch]:
     key = (dense, causal, device)
     if key not in segments.cache:
         segments.cache[key] = make_batches(segments, causal, dense, device)
     return segments.cache[key]
 
 
-def _pick(x: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor | None, blocks: int, length: int) -> torch.Tensor:
+def _pick(x: Tensor, rows: Tensor, slots: Tensor | None, blocks: int, length: int) -> Tensor:
     """Rows of `x: [T, H, D]` as a (zero-padded) dense batch `[B, H, L, D]`."""
     picked = x.index_select(0, rows)
     if slots is not None:
@@ -143,24 +160,24 @@ def _pick(x: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor | None, block
     return picked.view(blocks, length, *x.shape[1:]).transpose(1, 2)
 
 
-def _flat(x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+def _flat(x: Tensor, slots: Tensor | None) -> Tensor:
     """The real rows of a dense `[B, H, L, D]` as `[rows, H, D]`."""
     flat = x.transpose(1, 2).flatten(0, 1)
     return flat if slots is None else flat.index_select(0, slots)
 
 
-def _inputs(batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: int):
+def _inputs(batch: DenseBatch, q: Tensor, k: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     qb = _pick(q, batch.rows_q, batch.slots_q, batch.blocks, batch.length_q)
     kb, vb = (_pick(x, batch.rows_k, batch.slots_k, batch.blocks, batch.length_k) for x in (k, v))
     return (qb, kb, vb) if groups == 1 else (qb, kb.repeat_interleave(groups, dim=1), vb.repeat_interleave(groups, dim=1))
 
 
 def blockwise_forward(
-    dense: Dense, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool, scale: float, out: torch.Tensor
-) -> torch.Tensor:
-    """`q: [Tq, Hq, D]`, `k`, `v: [Tk, Hk, D]`; writes `out: [Tq, Hq, D]`, returns `lse: [Hq, Tq]` (fp32, or fp64 for fp64 inputs)."""
+    dense: DenseKernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float, out: Tensor
+) -> Tensor:
+    """`q: [Tq, Hq, D]`, `k`, `v: [Tk, Hk, D]`; writes `out: [Tq, Hq, D]`, returns `lse: [Hq, Tq]` (float32, float64 for float64)."""
     groups = 1 if dense.grouped else q.shape[1] // k.shape[1]
-    wide = _wide(q.dtype)
+    wide = wide_dtype(q.dtype)
     lse = torch.empty((q.shape[0], q.shape[1]), dtype=wide, device=q.device)
     batches = _batches(segments, causal, dense, q.device)
     merges = causal and any(not batch.causal for batch in batches)
@@ -169,7 +186,7 @@ def blockwise_forward(
         block_out, block_lse = dense.forward(*_inputs(batch, q, k, v, groups), batch.causal, scale)
         block_out = _flat(block_out, batch.slots_q)
         block_lse = _flat(block_lse.unsqueeze(-1), batch.slots_q).squeeze(-1).to(wide)
-        if causal and not batch.causal:  # a rectangle: its square is already there
+        if causal and not batch.causal:  # a rectangle: its square is done
             old_lse = lse.index_select(0, batch.rows_q)
             new_lse = torch.logaddexp(old_lse, block_lse)
             old_out = total.index_select(0, batch.rows_q) * (old_lse - new_lse).exp().unsqueeze(-1)
@@ -183,28 +200,28 @@ def blockwise_forward(
 
 
 def blockwise_backward(
-    dense: Dense,
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    dense: DenseKernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     segments: Segments,
     causal: bool,
     scale: float,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
 ) -> None:
-    """Writes `dq`, `dk`, `dv` (of any floating dtype), summed over blocks in fp32 (fp64 for fp64).
+    """Writes `dq`, `dk`, `dv` (of any floating dtype), summed over blocks in float32 (float64 for float64).
 
-    Where `dk` is wider than `k`, also the query heads of a group are summed in it: grouped kernels round that sum."""
-    wide = _wide(q.dtype)
+    Where `dk` is wider than `k`, the query heads of a group are summed here too, because grouped kernels round that sum."""
+    wide = wide_dtype(q.dtype)
     groups = 1 if dense.grouped and dk.dtype == k.dtype else q.shape[1] // k.shape[1]
     batches = _batches(segments, causal, dense, q.device)
     targets = (dq, dk, dv)
-    # Rows are in several blocks only where squares and rectangles meet; elsewhere each is written once, without a sum in wide precision.
+    # Rows are in several blocks only where there are squares and rectangles; elsewhere each is written once, without a sum in float32.
     merges = causal and any(not batch.causal for batch in batches)
     totals = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in targets] if merges else targets
     lse_rows = lse.t().unsqueeze(-1)
@@ -216,7 +233,8 @@ def blockwise_backward(
             rows, slots = (batch.rows_k, batch.slots_k) if i else (batch.rows_q, batch.slots_q)
             part = _flat(grad, slots)
             if i and groups > 1:
-                part = part.unflatten(1, (-1, groups)).sum(2, dtype=wide)
+                grouped = cast(Tensor, part.unflatten(1, (-1, groups)))  # pyright: ignore[reportUnknownMemberType]
+                part = grouped.sum(2, dtype=wide)
             if merges:
                 total.index_add_(0, rows, part.to(wide))
             else:
@@ -227,13 +245,14 @@ def blockwise_backward(
 
 
 def blockwise_backward_wide(
-    dense: Dense, dout, q, k, v, out, lse, segments: Segments, causal: bool, scale: float, dq
-) -> Callable[..., None]:
-    """Writes `dq`; the function returned adds the gradients of keys and values to wider tensors.
+    dense: DenseKernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, causal: bool,
+    scale: float, dq: Tensor,
+) -> AddGradients:  # fmt: skip
+    """Writes `dq`; the returned function adds the gradients of keys and values to wider tensors.
 
-    One key/value head at a time, which is repeated for its query heads: their gradients are summed here, in fp32."""
+    One key/value head at a time, which is repeated for its query heads: their gradients are summed here, in float32."""
     group = q.shape[1] // k.shape[1]
-    dk, dv = (torch.empty(x.shape, dtype=_wide(x.dtype), device=x.device) for x in (k, v))
+    dk, dv = (torch.empty(x.shape, dtype=wide_dtype(x.dtype), device=x.device) for x in (k, v))
     for h in range(k.shape[1]):
         a, b = slice(h * group, (h + 1) * group), slice(h, h + 1)
         given = dout[:, a], q[:, a], k[:, b], v[:, b], out[:, a], lse[a], segments, causal, scale
@@ -241,52 +260,6 @@ def blockwise_backward_wide(
     return functools.partial(add_rows, (dk, dv))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# Half precision is raised to fp32 on CPUs: most run that faster too, and blocks are then merged before they are rounded.
-def _cpu_forward(q, k, v, causal: bool, scale: float):
-    q, k, v = (x.to(_wide(x.dtype)) for x in (q, k, v))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-
-
-def _cpu_backward(dout, q, k, v, out, lse, causal: bool, scale: float):
-    # A padded query row has lse 0, out 0 and dout 0, and adds nothing.
-    dout, q, k, v, out = (x.to(_wide(x.dtype)) for x in (dout, q, k, v, out))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
-
-
-def _cudnn_forward(q, k, v, causal: bool, scale: float):
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    return out, lse.reshape(lse.shape[:3])
-
-
-def _cudnn_backward(dout, q, k, v, out, lse, causal: bool, scale: float):
-    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
-    lse = lse.unsqueeze(-1)
-    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse, seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale
-    )
-
-
-LSE_ALIGNMENT = 32  # rows; the memory-efficient kernel's log-sum-exps end at a multiple of it
-
-
-def _efficient_forward(q, k, v, causal: bool, scale: float):
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-    return out, lse[:, :, : q.shape[2]]
-
-
-def _efficient_backward(dout, q, k, v, out, lse, causal: bool, scale: float):
-    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=torch.inf)  # e^-inf: rows that don't exist add nothing
-    grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
-    )
-    return grads[:3]
-
-
-CPU = Dense(_cpu_forward, _cpu_backward, same_shapes=False, grouped=False, max_rows=1 << 16)
-CUDNN = Dense(_cudnn_forward, _cudnn_backward, same_shapes=True, grouped=True, max_rows=1 << 17)
-EFFICIENT = Dense(_efficient_forward, _efficient_backward, same_shapes=False, grouped=False, max_rows=1 << 16)
