@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_sampling import TimeTable, choose_chapters, choose_times, clip_range, wanted_frames
+from eagle_sampling import TimeTable, choose_chapters, choose_pages, choose_times, clip_range, wanted_frames
 
 increasing = st.lists(st.integers(1, 400), min_size=1, max_size=80).map(lambda steps: np.cumsum(steps) / 100)
 
@@ -73,9 +73,75 @@ def test_impossible_clips():
 def test_wanted_frames():
     assert [wanted_frames(duration) for duration in (0, 0.3, 1, 1.49, 10.0, 3600)] == [1, 1, 2, 2, 20, 7200]
     assert wanted_frames(100, fps=2, max_frames=50) == 50
-    for duration, fps in ((-1, 2), (float("nan"), 2), (1, 0)):
-        with pytest.raises(ValueError):
-            wanted_frames(duration, fps)
+    assert wanted_frames(1, min_frames=8) == 8
+    assert wanted_frames(1, min_frames=8, available=5) == 5
+    assert wanted_frames(1, min_frames=8, max_frames=4) == 4
+    assert type(wanted_frames(10.0)) is type(wanted_frames(10.0, available=np.int64(7))) is int
+
+
+def test_without_a_rate_all_are_wanted():
+    assert wanted_frames(float("nan"), available=30) == 30
+    assert wanted_frames(float("nan"), available=30, max_frames=12) == 12
+    assert wanted_frames(float("nan"), available=3, min_frames=8) == 3
+    assert wanted_frames(5.0, fps=None, available=150, max_frames=32) == 32
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    videos=st.lists(st.tuples(st.one_of(st.floats(0, 1e5), st.just(float("nan"))), st.integers(1, 10**6)), max_size=20),
+    fps=st.sampled_from([None, 0.3, 1.0, 2.0, 29.97]),
+    min_frames=st.integers(1, 40),
+    max_frames=st.one_of(st.none(), st.integers(1, 5000)),
+)
+def test_wanted_frames_of_columns_are_those_of_each_video(videos, fps, min_frames, max_frames):
+    seconds, available = np.array([video[0] for video in videos]), np.array([video[1] for video in videos], np.int64)
+    wanted = wanted_frames(seconds, fps, max_frames, min_frames=min_frames, available=available)
+    assert (wanted.dtype, wanted.shape) == (np.int64, (len(videos),))
+    for (duration, there), count in zip(videos, wanted.tolist()):
+        assert count == wanted_frames(duration, fps, max_frames, min_frames=min_frames, available=there)
+        expected = there if fps is None or np.isnan(duration) else max(int(duration * fps + 1e-6), min_frames)
+        assert count == min(expected, there, max_frames or there)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"duration": -1}, "seconds >= 0"),
+        ({"duration": float("nan")}, "with available: no rate"),
+        ({"duration": float("inf"), "available": 3}, "not inf"),
+        ({"duration": np.array([1.0, -2.0])}, "not -2"),
+        ({"duration": 1, "fps": 0}, "fps must be positive"),
+        ({"duration": 1, "fps": None}, "give available"),
+        ({"duration": 1, "max_frames": 0}, "max_frames must be at least 1"),
+        ({"duration": 1, "min_frames": 0}, "min_frames must be at least 1"),
+        ({"duration": np.array([1.0, 1.0]), "available": np.array([1, 0])}, "available must be at least 1, not 0"),
+    ],
+)
+def test_wanted_frames_refusals(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        wanted_frames(**arguments)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 10**6).flatmap(lambda available: st.tuples(st.just(available), st.integers(1, min(available, 3000)))))
+def test_chosen_pages_are_even_and_different(pages):
+    available, count = pages
+    chosen = choose_pages(available, count)
+    assert (chosen.dtype, chosen.shape) == (np.int64, (count,))
+    assert chosen[0] == 0
+    assert (np.diff(chosen) > 0).all()
+    if count > 1:
+        assert chosen[-1] == available - 1
+        assert np.abs(chosen * (count - 1) - np.arange(count) * (available - 1)).max() * 2 <= count - 1, "each is the nearest page"
+
+
+def test_chosen_pages_by_hand():
+    assert choose_pages(4, 4).tolist() == [0, 1, 2, 3]
+    assert choose_pages(30, 5).tolist() == [0, 7, 14, 22, 29]
+    assert choose_pages(30, 1).tolist() == [0]
+    for count in (0, 31, -1):
+        with pytest.raises(ValueError, match=f"{count} of 30 pages"):
+            choose_pages(30, count)
 
 
 def test_chapters():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eagle_model.prompt import VideoSpan, encode, render
-from eagle_model.prompt_costs import PromptCosts
+from eagle_model.prompt.costs import PromptCosts
 from eagle_sampling import TimeTable
 from eagle_train.config import ConfigError, dump_config
 from eagle_train.data.annotation import index_annotation, read_lines

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_model.prompt import VideoSpan, encode, render
-from eagle_model.prompt_costs import PromptCosts
+from eagle_model.prompt.costs import PromptCosts
 from eagle_sampling import Dropped, VideoRequest, plan, wanted_frames
 from eagle_tiling import select_grid, tile_count
 from eagle_train.config import SamplingConfig, TilingConfig

@@ -23,15 +23,20 @@ _HOME = {
             "VisualPlan",
             "plan",
             "plan_many",
+            "register_strategy",
+            "tile_caps",
         ),
         "documents": (
             "animation_times",
             "page_count",
             "page_sizes",
+            "pdf_size",
             "read_pages",
+            "render_pages",
         ),
         "frames": (
             "choose_chapters",
+            "choose_pages",
             "choose_times",
             "clip_range",
             "wanted_frames",
@@ -85,25 +90,42 @@ __all__ = [
     "build_lmdb",
     "check_lmdb",
     "choose_chapters",
+    "choose_pages",
     "choose_times",
     "clip_range",
     "image_size",
     "open_image",
     "page_count",
     "page_sizes",
+    "pdf_size",
     "plan",
     "plan_many",
     "probe",
     "read_bytes",
     "read_frames",
     "read_pages",
+    "register_strategy",
+    "render_pages",
+    "tile_caps",
     "wanted_frames",
 ]
 
 if TYPE_CHECKING:
-    from .budget import CAPS, STRATEGIES, Dropped, PlanColumns, PlanResult, VideoRequest, VisualPlan, plan, plan_many
-    from .documents import animation_times, page_count, page_sizes, read_pages
-    from .frames import choose_chapters, choose_times, clip_range, wanted_frames
+    from .budget import (
+        CAPS,
+        STRATEGIES,
+        Dropped,
+        PlanColumns,
+        PlanResult,
+        VideoRequest,
+        VisualPlan,
+        plan,
+        plan_many,
+        register_strategy,
+        tile_caps,
+    )
+    from .documents import animation_times, page_count, page_sizes, pdf_size, read_pages, render_pages
+    from .frames import choose_chapters, choose_pages, choose_times, clip_range, wanted_frames
     from .images import ImageRef, image_size, open_image, read_bytes
     from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError
     from .lmdb_build import build_lmdb, check_lmdb

@@ -3,30 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .time_table import TimeTable
 
-__all__ = ["TimeTable", "choose_chapters", "choose_times", "clip_range", "wanted_frames"]
+__all__ = ["TimeTable", "choose_chapters", "choose_pages", "choose_times", "clip_range", "wanted_frames"]
 
 # A time that was written with six decimals still means the frame it was taken from; frames are never this close together.
 TIME_EPSILON = 1e-6
 
 
-def wanted_frames(duration: float, fps: float = 2.0, max_frames: int | None = None) -> int:
-    """Frames that `duration` seconds are worth at `fps` frames a second: at least one, at most `max_frames`.
+@overload
+def wanted_frames(
+    duration: float, fps: float | None = 2.0, max_frames: int | None = None, *, min_frames: int = 1, available: int | None = None
+) -> int: ...
+@overload
+def wanted_frames(
+    duration: NDArray[np.floating[Any]],
+    fps: float | None = 2.0,
+    max_frames: int | None = None,
+    *,
+    min_frames: int = 1,
+    available: NDArray[np.integer[Any]] | None = None,
+) -> NDArray[np.int64]: ...
+def wanted_frames(
+    duration: float | NDArray[np.floating[Any]],
+    fps: float | None = 2.0,
+    max_frames: int | None = None,
+    *,
+    min_frames: int = 1,
+    available: int | NDArray[np.integer[Any]] | None = None,
+) -> int | NDArray[np.int64]:
+    """Frames that a video of `duration` seconds wants: `fps` a second, at least `min_frames`, at most `max_frames` and `available`.
 
-    Raises ValueError when the duration is negative or not finite, or fps isn't positive.
+    Numbers give an int, arrays [V] an int64 array. A duration of NaN means that there is no rate (pages of a document, frames without
+    times): all `available` are wanted, up to `max_frames`. `fps=None` means the same for every entry.
+
+    Raises:
+        ValueError: a duration that is negative or infinite, no rate and no `available`, fps that is not positive, or `min_frames`,
+            `max_frames` or `available` below 1.
     """
-    if not np.isfinite(duration) or duration < 0:
-        raise ValueError(f"duration must be a number of seconds >= 0, not {duration}")
-    if not np.isfinite(fps) or fps <= 0:
+    seconds = np.asarray(duration, np.float64)
+    if fps is not None and not (np.isfinite(fps) and fps > 0):
         raise ValueError(f"fps must be positive, not {fps}")
-    count = max(1, int(np.floor(duration * fps + 1e-6)))
-    return count if max_frames is None else max(1, min(count, max_frames))
+    for name, value in (("min_frames", min_frames), ("max_frames", max_frames), ("available", available)):
+        if value is not None and np.size(value) and np.min(value) < 1:
+            raise ValueError(f"{name} must be at least 1, not {np.min(value)}")
+    without_rate = np.isnan(seconds) if fps is not None else np.ones(seconds.shape, bool)
+    bad = ~((np.isfinite(seconds) & (seconds >= 0)) | (np.isnan(seconds) & (available is not None)))
+    if bad.any():
+        raise ValueError(f"duration must be a number of seconds >= 0 (NaN, with available: no rate), not {seconds[bad].flat[0]}")
+    if available is None and without_rate.any():
+        raise ValueError("fps is None, so that all frames are wanted: give available, how many there are")
+    wanted = np.maximum(np.floor(np.where(without_rate, 0.0, seconds) * (fps or 0.0) + 1e-6), min_frames).astype(np.int64)
+    if available is not None:
+        wanted = np.minimum(np.where(without_rate, available, wanted), available)
+    if max_frames is not None:
+        wanted = np.minimum(wanted, max_frames)
+    return int(wanted) if wanted.ndim == 0 else wanted.astype(np.int64, copy=False)
 
 
 def clip_range(times: ArrayLike | TimeTable, start: float | None = None, end: float | None = None) -> tuple[int, int]:
@@ -89,6 +126,16 @@ def choose_times(
     index = np.maximum.accumulate(index - order) + order
     index = np.minimum(index, n - count + order)
     return clip[index]
+
+
+def choose_pages(available: int, count: int) -> NDArray[np.int64]:
+    """`count` of `available` pages, evenly from the first to the last, 0-based, int64 [count], strictly increasing; one page: the first.
+
+    Raises ValueError unless 1 <= count <= available.
+    """
+    if not 1 <= count <= available:
+        raise ValueError(f"{count} of {available} pages: need 1 <= count <= available")
+    return np.round(np.linspace(0, available - 1, count)).astype(np.int64)
 
 
 def choose_chapters(

@@ -126,7 +126,7 @@ def _parsed(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[tu
 
 def _pillow_size(source: Any, name: str, problem: str) -> tuple[int, int]:
     try:
-        with _pillow(source, name) as image:
+        with open_lazily(source, name) as image:
             size, exif = image.size, image.info.get("exif", b"")
     except MediaError as error:
         if not problem:
@@ -150,7 +150,7 @@ def open_image(
     """
     name = describe(ref)
     data = read_bytes(ref, root=root, limits=limits)
-    image = _pillow(io.BytesIO(data), name)
+    image = open_lazily(io.BytesIO(data), name)
     limits.check_size(*image.size, name)
     with decoding(f"{name}: can't be decoded"):
         if at_least is not None and image.format == "JPEG":
@@ -175,7 +175,7 @@ def decoding(problem: str) -> Iterator[None]:
         raise MediaError(f"{problem}: {said}") from error
 
 
-def _pillow(source: Any, name: str) -> ImageFile.ImageFile:
+def open_lazily(source: Any, name: str) -> ImageFile.ImageFile:
     with decoding(f"{name}: can't be opened as an image"):
         try:
             return Image.open(source)

@@ -1,21 +1,25 @@
-"""What a prompt costs before its frames are chosen: fixed tokens of the text, and tokens that each frame adds.
+"""Token costs of a prompt before its frames are chosen: fixed tokens of the text, and tokens that each frame adds.
 
-ADS needs costs that never turn out too small. Everything in a prompt is known when a row is prepared, but for the numbers that name
-frames, times and the sampling rate. If the tokenizer cuts digits from all else and a run of digits costs the same whatever its digits are
-(Qwen, Llama 3, SmolLM2: checked, not assumed), costs are exact for given numbers of digits. Otherwise the count of bytes bounds them:
-a token stands for at least one byte.
+ADS needs upper bounds. When a row is prepared everything in its prompt is known except the numbers of frames, their times and the sampling
+rate. If the tokenizer separates digits from other text and every run of n digits has the same number of tokens (Qwen, Llama 3, SmolLM2;
+this is checked for each tokenizer), costs are exact for given numbers of digits. Otherwise the number of bytes is the bound: a token
+stands for at least one byte.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from eagle_model.prompt import Segment, Special, Text, TextEncoder, VideoSpan, frame_header, render
+import numpy as np
 
-#: Tokens around the context tokens of one tile group: `<img>` and `</img>`.
+from eagle_model.prompt.encode import TextEncoder
+from eagle_model.prompt.render import Segment, Special, Text, VideoSpan, frame_header, render
+
+#: Tokens around the visual tokens of a frame: `<img>` and `</img>`.
 TAG_TOKENS = 2
 # A sentence-piece tokenizer may put a prefix before a text.
 _PREFIX = 1
+_FRAMES_KEPT = 1 << 16
 _LONGEST_TIME = 9_999_999.99
 _RATES = (1.11, 11.11, 111.11)
 
@@ -25,6 +29,24 @@ class TextCost(NamedTuple):
 
     text_tokens: int
     label_tokens: int
+
+
+class FrameCosts(NamedTuple):
+    """Tokens around a frame (tags, number, time) by digits: `table[digits of the count][digits before the point of the time]`, [8, 8].
+
+    Column 0 is for frames without a time (pages). An upper bound for every frame of that class, for one tokenizer.
+    """
+
+    table: tuple[tuple[int, ...], ...]
+
+    def overhead(self, counts: np.ndarray, last_times: np.ndarray) -> np.ndarray:
+        """int64 [V]: most tokens that a frame adds to its tile, for videos of `counts` frames with times up to `last_times` seconds (NaN:
+        no times)."""
+        powers = 10 ** np.arange(1, 7)
+        rows = 1 + np.searchsorted(powers, np.maximum(counts, 1), side="right")
+        # 9.995 prints as 10.00: times change class 0.005 early, and a little more because of rounding.
+        columns = np.where(np.isnan(last_times), 0, 1 + np.searchsorted(powers - 0.00501, np.nan_to_num(last_times), side="right"))
+        return np.asarray(self.table, np.int64)[rows, columns]
 
 
 class PromptCosts:
@@ -37,7 +59,17 @@ class PromptCosts:
     def __init__(self, tokenizer: Any) -> None:
         self.encoder = tokenizer if isinstance(tokenizer, TextEncoder) else TextEncoder(tokenizer)
         self.digits_alike = self._digits_alike()
-        self._frame = lru_cache(maxsize=1 << 16)(self._frame_uncached)
+        self._frames: dict[tuple[int, float | None], int] = {}
+
+    @cached_property
+    def frame_costs(self) -> FrameCosts:
+        """Tokens around a frame for every number of digits that its number and its time can have."""
+        return FrameCosts(
+            tuple(
+                tuple(self.frame_tokens(10 ** max(digits, 1) - 1, None if whole == 0 else 10.0**whole - 0.01, 0) for whole in range(8))
+                for digits in range(8)
+            )
+        )
 
     def fixed_tokens(
         self,
@@ -99,11 +131,15 @@ class PromptCosts:
         stamps: Sequence[float | None] = [None] * count if times is None else times
         return count * k + sum(self._frame(number + 1, None if time is None else float(time)) for number, time in enumerate(stamps))
 
-    def _frame_uncached(self, number: int, time: float | None) -> int:
-        header = frame_header(number, time)
-        if not self.digits_alike:
-            return len(header.encode()) + _PREFIX + TAG_TOKENS
-        return len(self.encoder.pieces([header])[0]) + TAG_TOKENS
+    def _frame(self, number: int, time: float | None) -> int:
+        known = self._frames.get((number, time))
+        if known is None:
+            if len(self._frames) >= _FRAMES_KEPT:
+                self._frames.clear()
+            header = frame_header(number, time)
+            known = len(self.encoder.pieces([header])[0]) if self.digits_alike else len(header.encode()) + _PREFIX
+            known = self._frames[number, time] = known + TAG_TOKENS
+        return known
 
     def _lengths(self, segments: Sequence[Segment]) -> list[int]:
         texts = iter(self.encoder.pieces([segment.text for segment in segments if isinstance(segment, Text)]))

@@ -1,13 +1,13 @@
 """Messages in the forms that people have them: content blocks with media inside, ChatML strings, or plain questions.
 
-All become the one shape that `eagle_model.prompt` renders: text with `<image-N>` and `<video-N>`, and the media in lists.
+All become the one shape that `eagle_model.prompt.render` takes: text with `<image-N>` and `<video-N>`, and the media in lists.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from eagle_model.prompt import DEFAULT_SYSTEM, IM_END, IM_START, ROLES, PromptError, check_messages
+from eagle_model.prompt.render import DEFAULT_SYSTEM, IM_END, IM_START, ROLES, PromptError, check_messages
 
 _TURN = re.compile(rf"{re.escape(IM_START)}(\w+)\n(.*?)(?:({re.escape(IM_END)})\n?|\Z)", re.DOTALL)
 
@@ -101,13 +101,16 @@ def _block(block: Any) -> tuple[str, Any]:
         return "video", {"video": block[name], **rest} if rest else block[name]
     content = block[name]
     # OpenAI's form wraps the address once more.
-    return kind.removesuffix("_url"), content["url"] if isinstance(content, Mapping) and "url" in content else content
+    content = content["url"] if isinstance(content, Mapping) and "url" in content else content
+    if kind == "image" and block.get("max_tiles") is not None:
+        return "image", {"image": content, "max_tiles": block["max_tiles"]}
+    return kind.removesuffix("_url"), content
 
 
 def chatml(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
     """Messages as a ChatML string, placeholders as they are. Prefer messages where you can: a string can't tell data from structure.
 
-    Raises PromptError for messages that aren't (`eagle_model.prompt.check_messages`).
+    Raises PromptError for messages that aren't (`check_messages`).
     """
     turns = check_messages(messages)
     text = "" if turns[0][0] == "system" else f"{IM_START}system\n{DEFAULT_SYSTEM}{IM_END}\n"
@@ -118,7 +121,7 @@ def chatml(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
 def parse_chatml(text: str) -> Conversation:
     """A ChatML string, or a plain question (then one user message that wants an answer).
 
-    Raises PromptError for a broken string, and for one whose last turn isn't closed: what follows an answer that has begun can't be asked.
+    Raises PromptError for a broken string, and for one whose last turn isn't closed: an answer that has begun can't be continued.
     """
     if IM_START not in text:
         return Conversation([{"role": "user", "content": text}], [], [], True)

@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
+from eagle_model.prompt import CachedEncoder
+from eagle_model.visual import VisualSpec
 from eagle_sampling import Limits
-from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.ledger import Entry
-from eagle_train.planning.visual import ModelFacts
+from eagle_train.data.sample import Address
+from eagle_train.planning.stages import Planned
 
-from .batch import WHOLE, Address, Batch, Planned, Share, Weighting, materialise
+from .pack import WHOLE, LoadedPack, Share, Weighting, load_pack
 
 logger = logging.getLogger(__name__)
 
@@ -36,36 +38,30 @@ SLOW_SAMPLE = 30.0
 
 
 class Reading(NamedTuple):
-    """What a worker must know beside its tasks."""
+    """What a worker must know next to its tasks. tokenizer: its folder."""
 
     tokenizer: str
-    model: ModelFacts
-    thumbnail: bool
+    spec: VisualSpec
     limits: Limits
     share: Share = WHOLE
 
 
 class Task(NamedTuple):
-    """One pack to read; `key` is for whoever asked (step, place), `weighting` is the stage's."""
+    """One pack to read; `key` identifies it for the caller (stage, step, place), `weighting` is the stage's."""
 
     key: Any
     pack: tuple[Planned, ...]
     weighting: Weighting
 
-    def nbytes(self, model: ModelFacts, share: Share = WHOLE) -> int:
-        """What the batch will weigh for a process that reads `share` of its tiles, from the plan alone."""
+    def nbytes(self, spec: VisualSpec, share: Share = WHOLE) -> int:
+        """Bytes of the batch for a process that reads `share` of its tiles, from the plan alone."""
         tokens = sum(planned.plan.tokens for planned in self.pack)
-        tiles = sum(_tiles(planned) for planned in self.pack)
-        return tokens * 36 + -(-tiles // share.ranks) * 3 * model.tile_size**2
+        tiles = sum(planned.plan.tile_count(spec) for planned in self.pack)
+        return tokens * 36 + -(-tiles // share.ranks) * 3 * spec.tile_size**2
 
 
 class LoaderError(RuntimeError):
     """The loader can't go on; the message has the worker's own traceback."""
-
-
-def _tiles(planned: Planned) -> int:
-    grids, videos = planned.plan.grids, planned.plan.videos
-    return sum(grid.cols * grid.rows + 1 for grid in grids) + sum(video.count for video in videos)
 
 
 def make_encoder(tokenizer: str) -> CachedEncoder:
@@ -91,11 +87,11 @@ class _Slot:
     task: Task
     nbytes: int
     skip: dict[int, Entry] = field(default_factory=dict)
-    batch: Batch | None = None
+    batch: LoadedPack | None = None
 
 
 class Loader:
-    """Iterate over `(key, Batch)` in the order of `tasks`; use as a context manager, or call `close`.
+    """Iterate over `(key, LoadedPack)` in the order of `tasks`; use as a context manager, or call `close`.
 
     workers: processes; 0 reads in the calling thread when a batch is asked for. prefetch: bytes of batches that may be on their way or
     waiting (one batch is always allowed). `waited` is the time that the consumer spent waiting; `seconds_by_source` where reading went.
@@ -144,11 +140,11 @@ class Loader:
         """Bytes of the batches that are on their way (as their plans estimate them) or waiting; at most `prefetch` and one batch more."""
         return self._bytes
 
-    def __iter__(self) -> Iterator[tuple[Any, Batch]]:
+    def __iter__(self) -> Iterator[tuple[Any, LoadedPack]]:
         while (item := self.get()) is not None:
             yield item
 
-    def get(self) -> tuple[Any, Batch] | None:
+    def get(self) -> tuple[Any, LoadedPack] | None:
         """The next batch, or None at the end. Raises LoaderError (or what `tasks` raised)."""
         begin = time.monotonic()
         try:
@@ -156,7 +152,7 @@ class Loader:
         finally:
             self.waited += time.monotonic() - begin
 
-    def _get_here(self) -> tuple[Any, Batch] | None:
+    def _get_here(self) -> tuple[Any, LoadedPack] | None:
         task = next(self._tasks, None)
         if task is None:
             return None
@@ -166,7 +162,7 @@ class Loader:
         self.seconds_by_source.update(batch.seconds_by_source)
         return task.key, batch
 
-    def _get_from_workers(self) -> tuple[Any, Batch] | None:
+    def _get_from_workers(self) -> tuple[Any, LoadedPack] | None:
         with self._condition:
             while True:
                 slot = self._slots.get(self._next_out)
@@ -248,7 +244,7 @@ class Loader:
                     self._exhausted = True
                     self._condition.notify_all()
                     return
-                slot = _Slot(task, task.nbytes(self._reading.model, self._reading.share))
+                slot = _Slot(task, task.nbytes(self._reading.spec, self._reading.share))
                 worker.number = self._next_task
                 self._slots[self._next_task] = slot
                 self._next_task += 1
@@ -271,13 +267,13 @@ class Loader:
             worker.process.join()
             self._restart(worker, "died", f"the reading process ended with exit code {worker.process.exitcode}")
             return
-        if not isinstance(batch, Batch):
+        if not isinstance(batch, LoadedPack):
             raise LoaderError(f"a reading process failed:\n{batch}")
         assert worker.number is not None
         with self._condition:
             slot = self._slots[worker.number]
-            self._bytes += batch.nbytes - slot.nbytes
-            slot.nbytes, slot.batch = batch.nbytes, batch
+            self._bytes += batch.batch.nbytes - slot.nbytes
+            slot.nbytes, slot.batch = batch.batch.nbytes, batch
             self.seconds_by_source.update(batch.seconds_by_source)
             self._condition.notify_all()
         worker.number = None
@@ -321,13 +317,12 @@ class Loader:
         self._send(fresh)
 
 
-def read(task: Task, encoder: CachedEncoder, reading: Reading, skip: dict[int, Entry] | None = None, on_sample: Any = None) -> Batch:
-    """One batch, here and now."""
-    return materialise(
+def read(task: Task, encoder: CachedEncoder, reading: Reading, skip: dict[int, Entry] | None = None, on_sample: Any = None) -> LoadedPack:
+    """One pack, in this process."""
+    return load_pack(
         task.pack,
         encoder,
-        reading.model,
-        thumbnail=reading.thumbnail,
+        reading.spec,
         weighting=task.weighting,
         limits=reading.limits,
         share=reading.share,

@@ -1,11 +1,8 @@
-"""The one prompt: messages and the sizes of their media become segments, and segments become ids and labels.
+"""Messages and the sizes of their media become the segments of a prompt: ChatML with the media tags of Eagle 2.5.
 
-Prepare, training, generation and serving all go through `render` and `encode`, so the same messages give the same ids everywhere.
-The format is ChatML with Eagle 2.5's media tags; nothing here needs torch.
-
-A prompt is a list of segments. `Special` is one token written by its id, `Context` is a run of `<IMG_CONTEXT>` written by its id, and
-`Text` is what lies between: it is tokenised by itself, which is what a byte-level tokenizer does with the whole string, because special
-tokens split the text before anything else happens. Hence lengths add up.
+A prompt is a list of segments. `Special` is one token written by its id, `VisualTokens` is a run of `<IMG_CONTEXT>` written by its id, and
+`Text` is what lies between. Text is tokenised by itself, as a byte-level tokenizer does with the whole string, because special tokens
+split the text first. Therefore the lengths of segments add up.
 """
 
 import re
@@ -14,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from eagle_model.errors import ModelError
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -37,13 +36,13 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", 
 _PLACEHOLDER = re.compile(r"<(image|video)(?:-(\d+))?>")
 
 
-class PromptError(ValueError):
+class PromptError(ModelError):
     """Messages that can't be rendered: an unknown role, or placeholders that don't agree with the media of the sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Text that is tokenised by itself; its special tokens (but for grounding markup) are read as plain characters."""
+    """Text that is tokenised by itself; its special tokens (except grounding markup) are read as plain characters."""
 
     text: str
     labelled: bool = False
@@ -58,7 +57,7 @@ class Special:
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class VisualTokens:
     """`count` image tokens, written by their id: image number `index` (1-based), or frame number `frame` (1-based) of a video."""
 
     count: int
@@ -67,7 +66,7 @@ class Context:
     frame: int = 0
 
 
-Segment = Text | Special | Context
+Segment = Text | Special | VisualTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +100,6 @@ class Media(NamedTuple):
     number: int
 
 
-class Encoded(NamedTuple):
-    """input_ids: int64 [T]; labels: int64 [T], not shifted, -100 where no loss is taken."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-
-
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Role and text of each message. Raises PromptError for an empty conversation, an unknown role, or content that isn't text."""
     if not messages:
@@ -121,6 +113,13 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str
             raise PromptError(f"message {position} ({role}) has content of type {type(content).__name__}; it must be text")
         contents.append((role, content))
     return contents
+
+
+def with_system(messages: Sequence[Mapping[str, Any]], system: str | None) -> list[Mapping[str, Any]]:
+    """The messages, with `system` as their system message if they have none; None adds nothing (`render` then writes `DEFAULT_SYSTEM`)."""
+    if system is None or (messages and messages[0].get("role") == "system"):
+        return list(messages)
+    return [{"role": "system", "content": system}, *messages]
 
 
 def place_media(messages: Sequence[Mapping[str, Any]], images: int, videos: int) -> list[tuple[str, list[str | Media]]]:
@@ -257,14 +256,14 @@ def render(
                 builder.text(piece, labelled)
             elif piece.kind == "image":
                 builder.text(f"<image {piece.number}>")
-                builder.tile(Context(images[piece.number - 1], "image", piece.number))
+                builder.tile(VisualTokens(images[piece.number - 1], "image", piece.number))
             else:
                 span = videos[piece.number - 1]
                 count, times = span.count, span.times
                 builder.text(video_header(piece.number, span.fps))
                 for frame in range(count):
                     builder.text(frame_header(frame + 1, None if times is None else float(times[frame])))
-                    builder.tile(Context(span.tokens_per_frame, "video", piece.number, frame + 1))
+                    builder.tile(VisualTokens(span.tokens_per_frame, "video", piece.number, frame + 1))
         builder.special(IM_END, labelled)
         builder.text("\n")
     if add_generation_prompt:
@@ -291,10 +290,10 @@ class _Builder:
     def special(self, token: str, labelled: bool = False) -> None:
         self.segments.append(Special(token, labelled))
 
-    def tile(self, context: Context) -> None:
-        if context.count < 0:
-            raise PromptError(f"{context.media} {context.index} has {context.count} tokens")
-        self.segments += [Special(IMG_START), context, Special(IMG_END)]
+    def tile(self, visual: VisualTokens) -> None:
+        if visual.count < 0:
+            raise PromptError(f"{visual.media} {visual.index} has {visual.count} tokens")
+        self.segments += [Special(IMG_START), visual, Special(IMG_END)]
 
 
 def to_text(segments: Sequence[Segment]) -> str:
@@ -303,80 +302,3 @@ def to_text(segments: Sequence[Segment]) -> str:
         segment.text if isinstance(segment, Text) else segment.token if isinstance(segment, Special) else IMG_CONTEXT * segment.count
         for segment in segments
     )
-
-
-def encode(segments: Sequence[Segment], tokenizer: Any) -> Encoded:
-    """Segments as ids and labels.
-
-    tokenizer: a transformers tokenizer (or a `TextEncoder` made from one, which saves its preparation) that knows the tokens used.
-    Raises PromptError when the tokenizer lacks a token of the prompt.
-    """
-    encoder = tokenizer if isinstance(tokenizer, TextEncoder) else TextEncoder(tokenizer)
-    pieces = iter(encoder.pieces([segment.text for segment in segments if isinstance(segment, Text)]))
-    ids: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    for segment in segments:
-        if isinstance(segment, Context):
-            piece = np.full(segment.count, encoder.token_id(IMG_CONTEXT), np.int64)
-        elif isinstance(segment, Special):
-            piece = np.array([encoder.token_id(segment.token)], np.int64)
-        else:
-            piece = np.array(next(pieces), np.int64)
-        ids.append(piece)
-        labelled = not isinstance(segment, Context) and segment.labelled
-        labels.append(piece if labelled else np.full(len(piece), IGNORE_INDEX, np.int64))
-    if not ids:
-        return Encoded(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    return Encoded(np.concatenate(ids), np.concatenate(labels))
-
-
-class TextEncoder:
-    """A tokenizer that reads special tokens in data as plain characters.
-
-    A protected token is cut after its first character and the parts are tokenised one after the other: the characters stay what they
-    were, and no part holds the token. That works alike for every tokenizer, whatever it thinks of `split_special_tokens`.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        protected = (special | set(STRUCTURAL_TOKENS)) - set(GROUNDING_TOKENS)
-        # Longest first, so that a token isn't hidden by another that it starts with; single characters can't be cut and aren't tokens here.
-        longest_first = sorted((token for token in protected if len(token) > 1), key=lambda token: (-len(token), token))
-        self._protected = re.compile("|".join(re.escape(token) for token in longest_first))
-        self._ids: dict[str, int] = {}
-
-    def token_id(self, token: str) -> int:
-        """The id of a special token; PromptError when the tokenizer hasn't got it."""
-        if token not in self._ids:
-            found = self.tokenizer.convert_tokens_to_ids(token)
-            if found is None or self.tokenizer.convert_ids_to_tokens(found) != token:
-                raise PromptError(f"the tokenizer has no token {token}; eagle_model.tokenizer.add_eagle_tokens adds Eagle's")
-            self._ids[token] = int(found)
-        return self._ids[token]
-
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, tokenised by itself."""
-        parts: list[str] = []
-        owners: list[int] = []
-        for owner, text in enumerate(texts):
-            for part in self._cut(text):
-                parts.append(part)
-                owners.append(owner)
-        result: list[list[int]] = [[] for _ in texts]
-        if parts:
-            encoded = self.tokenizer(
-                parts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False
-            )
-            for owner, ids in zip(owners, encoded["input_ids"], strict=True):
-                result[owner] += ids
-        return result
-
-    def _cut(self, text: str) -> list[str]:
-        parts: list[str] = []
-        start = 0
-        while match := self._protected.search(text, start):
-            parts.append(text[start : match.start() + 1])
-            start = match.start() + 1
-        parts.append(text[start:])
-        return [part for part in parts if part]
