@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.support.packs import make_pack
+
 peft = pytest.importorskip("peft")
 
 LANGUAGE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -57,16 +59,13 @@ def test_gradients_reach_every_adapter(make_model, make_batch, language, checkpo
 
 
 def test_packed_mode_takes_adapters(make_model, make_batch):
-    from eagle_cp import Layout
-
     batch = make_batch(rows=1)
     model = with_adapters(make_model(), [*LANGUAGE, "lm_head"])
     expected = model(**batch).loss
     targets = torch.full((14,), -100)
     targets[:-1] = batch["labels"][0, 1:]
-    packed = model.get_base_model()(
-        batch["input_ids"][0], position_ids=torch.arange(14), tiles=batch["pixel_values"], layout=Layout.single([0, 14]), targets=targets
-    )
+    image = model.config.image_token_index
+    packed = model.get_base_model()(make_pack(batch["input_ids"][0], tiles=batch["pixel_values"], image=image, targets=targets))
     torch.testing.assert_close(packed.loss, expected)
 
 

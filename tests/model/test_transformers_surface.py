@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM
 
-from eagle_cp import Layout
 from eagle_model import EagleConfig, EagleForConditionalGeneration, preset
 from eagle_model.checkpoint import save_checkpoint
 from eagle_model.decoder import Head, Norm
 from eagle_model.eagle import CACHE_FIELD
 from eagle_model.fused import is_plain, is_plain_linear
+from tests.support.packs import make_pack
 
 IMAGE = 100
 
@@ -237,11 +237,9 @@ def test_a_replaced_module_is_called(make_model, batch, name):
     for each in (model, merged):
         losses.append(each(**batch).loss)
         losses[-1].backward()
-        packed = each(
-            batch["input_ids"][1], position_ids=torch.arange(14), tiles=batch["pixel_values"][1:], layout=Layout.single([0, 14]),
-            targets=batch["labels"][1], token_weights=torch.linspace(0, 1, 14), denominator=torch.tensor(3.0),
-        )  # fmt: skip
-        losses.append(packed.loss)
+        row, weights = {name: value[1] for name, value in batch.items()}, torch.linspace(0, 1, 14)
+        pack = make_pack(row["input_ids"], tiles=batch["pixel_values"][1:], targets=row["labels"], token_weights=weights, denominator=3.0)
+        losses.append(each(pack).loss)
     torch.testing.assert_close(losses[0], losses[2], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(losses[1], losses[3], atol=1e-5, rtol=1e-5)
     inner = model.get_submodule(f"{name}.inner")

@@ -23,6 +23,7 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from eagle_cp import Layout, exchange_tiles
 from eagle_kernels import offload_checkpoint
+from eagle_model.batch import PackedBatch
 from eagle_model.checkpoint import HEAD, finish_folder, lacks_head
 from eagle_model.configuration import EagleConfig
 from eagle_model.decoder import AttentionContext, DecoderLayer, Head, LanguageModel, Norm, head_loss
@@ -44,7 +45,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revi
 class EagleOutput(CausalLMOutputWithPast):
     """What `forward` returns. `loss`: 0-dim float32, with targets or labels. `logits`: [T, V] packed, [B, L, V] otherwise.
 
-    In batch mode also `past_key_values` (transformers 5.24 and later call it `cache`), with use_cache; `hidden_states`, a tuple of
+    In padded mode also `past_key_values` (transformers 5.24 and later call it `cache`), with use_cache; `hidden_states`, a tuple of
     [B, L, H], with output_hidden_states; `last_hidden_state` [B, L, H]. `attentions` is always None: attention weights are never formed.
     """
 
@@ -73,7 +74,7 @@ class _Batch:
 
 
 class Backbone:
-    """The model without its head: called with the arguments of `forward`'s batch mode, gives `last_hidden_state` and no logits.
+    """The model without its head: called with the arguments of `forward`'s padded mode, gives `last_hidden_state` and no logits.
 
     TRL and reward models call it as `model.base_model`. It holds no parameters and is not a module.
     """
@@ -91,11 +92,7 @@ class Backbone:
 
 
 class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """The model; its tensors have the names of the released checkpoints.
-
-    Every decoder layer (`language_model.model.layers`) and vision layer (`vision_model.vision_model.encoder.layers`) is a module that is
-    called through `forward` and owns its parameters, so each can be wrapped (FSDP2) by itself.
-    """
+    """The model; its tensors have the names of the released checkpoints. `parts` and `blocks` give its modules without these names."""
 
     config_class = EagleConfig
     config: EagleConfig
@@ -137,6 +134,17 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # ---- parts -------------------------------------------------------------------------------------------------------------------
 
+    def parts(self) -> dict[str, nn.Module]:
+        """The three parts that can be trained apart, by name; every parameter is in exactly one of them."""
+        return {"vision": self.vision_model, "connector": self.mlp1, "language": self.language_model}
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers in the order in which forward runs them: those of the vision tower, then those of the decoder.
+
+        Each is a module that is called through `forward` and owns its parameters, so each can be a unit of FSDP or be recomputed.
+        """
+        return [*self.vision_model.vision_model.encoder.layers, *self.language_model.model.layers]
+
     @property
     def tokens_per_tile(self) -> int:
         """`k`: image tokens of one tile."""
@@ -170,25 +178,18 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             hidden = pixel_shuffle(hidden.unflatten(1, (side, side)), self.config.downsample_ratio).flatten(1, 2)
         return self.mlp1(hidden)
 
-    def embed(self, input_ids: Tensor, tiles: Tensor | None, context_index: Tensor | None = None, layout: Layout | None = None) -> Tensor:
-        """Embeddings [T, H] of flat ids [T], image tokens replaced by the features of the tiles in order.
+    def embed(self, input_ids: Tensor, tiles: Tensor | None, visual_index: Tensor | None = None) -> Tensor:
+        """Embeddings [T, H] of flat ids [T], visual tokens replaced by the features of the tiles in order.
 
-        context_index: int64 [n], positions of the image tokens; default: searched for in input_ids, which waits for the device.
-        layout: with several context ranks, `tiles` are this rank's share of its tile plan (`eagle_cp.plan_tiles`), and features travel
-        to the ranks that hold their tokens.
-        Raises ValueError when the number of image tokens is not that of the features.
+        visual_index: int64 [n], positions of the visual tokens; default: searched for in input_ids, which waits for the device.
+        Raises ValueError when the number of visual tokens is not that of the features.
         """
         hidden = self.language_model.model.embed_tokens(input_ids)
         if tiles is None:
             return hidden
-        features = self.image_features(tiles).flatten(0, 1)
-        if layout is not None and layout.mesh.size > 1:
-            features = exchange_tiles(features, layout)
-            assert layout.tiles is not None
-            context_index = layout.tiles.local_rows.to(hidden.device, non_blocking=True)
-        if context_index is None:
-            context_index = (input_ids == self._image_token()).nonzero().squeeze(1)
-        return self._place(hidden, features, context_index)
+        if visual_index is None:
+            visual_index = (input_ids == self._image_token()).nonzero().squeeze(1)
+        return self._place(hidden, self.image_features(tiles).flatten(0, 1), visual_index)
 
     def _image_token(self) -> int:
         if self.config.image_token_index is None:
@@ -199,7 +200,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Embeddings [T, H] with `features` [n, H] at `index` [n]."""
         if index.shape[0] != features.shape[0]:
             raise ValueError(
-                f"{index.shape[0]} image tokens in input_ids, but {features.shape[0] // self.tokens_per_tile} tiles of "
+                f"{index.shape[0]} visual tokens in input_ids, but {features.shape[0] // self.tokens_per_tile} tiles of "
                 f"{self.tokens_per_tile} tokens give {features.shape[0]}; the prompt and the tiles must come from the same "
                 "processor settings"
             )
@@ -251,7 +252,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Tensor | PackedBatch | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -260,29 +261,21 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
+        layout: Layout | None = None,
         inputs_embeds: Tensor | None = None,
         cache: Any = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | float | None = None,
-        layout: Layout | None = None,
-        tiles: Tensor | None = None,
-        context_index: Tensor | None = None,
-        targets: Tensor | None = None,
-        token_weights: Tensor | None = None,
-        denominator: Tensor | None = None,
-        num_kept: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Packed mode (with `layout`) or batch mode.
+        """Packed mode, `forward(batch, layout=layout)`, or padded mode, `forward(input_ids, ...)`.
 
-        Packed: input_ids, position_ids [T]; layout: which tokens belong together; tiles: uint8 [N, s, s, 3] (N may be 0, see
-        `image_features`) or None, which leaves the tower out; context_index: int64 [n], positions of the image tokens; targets: [T], the
-        id expected after each position, -100 ignored; token_weights: float32 [T]; denominator: 0-dim; num_kept: count of rows that carry
-        loss, if known on the host. Gives the loss, or logits [T, V] without targets. With several context ranks all of these are the
-        rank's own (`layout.shard`; tiles by its tile plan), and losses and gradients of the ranks add up.
+        Packed: the first argument is a `PackedBatch` of tensors; layout: which tokens belong together (default: the batch on one rank).
+        Gives the loss, `sum_i w_i l_i / denominator`, or logits [T, V] of a batch without targets. With several context parallel ranks
+        the batch is the rank's own (`PackedBatch.shard`), and losses and gradients of the ranks add up.
 
-        Batch, as transformers calls it: input_ids [B, L] or inputs_embeds [B, L, H]; attention_mask [B, L] (with a cache: over cached and
+        Padded, as transformers calls it: input_ids [B, L] or inputs_embeds [B, L, H]; attention_mask [B, L] (with a cache: over cached and
         new tokens), padding on either side; pixel_values: uint8 tiles [N, s, s, 3] or normalised float [N, 3, s, s]; labels [B, L], not
         shifted; num_items_in_batch: divisor of the summed loss (default: the number of labels here, a mean); logits_to_keep: only the
         last so many positions (0: all), or their indices; cache: keys and values of earlier tokens (past_key_values is the older name);
@@ -294,17 +287,28 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._refuse_unknown(kwargs)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
-        if layout is not None:
-            assert input_ids is not None
-            output = self._forward_packed(
-                input_ids, position_ids, layout, tiles, context_index, targets, token_weights, denominator, num_kept
-            )
+        if isinstance(input_ids, PackedBatch):
+            others = {
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "pixel_values": pixel_values,
+                "past_key_values": past_key_values,
+                "labels": labels,
+                "inputs_embeds": inputs_embeds,
+                "cache": cache,
+                "output_hidden_states": output_hidden_states or None,
+            }
+            if wrong := [name for name, value in others.items() if value is not None]:
+                raise TypeError(f"packed mode takes a PackedBatch and layout=..., but {', '.join(wrong)} arrived too")
+            output = self._forward_packed(input_ids, layout)
             return output if return_dict else output.to_tuple()
+        if layout is not None:
+            raise TypeError("layout belongs to packed mode, whose first argument is a PackedBatch")
         batch = self._run_batch(
             input_ids,
             attention_mask,
             position_ids=position_ids,
-            pixel_values=pixel_values if tiles is None else tiles,
+            pixel_values=pixel_values,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             cache=cache,
@@ -317,7 +321,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             padded = padded[:, logits_to_keep]
         elif logits_to_keep:
             padded = padded[:, -logits_to_keep:]
-        loss = None
+        loss = denominator = None
         if labels is not None:
             shifted = torch.full_like(labels, IGNORE_INDEX)
             shifted[:, :-1] = labels[:, 1:]
@@ -335,29 +339,28 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if "output_attentions" in unknown:
             raise TypeError("output_attentions: attention weights are never formed by the kernels that this model uses; leave it out")
         if unknown:
-            raise TypeError(f"forward has no argument {', '.join(sorted(unknown))}; its docstring lists what packed and batch mode take")
+            raise TypeError(f"forward has no argument {', '.join(sorted(unknown))}; its docstring lists what packed and padded mode take")
 
-    def _forward_packed(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        layout: Layout,
-        tiles: Tensor | None,
-        context_index: Tensor | None,
-        targets: Tensor | None,
-        token_weights: Tensor | None,
-        denominator: Tensor | None,
-        num_kept: int | None,
-    ) -> EagleOutput:
-        if position_ids is None:
-            raise ValueError("packed forward needs position_ids [T], which restart with every sample")
-        hidden = self.embed(input_ids, tiles, context_index, layout)
-        context = AttentionContext(position_ids, self._inv_freq(hidden), layout, backend=self.attention_backend)
+    def _forward_packed(self, batch: PackedBatch, layout: Layout | None) -> EagleOutput:
+        if not isinstance(batch.input_ids, Tensor):
+            raise TypeError(f"the packed batch holds {type(batch.input_ids).__name__} arrays; call batch.to(device) first")
+        if layout is None:
+            if batch.tile_plan is not None:
+                raise ValueError("the packed batch is one rank's part of a pack; pass the layout that it was split by")
+            layout = Layout.single(batch.cu_seqlens)
+        hidden = self.language_model.model.embed_tokens(batch.input_ids)
+        if batch.tiles is not None:
+            features = self.image_features(batch.tiles).flatten(0, 1)
+            if batch.tile_plan is not None:
+                features = exchange_tiles(features, layout, batch.tile_plan)
+            hidden = self._place(hidden, features, batch.visual_index)
+        context = AttentionContext(batch.position_ids, self._inv_freq(hidden), layout, backend=self.attention_backend)
         hidden = self.language_model.model(hidden, context)
         head = self.language_model.lm_head
-        if targets is None:
+        if batch.targets is None:
             return EagleOutput(logits=head(hidden))
-        loss = head_loss(head, hidden, targets, token_weights=token_weights, denominator=denominator, num_kept=num_kept)
+        weights, denominator = batch.token_weights, batch.denominator
+        loss = head_loss(head, hidden, batch.targets, token_weights=weights, denominator=denominator, num_kept=batch.num_kept)
         return EagleOutput(loss=loss)  # type: ignore[arg-type]
 
     def _run_batch(
