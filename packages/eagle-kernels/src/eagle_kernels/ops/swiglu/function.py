@@ -1,24 +1,37 @@
-"""SwiGLU and the MLP around it: cuBLAS keeps the matmuls, backward rebuilds the activation instead of storing it."""
+"""SwiGLU and the MLP around it: cuBLAS computes the matmuls, and backward recomputes the activation instead of storing it."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eagle_kernels import checks, reference
-from eagle_kernels.dispatch import use_triton
-from eagle_kernels.matmul import accumulate_, gradient_dtype
-from eagle_kernels.registry import register
+from eagle_kernels import checks
+from eagle_kernels.dispatch import declare, register, use_triton
+from eagle_kernels.matmul import accumulate_, wide_dtype
+from eagle_kernels.ops.swiglu import reference
+from eagle_kernels.weights import gathered, gradient_dtype
+
+declare("swiglu", "swiglu_mlp")
+
+
+def _check_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, rows: int | None) -> None:
+    checks.floating("swiglu_mlp", x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    hidden, inner = x.shape[-1], w_gate.shape[0]
+    checks.shape("swiglu_mlp", "w_gate", w_gate, (inner, hidden), "[I, H], H from x")
+    checks.shape("swiglu_mlp", "w_up", w_up, (inner, hidden), "[I, H], I from w_gate")
+    checks.shape("swiglu_mlp", "w_down", w_down, (hidden, inner), "[H, I], I from w_gate")
+    if rows is not None and rows < 1:
+        raise ValueError(f"swiglu_mlp: rows is {rows}, expected a positive number, or None for all rows at once")
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    from eagle_kernels.kernels.swiglu import launch_forward
+    from eagle_kernels.ops.swiglu.kernel import launch_forward
 
     return launch_forward(gate, up)
 
 
 def _backward(dout: Tensor, gate: Tensor, up: Tensor, rebuild: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from eagle_kernels.kernels.swiglu import launch_backward
+    from eagle_kernels.ops.swiglu.kernel import launch_backward
 
     return launch_backward(dout, gate, up, rebuild)
 
@@ -45,7 +58,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _SwiGLUMLP(torch.autograd.Function):
-    """Keeps x, gate and up (rows None) or only x (rows at a time, gate and up rebuilt), never the activation."""
+    """Stores x, gate and up (rows None), or only x and recomputes gate and up (a block of rows at a time); never the activation."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -69,8 +82,8 @@ class _SwiGLUMLP(torch.autograd.Function):
         x, w_gate, w_up, w_down, *kept = ctx.saved_tensors
         needed = ctx.needs_input_grad[:4]
         rows = ctx.rows or max(1, x.shape[0])
-        # One block needs no running sum: the matmul accumulates in float32 and rounds once, to the dtype that is asked for.
-        wide = x.dtype if x.dtype == torch.float64 else torch.float32
+        # One block needs no running sum: the matmul accumulates in float32 and rounds once, to the gradient's dtype.
+        wide = wide_dtype(x.dtype)
         sums: list[Tensor | None] = [
             torch.zeros(weight.shape, dtype=wide, device=weight.device) if need and x.shape[0] == 0 else None
             for weight, need in zip((w_gate, w_up, w_down), needed[1:])
@@ -97,23 +110,26 @@ class _SwiGLUMLP(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, elementwise (Shazeer 2020), in float32 and rounded once; gate and up of one shape and dtype.
+    """`silu(gate) * up`, elementwise (Shazeer 2020), computed in float32 and rounded once. gate and up have one shape and dtype.
 
-    Backward reads gate, up and the gradient once and writes both gradients. Raises ValueError or TypeError on inputs that don't fit.
+    Backward reads gate, up and the incoming gradient once and writes both gradients.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not match.
     """
     checks.floating("swiglu", gate=gate, up=up)
     checks.shape("swiglu", "up", up, tuple(gate.shape), "gate's")
-    if use_triton("swiglu", gate):
+    if use_triton(gate):
         return _SwiGLU.apply(gate, up)
     return reference.swiglu(gate, up)
 
 
 def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows: int | None = None) -> Tensor:
-    """`swiglu(x w_gate^T, x w_up^T) w_down^T`. x: [..., H], w_gate and w_up: [I, H], w_down: [H, I] (as in `nn.Linear`).
+    """`swiglu(x w_gate^T, x w_up^T) w_down^T`. x: [..., H], w_gate and w_up: [I, H], w_down: [H, I] (as in `nn.Linear`) -> [..., H].
 
-    rows: work through this many rows at a time, forward and backward (which then rebuilds gate and up from x): memory beyond x, the output
-    and the weight gradients is about `6 * rows * I` elements, whatever the length, for two more matmuls in backward. Weight gradients of
-    the blocks add up in float32. None: everything at once, gate and up are kept. Raises ValueError or TypeError on inputs that don't fit.
+    rows: process this many rows at a time, forward and backward; backward then recomputes gate and up from x. Memory beyond x, the output
+    and the weight gradients is about `6 * rows * I` elements for any number of rows, at the cost of two more matmuls in backward. Weight
+    gradients of the blocks are added in float32. None: all rows at once, and gate and up are stored. The torch implementation always
+    processes all rows at once.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not match.
     """
     dtypes = tuple(gradient_dtype(weight) for weight in (w_gate, w_up, w_down))
     if torch.is_autocast_enabled(x.device.type):
@@ -121,9 +137,9 @@ def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows:
         x, w_gate, w_up, w_down = (tensor.to(lower) for tensor in (x, w_gate, w_up, w_down))
         with torch.autocast(x.device.type, enabled=False):
             return swiglu_mlp(x, w_gate, w_up, w_down, rows=rows)
-    checks.mlp(x, w_gate, w_up, w_down, rows)
-    w_gate, w_up, w_down = (checks.gathered(weight) for weight in (w_gate, w_up, w_down))
-    if not use_triton("swiglu_mlp", x):
-        return reference.swiglu_mlp(x, w_gate, w_up, w_down, rows=rows)
+    _check_mlp(x, w_gate, w_up, w_down, rows)
+    w_gate, w_up, w_down = (gathered(weight) for weight in (w_gate, w_up, w_down))
+    if not use_triton(x):
+        return reference.swiglu_mlp(x, w_gate, w_up, w_down)
     out = _SwiGLUMLP.apply(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down, rows, dtypes)
     return out.view(x.shape)

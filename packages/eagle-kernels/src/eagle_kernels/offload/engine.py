@@ -1,9 +1,9 @@
-"""Activation checkpoints whose inputs wait in host memory, copied while the GPU computes.
+"""Activation checkpointing whose stored inputs are moved to host memory and back while the GPU computes.
 
-A checkpointed call is a group: the tensors that its recomputation needs. Forward copies group i to the host when group i + 1 begins, so the
-last one never leaves the GPU; backward, on reaching group i, starts to fetch group i - 1, so two groups are on the GPU at a time. Host
-places come from one pinned arena. Everything hangs on public hooks of autograd around `torch.utils.checkpoint`, so it works with any
-function, with FSDP2 and with nested modules.
+The tensors that the recomputation of one checkpointed call needs form a group. Forward copies group i to the host when group i + 1 begins,
+so the last group stays on the GPU. Backward starts to fetch group i - 1 when it reaches group i, so two groups are on the GPU at a time.
+Host memory comes from one pinned arena. The implementation uses autograd's saved-tensor hooks around `torch.utils.checkpoint` and
+works with any function, with FSDP2 and with nested modules.
 """
 
 import weakref
@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from eagle_kernels.arena import Arena
+from eagle_kernels.offload.arena import Arena
 
-# Smaller tensors (positions, cu_seqlens) stay where they are: moving them costs more launches than they cost memory.
+# Smaller tensors (positions, cu_seqlens) stay on their device: moving them costs launches and saves little memory.
 SMALLEST_BYTES = 1 << 20
 
-# Attention operators of torch whose outputs are worth keeping: recomputation then skips the quadratic part.
+# torch's attention operators. With their outputs stored, recomputation skips the part that is quadratic in the length.
 ATTENTION_OPERATORS = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_cudnn_attention",
@@ -32,7 +32,7 @@ ATTENTION_OPERATORS = (
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory without gaps, in any order of dimensions."""
+    """Whether the elements fill one range of memory without gaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
         if stride != expected:
@@ -42,7 +42,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class _Group:
-    """The tensors of one checkpointed call, known weakly: the graph owns them."""
+    """Weak references to the tensors of one checkpointed call; the autograd graph owns them."""
 
     def __init__(self, previous: "_Group | None") -> None:
         self.previous = previous
@@ -53,30 +53,31 @@ class _Group:
 
 
 def _unchanged(value: Tensor, version: int) -> Tensor:
-    """A value that never left. Raises RuntimeError if something wrote over it since: autograd doesn't look behind hooks."""
+    """`value`, which stayed on its device. Raises RuntimeError if it was modified since: autograd does not check tensors behind hooks."""
     if value._version != version:
         raise RuntimeError(
             f"OffloadEngine: a checkpoint's argument (or a kept operator's output) of shape {tuple(value.shape)} was modified in place "
-            "after the call; its recomputation would give other values. Modify a copy instead"
+            "after the call, so recomputation would give other values; modify a copy instead"
         )
     return value
 
 
 class _Resident:
-    """One tensor that stays where it is: a small one, a parameter, or one of another device."""
+    """A tensor that stays on its device: a small one, a parameter, or one of another device."""
 
     def __init__(self, value: Tensor) -> None:
         self.value, self.version = value, value._version
 
 
 class _Stored:
-    """One tensor: on the GPU (`value`), on the host (`offset`), or on its way back (`fetched`)."""
+    """A tensor on the GPU (`value`), on the host (`offset`), or being copied back (`fetched`)."""
 
     def __init__(self, engine: "OffloadEngine", value: Tensor, group: _Group) -> None:
         self.engine, self.group = engine, group
         self.value: Tensor | None = value
         self.version = value._version
-        # Strides are kept (attention returns permuted outputs, and its backward may ask for them): a dense tensor travels as flat memory.
+        # Strides are preserved, because attention returns permuted outputs and its backward may require them. A dense tensor is copied as
+        # flat memory.
         if not _is_dense(value):
             self.value = value = value.contiguous()
             self.version = value._version
@@ -90,8 +91,8 @@ class _Stored:
         self.offset: int | None = None
         self.fetched: Tensor | None = None
         self.arrived: torch.cuda.Event | None = None
-        self.announced = False  # fetched ahead of its use once; a second use fetches for itself
-        self.counted = False  # within the engine's gpu_bytes
+        self.prefetched = False  # prefetched once; a second use fetches again
+        self.counted = False  # part of the engine's gpu_bytes
         group.references.append(weakref.ref(self))
 
     def __del__(self) -> None:
@@ -99,7 +100,7 @@ class _Stored:
 
 
 class _Keep(TorchDispatchMode):
-    """First run: stores the outputs of the chosen operators. Recomputation: returns them instead of running the operators."""
+    """In forward: stores the outputs of `keep_operators`. In recomputation: returns them instead of running the operators."""
 
     def __init__(self, engine: "OffloadEngine", group: _Group, outputs: list[Any], replay: bool) -> None:
         super().__init__()
@@ -123,18 +124,22 @@ class _Keep(TorchDispatchMode):
 
 
 def _detached(tensor: Tensor) -> Tensor:
-    """`tensor.detach()` that knows of in-place changes: below autograd, where a dispatch mode is, views count their own (torch's selective
-    checkpointing does the same)."""
+    """`tensor.detach()` with the tensor's own version counter.
+
+    A dispatch mode runs below autograd, where views have version counters of their own and would miss in-place changes. torch's selective
+    activation checkpointing excludes the same key.
+    """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
 
 
 class OffloadEngine:
-    """Stores what checkpoints keep: the first `gpu_bytes` on the GPU, the rest in `host_bytes` of pinned memory, made once.
+    """Stores the arguments of checkpointed calls: the first `gpu_bytes` on the GPU, the rest in `host_bytes` of pinned memory.
 
-    keep_operators: names of operators (`ATTENTION_OPERATORS`, or "namespace::name" of a custom one) whose outputs are stored too, so that
-    recomputation doesn't run them again. host_available: what the host can spare, if the system's own figure is wrong.
-    On a CPU it stores in ordinary memory and copies at once. Raises MemoryError, with the numbers, when the host has too little.
+    The memory is allocated once, here. keep_operators: names of operators (`ATTENTION_OPERATORS`, or "namespace::name" of a custom one)
+    whose outputs are stored too, so that recomputation does not run them. host_available: bytes that the host has left; default:
+    `available_host_bytes()`. With a CPU device, memory is not pinned and copies are synchronous.
+    Raises MemoryError with both sizes if the host has too little memory, and ValueError for sizes out of range.
     """
 
     def __init__(
@@ -156,12 +161,14 @@ class OffloadEngine:
         self.keep_operators = frozenset(keep_operators)
         self._out = torch.cuda.Stream(self.device) if self.cuda else None
         self._in = torch.cuda.Stream(self.device) if self.cuda else None
-        self._leaving: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._copying: list[tuple[Tensor, torch.cuda.Event]] = []
         self._last: _Group | None = None
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`, rebuilt in backward from its stored arguments. Tensors that every layer shares belong into the function's
-        closure, not into `args`: every argument of at least 1 MiB is stored for every call."""
+        """`function(*args)`, recomputed in backward from its stored arguments.
+
+        Every tensor in `args` of at least 1 MiB is stored for every call. Tensors that all layers share belong in the function's closure.
+        """
         if not torch.is_grad_enabled():
             return function(*args)
         group = self._begin()
@@ -178,21 +185,22 @@ class OffloadEngine:
             return checkpoint(function, *args, use_reentrant=False, context_fn=context)
 
     def _begin(self) -> _Group:
-        """A new group; what the one before it stored leaves for the host now."""
+        """Begin a new group, and start to copy the tensors of the previous one to the host."""
         self._settle()
         previous = self._last
         while previous is not None and not previous.tensors():
             previous = previous.previous
         for stored in previous.tensors() if previous is not None else ():
-            self._leave(stored)
+            self._copy_out(stored)
         self._last = _Group(previous)
         return self._last
 
     def _settle(self) -> None:
-        """Give back the GPU memory of what has left: the current stream waits for those copies, long done by now, and nobody else does."""
-        for _, event in self._leaving:
+        """Release the GPU memory of tensors that were copied to the host. Only the current stream waits for these copies, which began one
+        group ago."""
+        for _, event in self._copying:
             torch.cuda.current_stream(self.device).wait_event(event)
-        self._leaving.clear()
+        self._copying.clear()
 
     def _pack(self, tensor: Tensor, group: _Group) -> _Stored | _Resident:
         movable = tensor.device.type == self.device.type and not isinstance(tensor, torch.nn.Parameter)
@@ -210,8 +218,8 @@ class OffloadEngine:
             stored.counted = True
         return stored
 
-    def _leave(self, stored: _Stored) -> None:
-        """Start the copy to the host; the tensor's memory is given back when the next group begins."""
+    def _copy_out(self, stored: _Stored) -> None:
+        """Start the copy to the host. The tensor's GPU memory is released when the next group begins."""
         if stored.value is None or stored.counted:
             return
         value, offset = _unchanged(stored.value, stored.version), self.arena.take(stored.nbytes)
@@ -219,23 +227,23 @@ class OffloadEngine:
         value = value.as_strided((value.numel(),), (1,))
         if self._out is not None and self._in is not None:
             self._out.wait_stream(torch.cuda.current_stream(self.device))
-            self._out.wait_stream(self._in)  # the place may still be read by an earlier fetch
+            self._out.wait_stream(self._in)  # an earlier fetch may still read this range
             with torch.cuda.stream(self._out):
                 host.copy_(value, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record(self._out)
-            self._leaving.append((value, event))
+            self._copying.append((value, event))
         else:
             host.copy_(value)
         stored.offset, stored.value = offset, None
 
-    def _bring(self, stored: _Stored) -> None:
+    def _copy_in(self, stored: _Stored) -> None:
         """Start the copy from the host."""
         assert stored.offset is not None
         host = self.arena.view(stored.offset, stored.shape.numel(), stored.dtype)
         fetched = torch.empty(stored.shape.numel(), dtype=stored.dtype, device=stored.device)
         if self._in is not None and self._out is not None:
-            # The new buffer may be memory that queued work still uses, and the host's copy must be complete.
+            # Queued work may still use the memory of the new buffer, and the copy to the host must be complete.
             self._in.wait_stream(torch.cuda.current_stream(self.device))
             self._in.wait_stream(self._out)
             with torch.cuda.stream(self._in):
@@ -244,29 +252,29 @@ class OffloadEngine:
                 stored.arrived.record(self._in)
         else:
             fetched.copy_(host)
-        stored.fetched, stored.announced = fetched, True
+        stored.fetched, stored.prefetched = fetched, True
 
     def _fetch(self, stored: _Stored) -> Tensor:
-        """The tensor, on its device, for the current stream; its group and the one before it are on their way afterwards."""
+        """The tensor on its device, ready for the current stream. Also starts the copies of its group and of the group before it."""
         self._settle()
         if stored.offset is not None and stored.fetched is None:
-            self._bring(stored)
+            self._copy_in(stored)
         for group in (stored.group, stored.group.previous):
             for other in group.tensors() if group is not None else ():
-                if other.offset is not None and not other.announced:
-                    self._bring(other)
+                if other.offset is not None and not other.prefetched:
+                    self._copy_in(other)
         if stored.value is not None:
             return _unchanged(stored.value, stored.version).detach()
         assert stored.fetched is not None
         if stored.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(stored.arrived)
-        # Handed over and not kept: a second backward through the same graph fetches again.
+        # Returned without keeping a reference: a second backward through the same graph fetches again.
         value, stored.fetched, stored.arrived = stored.fetched, None, None
         return value.as_strided(stored.shape, stored.strides)
 
     def _forget(self, stored: _Stored) -> None:
         if stored.fetched is not None and self._in is not None:
-            stored.fetched.record_stream(self._in)  # fetched ahead and never used: its copy may still be running
+            stored.fetched.record_stream(self._in)  # prefetched and not used: its copy may still be running
         if stored.offset is not None:
             self.arena.give(stored.offset, stored.nbytes)
             stored.offset = None
@@ -276,9 +284,9 @@ class OffloadEngine:
 
 
 def offload_checkpoint(function: Callable[..., Any], *args: Any, engine: OffloadEngine | None = None) -> Any:
-    """`function(*args)`, rebuilt in backward; with an engine the tensors in `args` wait in host memory until then.
+    """`function(*args)`, recomputed in backward; with an engine the tensors in `args` are stored in host memory until then.
 
-    Without an engine it is `torch.utils.checkpoint` (non-reentrant): the same result, with `args` kept where they are.
+    Without an engine it is `torch.utils.checkpoint` (non-reentrant): the same result, with `args` stored on their devices.
     """
     if engine is None:
         return checkpoint(function, *args, use_reentrant=False)

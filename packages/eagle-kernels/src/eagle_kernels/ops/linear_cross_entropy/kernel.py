@@ -1,10 +1,10 @@
-"""Cross-entropy over a chunk of logits that turns into its own gradient in place, and the scaling of stored gradients.
+"""Cross-entropy of a chunk of logits, which it overwrites with their gradient, and the scaling of stored gradients.
 
-A program owns one row. It reads the row once for maximum and sum, and once more to write the gradient over it.
+A program processes one row. It reads the row once for maximum and sum, and once more to write the gradient over it.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
-# (a kernel is called through kernel[grid], of which a type checker sees only the function)
+# (kernels are called as kernel[grid](...), and a type checker sees only the function)
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @triton.jit
 def exp(x, PRECISE: tl.constexpr):
-    """e^x. The hardware's exp2 of x log2(e) loses bits to the rounding of that product; PRECISE puts them back."""
+    """e^x. The hardware's exp2 of x log2(e) has the rounding error of that product; PRECISE corrects it."""
     if PRECISE:
         product = x * 1.4426950408889634
         rest = tl.fma(x, 1.4426950408889634, -product) + x * 1.925963033500119e-08
@@ -56,9 +56,9 @@ def loss_kernel(
     valid = (label >= 0) & (label < vocab)
     picked = tl.load(logits_ptr + label, mask=valid, other=float("nan")).to(tl.float32)
 
-    # Every lane keeps its own maximum and sum, so that a block costs no reduction across threads, and rescales its sum once per four
-    # columns: the exponential unit is as busy here as the memory. In float32 the label is left out of the sum, so that 1 - p comes
-    # from what the others have and not from a difference of nearly equal numbers.
+    # Every lane keeps its own maximum and sum, so that a block needs no reduction across threads, and rescales its sum once per four
+    # columns: exponentials limit the speed here as much as memory does. In float32 the sum excludes the label, so that 1 - p is computed
+    # from the other columns and not as a difference of nearly equal numbers.
     largest = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     plain = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -69,7 +69,7 @@ def loss_kernel(
         c = load_logits(logits_ptr, offset + 2 * BLOCK, label, vocab, PRECISE)
         d = load_logits(logits_ptr, offset + 3 * BLOCK, label, vocab, PRECISE)
         update = tl.maximum(largest, tl.maximum(tl.maximum(a, b), tl.maximum(c, d)))
-        # A lane that has seen nothing but -inf must not compute inf - inf.
+        # A lane that has read only -inf must not compute inf - inf.
         base = tl.where(update == -float("inf"), 0.0, update)
         fresh = (exp(a - base, PRECISE) + exp(b - base, PRECISE)) + (exp(c - base, PRECISE) + exp(d - base, PRECISE))
         total = total * exp(largest - base, PRECISE) + fresh
@@ -85,7 +85,7 @@ def loss_kernel(
     if PRECISE:
         own = exp(picked - maximum, PRECISE)
         denominator = rest + own
-        # log(1 + rest) without losing a small rest (Kahan): the rounding of 1 + rest is divided out again.
+        # log(1 + rest) for a small rest (Kahan): the rounding error of 1 + rest is divided out.
         shifted = denominator - 1.0
         log_sum = tl.where((own == 1.0) & (shifted > 0.0), tl.log(denominator) * (rest / shifted), tl.log(denominator))
         log_sum = tl.where((own == 1.0) & (shifted == 0.0), rest, log_sum)
@@ -143,7 +143,7 @@ def scale_kernel(x_ptr, out_ptr, scale_ptr, divide_ptr, count, HAS_DIVIDE: tl.co
     scale = tl.load(scale_ptr).to(tl.float32)
     if HAS_DIVIDE:
         scale = scale / tl.load(divide_ptr).to(tl.float32)
-    # In place and by one there is nothing to do, and only the device knows.
+    # In place with a scale of 1 nothing needs to be written; the value is known only on the device.
     if (scale != 1.0) | (not IN_PLACE):
         offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + offset, mask=offset < count, other=0.0).to(tl.float32)
@@ -160,8 +160,8 @@ def launch_loss(
     logits: Tensor, index: Tensor | None, labels: Tensor, weights: Tensor | None,
     losses: Tensor, weighted: Tensor, start: int, smoothing: float, z_loss: float, gradient: bool,
 ) -> None:  # fmt: skip
-    """Losses of `logits` [n, V], whose rows are kept rows `start .. start + n`, into `losses` [T] (at each row's token) and,
-    weighted, into `weighted` [kept]; with `gradient` the logits become the gradient of the sum of these."""
+    """Write the losses of `logits` [n, V], the kept rows `start` to `start + n`, to `losses` [T] (at each row's token) and, weighted, to
+    `weighted` [kept]. gradient: overwrite the logits with the gradient of the sum of the weighted losses."""
     block, warps = loss_shape(logits.shape[1])
     loss_kernel[(logits.shape[0],)](
         logits, index if index is not None else labels, labels, weights if weights is not None else losses,
@@ -172,7 +172,7 @@ def launch_loss(
 
 
 def launch_rows(x: Tensor, index: Tensor | None, divide: Tensor | None, out: Tensor) -> None:
-    """`out[index[i]] = x[i] / divide` (None: i, and 1), rounded to out's dtype. x: [n, H], index: [n], divide: 0-dim, out: [T, H]."""
+    """`out[index[i]] = x[i] / divide`, rounded to out's dtype. x: [n, H], index: [n] (None: i), divide: 0-dim (None: 1), out: [T, H]."""
     block = min(1024, triton.next_power_of_2(x.shape[1]))
     rows_kernel[(x.shape[0],)](
         x, index if index is not None else x, divide if divide is not None else x, out, x.shape[1],
@@ -181,7 +181,7 @@ def launch_rows(x: Tensor, index: Tensor | None, divide: Tensor | None, out: Ten
 
 
 def launch_scale(x: Tensor, scale: Tensor, divide: Tensor | None, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """`x * scale / divide` as `dtype`; in place when asked for and the dtype stays."""
+    """`x * scale / divide` as `dtype`. in_place: write over x if that is its dtype."""
     in_place = in_place and dtype == x.dtype
     out = x if in_place else torch.empty(x.shape, dtype=dtype, device=x.device)
     block = 4096

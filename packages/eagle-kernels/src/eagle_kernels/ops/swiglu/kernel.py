@@ -1,7 +1,7 @@
-"""SwiGLU kernels: pure streams, so one program is one block of elements and the only aim is wide loads."""
+"""SwiGLU kernels. They are elementwise and limited by memory bandwidth: one program is one block of elements, read with wide loads."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
-# (a kernel is called through kernel[grid], of which a type checker sees only the function)
+# (kernels are called as kernel[grid](...), and a type checker sees only the function)
 import torch
 import triton
 import triton.language as tl
@@ -65,7 +65,7 @@ def launch_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def launch_backward(dout: Tensor, gate: Tensor, up: Tensor, rebuild: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(dgate, dup, silu(gate) * up or an empty tensor): the activation is rebuilt in the same pass when asked for."""
+    """(dgate, dup, silu(gate) * up or an empty tensor). rebuild: recompute the activation in the same pass."""
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     out = torch.empty(gate.shape if rebuild else (0,), dtype=gate.dtype, device=gate.device)
     if gate.numel() == 0:
@@ -73,19 +73,7 @@ def launch_backward(dout: Tensor, gate: Tensor, up: Tensor, rebuild: bool) -> tu
     (d, g, u), rows, cols = streams(dout, gate, up)
     blocks = triton.cdiv(cols, BLOCK)
     backward_kernel[(rows * blocks,)](
-        d,
-        g,
-        u,
-        dgate,
-        dup,
-        out,
-        cols,
-        blocks,
-        d.stride(0),
-        g.stride(0),
-        u.stride(0),
-        REBUILD=rebuild,
-        BLOCK=BLOCK,
-        num_warps=BACKWARD_WARPS,
+        d, g, u, dgate, dup, out, cols, blocks, d.stride(0), g.stride(0), u.stride(0),
+        REBUILD=rebuild, BLOCK=BLOCK, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return dgate, dup, out

@@ -5,16 +5,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle_kernels import checks, reference
-from eagle_kernels.dispatch import use_triton
-from eagle_kernels.matmul import gradient_dtype
-from eagle_kernels.registry import register
+from eagle_kernels import checks
+from eagle_kernels.dispatch import declare, register, use_triton
+from eagle_kernels.ops.rms_norm import reference
+from eagle_kernels.weights import gathered, gradient_dtype
 
-MAX_WIDTH = 65536  # one row must fit the registers of one program; wider rows take the reference
+declare("rms_norm", "add_rms_norm")
+
+MAX_WIDTH = 65536  # one row must fit the registers of one program; wider rows use the reference
+
+
+def _check(operator: str, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
+    if residual is None:
+        checks.floating(operator, x=x)
+    else:
+        checks.floating(operator, x=x, residual=residual)
+        checks.shape(operator, "residual", residual, tuple(x.shape), "x's")
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{operator}: weight is {weight.dtype}, expected x's {x.dtype} or torch.float32")
+    checks.same_device(operator, x=x, weight=weight)
+    if x.ndim == 0:
+        raise ValueError(f"{operator}: x has no dimension, expected [..., H]")
+    checks.shape(operator, "weight", weight, (x.shape[-1],), "x's last dimension")
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from eagle_kernels.kernels.rms_norm import launch_forward
+    from eagle_kernels.ops.rms_norm.kernel import launch_forward
 
     return launch_forward(x, residual, weight, eps)
 
@@ -27,7 +43,7 @@ def _forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 def _backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    from eagle_kernels.kernels.rms_norm import launch_backward
+    from eagle_kernels.ops.rms_norm.kernel import launch_backward
 
     return launch_backward(dy, dtotal, x, weight, rstd, weight_dtype)
 
@@ -75,26 +91,26 @@ class _AddRMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang & Sennrich 2019). x: [..., H], weight: [H] -> [..., H].
 
-    Computed in float32 and rounded once, to x's dtype; the weight (of x's dtype or float32) gets its gradient from float32 sums.
-    Raises ValueError or TypeError on shapes, dtypes or devices that don't fit.
+    Computed in float32 and rounded once, to x's dtype. The weight has x's dtype or float32; its gradient is summed in float32.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not match.
     """
-    checks.rms_norm("rms_norm", x, weight)
-    weight_dtype, weight = gradient_dtype(weight), checks.gathered(weight)
-    if use_triton("rms_norm", x) and 0 < x.shape[-1] <= MAX_WIDTH:
+    _check("rms_norm", x, weight)
+    weight_dtype, weight = gradient_dtype(weight), gathered(weight)
+    if use_triton(x) and 0 < x.shape[-1] <= MAX_WIDTH:
         return _RMSNorm.apply(x, weight, eps, weight_dtype)
     return reference.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """`(rms_norm(total), total)` with `total = residual + x` (rounded to their dtype), in one pass. residual, x: [..., H], weight: [H].
+    """`(rms_norm(total), total)` with `total = residual + x`, rounded to their dtype, in one pass. residual, x: [..., H], weight: [H].
 
-    Under autocast x, which a projection made, is cast to the residual's dtype. Raises ValueError or TypeError on shapes, dtypes or devices
-    that don't fit.
+    Under autocast x is cast to the residual's dtype, because projections return the autocast dtype there.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not match.
     """
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x = x.to(residual.dtype)
-    checks.rms_norm("add_rms_norm", x, weight, residual)
-    weight_dtype, weight = gradient_dtype(weight), checks.gathered(weight)
-    if use_triton("add_rms_norm", x) and 0 < x.shape[-1] <= MAX_WIDTH:
+    _check("add_rms_norm", x, weight, residual)
+    weight_dtype, weight = gradient_dtype(weight), gathered(weight)
+    if use_triton(x) and 0 < x.shape[-1] <= MAX_WIDTH:
         return _AddRMSNorm.apply(residual, x, weight, eps, weight_dtype)
     return reference.add_rms_norm(residual, x, weight, eps)

@@ -1,11 +1,11 @@
-"""RoPE kernel: a program takes `TOKENS` tokens, works out their cosines and sines once and turns every head of q and k with them.
+"""RoPE kernel: a program computes the cosines and sines of `TOKENS` tokens once and rotates every head of q and k with them.
 
-Angles are products of an integer position and a float32 frequency, reduced to one turn in float64 before sine and cosine are taken: a
-float32 product is already wrong by 0.03 rad at position 1,000,000, and a float64 one costs nothing at 64 per token.
+Angles are products of an integer position and a float32 frequency, reduced to one turn in float64 before sine and cosine are computed: a
+float32 product is wrong by 0.03 rad at position 1,000,000, and 64 float64 products per token cost no measurable time.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
-# (a kernel is called through kernel[grid], of which a type checker sees only the function)
+# (kernels are called as kernel[grid](...), and a type checker sees only the function)
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ from torch import Tensor
 def cos_sin(fraction, quarter):
     """Cosine and sine of (quarter + fraction) quarter turns, |fraction| <= 1/2, quarter 0..3: minimax polynomials on [-pi/4, pi/4].
 
-    The library's functions carry a range reduction (tables, local memory) that has nothing left to do here.
+    The library's functions include a range reduction (tables, local memory) that is not needed here.
     """
     x = fraction * 1.5707963267948966
     z = x * x
@@ -72,11 +72,11 @@ def rope_kernel(
 def shape(half: int) -> tuple[int, int, int, int]:
     """(tokens of a program, columns, programs that share a token's heads, warps)."""
     block = triton.next_power_of_2(half)
-    return max(1, 256 // block), block, 4, 2  # of 36 shapes tried on an H200 the fastest at 28 + 4 heads of 128
+    return max(1, 256 // block), block, 4, 2  # the fastest of 36 shapes on an H200, 28 + 4 heads of 128
 
 
 def launch(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, q_out: Tensor, k_out: Tensor, backward: bool) -> None:
-    """Rotate q [T, Hq, D] into q_out and k [T, Hk, D] into k_out (which may be q and k); backward turns the other way."""
+    """Rotate q [T, Hq, D] into q_out and k [T, Hk, D] into k_out (which may be q and k). backward: the inverse rotation."""
     if q.shape[0] == 0:
         return
     half = q.shape[2] // 2

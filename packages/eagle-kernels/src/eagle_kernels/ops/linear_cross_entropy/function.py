@@ -1,9 +1,10 @@
-"""The language head and its loss in one operator that never stores more than one chunk of logits.
+"""Language head and cross-entropy in one operator that stores at most one chunk of logits.
 
-Forward goes through the kept rows in chunks: logits = hidden weight^T (cuBLAS), a fused kernel turns them into losses and, in place, into
-their gradient, and two more matmuls turn that into the gradients of hidden and weight; backward only multiplies by the incoming gradient.
+Forward processes the kept rows in chunks: a matmul makes the logits (cuBLAS), a fused kernel computes their losses and overwrites them with
+their gradient, and two more matmuls make the gradients of hidden and weight. Backward only multiplies by the incoming gradient.
 The weight gradient is one float32 matrix to which every chunk is added inside the matmul (beta = 1), so nothing is rounded in between.
-The division by the denominator comes after the matmuls: before them it would be rounded with every label's entry, in every row alike.
+The division by the denominator follows the matmuls: before them it would be rounded in the label's entry of every row, in the same
+direction each time.
 """
 
 from typing import Any, Literal, NamedTuple, overload
@@ -11,18 +12,21 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from eagle_kernels import checks, reference
-from eagle_kernels.dispatch import use_triton
-from eagle_kernels.matmul import accumulate_, gradient_dtype, product_in_float32
-from eagle_kernels.registry import register
+from eagle_kernels.dispatch import declare, register, use_triton
+from eagle_kernels.matmul import accumulate_, product_in_float32
+from eagle_kernels.ops.linear_cross_entropy import reference
+from eagle_kernels.ops.linear_cross_entropy.checks import check
+from eagle_kernels.weights import gathered, gradient_dtype
 
-# Logits of one chunk, at most: 3584 rows of 152064 in bf16 are 1.02 GiB. Fewer rows make the matmuls slower, more rows only cost memory.
+declare("linear_cross_entropy")
+
+# Logits of one chunk, at most: 3584 rows of 152064 in bf16 are 1.02 GiB. Fewer rows make the matmuls slower; more rows only use memory.
 CHUNK_BYTES = 1100 << 20
-ROW_MULTIPLE = 512  # the gradient of hidden took 4 % less a row with 3584 rows than with 3641 (H200)
+ROW_MULTIPLE = 512  # on an H200 the gradient of hidden took 4 % less time per row with 3584 rows than with 3641
 
 
 class LinearCrossEntropyResult(NamedTuple):
-    """loss: 0-dim; token_losses: [T], unweighted, 0 where ignored, no gradient; count: 0-dim int64, rows that were kept."""
+    """loss: 0-dim; token_losses: [...], unweighted, 0 where ignored, no gradient; count: 0-dim int64, number of kept rows."""
 
     loss: Tensor
     token_losses: Tensor
@@ -30,7 +34,7 @@ class LinearCrossEntropyResult(NamedTuple):
 
 
 def chunk_rows(kept: int, vocab: int, itemsize: int) -> int:
-    """Rows of logits in a chunk: as few chunks as CHUNK_BYTES allow, and as equal as multiples of ROW_MULTIPLE can be."""
+    """Rows of logits in a chunk: as few chunks as CHUNK_BYTES allows, as equal as multiples of ROW_MULTIPLE permit."""
     most = max(1, CHUNK_BYTES // (vocab * itemsize))
     unit = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1
     chunks = -(-kept // (most // unit * unit))
@@ -38,7 +42,7 @@ def chunk_rows(kept: int, vocab: int, itemsize: int) -> int:
 
 
 def kept_rows(labels: Tensor, token_weights: Tensor | None, ignore_index: int, num_kept: int) -> tuple[Tensor | None, Tensor, int]:
-    """(rows to use or None for all, their true count on the device, their number). num_kept -1: ask the device and wait."""
+    """(indices of kept rows, or None for all rows; their count on the device; their number). num_kept -1: wait for the device's count."""
     keep = labels != ignore_index
     if token_weights is not None:
         keep = keep & (token_weights != 0)
@@ -48,7 +52,7 @@ def kept_rows(labels: Tensor, token_weights: Tensor | None, ignore_index: int, n
         return (None if rows.numel() == labels.numel() else rows), count, rows.numel()
     if num_kept == labels.numel():
         return None, count, num_kept
-    # nonzero() without the wait: a kept row goes to its rank among the kept, all others to one spare slot at the end.
+    # nonzero() without a wait: a kept row is written to its rank among the kept rows, all others to one spare slot at the end.
     rank = keep.cumsum(0) - 1
     slot = torch.where(keep & (rank < num_kept), rank, num_kept)
     rows = torch.zeros(num_kept + 1, dtype=torch.int64, device=labels.device)
@@ -60,11 +64,11 @@ def _forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, denominator: Tensor | None,
     smoothing: float, z_loss: float, ignore_index: int, num_kept: int, need_hidden: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from eagle_kernels.kernels.cross_entropy import launch_loss, launch_rows
+    from eagle_kernels.ops.linear_cross_entropy.kernel import launch_loss, launch_rows
 
     device, (tokens, _), vocab = hidden.device, hidden.shape, weight.shape[0]
     gradient = need_hidden or need_weight
-    # Whatever isn't written is read by nobody or must be zero: ignored rows have loss 0 and gradient 0.
+    # Ignored rows have loss 0 and gradient 0; everything else is written below.
     losses = torch.zeros(tokens, dtype=torch.float32, device=device)
     rows, count, kept = kept_rows(labels, token_weights, ignore_index, num_kept)
     dhidden = hidden.new_zeros(hidden.shape if need_hidden and rows is not None else 0)
@@ -81,11 +85,11 @@ def _forward(
     if kept == 0:
         divisor = torch.ones_like(divisor)  # 0 / 0 is 0 here
     if num_kept >= 0:
-        divisor = torch.where(count == num_kept, divisor, torch.nan)  # a wrong count is loud without waiting for the device
+        divisor = torch.where(count == num_kept, divisor, torch.nan)  # a wrong count gives NaN without waiting for the device
     if kept == 0:
         return divisor * 0, losses, count, dhidden.zero_(), dweight.zero_(), divisor
 
-    # float16 would lose gradients divided by a large denominator: there the division of hidden's gradient, too, waits for backward.
+    # float16 underflows for gradients divided by a large denominator: there hidden's gradient, too, is divided in backward.
     divide = None if hidden.dtype == torch.float16 else divisor
     weighted = torch.empty(kept, dtype=torch.float32, device=device)
     step = chunk_rows(kept, vocab, hidden.element_size())
@@ -120,13 +124,13 @@ def _forward_fake(hidden, weight, labels, token_weights, denominator, smoothing,
 
 
 def _scaled(x: Tensor, scale: Tensor, divide: Tensor | None, dtype: torch.dtype) -> Tensor:
-    from eagle_kernels.kernels.cross_entropy import launch_scale
+    from eagle_kernels.ops.linear_cross_entropy.kernel import launch_scale
 
     return launch_scale(x, scale, divide, dtype, in_place=False)
 
 
 def _scale_(x: Tensor, scale: Tensor, divide: Tensor | None) -> None:
-    from eagle_kernels.kernels.cross_entropy import launch_scale
+    from eagle_kernels.ops.linear_cross_entropy.kernel import launch_scale
 
     launch_scale(x, scale, divide, x.dtype, in_place=True)
 
@@ -147,12 +151,12 @@ register("scale_(Tensor(a!) x, Tensor scale, Tensor? divide) -> ()", _scale_, la
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward was asked to keep its graph; then stored gradients must not be scaled in place."""
+    """Whether the running backward keeps its graph (retain_graph=True); then stored gradients must not be scaled in place."""
     if torch.compiler.is_compiling():
         return True
     autograd = getattr(torch._C, "_autograd", None)
-    asked = getattr(autograd, "_get_current_graph_task_keep_graph", None)
-    return asked is None or asked()
+    keep_graph = getattr(autograd, "_get_current_graph_task_keep_graph", None)
+    return keep_graph is None or keep_graph()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -184,8 +188,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 return x
             return torch.ops.eagle_kernels.scaled(x, dloss, divide, dtype)
 
-        waits = divisor if dhidden.dtype == torch.float16 else None
-        out_hidden = scaled(dhidden, dhidden.dtype, waits) if need_hidden else None
+        undivided = divisor if dhidden.dtype == torch.float16 else None
+        out_hidden = scaled(dhidden, dhidden.dtype, undivided) if need_hidden else None
         out_weight = scaled(dweight, ctx.weight_dtype, divisor) if need_weight else None
         return out_hidden, out_weight, None, None, None, None, None, None, None, None
 
@@ -211,28 +215,31 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, z_loss: float = 0.0, ignore_index: int = -100, num_kept: int | None = None,
     return_details: bool = False, validate: bool = False,
 ) -> Tensor | LinearCrossEntropyResult:  # fmt: skip
-    """`sum_i w_i l_i / denominator`, l_i the cross-entropy of `hidden[i] weight^T` with `labels[i]`; labels are not shifted here.
+    """`sum_i w_i l_i / denominator`, where l_i is the cross-entropy of `hidden[i] weight^T` with `labels[i]`. Labels are not shifted here.
 
-    hidden: [T, H]; weight: [V, H], of hidden's dtype or float32 (cast once), also a DTensor (gathered once);
-    labels: [T] integers; token_weights: [T] float32, default 1; denominator: 0-dim tensor, the global sum of weights
-    (default: the sum over the kept rows of this call, a local figure, for convenience).
-    With smoothing e and z: `l = (1-e)(lse - x_y) + e(lse - mean(x)) + z lse^2`.
-    Rows whose label is `ignore_index` or whose weight is 0 are left out before the matmul. num_kept: how many rows remain; given, nothing
-    waits for the device (and a wrong number makes the loss and its gradients NaN). validate: check labels, count, denominator, which waits.
+    hidden: [..., H] (more than one leading dimension is flattened: a view where the strides allow it, else a copy); weight: [V, H], of
+    hidden's dtype or float32 (cast once), also a DTensor (gathered once); labels: [...] integers; token_weights: [...] float32, default 1;
+    denominator: 0-dim tensor, the global sum of weights (default: the sum over the kept rows of this call).
+    With smoothing e and z_loss z: `l = (1-e)(lse - x_y) + e(lse - mean(x)) + z lse^2` (Szegedy et al. 2016; Chowdhery et al. 2022).
+    ignore_index: rows with this label, and rows with weight 0, are removed before the matmul.
+    num_kept: the number of rows that remain; with it nothing waits for the device, and a wrong number makes the loss and its gradients NaN.
+    validate: check labels, num_kept and denominator on the device, and wait for it. Without it, a label out of range gives NaN on a GPU.
     Returns the loss (0-dim float32), or with return_details a `LinearCrossEntropyResult`.
 
-    The weight gradient is accumulated in float32 and returned as `weight.grad_dtype` (float32 on a bf16 parameter
-    keeps it exact), else in the weight's dtype. Raises ValueError or TypeError on shapes, dtypes or values that don't fit.
+    The weight gradient is accumulated in float32 and returned as `weight.grad_dtype` (float32 on a bf16 parameter keeps the float32 sum),
+    else in the weight's dtype. Raises ValueError or TypeError for shapes, dtypes or values that do not match.
     """
-    denominator = checks.linear_cross_entropy(
-        hidden, weight, labels, token_weights, denominator, label_smoothing, z_loss, ignore_index, num_kept, validate
-    )
+    denominator = check(hidden, weight, labels, token_weights, denominator, label_smoothing, z_loss, ignore_index, num_kept, validate)
+    leading = labels.shape
+    if hidden.ndim > 2:
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()
+        token_weights = token_weights.flatten() if token_weights is not None else None
     weight_dtype = gradient_dtype(weight)
-    weight = checks.gathered(weight)
+    weight = gathered(weight)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     with torch.autocast(hidden.device.type, enabled=False):
-        if use_triton("linear_cross_entropy", hidden):
+        if use_triton(hidden):
             result = _LinearCrossEntropy.apply(
                 hidden, weight, labels.contiguous(), token_weights.contiguous() if token_weights is not None else None, denominator,
                 float(label_smoothing), float(z_loss), ignore_index, -1 if num_kept is None else num_kept, weight_dtype,
@@ -242,5 +249,5 @@ def linear_cross_entropy(
                 hidden, weight.to(hidden.dtype), labels, token_weights=token_weights, denominator=denominator,
                 label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, num_kept=num_kept,
             )  # fmt: skip
-    result = LinearCrossEntropyResult(*result)
-    return result if return_details else result.loss
+    loss, token_losses, count = result
+    return LinearCrossEntropyResult(loss, token_losses.view(leading), count) if return_details else loss
