@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eagle_sampling import MediaError, build_lmdb, check_lmdb, image_size, lmdb_build, lmdb_store, open_image
+from eagle_sampling import MediaError, build_lmdb, check_lmdb, image_size, open_image
 from eagle_sampling.images import exists
+from eagle_sampling.lmdb import build as lmdb_build
+from eagle_sampling.lmdb import store as lmdb_store
 
 
 def picture(seed: int) -> bytes:
@@ -72,7 +74,8 @@ def test_a_file_that_was_cut_off_is_an_error_and_no_bus_error(store):
     """In a process of its own, which the kernel would kill."""
     code = """
 import os, sys
-from eagle_sampling import MediaError, check_lmdb, lmdb_store
+from eagle_sampling import MediaError, check_lmdb
+from eagle_sampling.lmdb import store as lmdb_store
 path = sys.argv[1]
 for size in (os.path.getsize(path + "/data.mdb") - 1, 12_000, 5_000, 100, 0):
     os.truncate(path + "/data.mdb", size)
@@ -153,7 +156,7 @@ def test_forked_workers_read_and_the_parent_goes_on(store):
     """In a process of its own, so that no other library's threads are forked with it; readers run while it forks."""
     code = """
 import os, sys, threading
-from eagle_sampling import lmdb_store
+from eagle_sampling.lmdb import store as lmdb_store
 path = sys.argv[1]
 expected = lmdb_store.get(path, "000.png")
 stop = False

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from eagle_sampling import Limits, MediaError, choose_times, probe, read_frames
-from eagle_sampling.video_av1 import needed_parts
-from eagle_sampling.video_decode import FileReader
-from eagle_sampling.video_info import read_track
-from eagle_sampling.video_plan import droppable_test, group_targets
+from eagle_sampling.video.av1 import needed_parts
+from eagle_sampling.video.decode import FileReader
+from eagle_sampling.video.dependencies import droppable_test, group_targets
+from eagle_sampling.video.probe import read_track
 
 B_FRAMES = {"preset": "veryfast", "g": "24", "bf": "3", "x264-params": "scenecut=0"}
 OPEN_GOP = {"preset": "veryfast", "x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3:b-pyramid=normal"}
@@ -128,7 +128,7 @@ def test_every_frame_is_the_one_asked_for(name, media, truth, pictures):
 
 def test_a_packet_without_a_picture_moves_no_other(media, pictures, monkeypatch):
     """Frames known by their order only: after a packet that a decoder passes over in silence nobody can say which is which."""
-    from eagle_sampling import video_linear
+    from eagle_sampling.video import sequential
 
     path = media("h264-b.avi")
     droppable = droppable_test("h264", b"")
@@ -146,7 +146,7 @@ def test_a_packet_without_a_picture_moves_no_other(media, pictures, monkeypatch)
                     packet = SimpleNamespace(size=1, is_discard=False, decode=list)
                 yield packet
 
-    monkeypatch.setattr(video_linear, "open_container", lambda path: contextlib.nullcontext(Container(path)))
+    monkeypatch.setattr(sequential, "open_container", lambda path: contextlib.nullcontext(Container(path)))
     times = probe(path).times.times()
     frames = read_frames(path, times, on_error="skip")
     shown = [int(np.argmin(abs(times - time))) for time in frames.times]
@@ -404,9 +404,9 @@ def test_a_corrupt_group_costs_its_own_frames_only(suffix, media, truth, tmp_pat
 def test_a_hanging_decoder_is_left_behind(small_mp4, monkeypatch):
     import time
 
-    from eagle_sampling import video_decode
+    from eagle_sampling.video import decode
 
-    monkeypatch.setattr(video_decode.Decoder, "run", lambda *_: time.sleep(3))
+    monkeypatch.setattr(decode.Decoder, "run", lambda *_: time.sleep(3))
     began = time.monotonic()
     with pytest.raises(MediaError, match=r"small.mp4: decoding took longer than the limit of 0.3 s"):
         read_frames(small_mp4, [0.0], timeout=0.3, workers=2)

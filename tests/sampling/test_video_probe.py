@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eagle_sampling import DEFAULT_LIMITS, Limits, MediaError, TimeTable, probe, read_frames
-from eagle_sampling.containers.demux import read_packets
-from eagle_sampling.containers.mp4 import _repeated
-from eagle_sampling.containers.track import NotOurs, ordered
-from eagle_sampling.video_info import read_track
+from eagle_sampling.video.containers.demux import read_packets
+from eagle_sampling.video.containers.mp4 import _repeated
+from eagle_sampling.video.containers.track import NotOurs, ordered
+from eagle_sampling.video.probe import read_track
 
 B_FRAMES = {"preset": "veryfast", "g": "24", "bf": "3", "x264-params": "scenecut=0"}
 CONTAINERS = {

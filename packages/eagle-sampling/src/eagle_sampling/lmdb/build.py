@@ -17,10 +17,10 @@ from typing import Any
 
 import lmdb
 
-from . import lmdb_store
-from .images import image_size
-from .limits import DEFAULT_LIMITS, Limits, MediaError
-from .lmdb_sources import Value, read_sources
+from ..images import image_size
+from ..limits import DEFAULT_LIMITS, Limits, MediaError
+from . import store
+from .sources import Value, read_sources
 
 MANIFEST = "manifest.json"
 _STATE = b"\0eagle-build"  # no image key begins with a zero byte
@@ -153,7 +153,7 @@ def check_lmdb(
     result = CheckResult(name)
     total = 0
     try:
-        for key, value in lmdb_store.items(name):
+        for key, value in store.items(name):
             result.keys += 1
             result.bytes += len(value)
             total = total + _hash(key, value) & (1 << 64) - 1
@@ -186,7 +186,7 @@ def check_lmdb(
 def _writing(partial: Path) -> Iterator[Any]:
     try:
         with lmdb.open(str(partial), map_size=1 << 30, subdir=True, meminit=False, max_readers=4) as environment:
-            lmdb_store.require_whole(environment, str(partial))
+            store.require_whole(environment, str(partial))
             yield environment
     except lmdb.Error as error:  # a full disk, above all
         raise MediaError(f"{partial}: {error}; once that is mended the same call goes on from here, or remove it to begin anew") from error
