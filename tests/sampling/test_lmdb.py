@@ -332,8 +332,33 @@ def test_an_interrupted_build_goes_on(folder, tmp_path):
     assert (result.written, result.problems) == (40, [])
     assert 15 <= result.resumed < 40
     assert check_lmdb(tmp_path / "store").ok
-    with pytest.raises(FileExistsError):
+
+
+def test_a_finished_build_is_complete_already(folder, tmp_path):
+    (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    first = build_lmdb(tmp_path / "store", [folder])
+    assert not first.complete_already
+    before = (tmp_path / "store" / "data.mdb").stat().st_mtime_ns
+    again = build_lmdb(tmp_path / "store", [folder])
+    assert again.complete_already
+    assert str(again).startswith("complete already: 40 values")
+    assert (again.written, again.bytes, again.problems, again.example) == (40, first.bytes, first.problems, first.example)
+    assert (tmp_path / "store" / "data.mdb").stat().st_mtime_ns == before
+    with pytest.raises(FileExistsError, match="built from other sources"):
+        build_lmdb(tmp_path / "store", [folder, tmp_path])
+    (tmp_path / "store" / "manifest.json").write_text("{")
+    with pytest.raises(FileExistsError, match="exists already; remove it"):
         build_lmdb(tmp_path / "store", [folder])
+
+
+def test_the_report_says_how_a_row_names_an_image(folder, tmp_path):
+    for name in ("000.png", "006.png"):
+        (folder / name).rename(folder / f"é{name}")
+    for result in (build_lmdb(tmp_path / "store", [folder]), build_lmdb(tmp_path / "store", [folder])):
+        line = str(result).splitlines()[-1]
+        reference = json.loads(line[line.index("{") :])
+        assert reference == result.reference == {"lmdb_file": str(tmp_path / "store"), "lmdb_key": "002.png"}
+        assert open_image(reference).size == image_size(folder / "002.png")
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "rewritten", "most removed", "added behind"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eagle_sampling import Limits, MediaError, choose_times, probe, read_frames
+from eagle_sampling import Limits, MediaError, choose_times, clip_range, probe, read_frames
 from eagle_sampling.video.av1 import needed_parts
 from eagle_sampling.video.decode import FileReader
 from eagle_sampling.video.dependencies import droppable_test, group_targets
@@ -359,7 +359,7 @@ def test_times_outside_of_the_video_are_errors(small_mp4):
     assert (frames.pixels == read_frames(small_mp4, [0.5, 1.0]).pixels).all()
 
 
-def test_arguments_that_make_no_sense(small_mp4):
+def test_arguments_out_of_range(small_mp4):
     for wrong in ({"workers": 0}, {"tolerance": -1}, {"on_error": "ignore"}, {"timeout": 0}, {"size": 0}):
         with pytest.raises(ValueError):
             read_frames(small_mp4, [0.0], **wrong)
@@ -434,5 +434,19 @@ def test_memory_is_the_output_and_a_little(media):
 
 def test_choose_then_read(small_mp4):
     info = probe(small_mp4)
-    times = choose_times(info.times, 8)
+    times = choose_times(info, 8)
+    assert (times == choose_times(info.times, 8)).all()
+    assert clip_range(info, 0.5, 1.0) == clip_range(info.times, 0.5, 1.0)
     assert (read_frames(small_mp4, times, 32).times == times).all()
+
+
+def test_video_information_without_times_has_none_to_choose_from(media):
+    info = probe(media("a.mkv"), exact=False)
+    with pytest.raises(ValueError, match=r"a\.mkv: the times of its frames are not known: probe it with exact=True"):
+        choose_times(info, 8)
+
+
+@pytest.mark.parametrize("times", [8, 8.0, np.float64(8), [[0.5, 1.0]]])
+def test_a_number_of_frames_is_not_a_list_of_times(small_mp4, times):
+    with pytest.raises(ValueError, match=r"times must be a list of seconds, not .*choose_times\(probe\(path\), count\)"):
+        read_frames(small_mp4, times)

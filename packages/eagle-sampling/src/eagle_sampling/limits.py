@@ -79,7 +79,7 @@ def path_text(path: object, accepted: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A path or key that any stream can print: no zero bytes or lone surrogates, at most 300 characters (a path may be megabytes of base64)."""
+    """A path or key that any stream can print: no zero bytes or lone surrogates, at most 300 characters (it may be megabytes of base64)."""
     name = name if len(name) <= 300 else f"{name[:300]}... ({len(name)} characters)"
     return name.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
