@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..limits import DEFAULT_LIMITS, Limits, MediaError, path_text, unreadable
+from ..time_table import TimeTable
 from .containers.demux import read_packets
 from .containers.matroska import read_matroska
 from .containers.mp4 import read_mp4
 from .containers.mpegts import looks_like_ts, read_mpegts
 from .containers.source import Damaged, Source
 from .containers.track import NotOurs, Track
-from .limits import DEFAULT_LIMITS, Limits, MediaError
-from .time_table import TimeTable
 
 _EBML = b"\x1a\x45\xdf\xa3"
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"pnot")
@@ -125,7 +125,7 @@ def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = 
     partial: accept a file that was cut off and describe the frames that it still holds.
     Raises MediaError when the file is missing, no video, damaged, cut off (unless `partial`), or over the limits.
     """
-    name = os.fspath(path)
+    name = path_text(path, "the path of a video file")
     if not exact:
         track = _header_track(name, limits)
         if track is not None:
@@ -200,10 +200,8 @@ def _opened(path: str) -> Iterator[Source]:
     """The file; whatever a parser stumbles over inside becomes a MediaError that names it."""
     try:
         source = Source(path)
-    except OSError as error:
-        raise MediaError(f"{path}: can't be read: {error.strerror or error}") from error
-    except ValueError as error:  # a null byte, a character that the file system can't have
-        raise MediaError(f"{path!r} can't be a file's name: {error}") from error
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
     try:
         with source:
             if source.size == 0:

@@ -1,7 +1,7 @@
-"""Images into an LMDB: from folders, tar or Parquet shards, resumable after a kill, verified against a manifest.
+"""Build an LMDB of images from folders, tar and Parquet shards, resumable after a kill and verified against a manifest; check one.
 
-Values go to `<out>.partial`; each commit stores how far it got, so that an interrupted build goes on from there. At the end everything is
-read back, `manifest.json` records count, bytes, an order-free digest and what was left out, and the folder gets its final name in one step.
+Values go to `<out>.partial`, and each commit stores how far the build is, so that an interrupted build continues there. At the end all
+values are read back, `manifest.json` records count, bytes, an order-free digest and what was left out, and the folder is renamed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 import lmdb
 
-from . import lmdb_store
-from .images import image_size
-from .limits import DEFAULT_LIMITS, Limits, MediaError
-from .lmdb_sources import Value, read_sources
+from ..images import image_size
+from ..limits import DEFAULT_LIMITS, Limits, MediaError
+from . import store
+from .sources import Value, read_sources
 
 MANIFEST = "manifest.json"
 _STATE = b"\0eagle-build"  # no image key begins with a zero byte
@@ -28,7 +28,7 @@ _STATE = b"\0eagle-build"  # no image key begins with a zero byte
 
 @dataclass(frozen=True)
 class Progress:
-    """done: values seen so far (written or refused), bytes: written so far, source: what is being read."""
+    """done: values seen so far (written or refused); bytes: written so far; source: the one that is read now."""
 
     done: int
     bytes: int
@@ -37,27 +37,42 @@ class Progress:
 
 @dataclass
 class BuildResult:
-    """written: values in the LMDB, bytes: their size, resumed: values an earlier, interrupted build had stored; problems: (key, reason)."""
+    """What a build made.
+
+    written: values in the LMDB; bytes: their size; resumed: values that an earlier, interrupted build stored; problems: (key, reason) of
+    what was left out; example: one key; complete_already: nothing was done, because the LMDB of these sources exists.
+    """
 
     path: str
     written: int = 0
     bytes: int = 0
     resumed: int = 0
-    problems: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    example: str = ""
+    complete_already: bool = False
+
+    @property
+    def reference(self) -> dict[str, str]:
+        """The value by which a row names an image of this LMDB, for the example key."""
+        return {"lmdb_file": self.path, "lmdb_key": self.example}
 
     def __str__(self) -> str:
         kept = f" ({self.resumed} of them by an earlier run)" if self.resumed else ""
-        return f"{self.written} values, {self.bytes / 1e6:.1f} MB{kept}, {len(self.problems)} left out"
+        state = "complete already: " if self.complete_already else ""
+        return (
+            f"{state}{self.written} values, {self.bytes / 1e6:.1f} MB{kept}, {len(self.problems)} left out\n"
+            f"A row names an image as {json.dumps(self.reference, ensure_ascii=False)}"
+        )
 
 
 @dataclass
 class CheckResult:
-    """keys and bytes found, problems as (key, reason); `ok` when there are none."""
+    """Keys and bytes that a check found, and problems as (key, reason); `ok` when there are none."""
 
     path: str
     keys: int = 0
     bytes: int = 0
-    problems: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     @property
     def ok(self) -> bool:
@@ -69,14 +84,14 @@ class CheckResult:
 
 @dataclass
 class _State:
-    """How far a build got. done: values seen, chain: a hash of their keys and sizes in order; written, bytes: what the LMDB holds."""
+    """How far a build is. done: values seen; chain: a hash of their keys and sizes in order; written, bytes: content of the LMDB."""
 
     sources: list[str]
     done: int = 0
     chain: str = ""
     written: int = 0
     bytes: int = 0
-    problems: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     finished: bool = False
 
 
@@ -92,17 +107,21 @@ def build_lmdb(
     """Store every image of `sources` under its key in the new LMDB folder `out`.
 
     sources: folders (key: path below the folder, links followed), image files (key: file name), `.tar` shards (key: member name),
-    `.parquet` shards with a binary column or a struct with `bytes` (key: the `key`, `path`, `name` or `id` column, or else shard:row).
-    check_images: refuse values whose header gives no size. Refused values, sources without an image, and keys that come twice with
-    different values are listed in `problems` and left out. Called again after an interruption with the same sources, it goes on where the
-    last commit was, if what it had seen is still what the sources begin with.
-    Raises FileExistsError when `out` exists, ValueError after an interrupted build of other sources or of what they were before a change,
-    MediaError for a source that can't be read to its end, a disk that can't be written to, or when there is nothing to store.
+    `.parquet` shards with a binary column or a struct with `bytes` (key: the `key`, `path`, `name` or `id` column, otherwise shard:row).
+    check_images: refuse values whose header gives no size. Refused values, sources without an image, and keys that occur twice with
+    different values are listed in `problems` and left out. After an interruption the same call continues at the last commit, if what it
+    had seen is still what the sources begin with. If `out` was built from sources of the same names, nothing is done
+    (`BuildResult.complete_already`); changes inside them are not looked for.
+
+    Raises:
+        FileExistsError: `out` exists and is not an LMDB that was built from these sources.
+        MediaError: a source cannot be read to its end, the disk cannot be written to, there is nothing to store, or an interrupted build
+            has other sources or its sources have changed.
     """
     names = [os.fspath(source) for source in sources]
     target, partial = Path(out), Path(os.fspath(out) + ".partial")
     if target.exists():
-        raise FileExistsError(f"{target}: exists already; remove it, or choose another name")
+        return _existing(target, names)
     partial.mkdir(parents=True, exist_ok=True)
     with _writing(partial) as environment:
         state = _resume(environment, names, partial)
@@ -127,6 +146,7 @@ def build_lmdb(
         if not state.finished:
             _commit(environment, pending, state)
             _finish(environment, state, partial)
+        example = _first_key(environment)
     (partial / "lock.mdb").unlink(missing_ok=True)
     if not state.written:
         _remove(partial)
@@ -135,7 +155,28 @@ def build_lmdb(
     os.replace(partial, target)
     if progress is not None:
         progress(Progress(state.done, state.bytes, ""))
-    return BuildResult(str(target), state.written, state.bytes, resumed, state.problems)
+    return BuildResult(str(target), state.written, state.bytes, resumed, state.problems, example)
+
+
+def _existing(target: Path, names: list[str]) -> BuildResult:
+    """The result of the finished build at `target`. Raises FileExistsError when it is not one of these sources."""
+    manifest = _read_manifest(target)
+    if manifest is None:
+        raise FileExistsError(f"{target}: exists already; remove it, or choose another name")
+    if manifest["sources"] != _fingerprint(names):
+        raise FileExistsError(f"{target}: exists already and was built from other sources; remove it, or choose another name")
+    problems = [(key, reason) for key, reason in manifest["problems"]]
+    example = next(store.items(target), (b"", b""))[0].decode()
+    return BuildResult(str(target), manifest["keys"], manifest["bytes"], 0, problems, example, complete_already=True)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished build, or None when there is none that is whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return {name: manifest[name] for name in ("keys", "bytes", "digest", "problems", "sources")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def check_lmdb(
@@ -145,15 +186,15 @@ def check_lmdb(
     limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[Progress], None] | None = None,
 ) -> CheckResult:
-    """Read every value back: against the manifest (when `build_lmdb` made the file), and (`images`) each one's header for its size.
+    """Read every value back, compare with the manifest (if `build_lmdb` made the file), and (`images`) read each image's size.
 
-    Raises MediaError when the file can't be opened.
+    Raises MediaError when the file cannot be opened.
     """
     name = os.fspath(path)
     result = CheckResult(name)
     total = 0
     try:
-        for key, value in lmdb_store.items(name):
+        for key, value in store.items(name):
             result.keys += 1
             result.bytes += len(value)
             total = total + _hash(key, value) & (1 << 64) - 1
@@ -173,7 +214,7 @@ def check_lmdb(
             manifest = json.loads(manifest_path.read_text())
             claims = {what: manifest[what] for what in ("keys", "bytes", "digest")}
         except (OSError, ValueError, LookupError, TypeError) as error:
-            result.problems.append(("", f"{manifest_path}: is damaged, so that missing values would go unnoticed: {error!r}"))
+            result.problems.append(("", f"{manifest_path}: is damaged, so that missing values are not noticed: {error!r}"))
         else:
             found = {"keys": result.keys, "bytes": result.bytes, "digest": f"{total:016x}"}
             for what, claim in claims.items():
@@ -186,14 +227,14 @@ def check_lmdb(
 def _writing(partial: Path) -> Iterator[Any]:
     try:
         with lmdb.open(str(partial), map_size=1 << 30, subdir=True, meminit=False, max_readers=4) as environment:
-            lmdb_store.require_whole(environment, str(partial))
+            store.require_whole(environment, str(partial))
             yield environment
     except lmdb.Error as error:  # a full disk, above all
-        raise MediaError(f"{partial}: {error}; once that is mended the same call goes on from here, or remove it to begin anew") from error
+        raise MediaError(f"{partial}: {error}; the same call continues here once that is repaired; to start over, remove it") from error
 
 
 def _refusal(name: str, value: Value, check: bool, limits: Limits) -> str | None:
-    """Why `value` is no image to store, or None."""
+    """Why `value` is not stored, or None."""
     if isinstance(value, MediaError):
         return str(value)
     try:
@@ -206,7 +247,7 @@ def _refusal(name: str, value: Value, check: bool, limits: Limits) -> str | None
 
 
 def _lmdb_key(key: str) -> bytes | None:
-    """`key` in bytes, or None when it can't be one."""
+    """`key` in bytes, or None when it is not a valid LMDB key."""
     try:
         encoded = key.encode()
     except UnicodeEncodeError:  # a file name that isn't UTF-8
@@ -215,37 +256,35 @@ def _lmdb_key(key: str) -> bytes | None:
 
 
 def _resume(environment: Any, names: list[str], partial: Path) -> _State:
-    """Where an interrupted build of the same sources was, or the beginning."""
+    """State of an interrupted build of the same sources, or the initial one. Raises MediaError when it is a build of other sources."""
     with environment.begin() as transaction:
         stored = transaction.get(_STATE)
     if stored is not None:
         state = _State(**json.loads(stored))
         if state.sources != names:
             others = ", ".join(state.sources[:3])
-            raise ValueError(f"{partial}: is an interrupted build of other sources ({others}); remove it to begin anew")
+            raise MediaError(f"{partial}: is an interrupted build of other sources ({others}); to start over, remove it")
     elif environment.stat()["entries"] == 0:
         return _State(names)
-    else:  # all was done but the folder's new name: the state is deleted once the manifest is there
-        try:
-            manifest = json.loads((partial / MANIFEST).read_text())
-            same = manifest["sources"] == _fingerprint(names)
-            state = _State(names, 0, "", manifest["keys"], manifest["bytes"], manifest["problems"], finished=True)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{partial}: holds values but no record of a build; remove it to begin anew") from error
-        if not same:
-            raise ValueError(f"{partial}: is a build of other sources that only lacks its final name; rename it, or remove it")
+    else:  # only the rename is missing: the state is deleted once the manifest is on the disk
+        manifest = _read_manifest(partial)
+        if manifest is None:
+            raise MediaError(f"{partial}: holds values but no record of a build; to start over, remove it")
+        if manifest["sources"] != _fingerprint(names):
+            raise MediaError(f"{partial}: is a build of other sources that only lacks its final name; rename it, or remove it")
+        state = _State(names, 0, "", manifest["keys"], manifest["bytes"], manifest["problems"], finished=True)
     state.problems = [(key, reason) for key, reason in state.problems]
     return state
 
 
 def _unseen(state: _State, partial: Path) -> Iterator[tuple[str, str, Value]]:
-    """(source, key, value) of what `state`, which follows, hasn't seen. Raises ValueError when what it had seen isn't there as it was."""
+    """(source, key, value) of what `state` has not seen; updates `state`. Raises MediaError when what it had seen has changed."""
     if state.finished:
         return
     chain, number, seen = "", 0, state.done
-    changed = ValueError(
+    changed = MediaError(
         f"{partial}: the sources have changed since this build was interrupted: of the {seen} values that it had seen, some were added, "
-        f"removed or rewritten; remove {partial} to begin anew, or undo the change"
+        f"removed or rewritten; to start over, remove {partial}, or undo the change"
     )
     for number, (source, key, value) in enumerate(read_sources(state.sources), 1):
         size = len(value) if isinstance(value, bytes) else -1
@@ -260,7 +299,7 @@ def _unseen(state: _State, partial: Path) -> Iterator[tuple[str, str, Value]]:
 
 
 def _commit(environment: Any, pending: list[tuple[bytes, bytes]], state: _State) -> None:
-    """All of `pending` and how far we are, in one transaction; the map grows as needed."""
+    """Write `pending` and the state in one transaction; the map grows as needed."""
     while True:
         written, size, problems = state.written, state.bytes, list(state.problems)
         try:
@@ -270,7 +309,7 @@ def _commit(environment: Any, pending: list[tuple[bytes, bytes]], state: _State)
                         written += 1
                         size += len(value)
                     elif transaction.get(key) != value:
-                        problems.append((key.decode(), "this key came before with another value, which was kept"))
+                        problems.append((key.decode(), "this key occurred before with another value, which was kept"))
                 record = {**vars(state), "written": written, "bytes": size, "problems": problems}
                 transaction.put(_STATE, json.dumps(record).encode())
         except lmdb.MapFullError:
@@ -281,7 +320,7 @@ def _commit(environment: Any, pending: list[tuple[bytes, bytes]], state: _State)
 
 
 def _finish(environment: Any, state: _State, partial: Path) -> None:
-    """Read everything back, write the manifest, and only when that is on the disk delete the state: then only a rename is left to do."""
+    """Read all values back and write the manifest; the state is deleted once that is on the disk, and only the rename remains."""
     manifest = {
         "keys": state.written,
         "bytes": state.bytes,
@@ -299,7 +338,7 @@ def _finish(environment: Any, state: _State, partial: Path) -> None:
 
 
 def _remove(partial: Path) -> None:
-    """Remove a build without values, and nothing that somebody else may have put into its folder."""
+    """Remove a build without values, but no other files in its folder."""
     for name in ("data.mdb", MANIFEST):
         (partial / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -307,7 +346,7 @@ def _remove(partial: Path) -> None:
 
 
 def _digest(environment: Any, state: _State, partial: Path) -> str:
-    """Sum of the hashes of all values as they are read back. Raises MediaError when fewer or other bytes come back than went in."""
+    """Sum of the hashes of all values as they are read back. Raises MediaError when their number or size differs from what was written."""
     total = keys = size = 0
     with environment.begin(buffers=True) as transaction, transaction.cursor() as cursor:
         for key, value in cursor.iternext(keys=True, values=True):
@@ -317,9 +356,14 @@ def _digest(environment: Any, state: _State, partial: Path) -> str:
             keys += 1
             size += len(value)
     if (keys, size) != (state.written, state.bytes):
-        went, came = f"{state.written} values of {state.bytes} bytes", f"{keys} of {size}"
-        raise MediaError(f"{partial}: {went} went in, {came} came back; the disk is failing")
+        written = f"{state.written} values of {state.bytes} bytes"
+        raise MediaError(f"{partial}: {written} were written, {keys} of {size} were read back; the disk is failing")
     return f"{total:016x}"
+
+
+def _first_key(environment: Any) -> str:
+    with environment.begin() as transaction, transaction.cursor() as cursor:
+        return next((key.decode() for key in cursor.iternext(keys=True, values=False) if key != _STATE), "")
 
 
 def _hash(key: bytes, value: Any) -> int:
@@ -328,5 +372,5 @@ def _hash(key: bytes, value: Any) -> int:
 
 
 def _fingerprint(names: list[str]) -> str:
-    """Says whether sources are the same without naming them in a file that may be given away."""
+    """A hash of the sources' names: the manifest may be published, the names need not be."""
     return hashlib.blake2b(json.dumps(names).encode(), digest_size=8).hexdigest()

@@ -20,15 +20,15 @@ import av
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..choose import TIME_EPSILON
+from ..limits import DEFAULT_LIMITS, FrameError, Limits, MediaError, path_text
 from .containers.demux import read_packets
 from .containers.source import Source
 from .containers.track import NotOurs, Track
-from .frames import TIME_EPSILON
-from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError
-from .video_decode import Decoder, FileReader, Painter
-from .video_info import read_track
-from .video_linear import PacketStream, decode_linear
-from .video_plan import Group, group_targets
+from .decode import Decoder, FileReader, Painter
+from .dependencies import Group, group_targets
+from .probe import read_track
+from .sequential import PacketStream, decode_linear
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,18 @@ def read_frames(
     out: uint8 [n, h, w, 3] to write to (shared memory, say); after a skip its first rows hold the frames that were read.
     Raises MediaError, or ValueError for arguments that make no sense.
     """
-    name = os.fspath(path)
+    name = path_text(path, "the path of a video file")
+    asked = np.asarray(times, np.float64)
+    if asked.ndim != 1:
+        given = f"the number {times}" if asked.ndim == 0 else f"an array of shape {asked.shape}"
+        raise ValueError(
+            f"{name}: times must be a list of seconds, not {given}; for a number of frames, choose their times first: "
+            "read_frames(path, choose_times(probe(path), count))"
+        )
     if workers < 1 or tolerance < 0 or on_error not in ("raise", "skip") or (timeout is not None and timeout <= 0):
         raise ValueError(f"read_frames: workers={workers}, tolerance={tolerance}, on_error={on_error!r}, timeout={timeout} make no sense")
     watch = _Watch(name, timeout)
     track = read_track(name, limits=limits, deadline=watch.deadline)
-    asked = np.asarray(times, np.float64).reshape(-1)
     samples, errors = _find(track, asked, tolerance)
     width, height = _output_size(track, size)
     limits.check_size(width, height, name)

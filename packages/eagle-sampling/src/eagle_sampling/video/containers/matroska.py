@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from ..limits import Limits
+from ...limits import Limits
 from .matroska_blocks import scan_blocks
 from .source import Damaged, Source
 from .track import NotOurs, Track, colour_options

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..limits import Limits
+from ...limits import Limits
 from .mp4_fragments import Fragments, read_fragment
 from .source import Damaged, Source, boxes
 from .track import NotOurs, Track, colour_options, orientation

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 
-from ..limits import Limits, MediaError
+from ...limits import Limits, MediaError
 from .cut_off import is_cut_off
 from .track import Track, orientation
 

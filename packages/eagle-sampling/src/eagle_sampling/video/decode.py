@@ -14,11 +14,11 @@ from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
+from ..limits import Limits
+from .av1 import join, needed_parts
 from .containers.source import Source
 from .containers.track import Track
-from .limits import Limits
-from .video_av1 import join, needed_parts
-from .video_plan import Group, droppable_test, earlier_start
+from .dependencies import Group, droppable_test, earlier_start
 
 _DECODERS = {"av1": "libdav1d"}
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .time_table import TimeTable
 
-__all__ = ["TimeTable", "choose_chapters", "choose_pages", "choose_times", "clip_range", "wanted_frames"]
+if TYPE_CHECKING:
+    from .video.probe import VideoInfo
+
+__all__ = ["choose_chapters", "choose_pages", "choose_times", "clip_range", "wanted_frames"]
 
 # A time that was written with six decimals still means the frame it was taken from; frames are never this close together.
 TIME_EPSILON = 1e-6
@@ -66,7 +69,7 @@ def wanted_frames(
     return int(wanted) if wanted.ndim == 0 else wanted.astype(np.int64, copy=False)
 
 
-def clip_range(times: ArrayLike | TimeTable, start: float | None = None, end: float | None = None) -> tuple[int, int]:
+def clip_range(times: ArrayLike | TimeTable | VideoInfo, start: float | None = None, end: float | None = None) -> tuple[int, int]:
     """Frames `first` ... `stop - 1` that are on the screen during [start, end) seconds; at least one.
 
     The frame that is already showing at `start` belongs to the clip; a frame that appears at `end` doesn't.
@@ -88,7 +91,7 @@ def clip_range(times: ArrayLike | TimeTable, start: float | None = None, end: fl
 
 
 def choose_times(
-    times: ArrayLike | TimeTable,
+    times: ArrayLike | TimeTable | VideoInfo,
     count: int,
     *,
     start: float | None = None,
@@ -139,7 +142,7 @@ def choose_pages(available: int, count: int) -> NDArray[np.int64]:
 
 
 def choose_chapters(
-    times: ArrayLike | TimeTable, chapters: Sequence[tuple[float, float]], *, fps: float = 2.0, max_frames: int | None = 50
+    times: ArrayLike | TimeTable | VideoInfo, chapters: Sequence[tuple[float, float]], *, fps: float = 2.0, max_frames: int | None = 50
 ) -> list[NDArray[np.float64]]:
     """Presentation times per chapter (start, end) in seconds: `fps` a second, at most `max_frames` each.
 
@@ -155,7 +158,11 @@ def choose_chapters(
     return chosen
 
 
-def _seconds(times: ArrayLike | TimeTable) -> NDArray[np.float64]:
+def _seconds(times: ArrayLike | TimeTable | VideoInfo) -> NDArray[np.float64]:
+    if hasattr(times, "keyframe_times"):  # a VideoInfo: its class is not imported here, because that loads the video libraries
+        if times.times is None:
+            raise ValueError(f"{times.path}: the times of its frames are not known: probe it with exact=True")
+        times = times.times
     seconds = times.times() if isinstance(times, TimeTable) else np.asarray(times, dtype=np.float64)
     if seconds.ndim != 1:
         raise ValueError(f"times must be one-dimensional, not of shape {seconds.shape}")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .limits import MediaError
+from ..limits import MediaError
 
 Value: TypeAlias = "bytes | MediaError"
 

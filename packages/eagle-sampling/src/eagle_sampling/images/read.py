@@ -1,88 +1,25 @@
-"""Images by reference: a path, bytes, or a key in an LMDB; sizes from the header, pixels within limits.
+"""Sizes of images from their headers, and pixels within limits.
 
-`image_size` is what the displayed image has (after EXIF orientation); `open_image` leaves the orientation to whoever cuts tiles
-(`eagle_tiling.load_rgb` applies it), so that its pixels are the file's. The orientation is that of the EXIF block in the format's own
-place, as in browsers: not XMP's, not one kept as PNG text. Pillow may raise anything on damaged files; here it is a MediaError.
+`image_size` is the size of the displayed image (after EXIF orientation). `open_image` does not apply the orientation, so that its pixels
+are the file's; `eagle_tiling.load_rgb` applies it. The orientation is that of the EXIF block in the format's own place, as in browsers:
+not XMP's, not one stored as PNG text. Pillow may raise any exception on damaged files; here it becomes a MediaError.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from . import lmdb_store
-from .image_header import HeaderError, Reader, exif_orientation, parse_size
-from .limits import DEFAULT_LIMITS, Limits, MediaError
-
-ImageRef: TypeAlias = "str | os.PathLike[str] | bytes | dict[str, Any]"
+from ..limits import DEFAULT_LIMITS, Limits, MediaError, printable, unreadable
+from .header import HeaderError, Reader, exif_orientation, parse_size
+from .reference import ImageRef, describe, read_bytes, resolve
 
 _HEAD_BYTES = 4096
-
-
-def describe(ref: ImageRef) -> str:
-    """What an error calls this image: text that any stream can print."""
-    if isinstance(ref, (bytes, bytearray, memoryview)):
-        return f"<{len(ref)} bytes>"
-    if isinstance(ref, dict):
-        return _printable(f"{ref.get('lmdb_file')}[{ref.get('lmdb_key')!r}]")
-    return _printable(os.fspath(ref))
-
-
-def _printable(name: str) -> str:
-    """A path or key as any stream can print it: no lone surrogates, and not megabytes of base64 that stand in a path's place."""
-    name = name if len(name) <= 300 else f"{name[:300]}... ({len(name)} characters)"
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def resolve(path: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> str:
-    """`path`, below `root` when it is relative and there is a root."""
-    return os.fspath(path) if root is None else os.path.join(root, path)
-
-
-def read_bytes(ref: ImageRef, *, root: str | os.PathLike[str] | None = None, limits: Limits = DEFAULT_LIMITS) -> bytes:
-    """The encoded image. Raises MediaError when it is missing, empty, unreadable or over `limits.max_bytes`."""
-    if isinstance(ref, (bytes, bytearray, memoryview)):
-        data = bytes(ref)
-    elif isinstance(ref, dict):
-        data = _from_lmdb(ref, root, lmdb_store.get)
-    else:
-        path = resolve(ref, root)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                limits.check_bytes(os.fstat(file.fileno()).st_size, _printable(path))
-                data = file.readall()
-        except MediaError:
-            raise
-        except (OSError, ValueError) as error:
-            raise unreadable(path, error) from error
-    limits.check_bytes(len(data), describe(ref))
-    return data
-
-
-def unreadable(path: str, error: OSError | ValueError) -> MediaError:
-    """ValueError: a path that no file can have, with a zero byte or a lone surrogate."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    hint = "; is it base64? Images are given as paths, bytes or LMDB keys" if getattr(error, "errno", None) == errno.ENAMETOOLONG else ""
-    return MediaError(f"{_printable(path)}: can't be read: {reason}{hint}")
-
-
-def _from_lmdb(ref: dict[str, Any], root: str | os.PathLike[str] | None, look: Callable[[str, str | bytes], Any]) -> Any:
-    if "lmdb_file" not in ref or "lmdb_key" not in ref:
-        raise MediaError(f"an LMDB image reference needs 'lmdb_file' and 'lmdb_key'; this one has {sorted(ref)}")
-    if not isinstance(ref["lmdb_file"], (str, os.PathLike)):
-        raise MediaError(f"{describe(ref)}: 'lmdb_file' must be a path")
-    try:
-        return look(resolve(ref["lmdb_file"], root), ref["lmdb_key"])
-    except MediaError:
-        raise
-    except ValueError as error:  # a path with a zero byte or a lone surrogate
-        raise MediaError(f"{describe(ref)}: can't be opened: {error}") from error
 
 
 def image_size(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> tuple[int, int]:
@@ -111,7 +48,7 @@ def _file_size(path: str) -> tuple[int, int]:
             os.close(descriptor)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    return size or _pillow_size(path, _printable(path), problem)
+    return size or _pillow_size(path, printable(path), problem)
 
 
 def _parsed(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[tuple[int, int] | None, str]:
@@ -183,12 +120,3 @@ def open_lazily(source: Any, name: str) -> ImageFile.ImageFile:
             raise MediaError(f"{name}: is not an image of a known format, or is damaged in its first bytes") from error
         except Image.DecompressionBombError as error:
             raise MediaError(f"{name}: {error} Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS") from error
-
-
-def exists(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> bool:
-    """True when the bytes could be there: a path that exists, an LMDB that holds the key, or bytes."""
-    if isinstance(ref, (bytes, bytearray, memoryview)):
-        return True
-    if isinstance(ref, dict):
-        return _from_lmdb(ref, root, lmdb_store.has)
-    return os.path.isfile(resolve(ref, root))

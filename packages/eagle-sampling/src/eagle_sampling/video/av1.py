@@ -4,7 +4,7 @@ An AV1 frame names the slots that it may use: `ref_frame_idx` lists them, and ev
 motion fields, film grain) comes from the same slots (AV1 specification 5.9.2, 7.20, 7.21). So the graph is exact, and the pyramid of an
 encoder costs only its branch: a few frames of a mini-GOP of 16 or 32. VP9 offers no such cut: its frames also inherit motion vectors and
 segments from whatever was decoded before them, and nearly every frame updates the probabilities of all that follow. Nor do H.264 and HEVC
-headers, where lists name frames whether they are used or not; there only unreferenced frames are left out (`video_plan.droppable_test`).
+headers, where lists name frames whether they are used or not; there only unreferenced frames are left out (`dependencies.droppable_test`).
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eagle_sampling import Limits, MediaError, choose_times, probe, read_frames
-from eagle_sampling.video_av1 import needed_parts
-from eagle_sampling.video_decode import FileReader
-from eagle_sampling.video_info import read_track
-from eagle_sampling.video_plan import droppable_test, group_targets
+from eagle_sampling import Limits, MediaError, choose_times, clip_range, probe, read_frames
+from eagle_sampling.video.av1 import needed_parts
+from eagle_sampling.video.decode import FileReader
+from eagle_sampling.video.dependencies import droppable_test, group_targets
+from eagle_sampling.video.probe import read_track
 
 B_FRAMES = {"preset": "veryfast", "g": "24", "bf": "3", "x264-params": "scenecut=0"}
 OPEN_GOP = {"preset": "veryfast", "x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3:b-pyramid=normal"}
@@ -128,7 +128,7 @@ def test_every_frame_is_the_one_asked_for(name, media, truth, pictures):
 
 def test_a_packet_without_a_picture_moves_no_other(media, pictures, monkeypatch):
     """Frames known by their order only: after a packet that a decoder passes over in silence nobody can say which is which."""
-    from eagle_sampling import video_linear
+    from eagle_sampling.video import sequential
 
     path = media("h264-b.avi")
     droppable = droppable_test("h264", b"")
@@ -146,7 +146,7 @@ def test_a_packet_without_a_picture_moves_no_other(media, pictures, monkeypatch)
                     packet = SimpleNamespace(size=1, is_discard=False, decode=list)
                 yield packet
 
-    monkeypatch.setattr(video_linear, "open_container", lambda path: contextlib.nullcontext(Container(path)))
+    monkeypatch.setattr(sequential, "open_container", lambda path: contextlib.nullcontext(Container(path)))
     times = probe(path).times.times()
     frames = read_frames(path, times, on_error="skip")
     shown = [int(np.argmin(abs(times - time))) for time in frames.times]
@@ -359,7 +359,7 @@ def test_times_outside_of_the_video_are_errors(small_mp4):
     assert (frames.pixels == read_frames(small_mp4, [0.5, 1.0]).pixels).all()
 
 
-def test_arguments_that_make_no_sense(small_mp4):
+def test_arguments_out_of_range(small_mp4):
     for wrong in ({"workers": 0}, {"tolerance": -1}, {"on_error": "ignore"}, {"timeout": 0}, {"size": 0}):
         with pytest.raises(ValueError):
             read_frames(small_mp4, [0.0], **wrong)
@@ -404,9 +404,9 @@ def test_a_corrupt_group_costs_its_own_frames_only(suffix, media, truth, tmp_pat
 def test_a_hanging_decoder_is_left_behind(small_mp4, monkeypatch):
     import time
 
-    from eagle_sampling import video_decode
+    from eagle_sampling.video import decode
 
-    monkeypatch.setattr(video_decode.Decoder, "run", lambda *_: time.sleep(3))
+    monkeypatch.setattr(decode.Decoder, "run", lambda *_: time.sleep(3))
     began = time.monotonic()
     with pytest.raises(MediaError, match=r"small.mp4: decoding took longer than the limit of 0.3 s"):
         read_frames(small_mp4, [0.0], timeout=0.3, workers=2)
@@ -434,5 +434,19 @@ def test_memory_is_the_output_and_a_little(media):
 
 def test_choose_then_read(small_mp4):
     info = probe(small_mp4)
-    times = choose_times(info.times, 8)
+    times = choose_times(info, 8)
+    assert (times == choose_times(info.times, 8)).all()
+    assert clip_range(info, 0.5, 1.0) == clip_range(info.times, 0.5, 1.0)
     assert (read_frames(small_mp4, times, 32).times == times).all()
+
+
+def test_video_information_without_times_has_none_to_choose_from(media):
+    info = probe(media("a.mkv"), exact=False)
+    with pytest.raises(ValueError, match=r"a\.mkv: the times of its frames are not known: probe it with exact=True"):
+        choose_times(info, 8)
+
+
+@pytest.mark.parametrize("times", [8, 8.0, np.float64(8), [[0.5, 1.0]]])
+def test_a_number_of_frames_is_not_a_list_of_times(small_mp4, times):
+    with pytest.raises(ValueError, match=r"times must be a list of seconds, not .*choose_times\(probe\(path\), count\)"):
+        read_frames(small_mp4, times)

@@ -19,7 +19,7 @@ from typing import Any
 
 import lmdb
 
-from .limits import MediaError
+from ..limits import MediaError
 
 
 @dataclass(eq=False)

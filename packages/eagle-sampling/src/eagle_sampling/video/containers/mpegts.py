@@ -13,7 +13,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from ..limits import Limits
+from ...limits import Limits
 from .demux import open_container
 from .source import Damaged, Source
 from .track import NotOurs, Track

@@ -11,7 +11,7 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
-from ..limits import Limits
+from ...limits import Limits
 from .source import Damaged, Source
 from .track import NotOurs
 

@@ -1,5 +1,6 @@
 """Headers: our parsers agree with libavformat on every container, and survive whatever bytes they are given."""
 
+import io
 import os
 import struct
 import time
@@ -12,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eagle_sampling import DEFAULT_LIMITS, Limits, MediaError, TimeTable, probe, read_frames
-from eagle_sampling.containers.demux import read_packets
-from eagle_sampling.containers.mp4 import _repeated
-from eagle_sampling.containers.track import NotOurs, ordered
-from eagle_sampling.video_info import read_track
+from eagle_sampling.video.containers.demux import read_packets
+from eagle_sampling.video.containers.mp4 import _repeated
+from eagle_sampling.video.containers.track import NotOurs, ordered
+from eagle_sampling.video.probe import read_track
 
 B_FRAMES = {"preset": "veryfast", "g": "24", "bf": "3", "x264-params": "scenecut=0"}
 CONTAINERS = {
@@ -164,6 +165,16 @@ def test_what_is_no_file_is_refused(tmp_path):
             probe(path)
         str(caught.value).encode()  # can be printed
     os.close(held)
+
+
+def test_addresses_and_other_types_are_refused_by_name():
+    for call in (probe, lambda path: read_frames(path, [0.0])):
+        for address in ("http://example.com/a.mp4", "s3://bucket/a.mp4"):
+            with pytest.raises(MediaError, match=r"a\.mp4: is an address; media are read from files: download it first"):
+                call(address)
+        for value, name in ((io.BytesIO(b"x"), "BytesIO"), (b"a.mp4", "bytes"), (None, "NoneType")):
+            with pytest.raises(TypeError, match=f"{name} is not accepted here: need the path of a video file"):
+                call(value)
 
 
 @pytest.mark.parametrize(("name", "how"), [("12:30.avi", "a.avi"), ("12:30.ts", "a.ts"), ("file:talk.mov", "old.mov")])
