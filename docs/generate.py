@@ -186,7 +186,9 @@ def exit_codes() -> dict[int, str]:
         1: "the run failed",
         2: "the command line or the configuration is wrong",
         3: "the data: too many bad rows, damaged media, or facts are missing",
-        130: "interrupted",
+        4: "an evaluation failed; after `train`: training is complete",
+        130: "ended by SIGINT (Ctrl-C)",
+        143: "ended by SIGTERM",
     }
 
 

@@ -1,5 +1,6 @@
 """Every folder of examples/ runs as its README or its docstring says, on a CPU, and prints what it promises."""
 
+import json
 import os
 import re
 import shutil
@@ -63,3 +64,24 @@ def test_sft_own_jsonl(tmp_path):
     assert "60 rows: 59 planned, 1 unusable" in output
     assert re.search(r"answer: \w+", output)
     assert (tmp_path / "exported" / "model.safetensors").is_file()
+    run_folder_is_as_documented(tmp_path / "runs" / "my-run")
+
+
+def documented_keys(page: str, heading: str) -> set[str]:
+    """Names in the first column of the first table after a line of docs/run-folder.md that contains `heading`."""
+    table = re.search(r"^(\|.*?)\n\n", page[page.index(heading) :], flags=re.DOTALL | re.MULTILINE)[1]
+    return {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+
+
+def run_folder_is_as_documented(folder: Path) -> None:
+    page = (ROOT / "docs" / "run-folder.md").read_text()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps, evaluations = ([record for record in records if record["kind"] == kind] for kind in ("step", "eval"))
+    assert len(steps) == 30
+    assert len(evaluations) == 2
+    assert {frozenset(record) - {"kind"} for record in steps} == {frozenset(documented_keys(page, "`kind` = `step`"))}
+    assert {frozenset(record) - {"kind"} for record in evaluations} == {frozenset(documented_keys(page, "`kind` = `eval`"))}
+    [entry] = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert documented_keys(page, "## Ledger") == set(entry) | {"step"}
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert {frozenset(answer) for answer in answers} == {frozenset(documented_keys(page, "## Answers"))}

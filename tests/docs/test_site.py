@@ -89,6 +89,16 @@ def test_command_page_has_every_verb(pages):
         assert f"Usage: eagle {verb} " in page
 
 
+def test_command_page_has_every_exit_code(pages):
+    from eagle_train.cli import run
+
+    generator = load_generator()
+    named = {run.RUN_FAILED, run.WRONG_USE, run.BAD_DATA, run.EVALUATION_FAILED, run.INTERRUPTED}
+    assert named < set(generator.exit_codes())
+    for code in generator.exit_codes():
+        assert f"\n| {code} | " in pages[generator.COMMANDS]
+
+
 def test_links_of_markdown_files_outside_the_site():
     """Relative links of README.md, CONTRIBUTING.md and examples/ lead to files; mkdocs checks those inside docs/."""
     for path in [
