@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from eagle_model.prompt import IMG_CONTEXT
 from eagle_train.config import Config, ConfigError
 from eagle_train.config.load import nearest
-from eagle_train.planning.visual import ModelFacts
 
 if TYPE_CHECKING:
     import torch
@@ -136,11 +135,6 @@ def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
         else:
             result[key] = copy.deepcopy(value)
     return result
-
-
-def model_facts(model: Any) -> ModelFacts:
-    """What planning must know of an EagleConfig."""
-    return ModelFacts(model.tile_size, model.tokens_per_tile)
 
 
 def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> EagleForConditionalGeneration:

@@ -14,7 +14,9 @@ from typing import Any
 from eagle_train.config import Config, ConfigError, dump_config, load_config
 from eagle_train.config.load import map_paths
 
-from . import checkpoint
+from eagle_train.distributed.precision import auto_dtype
+from eagle_train.training import checkpoint
+
 from .lock import locked
 
 # What may change when a run goes on: how it runs, and not what it computes; and where the folder is.
@@ -99,3 +101,18 @@ def _keep_origin(config: Config, tokenizer: Any) -> None:
         shutil.copyfile(Path(config.model.path) / "config.json", temporary / "config.json")
     shutil.rmtree(origin, ignore_errors=True)
     temporary.rename(origin)
+
+
+def resolve_dtype(config: Config, device: str) -> Config:
+    """The configuration with `parallel.dtype` resolved: that of the run in the folder, else `auto_dtype`.
+
+    Call it before `start_world`. device: `cpu` or `cuda`.
+    """
+    if config.parallel.dtype != "auto":
+        return config
+    stored = config.run.folder / "config.yaml"
+    dtype = "auto"
+    if stored.is_file() and checkpoint.latest(config.run.folder / "checkpoints") is not None:
+        dtype = load_config(stored).parallel.dtype
+    dtype = auto_dtype(device) if dtype == "auto" else dtype
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"dtype": dtype})})
