@@ -41,7 +41,10 @@ class Chat:
         device: str | None = None,
         max_new_tokens: int = 256,
     ) -> Chat:
-        """From a run folder (its newest checkpoint), or a folder of an exported or released model."""
+        """From a run folder (its newest checkpoint), or a folder of an exported or released model.
+
+        Raises ConfigError for another folder, before anything is loaded, and FileNotFoundError for a medium that does not exist.
+        """
         folder = Path(folder)
         for path in (*images, *videos):
             if not path.is_file():
@@ -60,6 +63,9 @@ class Chat:
             return cls(model, run_processor(config, tokenizer, model.config), max_new_tokens=max_new_tokens, **media)
         from eagle_model.eagle import EagleForConditionalGeneration
 
+        from .folder import check_model_folder
+
+        check_model_folder(folder)
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         model = EagleForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(world.device).eval()
         return cls(model, EagleProcessor.from_pretrained(folder), max_new_tokens=max_new_tokens, **media)  # type: ignore[arg-type]

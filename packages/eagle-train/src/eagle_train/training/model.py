@@ -11,6 +11,8 @@ from eagle_model.prompt import IMG_CONTEXT
 from eagle_train.config import Config, ConfigError
 from eagle_train.config.load import nearest
 
+from .folder import check_model_folder
+
 if TYPE_CHECKING:
     import torch
 
@@ -94,6 +96,7 @@ def _with_overrides(config: Config, tokenizer: Any) -> EagleConfig:
 
     if config.model.path is None:
         return preset(config.model.preset or "tiny", tokenizer=tokenizer, **config.model.overrides)
+    check_model_folder(config.model.path)
     result = EagleConfig.from_pretrained(config.model.path)
     if config.model.overrides:
         result = EagleConfig(**_merged(result.to_dict(), config.model.overrides))
@@ -120,8 +123,11 @@ def attention_backend(config: Config, described: Any, device: torch.device) -> s
     from eagle_cp.backends import choose
     from eagle_model.rope import head_dim
 
+    from .precision import resolve_dtype
+
     try:
-        choose(device, getattr(torch, config.parallel.dtype), head_dim(described.text_config), backend=config.model.attention)
+        dtype = resolve_dtype(config, device.type).parallel.dtype
+        choose(device, getattr(torch, dtype), head_dim(described.text_config), backend=config.model.attention)
     except ValueError as error:
         raise ConfigError(f"model.{error}; model.attention: auto takes the fastest one that can") from error
     return config.model.attention
