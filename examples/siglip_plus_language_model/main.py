@@ -1,7 +1,7 @@
 """A new Eagle from a SigLIP vision tower and a language model; only the connector starts from random weights.
 
-The two parts are folders of safetensors, as `hf download google/siglip2-so400m-patch14-384` and `hf download Qwen/Qwen2.5-0.5B` leave them.
-So that this runs anywhere in seconds, tiny ones are made on the spot; with real ones only `make_parts` goes.
+The two parts are folders of safetensors or names on the Hugging Face hub, for example `google/siglip2-so400m-patch14-384` and
+`Qwen/Qwen2.5-0.5B`. So that this runs anywhere in seconds, tiny ones are made on the spot; with real ones only `make_parts` goes.
 
     python examples/siglip_plus_language_model/main.py [FOLDER]
 """
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from eagle_model import EagleForConditionalGeneration, EagleProcessor, assemble
+from eagle_model import EagleForConditionalGeneration, EagleProcessor, from_pretrained_parts
 from eagle_model.tokenizer import add_eagle_tokens, train_tokenizer
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
@@ -48,7 +48,7 @@ def build(folder: Path) -> tuple[EagleForConditionalGeneration, EagleProcessor]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "language")
     added = add_eagle_tokens(tokenizer)  # <IMG_CONTEXT>, <img>, ...: none is added to a tokenizer that has them
-    model = assemble(folder / "siglip", folder / "language", tokenizer, image_size=64)
+    model = from_pretrained_parts(folder / "siglip", folder / "language", tokenizer, image_size=64)
     print(f"{model.num_parameters():,} parameters, {added} tokens added, tiles of {model.config.tile_size} pixels")
     return model, EagleProcessor.for_config(tokenizer, model.config)
 
