@@ -6,10 +6,11 @@ import torch
 import eagle_kernels.offload.engine
 from eagle_kernels.offload import GIB, Arena
 from eagle_train.config import ConfigError
+from eagle_train.distributed.world import start_world
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
 from eagle_train.training import activations
 from eagle_train.training.activations import activation_mode, decoder_shape, host_bytes, make_engine, vision_shape
-from eagle_train.distributed.world import start_world
-from eagle_train.training.run import get_ready, train
 from eagle_train.training.metrics import Metrics, same_run
 
 MODES = ("keep", "recompute", "offload")
@@ -40,7 +41,7 @@ def run(config, device="cpu", on_start=None):
     torch.set_num_threads(1)
     world = start_world(config.parallel, device)
     try:
-        trainer = train(get_ready(config), world, on_start=on_start)
+        trainer = train(get_ready(config), world, on_start=on_start).trainer
         weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     finally:
         world.close()
