@@ -1,10 +1,14 @@
 """docs/data-formats.md: every row that it shows is accepted or refused as it says."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
+from eagle_train.config import parse_config
+from eagle_train.data.recipe import parse_recipe
 from eagle_train.data.sample import RowError, Sample, normalise, parse_row
 
 PAGE = Path(__file__).parents[2] / "docs" / "data-formats.md"
@@ -45,3 +49,26 @@ def test_clip_borders():
     [(_, line)] = [row for row in blocks("rows") if '"start": 12.5, "end": 40' in row[1]]
     [video] = sample_of(line).videos
     assert (video.path, video.start, video.end) == ("/data/talk.mp4", 12.5, 40.0)
+
+
+def yaml_blocks() -> list[tuple[str, str]]:
+    """(page, text) of the YAML blocks of all pages."""
+    pattern = re.compile(r"^( *)```yaml\n(.*?)^\1```", flags=re.DOTALL | re.MULTILINE)
+    return [
+        (path.name, textwrap.dedent(text)) for path in sorted(PAGE.parent.glob("*.md")) for _, text in pattern.findall(path.read_text())
+    ]
+
+
+@pytest.mark.parametrize(("page", "text"), yaml_blocks())
+def test_yaml_blocks_are_configurations_or_recipes(page, text, tmp_path):
+    content = yaml.safe_load(text)
+    if set(content) == {"sources"}:
+        recipe = parse_recipe(content["sources"], base=tmp_path, origin=page)
+        assert set(recipe.sources) == set(content["sources"])
+    else:
+        config = parse_config(content, base=tmp_path, origin=page)
+        assert config.run.name == content["run"]["name"]
+
+
+def test_there_are_yaml_blocks():
+    assert {page for page, _ in yaml_blocks()} == {"data-formats.md", "getting-started.md"}
