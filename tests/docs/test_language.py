@@ -62,7 +62,6 @@ NOT_YET_CLEAN: set[str] = {
     "tests/cp",
     "tests/model",
     "tests/sampling",
-    "tests/system",
     "tests/train",
 }
 
