@@ -6,6 +6,7 @@ imports torch. `python docs/generate.py FOLDER` writes both pages to a folder.
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 import typing
@@ -180,16 +181,11 @@ def commands_page() -> str:
 
 
 def exit_codes() -> dict[int, str]:
-    """Exit code and meaning."""
-    return {
-        0: "success",
-        1: "the run failed",
-        2: "the command line or the configuration is wrong",
-        3: "the data: too many bad rows, damaged media, or facts are missing",
-        4: "an evaluation failed; after `train`: training is complete",
-        130: "ended by SIGINT (Ctrl-C)",
-        143: "ended by SIGTERM",
-    }
+    """Exit code and meaning, from the docstring of `eagle_train.errors`."""
+    from eagle_train import errors
+
+    text = " ".join((errors.__doc__ or "").partition("Exit codes:")[2].split())
+    return {int(code): meaning for code, meaning in re.findall(r"(\d+) (.+?)(?:; |\.$)", text)}
 
 
 def verbs() -> list[str]:
