@@ -119,7 +119,7 @@ def attention_backend(config: Config, described: Any, device: torch.device) -> s
     import torch
 
     from eagle_cp.backends import choose
-    from eagle_model.rope import head_dim
+    from eagle_model.language.spec import head_dim
 
     try:
         choose(device, getattr(torch, config.parallel.dtype), head_dim(described.text_config), backend=config.model.attention)
