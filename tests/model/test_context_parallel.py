@@ -41,7 +41,7 @@ def step(model, batch, layout):
 def rank_main(rank, store, model, counts, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    mesh = ContextMesh.from_device_mesh(dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("gather", "ulysses")))
+    mesh = ContextMesh.from_device_mesh(dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("all_gather", "ulysses")))
     batch = make_batch(counts)
     layout = Layout.build(batch.cu_seqlens, mesh, num_heads=4, num_kv_heads=2)
     batch = batch.shard(layout, 4)

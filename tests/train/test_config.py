@@ -15,7 +15,7 @@ def test_defaults_are_the_known_settings():
     assert (stage.lr, stage.weight_decay, stage.warmup_ratio, stage.schedule) == (2e-5, 0.05, 0.03, "cosine")
     assert (stage.loss_weighting, stage.train) == ("sqrt", ["vision", "connector", "language"])
     assert (config.sampling.strategy, config.sampling.fps, config.sampling.min_frames) == ("ads", 2.0, 8)
-    assert (config.tiling.max_tiles, config.tiling.thumbnail, config.parallel.dtype) == (12, True, "bfloat16")
+    assert (config.tiling.max_tiles, config.tiling.thumbnail, config.parallel.dtype) == (12, True, "auto")
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,7 @@ def test_defaults_are_the_known_settings():
     [
         ("modle.path=x", "did you mean 'model'?"),
         ("run.nmae=x", "did you mean 'name'?"),
+        ("parallel.gather=2", "did you mean 'all_gather'?"),
         ("data.limits.max_bad_row=1", "did you mean 'max_bad_rows'?"),
         ("stages.32k.max_token=1", "'stages.0.max_token'; did you mean 'max_tokens'?"),
         ("stages.0.maxTokens=1", "did you mean 'max_tokens'?"),

@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-from eagle_train.config import SamplingConfig, TilingConfig
+from eagle_model.visual import VisualSpec
 from eagle_train.data.prepare import prepare
-from eagle_train.planning.visual import ModelFacts, plan_visual, sample_plan
+from eagle_train.planning.visual import plan_visual, sample_plan
 
 COLOURS = ["red", "green", "blue", "white"]
 
@@ -20,9 +20,8 @@ def pdf(tmp_path):
 def test_pages_are_planned_like_frames(pdf, tmp_path, row, make_config, write_jsonl, tokenizer):
     write_jsonl(tmp_path / "rows.jsonl", [row("<document> What colours?", document="d.pdf")])
     facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer).facts
-    options = {"sampling": SamplingConfig(min_frames=2), "tiling": TilingConfig()}
-    model = ModelFacts(32, 4)
+    spec = VisualSpec(tile_size=32, tokens_per_tile=4, min_frames=2)
     for budget, pages in ((4096, [0, 1, 2, 3]), (int(facts.column("text_tokens")[0]) + 44, [0, 3])):
-        planned = sample_plan(facts, plan_visual(facts, budget, model, **options), 0, model, **options)
-        assert planned.videos[0].pages.tolist() == pages
+        planned = sample_plan(facts, plan_visual(facts, budget, spec), 0, spec)
+        assert planned.videos[0].indices.tolist() == pages
         assert planned.videos[0].times is None

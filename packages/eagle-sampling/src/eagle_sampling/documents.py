@@ -16,8 +16,8 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
-from .images import decoding, open_lazily, unreadable
-from .limits import DEFAULT_LIMITS, Limits, MediaError
+from .images import decoding, open_lazily
+from .limits import DEFAULT_LIMITS, Limits, MediaError, path_text, unreadable
 
 LONGEST_SIDE = 8
 """A page is rendered at most this many times as long as its tile: 8 * 448 * 448 pixels, 6 MB as RGB, whatever size the file states."""
@@ -30,7 +30,7 @@ def pdf_size(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -
 
     Raises MediaError when the file cannot be read as a PDF, has no pages, or has more than `limits.max_frames`.
     """
-    name = os.fspath(path)
+    name = path_text(path, "the path of a document")
     with _open_pdf(name) as document:
         count = _checked_count(len(document), name, limits)
         width, height = document[0].get_size()
@@ -44,7 +44,7 @@ def render_pages(path: str | os.PathLike[str], pages: npt.ArrayLike, side: int, 
     Raises MediaError when the file cannot be read as a PDF or a page does not exist or cannot be drawn, ValueError for an `out` of another
     shape or dtype.
     """
-    name = os.fspath(path)
+    name = path_text(path, "the path of a document")
     numbers = np.asarray(pages, np.int64)
     shape = (len(numbers), side, side, 3)
     tiles = np.empty(shape, np.uint8) if out is None else out
@@ -64,7 +64,7 @@ def render_pages(path: str | os.PathLike[str], pages: npt.ArrayLike, side: int, 
 
 def page_count(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> int:
     """Pages of a PDF, or pictures of a TIFF, GIF or WebP. Raises MediaError when it cannot be read or has more than `limits.max_frames`."""
-    name = os.fspath(path)
+    name = path_text(path, "the path of a document")
     if _is_pdf(name):
         with _open_pdf(name) as document:
             count = len(document)
@@ -76,7 +76,7 @@ def page_count(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
 
 def page_sizes(path: str | os.PathLike[str], *, dpi: float = 144.0, limits: Limits = DEFAULT_LIMITS) -> list[tuple[int, int]]:
     """(width, height) in pixels of every page: a PDF's at `dpi`, a picture's own. Raises MediaError as `page_count`."""
-    name = os.fspath(path)
+    name = path_text(path, "the path of a document")
     count = page_count(name, limits=limits)
     if _is_pdf(name):
         with _open_pdf(name) as document:
@@ -98,7 +98,7 @@ def read_pages(
     dpi: resolution at which PDF pages are drawn; size: the longer side in pixels instead.
     Raises MediaError when a page does not exist, cannot be drawn, or is over the limits.
     """
-    name = os.fspath(path)
+    name = path_text(path, "the path of a document")
     count = page_count(name, limits=limits)
     wanted = [_existing(page, count, name) for page in (range(count) if pages is None else pages)]
     if not _is_pdf(name):
@@ -115,7 +115,7 @@ def read_pages(
 
 def animation_times(path: str | os.PathLike[str]) -> NDArray[np.float64]:
     """Presentation times of an animated GIF's or WebP's pictures, float64 [n] seconds; a delay of 0 counts as 0.1 s, as in browsers."""
-    name = os.fspath(path)
+    name = path_text(path, "the path of a document")
     durations: list[float] = []
     with open_lazily(name, name) as image, decoding(f"{name}: its pictures can't be decoded"):
         for page in ImageSequence.Iterator(image):

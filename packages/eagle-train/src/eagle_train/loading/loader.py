@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
 import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
@@ -213,7 +215,8 @@ class Loader:
         here, there = self._context.Pipe()
         place = self._context.RawValue("q", -1)
         process = self._context.Process(target=work, args=(there, place, self._reading), name="eagle-reader", daemon=True)
-        process.start()
+        with _without_signals():
+            process.start()
         there.close()
         return _Worker(process, here, place)
 
@@ -315,6 +318,19 @@ class Loader:
             logger.warning("%s:%d (source %s) is left out: %s", address.annotation, address.line, address.source, detail)
             slot.skip[place] = Entry(address.source, address.line, reason, detail, "train")
         self._send(fresh)
+
+
+@contextmanager
+def _without_signals() -> Iterator[None]:
+    """Processes that start here ignore SIGINT and SIGTERM: a terminal sends Ctrl-C to them too, and the running step needs them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def read(task: Task, encoder: CachedEncoder, reading: Reading, skip: dict[int, Entry] | None = None, on_sample: Any = None) -> LoadedPack:

@@ -59,6 +59,11 @@ class LoadedPack:
         """Tokens of samples (an empty pack has one token of padding, which belongs to no sample)."""
         return self.batch.cu_seqlens[-1] if self.sample_ids else 0
 
+    @property
+    def failed(self) -> tuple[Entry, ...]:
+        """Why samples are missing."""
+        return tuple(self.missing.values())
+
 
 def token_weight(labels: int, weighting: Weighting) -> float:
     """Loss weight of each label token of a sample with `labels` of them (spec section 6)."""
