@@ -141,12 +141,13 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The three parts that can be trained apart, by name; every parameter is in exactly one of them."""
         return {"vision": self.vision_model, "connector": self.mlp1, "language": self.language_model}
 
-    def blocks(self) -> list[nn.Module]:
-        """The repeated layers in the order in which forward runs them: those of the vision tower, then those of the decoder.
+    def blocks(self, part: str | None = None) -> list[nn.Module]:
+        """The repeated layers of a part (default: of all parts) in the order in which forward runs them.
 
         Each is a module that is called through `forward` and owns its parameters, so each can be a unit of FSDP or be recomputed.
         """
-        return [*self.vision_model.vision_model.encoder.layers, *self.language_model.model.layers]
+        vision, language = list(self.vision_model.vision_model.encoder.layers), list(self.language_model.model.layers)
+        return {None: vision + language, "vision": vision, "connector": [], "language": language}[part]
 
     @property
     def tokens_per_tile(self) -> int:

@@ -80,7 +80,9 @@ def checkpoint_folder(name: str | Path) -> Path:
     if (folder := Path(name)).is_dir():
         return folder
     if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"{name} is not a folder; name a folder with config.json and safetensors, or a model on the hub (owner/name)")
+        raise FileNotFoundError(
+            f"{name} is not a folder; name a folder with config.json and safetensors, or a model on the hub (owner/name)"
+        )
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
     except (RepositoryNotFoundError, HFValidationError) as error:

@@ -10,24 +10,12 @@ from torch import nn
 
 from eagle_train.config import StageConfig
 
-PREFIXES = {"vision": "vision_model.", "connector": "mlp1.", "language": "language_model."}
-
-
-def part_of(name: str) -> str:
-    """The part (vision, connector, language) that a parameter belongs to, by its name."""
-    for part, prefix in PREFIXES.items():
-        if name.startswith(prefix):
-            return part
-    raise ValueError(f"parameter {name} belongs to no part of the model; parts start with {', '.join(PREFIXES.values())}")
-
 
 def set_trainable(model: nn.Module, parts: Sequence[str]) -> int:
-    """Let just `parts` learn; returns the number of elements (of this rank) that do."""
-    count = 0
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in parts)
-        count += parameter.numel() if parameter.requires_grad else 0
-    return count
+    """Train only `parts` of an Eagle model (names of `model.parts()`); returns the number of elements (of this rank) that are trained."""
+    for name, module in model.parts().items():  # type: ignore[operator]
+        module.requires_grad_(name in parts)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:

@@ -213,9 +213,8 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
     shape = (1, world.size) if config.fsdp else (world.size, 1)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh["shard"] if config.fsdp else mesh
-    layers = [*model.language_model.model.layers, *model.vision_model.vision_model.encoder.layers]  # type: ignore[union-attr]
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for block in model.blocks():  # type: ignore[operator]
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         # A single rank sums what it alone has: a factor would only cost a copy of every gradient.
