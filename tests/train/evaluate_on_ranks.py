@@ -11,7 +11,7 @@ import torch
 
 from eagle_train.config import load_config
 from eagle_train.training import evaluate, parallel
-from eagle_train.training.parallel import start_world
+from eagle_train.distributed.world import start_world
 from eagle_train.training.run import check_evaluations, final_evaluation, get_ready, train
 
 

@@ -8,9 +8,9 @@ from eagle_kernels.offload import GIB, Arena
 from eagle_train.config import ConfigError
 from eagle_train.training import activations
 from eagle_train.training.activations import activation_mode, host_bytes, make_engine
-from eagle_train.training.parallel import start_world
+from eagle_train.distributed.world import start_world
 from eagle_train.training.run import get_ready, train
-from eagle_train.watching.metrics import Metrics, same_run
+from eagle_train.training.metrics import Metrics, same_run
 
 MODES = ("keep", "recompute", "offload")
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)

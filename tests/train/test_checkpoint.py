@@ -11,7 +11,7 @@ from torch import nn
 
 from eagle_train.config import ParallelConfig
 from eagle_train.training import checkpoint
-from eagle_train.training.parallel import start_world
+from eagle_train.distributed.world import start_world
 
 
 class Net(nn.Module):

@@ -7,10 +7,10 @@ import torch
 
 from eagle_train.config import dump_config, load_config
 from eagle_train.data.prepare import prepare
-from eagle_train.training.chat import Chat
+from eagle_train.runs.chat import Chat
 from eagle_train.training.evaluate import Answer, Blind, Evaluation, last_question, normalised, question_text, training_pairs
-from eagle_train.training.folder import open_run
-from eagle_train.training.parallel import start_world
+from eagle_train.runs.folder import open_run
+from eagle_train.distributed.world import start_world
 from eagle_train.training.run import ask, export, get_ready, train, write_answers
 
 

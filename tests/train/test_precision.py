@@ -8,8 +8,8 @@ import torch
 
 from eagle_train.config import ConfigError, ParallelConfig, load_config
 from eagle_train.training import precision
-from eagle_train.training.parallel import start_world
-from eagle_train.training.precision import auto_dtype, has_bfloat16, resolve_dtype
+from eagle_train.distributed.world import start_world
+from eagle_train.distributed.precision import auto_dtype, has_bfloat16, resolve_dtype
 from eagle_train.training.run import get_ready, train
 
 

@@ -13,12 +13,12 @@ from eagle_train.config import ConfigError
 from eagle_train.data.ledger import Ledger
 from eagle_train.training import checkpoint
 from eagle_train.training.evaluate import EvaluationError
-from eagle_train.training.folder import claim_folder, open_run
-from eagle_train.training.lock import locked
-from eagle_train.training.parallel import start_world
+from eagle_train.runs.folder import claim_folder, open_run
+from eagle_train.runs.lock import locked
+from eagle_train.distributed.world import start_world
 from eagle_train.training.run import check_evaluations, get_ready, train
 from eagle_train.training.trainer import Trainer, TrainingError
-from eagle_train.watching.metrics import Metrics, same_run
+from eagle_train.training.metrics import Metrics, same_run
 
 
 def run(config, **options):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from eagle_train.config import ParallelConfig, load_config
-from eagle_train.training.parallel import RankError, start_world
+from eagle_train.distributed.world import RankError, start_world
 from eagle_train.training.run import get_ready, train
 
 

@@ -22,8 +22,8 @@ def evaluate(
 ) -> None:
     """Ask held-out questions and compare word for word, beside the best answer that never looks."""
     from eagle_train.config import Source
-    from eagle_train.training.folder import open_run
-    from eagle_train.training.parallel import for_asking, start_world
+    from eagle_train.runs.folder import open_run
+    from eagle_train.distributed.world import for_asking, start_world
     from eagle_train.training.run import ask, get_ready, load_trained, write_answers
 
     from .progress import Printer, quiet
@@ -64,7 +64,7 @@ def chat(
     from .progress import quiet
 
     quiet()
-    from eagle_train.training.chat import Chat
+    from eagle_train.runs.chat import Chat
 
     talk = Chat.open(run, images=image or (), videos=video or (), device=device, max_new_tokens=max_new_tokens)
     if question is not None:

@@ -77,7 +77,7 @@ def plan(
 ) -> None:
     """Say what would be trained: stages, steps, packs, how full, and what does not fit."""
     from eagle_train.config import explain_defaults, load_config
-    from eagle_train.training.preview import plan_run
+    from eagle_train.watching.preview import plan_run
     from eagle_train.watching.progress import prepare_progress
 
     from .tables import plan_table, rows_line
@@ -107,7 +107,7 @@ def show(
     from rich.console import Console
 
     from eagle_train.config import load_config
-    from eagle_train.training.preview import view
+    from eagle_train.watching.preview import view
     from eagle_train.watching.show import to_html, to_terminal
 
     found = view(load_config(config, overrides or ()), row=row, stage=stage, pack=pack, evaluation=held_out)

@@ -30,7 +30,7 @@ class Printer:
 
     def record(self, record: dict[str, Any]) -> None:
         """A metrics record: a step moves the line, an evaluation is a message."""
-        from eagle_train.watching.metrics import progress_line
+        from eagle_train.training.metrics import progress_line
 
         if self.silent:
             return

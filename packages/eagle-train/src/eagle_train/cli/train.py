@@ -61,8 +61,8 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     config = load_config(path, overrides or ())
     stop.describe = lambda: what_is_saved(config.run.folder, config.stages[-1].name, began=stop.training)
 
-    from eagle_train.training.parallel import device_kind, start_world
-    from eagle_train.training.precision import resolve_dtype
+    from eagle_train.distributed.world import device_kind, start_world
+    from eagle_train.distributed.precision import resolve_dtype
     from eagle_train.training.run import check_evaluations, final_evaluation, get_ready, has_evaluation, train, write_answers
     from eagle_train.watching.report import write_report
 
@@ -114,7 +114,7 @@ def export(
     from .progress import quiet
 
     quiet()
-    from eagle_train.training.folder import open_run
+    from eagle_train.runs.folder import open_run
     from eagle_train.training.run import export as run_export
 
     done = run_export(open_run(run), output, checkpoint_path=checkpoint, dtype=dtype)

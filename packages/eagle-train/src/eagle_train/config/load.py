@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from eagle_train.errors import WRONG_USE, TrainError
+
 from .schema import Config, Source
 
 
-class ConfigError(ValueError):
+class ConfigError(TrainError, ValueError):
     """A configuration that can't be used: says which file, which key, why, and the nearest right key."""
+
+    exit_code = WRONG_USE
 
 
 class Default(NamedTuple):

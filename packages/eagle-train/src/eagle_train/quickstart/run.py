@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from eagle_train.config import load_config
 from eagle_train.training.evaluate import Answer, Evaluation
-from eagle_train.training.folder import remove_run
-from eagle_train.training.parallel import device_kind, start_world
+from eagle_train.runs.folder import remove_run
+from eagle_train.distributed.world import device_kind, start_world
 from eagle_train.training.run import check_evaluations, export, final_evaluation, get_ready, train, write_answers
 from eagle_train.training.stop import StopSignals, what_is_saved
-from eagle_train.watching.metrics import Metrics
+from eagle_train.training.metrics import Metrics
 from eagle_train.watching.report import write_report
 
 from .build import Size, build, configuration, write_configuration

@@ -15,8 +15,7 @@ from eagle_kernels import MemoryPlan, OffloadEngine, plan_memory
 from eagle_kernels.offload import ALIGNMENT, GIB, available_host_bytes
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, ConfigError
-
-from .parallel import World
+from eagle_train.distributed.world import World
 
 Mode = Literal["none", "full", "offload"]
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from eagle_model.prompt import IMG_CONTEXT
 from eagle_train.config import Config, ConfigError
 from eagle_train.config.load import nearest
-from eagle_train.planning.visual import ModelFacts
+
+from .folder import check_model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +96,7 @@ def _with_overrides(config: Config, tokenizer: Any) -> EagleConfig:
 
     if config.model.path is None:
         return preset(config.model.preset or "tiny", tokenizer=tokenizer, **config.model.overrides)
+    check_model_folder(config.model.path)
     result = EagleConfig.from_pretrained(config.model.path)
     if config.model.overrides:
         result = EagleConfig(**_merged(result.to_dict(), config.model.overrides))
@@ -121,8 +123,11 @@ def attention_backend(config: Config, described: Any, device: torch.device) -> s
     from eagle_cp.backends import choose
     from eagle_model.language.spec import head_dim
 
+    from .precision import resolve_dtype
+
     try:
-        choose(device, getattr(torch, config.parallel.dtype), head_dim(described.text_config), backend=config.model.attention)
+        dtype = resolve_dtype(config, device.type).parallel.dtype
+        choose(device, getattr(torch, dtype), head_dim(described.text_config), backend=config.model.attention)
     except ValueError as error:
         raise ConfigError(f"model.{error}; model.attention: auto takes the fastest one that can") from error
     return config.model.attention
@@ -136,11 +141,6 @@ def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
         else:
             result[key] = copy.deepcopy(value)
     return result
-
-
-def model_facts(model: Any) -> ModelFacts:
-    """What planning must know of an EagleConfig."""
-    return ModelFacts(model.tile_size, model.tokens_per_tile)
 
 
 def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> EagleForConditionalGeneration:

@@ -6,6 +6,7 @@ them and a checkpoint of its own the run can be asked and exported wherever the 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 from eagle_train.config import Config, ConfigError, dump_config, load_config
 from eagle_train.config.load import map_paths
 
-from . import checkpoint
+from eagle_train.distributed.precision import auto_dtype
+from eagle_train.training import checkpoint
+
 from .lock import locked
 
 # What may change when a run goes on: how it runs, and not what it computes; and where the folder is.
@@ -46,11 +49,12 @@ def claim_folder(config: Config, tokenizer: Any = None) -> None:
 
 
 def open_run(folder: str | Path) -> Config:
-    """The configuration of a run folder, wherever it is now; raises ConfigError when it is none."""
+    """The configuration of a run folder, wherever it is now; raises ConfigError when it is not one."""
     folder = Path(folder).resolve()
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{folder} is no run folder: it has no config.yaml; runs are made by eagle train, under runs/")
+        what = "it holds the weights of a model" if (folder / "config.json").is_file() else "it has no config.yaml"
+        raise ConfigError(f"{folder} is not a run folder: {what}; give the folder of a run of eagle train, for example runs/quickstart")
     config = _moved(load_config(path), folder, missing_only=True)
     vars(config.run)["dir"], vars(config.run)["name"] = folder.parent, folder.name
     origin = folder / "origin"
@@ -59,6 +63,26 @@ def open_run(folder: str | Path) -> Config:
         if config.model.path is not None:
             vars(config.model)["path"] = str(origin)
     return config
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Raises ConfigError unless `folder` holds an Eagle model, from its config.json alone: nothing is allocated for another model."""
+    from eagle_model.configuration import MODEL_TYPE
+
+    folder = Path(folder)
+    path = folder / "config.json"
+    wanted = "give the folder of a run of eagle train (it has a config.yaml), or of an exported or released Eagle 2.5 model"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; {wanted}. A model of the Hugging Face hub is downloaded first: hf download NAME")
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no model: it has neither config.yaml nor config.json; {wanted}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: can't be read as JSON ({error}); {wanted}") from error
+    found = content.get("model_type") if isinstance(content, dict) else None
+    if found != MODEL_TYPE:
+        raise ConfigError(f"{path}: model_type is {found!r}, and only {MODEL_TYPE!r} can be loaded; {wanted}")
 
 
 def remove_run(folder: Path) -> None:
@@ -99,3 +123,18 @@ def _keep_origin(config: Config, tokenizer: Any) -> None:
         shutil.copyfile(Path(config.model.path) / "config.json", temporary / "config.json")
     shutil.rmtree(origin, ignore_errors=True)
     temporary.rename(origin)
+
+
+def resolve_dtype(config: Config, device: str) -> Config:
+    """The configuration with `parallel.dtype` resolved: that of the run in the folder, else `auto_dtype`.
+
+    Call it before `start_world`. device: `cpu` or `cuda`.
+    """
+    if config.parallel.dtype != "auto":
+        return config
+    stored = config.run.folder / "config.yaml"
+    dtype = "auto"
+    if stored.is_file() and checkpoint.latest(config.run.folder / "checkpoints") is not None:
+        dtype = load_config(stored).parallel.dtype
+    dtype = auto_dtype(device) if dtype == "auto" else dtype
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"dtype": dtype})})
