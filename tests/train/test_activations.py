@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import eagle_kernels.offload
-from eagle_kernels.arena import GIB, Arena
+import eagle_kernels.offload.engine
+from eagle_kernels.offload import GIB, Arena
 from eagle_train.config import ConfigError
 from eagle_train.training import activations
 from eagle_train.training.activations import activation_mode, decoder_shape, host_bytes, make_engine, vision_shape
@@ -19,7 +19,7 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 @pytest.fixture(autouse=True)
 def small_states_move_too(monkeypatch):
     """Hidden states of these runs are smaller than what the engine finds worth moving."""
-    monkeypatch.setattr(eagle_kernels.offload, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(eagle_kernels.offload.engine, "SMALLEST_BYTES", 1)
 
 
 @pytest.fixture

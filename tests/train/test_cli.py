@@ -115,8 +115,8 @@ def test_what_the_user_must_change_ends_with_2(colour_run, tmp_path, monkeypatch
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("verb", "goes_on"), [("train", True), ("plan", False)])
-def test_interrupted_says_whether_the_same_command_continues(tmp_path, monkeypatch, eagle_here, verb, goes_on):
+@pytest.mark.parametrize(("verb", "what"), [("train", "nothing was trained yet"), ("prepare", "measures no row again"), ("plan", "")])
+def test_interrupted_says_what_the_same_command_does(tmp_path, monkeypatch, eagle_here, verb, what):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
@@ -124,7 +124,26 @@ def test_interrupted_says_whether_the_same_command_continues(tmp_path, monkeypat
     done = eagle_here(verb, tmp_path / "run.yaml")
     assert done.returncode == 130
     assert "interrupted" in done.stderr
-    assert ("the same command continues where it stopped" in done.stderr) == goes_on
+    assert what in done.stderr
+    assert ("same command" in done.stderr) == (verb == "prepare")
+
+
+def test_a_failed_evaluation_ends_with_4_after_everything_else(colour_run, tmp_path, eagle_here, monkeypatch):
+    def fails(*arguments, **options):
+        raise TypeError("forward has no argument cache")
+
+    monkeypatch.setattr("eagle_train.training.run.evaluate", fails)
+    data = {"sources": {"rows": {"annotation": "rows.jsonl"}}, "eval_sources": {"held": {"annotation": "rows.jsonl"}}, "workers": 1}
+    config = colour_run(data=data)
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    done = eagle_here("train", tmp_path / "run.yaml", "--device", "cpu")
+    assert done.returncode == 4, done.stderr
+    assert "error: training is complete, but 3 of its evaluations failed:" in done.stderr
+    assert "the evaluation of stage final after step 6 failed: TypeError: forward has no argument cache" in done.stderr
+    assert f"eagle eval {config.run.folder} evaluates them again" in done.stderr.splitlines()[-1]
+    assert "foresaw" not in done.stderr
+    assert (config.run.folder / "plot.png").exists()
+    assert f"run folder: {config.run.folder}" in done.stdout
 
 
 def test_too_many_bad_rows_end_with_3(colour_run, tmp_path):

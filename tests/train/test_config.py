@@ -15,7 +15,7 @@ def test_defaults_are_the_known_settings():
     assert (stage.lr, stage.weight_decay, stage.warmup_ratio, stage.schedule) == (2e-5, 0.05, 0.03, "cosine")
     assert (stage.loss_weighting, stage.train) == ("sqrt", ["vision", "connector", "language"])
     assert (config.sampling.strategy, config.sampling.fps, config.sampling.min_frames) == ("ads", 2.0, 8)
-    assert (config.tiling.max_tiles, config.tiling.thumbnail, config.parallel.dtype) == (12, True, "bfloat16")
+    assert (config.tiling.max_tiles, config.tiling.thumbnail, config.parallel.dtype) == (12, True, "auto")
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import torch
 from eagle_train.config import ConfigError
 from eagle_train.data.ledger import Ledger
 from eagle_train.training import checkpoint
+from eagle_train.training.evaluate import EvaluationError
 from eagle_train.training.folder import claim_folder, open_run
 from eagle_train.training.lock import locked
 from eagle_train.training.parallel import start_world
-from eagle_train.training.run import get_ready, train
+from eagle_train.training.run import check_evaluations, get_ready, train
 from eagle_train.training.trainer import Trainer, TrainingError
 from eagle_train.watching.metrics import Metrics, same_run
 
@@ -65,7 +66,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(colour_run):
     assert numbers(killed) == numbers(straight)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """Something ends the run."""
 
 
@@ -240,3 +241,33 @@ def test_progress_says_how_much_is_left(colour_run):
     steps = [record for record in records if record["kind"] == "step"]
     assert steps[-1]["eta"] == 0
     assert all(0 <= record["eta"] < 60 * (1 + time.monotonic() - begin) for record in steps)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_an_evaluation_that_fails_does_not_end_the_run(colour_run, everything):
+    def look(model, stage):
+        return {"learning": model.training}
+
+    def fails(model, stage):
+        if everything or stage == "one":
+            raise TypeError("forward has no argument cache")
+        return look(model, stage)
+
+    trainers = []
+    for name, on_evaluate in (("good", look), ("bad", fails)):
+        config = colour_run(run={"name": name})
+        ready = get_ready(config)
+        trainers.append(Trainer(config, ready.facts, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=on_evaluate))
+        trainers[-1].train()
+    good, bad = ([record for record in trainer.metrics if record["kind"] == "step"] for trainer in trainers)
+    assert same_run(good) == same_run(bad)
+    failed = [record for record in trainers[1].metrics if record["kind"] == "eval_failed"]
+    assert [(record["stage"], record["total_step"]) for record in failed] == [("one", 4), ("two", 6)][: 1 + everything]
+    assert "TypeError: forward has no argument cache (test_trainer.py:" in failed[0]["error"]
+    assert len(trainers[1].failed_evaluations) == len(failed)
+    with pytest.raises(EvaluationError, match=r"training is complete, but \d of its evaluations failed:\n  the evaluation of stage one"):
+        check_evaluations(trainers[1])
+    check_evaluations(trainers[0])
+    # The same command again finds everything trained, and does not repeat what failed.
+    assert Trainer(config, ready.facts, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=look).train() is None
+    assert sum(record["kind"] == "eval_failed" for record in trainers[1].metrics) == len(failed)

@@ -125,7 +125,7 @@ def lmdb_build(
     ],
 ) -> None:
     """Put images into one LMDB; continues where it stopped."""
-    from eagle_sampling.lmdb_build import build_lmdb
+    from eagle_sampling import build_lmdb
 
     report = build_lmdb(output, sources)
     _problems(report.problems)
@@ -137,7 +137,7 @@ def lmdb_build(
 @lmdb_app.command("check")
 def lmdb_check(path: Annotated[Path, typer.Argument(metavar="LMDB", help="LMDB to read.", show_default=False)]) -> None:
     """Read every value of an LMDB and name those that are damaged or no images."""
-    from eagle_sampling.lmdb_build import check_lmdb
+    from eagle_sampling import check_lmdb
 
     report = check_lmdb(path)
     _problems(report.problems)

@@ -39,6 +39,8 @@ class Printer:
                 f"{name} {score['accuracy']:.3f} (without looking {score['blind']:.3f})" for name, score in record["scores"].items()
             )
             self.say(f"{record['stage']}  after step {record['total_step']}: {scores}")
+        elif record["kind"] == "eval_failed":
+            self._close()  # the error itself is logged
         elif record["kind"] == "step":
             self.line(progress_line(record), last=record["step"] == record["steps"])
 

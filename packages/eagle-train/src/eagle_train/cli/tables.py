@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from eagle_train.planning.stages import StageSchedule
     from eagle_train.training.evaluate import Evaluation
+    from eagle_train.training.trainer import Trainer
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -45,6 +46,16 @@ def plan_table(schedules: Sequence[StageSchedule]) -> str:
         for reason, number in s.drops.items():
             notes.append(f"stage {schedule.stage.name}: {number} rows dropped: {reason}")
     return "\n".join([table(rows), *notes])
+
+
+def start_line(trainer: Trainer) -> str:
+    """What is trained, and where, before the first step."""
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    part = "" if learning == parameters else f" ({learning:,} of them learn in the first stage)"
+    world, dtype = trainer.world, trainer.config.parallel.dtype
+    ranks = f", {world.size} ranks" if world.size > 1 else ""
+    return f"training {parameters:,} parameters{part}, {trainer.total_steps} steps, {dtype} on {world.device.type}{ranks}"
 
 
 def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:

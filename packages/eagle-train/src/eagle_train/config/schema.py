@@ -256,6 +256,9 @@ class StageConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(default=500, ge=1, description="Optimizer steps between checkpoints; the end of a stage always makes one.")
+    minutes: float | None = Field(
+        default=60.0, gt=0, description="Minutes after which the running step is followed by a checkpoint, next to every; null: only every."
+    )
     keep: int = Field(default=2, ge=1, description="Newest checkpoints kept within a stage; ends of stages are always kept.")
 
 
@@ -266,8 +269,10 @@ class ParallelConfig(Section):
     fsdp: bool = Field(
         default=True, description="Shard parameters over the ranks (FSDP2) when there is more than one; false: replicate them."
     )
-    dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="Precision of the computation; master weights stay float32."
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="Precision of the computation; master weights stay float32. auto: bfloat16 on GPUs and CPUs that compute it natively "
+        "(AVX512-BF16, AMX), else float32; a run that continues keeps what it began with.",
     )
 
     @property

@@ -11,7 +11,8 @@ from eagle_train.config import load_config
 from eagle_train.training.evaluate import Answer, Evaluation
 from eagle_train.training.folder import remove_run
 from eagle_train.training.parallel import device_kind, start_world
-from eagle_train.training.run import ask, export, get_ready, train, write_answers
+from eagle_train.training.run import check_evaluations, export, final_evaluation, get_ready, train, write_answers
+from eagle_train.training.stop import StopSignals, what_is_saved
 from eagle_train.watching.metrics import Metrics
 from eagle_train.watching.report import write_report
 
@@ -36,10 +37,13 @@ def run_quickstart(
     size: Size | None = None,
     device: str | None = None,
     tables: tuple[Callable[..., str], Callable[..., str]] | None = None,
+    stop: StopSignals | None = None,
 ) -> Evaluation:
     """The whole way from nothing; continues what an earlier call began. Returns the answers to all held-out questions.
 
-    fresh: remove the run that an earlier call made, first. device: cpu or cuda; None takes a GPU when there is one.
+    fresh: remove the run that an earlier call made, first. device: cpu or cuda; None takes a GPU when there is one. stop: signals that
+    are handled (default: none). Raises
+    EvaluationError when the model is trained and an evaluation failed.
     """
     begin = time.monotonic()
     size, device = size or Size(), device_kind(device)
@@ -57,6 +61,9 @@ def run_quickstart(
     if fresh or not path.is_file():
         write_configuration(path, configuration(data, size))
     config = load_config(path, overrides)
+    if stop is not None:
+        signals = stop
+        stop.describe = lambda: what_is_saved(config.run.folder, config.stages[-1].name, began=signals.training)
     if fresh and config.run.folder.exists():
         remove_run(config.run.folder)
     world = start_world(config.parallel, device)
@@ -74,11 +81,11 @@ def run_quickstart(
                 f"{clock()} training {parameters:,} parameters from random weights, {trainer.total_steps} steps, on {world.device.type}"
             )
 
-        trainer = train(ready, world, on_record=printer.record, on_start=started)
+        trainer = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.say)
         printer.say(f"{clock()} trained; asking all held-out questions")
         with printer.counting("questions") as counted:
-            result = ask(ready, trainer.model, world, progress=counted)
-        if world.is_main:
+            result = final_evaluation(ready, trainer, world, progress=counted)
+        if world.is_main and result is not None:
             run = config.run.folder
             write_answers(result, run)
             scores = {name: score._asdict() for name, score in result.by_source().items()}
@@ -100,6 +107,8 @@ def run_quickstart(
             plot = write_report(run)
             export(config, run / "model", dtype="float32")
             printer.say(farewell(run, plot, data, result, clock()))
+        check_evaluations(trainer)
+        assert result is not None
         return result
     finally:
         world.close()

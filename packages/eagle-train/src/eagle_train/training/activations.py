@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from eagle_kernels import DecoderShape, MemoryPlan, OffloadEngine, VisionShape, plan_memory
-from eagle_kernels.arena import ALIGNMENT, GIB, available_host_bytes
+from eagle_kernels.offload import ALIGNMENT, GIB, available_host_bytes
 from eagle_train.config import Config, ConfigError
 
 from .parallel import World

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +55,10 @@ class Answer(NamedTuple):
         return normalised(self.blind) == normalised(self.expected)
 
 
+class EvaluationError(RuntimeError):
+    """The model can't answer, on at least one rank; raised on every rank with the same message."""
+
+
 class Score(NamedTuple):
     """Share of right answers, of the model and blind."""
 
@@ -78,6 +84,13 @@ class Evaluation:
         """Scores by source, in the order of the recipe."""
         names = dict.fromkeys(answer.source for answer in self.answers)
         return {name: self.score(lambda answer, name=name: answer.source == name) for name in names}
+
+
+def describe(error: BaseException) -> str:
+    """Kind and message of an error, and the last line of code that it passed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def normalised(text: str) -> str:
@@ -155,9 +168,11 @@ def evaluate(
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Ask every held-out row (the first `limit` of each source); every rank calls it and gets all answers.
+    """Evaluate every held-out row (the first `limit` of each source); every rank calls it and gets all answers.
 
-    max_tokens: the budget of a sample; None takes the last stage's. progress: called with (answered here, to answer here).
+    max_tokens: the budget of a sample; None takes the last stage's. progress: called on every rank after each of the same number of
+    rounds with (answered here, to answer here). Raises EvaluationError on every rank when one of them fails, and RankError on that rank
+    when it fails in the middle of a collective of a sharded model.
     """
     begin = time.monotonic()
     budget = max_tokens or config.stages[-1].max_tokens
@@ -171,12 +186,24 @@ def evaluate(
     rounds = -(-len(batches) // world.size)
     reader = _Reader(facts, visual, config, described, tokenizer)
     answers: dict[int, Answer] = {}
+    failure: str | None = None
     with ThreadPoolExecutor(1) as ahead:
         waiting = ahead.submit(reader.read, mine[0] if mine else [])
         for number in range(rounds):
-            ready = waiting.result()
-            waiting = ahead.submit(reader.read, mine[number + 1] if number + 1 < len(mine) else [])
-            texts = _generate(model, tokenizer, ready, config, world, described)
+            ready: list[_Ready] = []
+            try:
+                ready = waiting.result() if failure is None else []
+            except Exception as error:
+                failure = describe(error)
+            waiting = ahead.submit(reader.read, mine[number + 1] if failure is None and number + 1 < len(mine) else [])
+            try:
+                # Also after a failure to read: ranks of a sharded model generate together.
+                texts = _generate(model, tokenizer, ready, config, world, described)
+            except Exception as error:
+                failure = failure or describe(error)
+                if is_sharded(model):
+                    break
+                texts = [""] * len(ready)
             for item, given in zip(ready, texts):
                 address = item.question.address
                 asked = last_question(item.prompt.messages) if item.prompt else ""
@@ -185,6 +212,8 @@ def evaluate(
                 )
             if progress is not None:
                 progress(len(answers), sum(map(len, mine)))
+    if failures := world.failures(failure):
+        raise EvaluationError("; ".join(failures))
     merged: dict[int, Answer] = {}
     for part in world.gather(answers):
         merged |= {row: Answer(*answer) for row, answer in part.items()}

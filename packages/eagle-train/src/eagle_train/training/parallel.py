@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from eagle_cp import ContextMesh
 from eagle_train.config import ConfigError, ParallelConfig
 
+from .precision import auto_dtype
+
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a collective may wait: a rank may be reading a long video meanwhile."""
 PATIENCE = datetime.timedelta(days=7)
@@ -27,8 +29,12 @@ PATIENCE = datetime.timedelta(days=7)
 T = TypeVar("T")
 
 
+FAILED_PATIENCE = datetime.timedelta(seconds=60)
+"""How long a rank that failed waits for the others: one that waits for it inside a collective of the model never comes."""
+
+
 class RankError(RuntimeError):
-    """The first rank can't go on, and with it none can."""
+    """A rank can't continue, and without it no rank can."""
 
 
 @dataclass
@@ -90,6 +96,32 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def failures(self, mine: str | None) -> list[str]:
+        """What failed, as `rank N: ...`, on all ranks the same; empty when `mine` is None everywhere. A collective of all ranks.
+
+        Raises RankError on a rank that failed when the others don't come within `FAILED_PATIENCE`: they wait for it in another collective
+        (for example in a layer of a sharded model), and the process group can't be used again.
+        """
+        if self.size == 1:
+            return [] if mine is None else [mine]
+        failed = torch.zeros(self.size, dtype=torch.int32)
+        failed[self.rank] = mine is not None
+        # On a group of its own, so that it never meets a collective of the model.
+        work = dist.all_reduce(failed, group=self.patient, async_op=True)
+        assert work is not None
+        try:
+            work.wait(PATIENCE if mine is None else FAILED_PATIENCE)
+        except RuntimeError as error:
+            if mine is None:
+                raise RankError(f"rank {self.rank} lost another rank ({error}); the message of that rank says why") from error
+            raise RankError(
+                f"rank {self.rank} failed while the others waited for it in a collective: {mine}. The run ends here; "
+                "the same command continues from the newest checkpoint"
+            ) from error
+        if not failed.any():
+            return []
+        return [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(mine)) if text is not None]
+
     def close(self) -> None:
         """Leave the process group, if it was made here."""
         if self.owns_group and dist.is_initialized():
@@ -142,7 +174,8 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
         torch.cuda.set_device(local)
     here = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     owns = False
-    sharded = size > 1 or config.dtype == "bfloat16"
+    dtype = auto_dtype(kind) if config.dtype == "auto" else config.dtype
+    sharded = size > 1 or dtype == "bfloat16"
     if sharded and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         if size > 1:
@@ -164,8 +197,13 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
     """FSDP2 over all ranks: a unit for every layer, one for the rest; master weights float32, computation in `config.dtype`.
 
     Ranks of a context group see the same parameters and other tokens, so for parameters they are data ranks too.
-    With `config.fsdp` false parameters are replicated and only gradients are summed. A single float32 rank stays as it is.
+    With `config.fsdp` false parameters are replicated and only gradients are summed. A single float32 rank stays as it is. Raises
+    ConfigError when `config.dtype` isn't the precision that `world` was started for.
     """
+    if config.dtype == "auto":
+        raise ConfigError("parallel.dtype is auto; resolve it first (eagle_train.training.precision.resolve_dtype)")
+    if world.mesh is None and config.dtype == "bfloat16":
+        raise ConfigError("the ranks were started for float32 and the run computes in bfloat16: call resolve_dtype before start_world")
     if world.mesh is None:
         return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from eagle_sampling import Limits
 from eagle_train.config import Config, ConfigError
 from eagle_train.data.facts import Facts
 from eagle_train.data.ledger import Ledger
+from eagle_train.data.measure import media_limits
 from eagle_train.data.prepare import Progress, load_facts, prepare
-from eagle_train.planning.stages import StageSchedule
-from eagle_train.planning.visual import plan_visual, sample_plan
+from eagle_train.data.sample import load_sample
+from eagle_train.planning.stages import Planned, StageSchedule
+from eagle_train.planning.visual import plan_visual, sample_plan, visual_spec
 
-from .batch import address_of, load_sample
-from .model import load_run_tokenizer, model_config, model_facts
+from .model import load_run_tokenizer, model_config
 
 
 class View(NamedTuple):
@@ -29,8 +29,8 @@ def plan_run(config: Config, progress: Callable[[Progress], None] | None = None)
     """Prepare (or find it prepared) and plan all stages; rows that a stage drops go to the ledger."""
     tokenizer = load_run_tokenizer(config)
     facts = prepare(config, tokenizer, progress=progress).facts
-    described = model_facts(model_config(config, tokenizer))
-    schedules = [StageSchedule(facts, config, stage, described) for stage in config.stages]
+    spec = visual_spec(config, model_config(config, tokenizer))
+    schedules = [StageSchedule(facts, config, stage, spec) for stage in config.stages]
     record_drops(config, schedules)
     return schedules
 
@@ -52,32 +52,21 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
     if stage is not None and stage not in names:
         raise ConfigError(f"no stage is called {stage!r}; they are {', '.join(names)}")
     chosen = config.stages[names.index(stage) if stage is not None else (-1 if evaluation else 0)]
-    described = model_facts(model_config(config, tokenizer))
+    spec = visual_spec(config, model_config(config, tokenizer))
     if row is None and evaluation:
         raise ConfigError("held-out rows aren't packed; name one with --row source:line")
     if row is None:
-        plan = StageSchedule(facts, config, chosen, described).plan(0)
+        plan = StageSchedule(facts, config, chosen, spec).plan(0)
         if not 0 <= pack < plan.packs:
             raise ConfigError(f"stage {chosen.name} has packs 0 ... {plan.packs - 1}, there is no {pack}")
         plans, title, capacity = plan.samples(pack), f"stage {chosen.name}, pack {pack} of {plan.packs}", chosen.max_tokens
     else:
         number = find_row(facts, row)
-        visual = plan_visual(facts, chosen.max_tokens, described, sampling=config.sampling, tiling=config.tiling)
-        plans = [sample_plan(facts, visual, number, described, sampling=config.sampling, tiling=config.tiling)]
+        visual = plan_visual(facts, chosen.max_tokens, spec)
+        plans = [Planned(facts.address(number), sample_plan(facts, visual, number, spec))]
         title, capacity = f"{row} in stage {chosen.name}", None
-    limits = config.data.limits
-    views = [
-        view_sample(
-            load_sample(address_of(facts, plan.row)),
-            plan,
-            described,
-            tokenizer,
-            budget=chosen.max_tokens,
-            thumbnail=config.tiling.thumbnail,
-            limits=Limits(max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, max_frames=limits.max_frames),
-        )
-        for plan in plans
-    ]
+    limits = media_limits(config.data.limits)
+    views = [view_sample(load_sample(one.address), one.plan, spec, tokenizer, budget=chosen.max_tokens, limits=limits) for one in plans]
     return View(views, title, capacity)
 
 

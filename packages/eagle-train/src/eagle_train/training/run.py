@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from eagle_train.data.prepare import Progress, load_facts, prepare
 
 from . import checkpoint
 from .deterministic import deterministic
-from .evaluate import Blind, Evaluation, evaluate, training_pairs
+from .evaluate import Blind, Evaluation, EvaluationError, evaluate, training_pairs
 from .folder import claim_folder
 from .lock import locked
 from .model import build_model, load_run_tokenizer, model_facts
 from .parallel import World, alone
+from .precision import resolve_dtype, warn_of_slow_bfloat16
 from .preview import record_drops
+from .stop import StopSignals
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -71,15 +73,24 @@ def train(
     *,
     on_record: Callable[[dict[str, Any]], None] | None = None,
     on_start: Callable[[Trainer], None] | None = None,
+    stop: StopSignals | None = None,
+    on_slow: Callable[[str], None] | None = None,
 ) -> Trainer:
-    """Train what is left of the run, with evaluations on the way. Raises ConfigError when the folder holds, or is used by, another run."""
+    """Train what is left of the run, with evaluations on the way. Raises ConfigError when the folder holds, or is used by, another run.
+
+    stop: signals that are handled (default: none). The first one ends training with a checkpoint and `Interrupted`; an evaluation ends
+    after its running batch of questions. on_slow: called on the main rank with a line about a step that takes longer than a minute.
+    """
+    ready = replace(ready, config=resolve_dtype(ready.config, world.device.type))
     config = ready.config
+    if world.is_main:
+        warn_of_slow_bfloat16(config, world.device.type)
     blind = Blind(training_pairs(ready.facts)) if ready.eval_facts is not None else None
 
     def on_evaluate(model: nn.Module, stage: str) -> dict[str, Any] | None:
         assert ready.eval_facts is not None
         assert blind is not None
-        done = ask(ready, model, world, blind=blind, limit=config.eval.limit)
+        done = ask(ready, model, world, blind=blind, limit=config.eval.limit, progress=lambda *_: trainer.check_stop())
         return {"scores": {name: score._asdict() for name, score in done.by_source().items()}, "accuracy": done.score().accuracy}
 
     with contextlib.ExitStack() as until_the_end:
@@ -91,7 +102,14 @@ def train(
         world.first(claim)
         until_the_end.enter_context(deterministic(config.run.deterministic))
         trainer = Trainer(
-            config, ready.facts, ready.tokenizer, world, on_record=on_record, on_evaluate=on_evaluate if blind is not None else None
+            config,
+            ready.facts,
+            ready.tokenizer,
+            world,
+            on_record=on_record,
+            on_evaluate=on_evaluate if blind is not None else None,
+            stop=stop,
+            on_slow=on_slow,
         )
         if world.is_main:
             record_drops(config, trainer.schedules)
@@ -119,6 +137,23 @@ def ask(
     model.eval()
     described = model_facts(model.config)  # type: ignore[arg-type]
     return evaluate(model, ready.tokenizer, held_out, ready.config, world, described, blind=blind, limit=limit, progress=progress)
+
+
+def final_evaluation(
+    ready: Ready, trainer: Trainer, world: World, *, limit: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> Evaluation | None:
+    """Evaluate the trained model on the run's held-out facts; None when that fails, which is logged and recorded as during training."""
+    return trainer.attempt("final", trainer.total_steps, lambda: ask(ready, trainer.model, world, limit=limit, progress=progress))
+
+
+def check_evaluations(trainer: Trainer) -> None:
+    """Raises EvaluationError, naming each, when evaluations of a run failed whose training is complete."""
+    if trainer.failed_evaluations:
+        failed = "\n  ".join(trainer.failed_evaluations)
+        raise EvaluationError(
+            f"training is complete, but {len(trainer.failed_evaluations)} of its evaluations failed:\n  {failed}\n"
+            f"The weights are in {trainer.checkpoints}; eagle eval {trainer.folder} evaluates them again"
+        )
 
 
 def write_answers(result: Evaluation, folder: Path) -> Path:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +30,25 @@ from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.facts import Facts
 from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.planning.stages import StageSchedule
+from eagle_train.watching.heartbeat import Heartbeat
 from eagle_train.watching.metrics import Metrics
 
 from . import checkpoint
 from .activations import activation_mode, make_engine
 from .batch import Batch, Planned, Share, address_of
+from .evaluate import EvaluationError, describe
 from .identity import check_same, identify
 from .loader import Loader, Reading, Task, read
 from .model import attention_backend, build_model, model_facts, tokenizer_folder
 from .optim import learning_rate, make_optimizer, set_trainable
-from .parallel import World, is_sharded, shard_model
-from .sharing import agree, shares
+from .parallel import RankError, World, is_sharded, shard_model
+from .precision import resolve_dtype
+from .sharing import Totals, agree, shares
+from .stop import Interrupted, StopSignals, what_is_saved
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class TrainingError(RuntimeError):
@@ -61,7 +69,9 @@ class Trainer:
     """A run from its configuration: `train()` goes through all stages, from the newest checkpoint if there is one.
 
     on_record: called on the main rank with every metrics record. on_evaluate: called on every rank with (model, stage name) when an
-    evaluation is due; what it returns is written as an "eval" record.
+    evaluation is due; what it returns is written as an "eval" record. When it fails on any rank, an "eval_failed" record is written,
+    `failed_evaluations` gets an entry on every rank, and training continues. stop: signals that are handled (default: none). on_slow:
+    called on the main rank with a line about a step that takes longer than a minute (default: it is logged).
     """
 
     def __init__(
@@ -73,9 +83,14 @@ class Trainer:
         *,
         on_record: Callable[[dict[str, Any]], None] | None = None,
         on_evaluate: Callable[[nn.Module, str], dict[str, Any] | None] | None = None,
+        stop: StopSignals | None = None,
+        on_slow: Callable[[str], None] | None = None,
     ) -> None:
+        config = resolve_dtype(config, world.device.type)
         self.config, self.facts, self.tokenizer, self.world = config, facts, tokenizer, world
         self.on_record, self.on_evaluate = on_record, on_evaluate
+        self.stop = stop or StopSignals()
+        self.beat = Heartbeat(on_slow or logger.info)
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
@@ -86,10 +101,14 @@ class Trainer:
         self.schedules = [StageSchedule(facts, config, stage, model_facts(self.described)) for stage in config.stages]
         self.total_steps = sum(schedule.steps for schedule in self.schedules)
         self._data = identify(config, facts, tokenizer, self.schedules)
+        #: One sentence for every evaluation that failed.
+        self.failed_evaluations: list[str] = []
         self._pending: _Pending | None = None
         self._waiting: dict[str, Any] | None = None
         self._pace: float | None = None
         self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0}
+        #: Stage and step of the newest checkpoint, and when it was written.
+        self._saved, self._saved_at = (0, 0), time.monotonic()
 
     @property
     def missing(self) -> int:
@@ -104,9 +123,28 @@ class Trainer:
         """Train what is left of the run.
 
         Raises ConfigError when the data changed since the checkpoint, TrainingError for a loss that is not finite, CheckpointError,
-        LoaderError.
+        LoaderError, and Interrupted on every rank when a signal asked one of them to stop; by then a checkpoint is written.
         """
+        try:
+            with self.stop.deferred(), self.beat if self.world.is_main else nullcontext():
+                self._train()
+                self.check_stop()
+        except Interrupted as stop:
+            raise Interrupted(stop.signum, f"stopped; {self.what_is_saved()}") from None
+
+    def what_is_saved(self) -> str:
+        """What a command that trains this run continues from."""
+        return what_is_saved(self.folder, self.config.stages[-1].name, began=self.stop.training)
+
+    def check_stop(self) -> None:
+        """Raises Interrupted on every rank when a signal asked one of them to stop; a collective of all ranks, for use between steps."""
+        signum = max(self.world.gather(self.stop.requested))
+        if signum:
+            raise Interrupted(signum)
+
+    def _train(self) -> None:
         stage, step, resumed = self._resume()
+        self._saved = stage, step
         with Loader(
             self._tasks(stage, step),
             self._reading(),
@@ -158,7 +196,14 @@ class Trainer:
         done_before = sum(schedule.steps for schedule in self.schedules[:number])
         begin, waited = time.monotonic(), loader.waited
         for step in range(first, schedule.steps):
-            record = self._step(number, step, optimizer, loader)
+            if self.stop.requested and self.world.size == 1:  # without waiting for the next packs
+                self._save_and_stop(number, step, optimizer, self.stop.requested)
+            self.beat.begin(f"step {step + 1} of stage {stage.name}")
+            batches, totals = self._read(number, step, loader)
+            if totals.interrupts or totals.terminations:
+                self._save_and_stop(number, step, optimizer, signal.SIGTERM if totals.terminations else signal.SIGINT)
+            record = self._step(number, step, optimizer, batches, totals)
+            self.stop.training = True
             now = time.monotonic()
             elapsed = max(now - begin, 1e-9)
             record |= {
@@ -171,17 +216,41 @@ class Trainer:
             begin, waited = now, loader.waited
             self._publish(record, step + 1 == schedule.steps)
             over = step + 1 == schedule.steps
-            if over or (step + 1) % self.config.checkpoint.every == 0:
-                self._flush()
-                seen = dict(self._seen)
-                progress = checkpoint.Progress(number, stage.name, step + 1, done_before + step + 1, over, seen, self._data)
-                checkpoint.write(self.checkpoints, progress, self.model, None if over else optimizer, self.world)
-                if self.world.is_main:
-                    checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
+            if over or totals.saves or (step + 1) % self.config.checkpoint.every == 0:
+                self._save(number, step + 1, optimizer)
             if self._evaluation_is_due(step + 1, over):
                 self._flush()
-                self._evaluate(stage.name, done_before + step + 1)
+                try:
+                    self._evaluate(stage.name, done_before + step + 1)
+                except Interrupted as stop:  # the same command makes up for it
+                    self._save_and_stop(number, step + 1, optimizer, stop.signum)
                 begin = time.monotonic()
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------------------
+
+    def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint after `step` steps of a stage, and apply the keep rule."""
+        self.beat.at("writing of a checkpoint")
+        self._flush()
+        schedules, name = self.schedules, self.config.stages[number].name
+        over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
+        progress = checkpoint.Progress(number, name, step, total, over, dict(self._seen), self._data)
+        checkpoint.write(self.checkpoints, progress, self.model, None if over else optimizer, self.world)
+        if self.world.is_main:
+            checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
+        self._saved, self._saved_at = (number, step), time.monotonic()
+
+    def _save_is_due(self) -> bool:
+        """Whether `checkpoint.minutes` have passed, by the main rank's clock."""
+        minutes = self.config.checkpoint.minutes
+        return self.world.is_main and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+
+    def _save_and_stop(self, number: int, step: int, optimizer: torch.optim.Optimizer, signum: int) -> NoReturn:
+        """Raises Interrupted, with a checkpoint after `step` steps of a stage; every rank calls it at the same step."""
+        self._flush()
+        if step and self._saved != (number, step):
+            self._save(number, step, optimizer)
+        raise Interrupted(signum)
 
     # ---- evaluations -------------------------------------------------------------------------------------------------------------
 
@@ -194,32 +263,76 @@ class Trainer:
         """Whether the run ended between a checkpoint and the evaluation that follows it; the same on every rank."""
         lost = False
         if self.world.is_main and self._evaluation_is_due(progress.step, progress.done):
-            lost = not any(record["kind"] == "eval" and record["total_step"] == progress.total_steps for record in self.metrics)
+            made = ("eval", "eval_failed")
+            lost = not any(record["kind"] in made and record["total_step"] == progress.total_steps for record in self.metrics)
         return self.world.gather(lost)[0]
 
     def _evaluate(self, stage: str, total_step: int) -> None:
-        assert self.on_evaluate is not None
-        self.model.eval()
-        result = self.on_evaluate(self.model, stage)
-        self.model.train()
+        on_evaluate = self.on_evaluate
+        assert on_evaluate is not None
+        self.beat.begin(f"evaluation after step {total_step}")
+        result = self.attempt(stage, total_step, lambda: on_evaluate(self.model, stage))
         if result is not None and self.world.is_main:
             self._record({"kind": "eval", "stage": stage, "total_step": total_step} | result)
 
+    def attempt(self, stage: str, total_step: int, evaluate: Callable[[], T]) -> T | None:
+        """What `evaluate()` returns, or None on every rank when it fails on one of them: the failure is logged and recorded.
+
+        A collective of all ranks. Raises RankError when a rank fails in the middle of a collective, which nothing can continue.
+        """
+        failure, agreed, result = None, None, None
+        self.model.eval()
+        try:
+            result = evaluate()
+        except RankError as error:
+            self._evaluation_failed(stage, total_step, str(error), everywhere=False)
+            raise
+        except EvaluationError as error:  # the same on every rank
+            failure = agreed = str(error)
+        except Exception as error:
+            failure = describe(error)
+            logger.debug("evaluation failed", exc_info=True)
+        self.model.train()
+        failures = self.world.failures(failure)
+        if not failures:
+            return result
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):  # FSDP2 keeps a layer's parameters gathered when its forward raises
+                module.reshard()  # type: ignore[operator]
+        self._evaluation_failed(stage, total_step, agreed or "; ".join(failures))
+        return None
+
+    def _evaluation_failed(self, stage: str, total_step: int, error: str, *, everywhere: bool = True) -> None:
+        text = f"the evaluation of stage {stage} after step {total_step} failed: {error}"
+        self.failed_evaluations.append(text)
+        # The only rank that knows writes it: the evaluation isn't tried again by the same command.
+        if self.world.is_main or not everywhere:
+            logger.error("%s%s", text, "; training continues" if everywhere and total_step < self.total_steps else "")
+            self._record({"kind": "eval_failed", "stage": stage, "total_step": total_step, "error": error})
+
     # ---- one step ----------------------------------------------------------------------------------------------------------------
 
-    def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, loader: Loader) -> dict[str, Any]:
-        stage, schedule, world = self.config.stages[number], self.schedules[number], self.world
-        total_step = sum(schedule.steps for schedule in self.schedules[:number]) + step + 1
-        micro = stage.packs_per_step // world.data
+    def _read(self, number: int, step: int, loader: Loader) -> tuple[list[Batch], Totals]:
+        """This rank's packs of a step, and the sums over all ranks."""
+        stage, requested = self.config.stages[number], self.stop.requested
+        micro = stage.packs_per_step // self.world.data
         batches: list[Batch] = []
         for place in range(micro):
+            self.beat.at(f"reading of pack {place + 1} of {micro}")
             item = loader.get()
             if item is None or item[0] != (number, step, place):
                 raise TrainingError(
                     f"stage {stage.name} step {step}: the loader gave {item and item[0]}, not pack {place}; please report this"
                 )
             batches.append(item[1])
-        batches, totals = agree(batches, world, partial(self._read_again, number, step))
+        self.beat.at("the sums over all ranks")
+        wishes = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due())
+        return agree(batches, self.world, partial(self._read_again, number, step), wishes)
+
+    def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, batches: list[Batch], totals: Totals) -> dict[str, Any]:
+        stage, schedule, world = self.config.stages[number], self.schedules[number], self.world
+        total_step = sum(schedule.steps for schedule in self.schedules[:number]) + step + 1
+        micro = len(batches)
         lr = learning_rate(step, schedule.steps, stage)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -228,9 +341,11 @@ class Trainer:
         for place, batch in enumerate(batches):
             if is_sharded(self.model):
                 self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
+            self.beat.at(f"forward/backward of pack {place + 1} of {micro}")
             loss += self._forward_backward(batch, denominator)
             if world.context.rank == 0:
                 self.ledger.extend(replace(entry, step=total_step) for entry in batch.failed)
+        self.beat.at("the optimizer")
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(learning, limit)

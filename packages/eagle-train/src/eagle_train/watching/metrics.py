@@ -13,7 +13,7 @@ TIMED = ("seconds", "tokens_per_second", "tiles_per_second", "data_wait", "eta")
 
 
 class Metrics:
-    """`metrics.jsonl`: records with `kind` ("step", "eval", "stage") and `total_step`."""
+    """`metrics.jsonl`: records with `kind` ("step", "eval", "eval_failed", "final") and `total_step`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
