@@ -1,4 +1,4 @@
-"""The planner prefers what must be better, respects limits, and explains."""
+"""The planner against what was measured, its limits and its table."""
 
 import importlib.util
 import json
