@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from eagle_cp import Layout, attention
 from eagle_cp.backends import KERNELS, choose
 from eagle_cp.kernels import cpu
-from eagle_cp.kernels.blockwise import blockwise_backward, blockwise_forward, bucket_length
+from eagle_cp.kernels.blockwise import DenseKernel, blockwise_backward, blockwise_forward, blockwise_kernel, bucket_length
 from eagle_cp.segments import Segments
 from tests.support.attention import cumulative, make_inputs, reference_gradients
 
@@ -88,3 +88,36 @@ def test_the_choice_gives_reasons():
         choose(torch.device("cpu"), torch.float32, 64, backend="flash")
     with pytest.raises(ValueError, match=r"no kernel for int64.*cpu: takes float64"):
         choose(torch.device("cpu"), torch.int64, 64)
+
+
+def plain_forward(q, k, v, causal, scale):
+    scores = q @ k.mT * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def plain_backward(dout, q, k, v, out, lse, causal, scale):
+    scores = q @ k.mT * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    p = (scores - lse.unsqueeze(-1)).exp()
+    ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
+    return ds @ k, ds.mT @ q, p.mT @ dout
+
+
+def test_a_new_kernel_is_one_row(monkeypatch):
+    """A kernel for dense blocks in plain torch: packed attention, the choice and its messages follow from a row of the table."""
+    dense = DenseKernel(plain_forward, plain_backward, same_shapes=False, grouped=False, max_rows=64)
+    kernel = blockwise_kernel("plain", dense, lambda device, dtype, head_dim, causal: "has an odd head dim" if head_dim % 2 else None)
+    monkeypatch.setitem(KERNELS, "plain", kernel)
+    q, k, v, dout = make_inputs({"lengths": [5, 40, 9], "heads": 4, "kv_heads": 2, "dim": 8, "seed": 0})
+    cu = cumulative([5, 40, 9])
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*inputs, Layout.single(cu), backend="plain")
+    for got, want in zip((out, *torch.autograd.grad(out, inputs, dout)), reference_gradients(q, k, v, dout, cu)):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="backend 'plain' can't run: has an odd head dim"):
+        choose(torch.device("cpu"), torch.float64, 7, backend="plain")
+    with pytest.raises(ValueError, match=r"known: .*, cpu, plain"):
+        choose(torch.device("cpu"), torch.float64, 8, backend="plane")
