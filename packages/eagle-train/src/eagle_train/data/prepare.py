@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from eagle_model.prompt import VideoSpan, encode, render, to_text
 from eagle_model.prompt.costs import FrameCosts, PromptCosts
 from eagle_train.config import Config, Source
+from eagle_train.errors import BAD_DATA, TrainError
 
 from .annotation import AnnotationIndex, index_annotation
 from .atomic import read_json, replacing
@@ -43,8 +44,10 @@ POOL_PAYS_AFTER = 5.0
 _CHECK_AFTER = 1000
 
 
-class PrepareError(ValueError):
+class PrepareError(TrainError, ValueError):
     """Preparation stopped: too many bad rows, sources that can't be read, or facts that don't exist yet."""
+
+    exit_code = BAD_DATA
 
 
 class Progress(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from eagle_model.visual import VideoRef
+from eagle_train.errors import TrainError
 
 ImageRef = str | dict[str, str]
 """An absolute path, or `{"lmdb_file": absolute path, "lmdb_key": key}`: what `eagle_sampling.open_image` takes."""
@@ -35,7 +36,7 @@ _LONGEST_PATH = 4096
 """Characters; Linux takes no longer path. What is longer is a picture in base64 that stands in a path's place."""
 
 
-class RowError(ValueError):
+class RowError(TrainError, ValueError):
     """A row that can't be used: `reason` is a short fixed name to count by, `detail` says what exactly."""
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -7,11 +7,9 @@ be read or does not fit counts as a wrong answer, so that the number of question
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,15 +24,12 @@ from eagle_train.data.measure import media_limits
 from eagle_train.data.sample import Address, RowError, load_sample
 from eagle_train.distributed.sharding import is_sharded
 from eagle_train.distributed.world import World
+from eagle_train.errors import EvaluationError, describe
 from eagle_train.planning.visual import plan_visual, sample_plan
 
 from .generate import generate
 from .metrics import Answer, Evaluation
 from .text_only import last_question
-
-
-class EvaluationError(RuntimeError):
-    """The model can't answer, on at least one rank; raised on every rank with the same message."""
 
 
 class Question(NamedTuple):
@@ -109,13 +104,6 @@ def evaluate(
     for part in world.gather(answers):
         merged |= {row: Answer(*answer) for row, answer in part.items()}
     return Evaluation(tuple(merged[row] for row in rows), time.monotonic() - begin)
-
-
-def describe(error: BaseException) -> str:
-    """Kind and message of an error, and the last line of code that it passed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
 
 
 class _Reader:

@@ -27,6 +27,7 @@ from eagle_model.visual import VisualSpec
 from eagle_sampling import Limits
 from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address
+from eagle_train.errors import TrainError
 from eagle_train.planning.stages import Planned
 
 from .pack import WHOLE, LoadedPack, Share, Weighting, load_pack
@@ -62,7 +63,7 @@ class Task(NamedTuple):
         return tokens * 36 + -(-tiles // share.ranks) * 3 * spec.tile_size**2
 
 
-class LoaderError(RuntimeError):
+class LoaderError(TrainError, RuntimeError):
     """The loader can't go on; the message has the worker's own traceback."""
 
 

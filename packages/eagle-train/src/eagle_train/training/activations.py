@@ -14,8 +14,7 @@ import torch
 from eagle_kernels import DecoderShape, MemoryPlan, OffloadEngine, VisionShape, plan_memory
 from eagle_kernels.offload import ALIGNMENT, GIB, available_host_bytes
 from eagle_train.config import Config, ConfigError
-
-from .parallel import World
+from eagle_train.distributed.world import World
 
 Mode = Literal["none", "full", "offload"]
 

@@ -1,51 +1,31 @@
-"""What a run would train, and what a row or pack looks like: for the verbs plan and show. No model is made and nothing trained."""
+"""What a row or pack looks like to the model: the views of `eagle show`. No model is made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from eagle_train.config import Config, ConfigError
 from eagle_train.data.facts import Facts
-from eagle_train.data.ledger import Ledger
 from eagle_train.data.measure import media_limits
-from eagle_train.data.prepare import Progress, load_facts, prepare
+from eagle_train.data.prepare import load_facts
 from eagle_train.data.sample import load_sample
 from eagle_train.planning.stages import Planned, StageSchedule
 from eagle_train.planning.visual import plan_visual, sample_plan, visual_spec
+from eagle_train.training.model import load_run_tokenizer, model_config
 
-from .model import load_run_tokenizer, model_config
+from .show import SampleView, view_sample
 
 
 class View(NamedTuple):
-    """Views (`eagle_train.watching.show`) of the samples of a pack, or of one row (capacity None)."""
+    """The samples of a pack, or one row (capacity None)."""
 
-    views: list[Any]
+    views: list[SampleView]
     title: str
     capacity: int | None
 
 
-def plan_run(config: Config, progress: Callable[[Progress], None] | None = None) -> list[StageSchedule]:
-    """Prepare (or find it prepared) and plan all stages; rows that a stage drops go to the ledger."""
-    tokenizer = load_run_tokenizer(config)
-    facts = prepare(config, tokenizer, progress=progress).facts
-    spec = visual_spec(config, model_config(config, tokenizer))
-    schedules = [StageSchedule(facts, config, stage, spec) for stage in config.stages]
-    record_drops(config, schedules)
-    return schedules
-
-
-def record_drops(config: Config, schedules: Sequence[StageSchedule]) -> None:
-    """Write the rows that a stage can't fit to the run's ledger, in place of what the stage wrote before."""
-    ledger = Ledger(config.run.folder / "ledger.jsonl")
-    for schedule in schedules:
-        ledger.replace(schedule.plan(0).drops(), where=f"stage {schedule.stage.name}")
-
-
 def view(config: Config, *, row: str | None, stage: str | None, pack: int, evaluation: bool) -> View:
     """One row (`source:line`), or a pack of a stage's first epoch. Raises ConfigError for a name or number that isn't there."""
-    from eagle_train.watching.show import view_sample
-
     tokenizer = load_run_tokenizer(config)
     facts = load_facts(config, tokenizer, evaluation=evaluation)
     names = [one.name for one in config.stages]

@@ -1,7 +1,7 @@
 """The run folder: which run it holds, and what it keeps of where the run came from, so that it can be moved.
 
 `config.yaml` is complete. `origin/` holds the tokenizer and, for a run that starts from a checkpoint, that checkpoint's config.json: with
-them and a checkpoint of its own the run can be asked and exported wherever the folder is.
+them and a checkpoint of its own the run can be evaluated and exported wherever the folder is.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from eagle_train.config import Config, ConfigError, dump_config, load_config
-from eagle_train.config.load import map_paths
+from eagle_train.config.load import free_keys, map_paths
 
-from . import checkpoint
+from eagle_train.distributed.precision import auto_dtype
+from eagle_train.training import checkpoint
+
 from .lock import locked
-
-# What may change when a run goes on: how it runs, and not what it computes; and where the folder is.
-_FREE = {"loader", "checkpoint", "eval", "parallel"}
-_FREE_KEYS = {"run.dir", "run.name", "run.log_every", "run.deterministic", "data.workers"}
-
 
 def claim_folder(config: Config, tokenizer: Any = None) -> None:
     """Write config.yaml and origin/, or make sure that the run that is there is the same one; raises ConfigError naming what differs."""
@@ -46,19 +43,17 @@ def claim_folder(config: Config, tokenizer: Any = None) -> None:
 
 
 def open_run(folder: str | Path) -> Config:
-    """The configuration of a run folder, wherever it is now; raises ConfigError when it is none."""
+    """The configuration of a run folder, wherever it is now; raises ConfigError when it is not one."""
     folder = Path(folder).resolve()
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{folder} is no run folder: it has no config.yaml; runs are made by eagle train, under runs/")
+        what = "it holds the weights of a model" if (folder / "config.json").is_file() else "it has no config.yaml"
+        raise ConfigError(f"{folder} is not a run folder: {what}; give the folder of a run of eagle train, for example runs/quickstart")
     config = _moved(load_config(path), folder, missing_only=True)
-    vars(config.run)["dir"], vars(config.run)["name"] = folder.parent, folder.name
-    origin = folder / "origin"
+    model, origin = config.model, folder / "origin"
     if origin.is_dir():
-        vars(config.model)["tokenizer"] = str(origin)
-        if config.model.path is not None:
-            vars(config.model)["path"] = str(origin)
-    return config
+        model = model.replaced(tokenizer=str(origin), path=str(origin) if model.path is not None else None)
+    return config.replaced(run=config.run.replaced(dir=folder.parent, name=folder.name), model=model)
 
 
 def remove_run(folder: Path) -> None:
@@ -79,14 +74,16 @@ def _moved(config: Config, folder: Path, *, missing_only: bool = False) -> Confi
         moved = Path(os.path.normpath(folder / os.path.relpath(path, before)))
         return path if missing_only and (path.exists() or not moved.exists()) else moved
 
-    return map_paths(config.model_copy(deep=True), move)
+    return map_paths(config, move)
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Dotted names of the values that differ and may not change when a run is resumed."""
+    if path in free_keys():
+        return []
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = [key for key in {**a, **b} if path or key not in _FREE]
-        return [name for key in keys for name in _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))]
-    return [] if a == b or path in _FREE_KEYS else [path]
+        return [name for key in {**a, **b} for name in _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))]
+    return [] if a == b else [path]
 
 
 def _keep_origin(config: Config, tokenizer: Any) -> None:
@@ -99,3 +96,18 @@ def _keep_origin(config: Config, tokenizer: Any) -> None:
         shutil.copyfile(Path(config.model.path) / "config.json", temporary / "config.json")
     shutil.rmtree(origin, ignore_errors=True)
     temporary.rename(origin)
+
+
+def resolve_dtype(config: Config, device: str) -> Config:
+    """The configuration with `parallel.dtype` resolved: that of the run in the folder, else `auto_dtype`.
+
+    Call it before `start_world`. device: `cpu` or `cuda`.
+    """
+    if config.parallel.dtype != "auto":
+        return config
+    stored = config.run.folder / "config.yaml"
+    dtype = "auto"
+    if stored.is_file() and checkpoint.latest(config.run.folder / "checkpoints") is not None:
+        dtype = load_config(stored).parallel.dtype
+    dtype = auto_dtype(device) if dtype == "auto" else dtype
+    return config.replaced(parallel=config.parallel.replaced(dtype=dtype))

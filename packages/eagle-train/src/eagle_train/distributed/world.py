@@ -1,7 +1,4 @@
-"""The ranks of a run and how they share it: data groups, context groups, and parameters sharded with FSDP2.
-
-The loss of every rank is already divided by the global denominator, so gradients are summed, never averaged.
-"""
+"""The ranks of a run and how they share it: data parallel groups, each of one or more context parallel ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from eagle_cp import ContextMesh
 from eagle_train.config import ConfigError, ParallelConfig
+from eagle_train.errors import TrainError
 
 from .precision import auto_dtype
 
@@ -33,7 +30,7 @@ FAILED_PATIENCE = datetime.timedelta(seconds=60)
 """How long a rank that failed waits for the others: one that waits for it inside a collective of the model never comes."""
 
 
-class RankError(RuntimeError):
+class RankError(TrainError, RuntimeError):
     """A rank can't continue, and without it no rank can."""
 
 
@@ -97,7 +94,7 @@ class World:
         return values
 
     def failures(self, mine: str | None) -> list[str]:
-        """What failed, as `rank N: ...`, on all ranks the same; empty when `mine` is None everywhere. A collective of all ranks.
+        """Failures as `rank N: ...`, on all ranks the same; empty when `mine` is None everywhere. A collective of all ranks.
 
         Raises RankError on a rank that failed when the others don't come within `FAILED_PATIENCE`: they wait for it in another collective
         (for example in a layer of a sharded model), and the process group can't be used again.
@@ -145,8 +142,8 @@ def alone(device: str | None = None) -> World:
     return World(0, 1, torch.device(device_kind(device)), 0, 1, ContextMesh.single(), None)
 
 
-def for_asking(config: ParallelConfig) -> ParallelConfig:
-    """How ranks share the questions to a trained model, whatever it was trained on: the whole model on every rank, in float32."""
+def for_evaluation(config: ParallelConfig) -> ParallelConfig:
+    """How ranks evaluate a trained model, whatever it was trained on: the whole model on every rank, in float32."""
     return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": 1, "all_gather": 1})
 
 
@@ -191,40 +188,3 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
         if context > 1:
             context_mesh = ContextMesh.from_device_mesh(mesh["all_gather", "ulysses"])
     return World(rank, size, here, rank // context, data, context_mesh, mesh, owns, patient)
-
-
-def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
-    """FSDP2 over all ranks: a unit for every layer, one for the rest; master weights float32, computation in `config.dtype`.
-
-    Ranks of a context group see the same parameters and other tokens, so for parameters they are data ranks too.
-    With `config.fsdp` false parameters are replicated and only gradients are summed. A single float32 rank stays as it is. Raises
-    ConfigError when `config.dtype` isn't the precision that `world` was started for.
-    """
-    if config.dtype == "auto":
-        raise ConfigError("parallel.dtype is auto; resolve it first (eagle_train.training.precision.resolve_dtype)")
-    if world.mesh is None and config.dtype == "bfloat16":
-        raise ConfigError("the ranks were started for float32 and the run computes in bfloat16: call resolve_dtype before start_world")
-    if world.mesh is None:
-        return model
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
-    shape = (1, world.size) if config.fsdp else (world.size, 1)
-    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    mesh = mesh["shard"] if config.fsdp else mesh
-    layers = [*model.language_model.model.layers, *model.vision_model.vision_model.encoder.layers]  # type: ignore[union-attr]
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in model.modules():
-        # A single rank sums what it alone has: a factor would only cost a copy of every gradient.
-        if world.size > 1 and hasattr(module, "set_gradient_divide_factor"):
-            module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-            module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-    return model
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds the parameters."""
-    return hasattr(model, "set_requires_gradient_sync")

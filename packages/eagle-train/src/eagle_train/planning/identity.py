@@ -10,15 +10,15 @@ from typing import Any
 
 from eagle_train.config import Config, ConfigError
 from eagle_train.data.annotation import index_annotation
-from eagle_train.data.facts import Facts
 from eagle_train.data.prepare import tokenizer_fingerprint
-from eagle_train.planning.stages import StageSchedule
+
+from .stages import StageSchedule
 
 
-def identify(config: Config, facts: Facts, tokenizer: Any, schedules: Sequence[StageSchedule]) -> dict[str, str]:
+def identify(config: Config, tokenizer: Any, schedules: Sequence[StageSchedule]) -> dict[str, str]:
     """The tokenizer, every source and every stage's steps, as text that changes when they do. Where files are doesn't count."""
     result = {"the tokenizer": tokenizer_fingerprint(tokenizer)}
-    for source in facts.sources:
+    for source in schedules[0].facts.sources:
         content = index_annotation(source.annotation, config.data.shard_rows, config.facts_folder / "index").digest
         drawn = (content, source.rows, source.repeat_time, source.weight, source.max_dynamic_tiles)
         result[f"source {source.name}"] = hashlib.blake2b(json.dumps(drawn).encode(), digest_size=10).hexdigest()

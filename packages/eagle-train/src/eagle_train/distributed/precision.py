@@ -5,11 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-
-from eagle_train.config import Config, load_config
-
-from . import checkpoint
+from eagle_train.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +15,8 @@ def has_bfloat16(device: str) -> bool:
 
     GPUs from compute capability 8.0; CPUs with AVX512-BF16 or AMX, or Arm's BF16 extension.
     """
+    import torch
+
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu: Any = torch.cpu
@@ -32,22 +30,6 @@ def has_bfloat16(device: str) -> bool:
 def auto_dtype(device: str) -> str:
     """The precision that `parallel.dtype: auto` means on a kind of device."""
     return "bfloat16" if has_bfloat16(device) else "float32"
-
-
-def resolve_dtype(config: Config, device: str) -> Config:
-    """The configuration with `parallel.dtype` resolved: that of the run in the folder, else `auto_dtype`.
-
-    Call it before `start_world`. device: `cpu` or `cuda`.
-    """
-    if config.parallel.dtype != "auto":
-        return config
-    stored = config.run.folder / "config.yaml"
-    dtype = "auto"
-    if stored.is_file() and checkpoint.latest(config.run.folder / "checkpoints") is not None:
-        dtype = load_config(stored).parallel.dtype
-    result = config.model_copy(update={"parallel": config.parallel.model_copy()})
-    vars(result.parallel)["dtype"] = auto_dtype(device) if dtype == "auto" else dtype
-    return result
 
 
 def warn_of_slow_bfloat16(config: Config, device: str) -> None:
