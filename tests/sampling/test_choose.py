@@ -54,7 +54,7 @@ def test_even_in_time_not_in_frame_number():
     assert (choose_times(times, 8) < 2).sum() == 1
 
 
-@pytest.mark.parametrize(("count", "message"), [(0, "at least 1"), (11, "ask for at most 10")])
+@pytest.mark.parametrize(("count", "message"), [(0, "at least 1"), (11, "choose at most 10")])
 def test_impossible_counts(count, message):
     with pytest.raises(ValueError, match=message):
         choose_times(np.arange(10.0), count)

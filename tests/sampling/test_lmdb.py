@@ -267,7 +267,7 @@ def test_a_damaged_tar_is_refused_whole(tmp_path):
         (data[: third + 600], "can't be read as a tar file"),
         (data[:third], "can't be read as a tar file|ends at byte"),
         (data[:end], f"ends at byte {end} without an end mark"),
-        (data + data, "tars put one after another"),
+        (data + data, "several tars in one file"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(MediaError, match=why):

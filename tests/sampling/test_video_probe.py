@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from eagle_sampling import DEFAULT_LIMITS, Limits, MediaError, TimeTable, probe, read_frames
 from eagle_sampling.video.containers.demux import read_packets
 from eagle_sampling.video.containers.mp4 import _repeated
-from eagle_sampling.video.containers.track import NotOurs, ordered
+from eagle_sampling.video.containers.track import Unsupported, ordered
 from eagle_sampling.video.probe import read_track
 
 B_FRAMES = {"preset": "veryfast", "g": "24", "bf": "3", "x264-params": "scenecut=0"}
@@ -84,7 +84,7 @@ def test_two_frames_at_one_time_are_an_error_of_those(media):
     if len(read_track(str(path)).doubled()) == 0:
         pytest.skip("this muxer moved the frame")
     frames = read_frames(path, [1.16, 1.2, 1.28], on_error="skip")
-    assert [error.reason for error in frames.errors] == ["two frames of the file claim this time"]
+    assert [error.reason for error in frames.errors] == ["two frames of the file have this time"]
     assert frames.times.tolist() == pytest.approx([1.16, 1.28])
 
 
@@ -337,5 +337,5 @@ def test_repeated_is_repeat(counts, seed, dtype):
     found = _repeated(np.array(counts, ">u4"), values, sum(counts), "ctts")
     assert found.dtype == dtype
     assert (found == np.repeat(values, counts)).all()
-    with pytest.raises(NotOurs, match="ctts covers"):
+    with pytest.raises(Unsupported, match="ctts covers"):
         _repeated(np.array(counts, ">u4"), values, sum(counts) + 1, "ctts")
