@@ -109,7 +109,7 @@ def test_input_is_left_alone(noise):
         (np.zeros((4, 4, 3)), TypeError, "float64"),
         (np.zeros((4, 4, 2), np.uint8), ValueError, r"\(4, 4, 2\)"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "4 x 0"),
-        (np.zeros((1, 2, 3, 4), np.uint8), ValueError, "no image"),
+        (np.zeros((1, 2, 3, 4), np.uint8), ValueError, "not an image"),
         (torch.zeros(3, 4, 4), TypeError, "float32"),
         (torch.zeros(2, 5, 5, dtype=torch.uint8), ValueError, r"\(2, 5, 5\)"),
         (torch.zeros(3, 0, 4, dtype=torch.uint8), ValueError, "4 x 0"),
@@ -138,5 +138,5 @@ def test_into_a_batch(noise):
     for wrong in (batch[:2], batch[1:4, :10], batch[1:4].astype(float), batch.tolist()):
         with pytest.raises(ValueError, match="out is"):
             tile_image(array, (2, 1), tile_size=20, out=wrong)
-    with pytest.raises(TypeError, match="out is for"):
+    with pytest.raises(TypeError, match="out is only for"):
         tile_image(torch.from_numpy(array), (2, 1), tile_size=20, out=part)

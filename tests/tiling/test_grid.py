@@ -136,7 +136,7 @@ def test_array_kinds():
         (lambda: select_grid(10, 10, max_tiles=65), ValueError, "64"),
         (lambda: select_grid(10, 10, tile_size=0), ValueError, "tile_size = 0"),
         (lambda: select_grids([1, 2, 0], [1, 2, 3]), ValueError, "image 2 is 0 x 3"),
-        (lambda: select_grids([1, 2], [1]), ValueError, "one length"),
+        (lambda: select_grids([1, 2], [1]), ValueError, "same length"),
         (lambda: select_grids([1.0], [2.0]), TypeError, "float64"),
         (lambda: tile_count((0, 3)), ValueError, "0 x 3"),
         (lambda: tile_tokens((1, 1), 0), ValueError, "k = 0"),
