@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -162,10 +162,11 @@ def choose_chapters(
 
 def _seconds(times: ArrayLike | TimeTable | VideoInfo) -> NDArray[np.float64]:
     if hasattr(times, "keyframe_times"):  # a VideoInfo: its class is not imported here, because that loads the video libraries
-        if times.times is None:
-            raise ValueError(f"{times.path}: the times of its frames are not known: probe it with exact=True")
-        times = times.times
-    seconds = times.times() if isinstance(times, TimeTable) else np.asarray(times, dtype=np.float64)
+        info = cast("VideoInfo", times)
+        if info.times is None:
+            raise ValueError(f"{info.path}: the times of its frames are not known: probe it with exact=True")
+        times = info.times
+    seconds = times.times() if isinstance(times, TimeTable) else np.asarray(cast(ArrayLike, times), dtype=np.float64)
     if seconds.ndim != 1:
         raise ValueError(f"times must be one-dimensional, not of shape {seconds.shape}")
     return seconds

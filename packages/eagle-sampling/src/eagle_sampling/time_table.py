@@ -21,10 +21,10 @@ _RATES = tuple(Fraction(n, 1001) for n in (24000, 30000, 60000, 120000)) + tuple
 
 
 class Run(NamedTuple):
-    """`count` ticks `start + (i * step + phase) // den` for i = 0 ... count - 1, with 0 <= phase < den."""
+    """`length` ticks `start + (i * step + phase) // den` for i = 0 ... length - 1, with 0 <= phase < den."""
 
     start: int
-    count: int
+    length: int
     step: int
     den: int
     phase: int
@@ -52,11 +52,11 @@ class TimeTable:
         return cls(Fraction(unit), tuple(_compress(values, deltas, Fraction(unit))))
 
     def __len__(self) -> int:
-        return sum(run.count for run in self.runs)
+        return sum(run.length for run in self.runs)
 
     def ticks(self) -> NDArray[np.int64]:
         """int64 [n], in units of `unit` seconds."""
-        parts = [run.start + (np.arange(run.count, dtype=np.int64) * run.step + run.phase) // run.den for run in self.runs]
+        parts = [run.start + (np.arange(run.length, dtype=np.int64) * run.step + run.phase) // run.den for run in self.runs]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def times(self) -> NDArray[np.float64]:
@@ -75,8 +75,8 @@ class TimeTable:
             raise ValueError(f"a time table is 2 + 5 * runs integers, beginning with a positive unit; got {len(numbers)}: {numbers[:8]}")
         runs = tuple(Run(*numbers[i : i + 5]) for i in range(2, len(numbers), 5))
         for run in runs:
-            if run.count < 1 or run.den < 1 or not 0 <= run.phase < run.den:
-                raise ValueError(f"a time table can't hold the run {run}: count and den must be positive and 0 <= phase < den")
+            if run.length < 1 or run.den < 1 or not 0 <= run.phase < run.den:
+                raise ValueError(f"a time table can't hold the run {run}: length and den must be positive and 0 <= phase < den")
         return cls(Fraction(numbers[0], numbers[1]), runs)
 
     @property

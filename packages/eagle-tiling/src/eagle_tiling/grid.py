@@ -39,6 +39,8 @@ class _Table(NamedTuple):
     cells: int  # 2B + 1: cell 2i is the open interval below cut i, cell 2i + 1 the cut itself
     small: NDArray[np.int16]  # int16 [(max - min + 2) * cells]: best grid with fewer than n0 tiles
     large: NDArray[np.int16]  # int16, likewise: best grid with n0 tiles or more
+    small_list: list[int]
+    large_list: list[int]
     cols: NDArray[np.int64]  # int64 [G]
     rows: NDArray[np.int64]  # int64 [G]
     aspect: NDArray[np.float64]  # float64 [G]: c/r
@@ -148,8 +150,7 @@ def _select(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: 
         at = bisect_left(table.cuts_list, squared)
         cell = 2 * at + (at < len(table.cuts_list) and table.cuts_list[at] == squared)
         flat = row * table.cells + cell
-        small: Grid = table.grids[table.small[flat]]
-        large: Grid = table.grids[table.large[flat]]
+        small, large = table.grids[table.small_list[flat]], table.grids[table.large_list[flat]]
         return large if _better(large, small, width, height, tile_size) else small
     best = table.grids[0]
     for grid in table.grids[1:]:
@@ -242,13 +243,16 @@ def _table(min_tiles: int, max_tiles: int) -> _Table:
     keep = np.flatnonzero(differs.any(axis=0))
     kept_cells = np.concatenate([[0], np.stack([2 * keep + 1, 2 * keep + 2], axis=1).reshape(-1)]).astype(np.intp)
     cuts = np.concatenate([p[keep] / q[keep], [np.inf]])
+    small, large = (np.ascontiguousarray(best[:, kept_cells]).reshape(-1) for best in (small, large))
     return _Table(
         grids=grids,
         cuts=cuts,
         cuts_list=cuts[:-1].tolist(),
         cells=len(kept_cells),
-        small=np.ascontiguousarray(small[:, kept_cells]).reshape(-1),
-        large=np.ascontiguousarray(large[:, kept_cells]).reshape(-1),
+        small=small,
+        large=large,
+        small_list=small.tolist(),
+        large_list=large.tolist(),
         cols=np.array([grid.cols for grid in grids], np.int64),
         rows=np.array([grid.rows for grid in grids], np.int64),
         aspect=np.array([grid.cols / grid.rows for grid in grids]),
