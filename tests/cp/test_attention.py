@@ -17,13 +17,13 @@ HEADS = [(8, 2), (28, 4), (9, 3), (8, 1), (8, 8), (12, 4)]
 
 def paced(meshes, case):
     """The attention case with keys going one head at a time, and collectives ahead of the kernels or not."""
-    module = sys.modules["eagle_cp.core"]
-    before, speed = module.FINE_ROWS, meshes[case["ulysses"]].gather_gb_s
-    module.FINE_ROWS, meshes[case["ulysses"]].gather_gb_s = 1, 1e-6 if case["ahead"] else 1e12
+    module = sys.modules["eagle_cp.all_gather"]
+    before, speed = module.HEADWISE_ROWS, meshes[case["ulysses"]].all_gather_gb_s
+    module.HEADWISE_ROWS, meshes[case["ulysses"]].all_gather_gb_s = 1, 1e-6 if case["overlap"] else 1e12
     try:
         return FUNCTIONS["attention"](meshes, case)
     finally:
-        module.FINE_ROWS, meshes[case["ulysses"]].gather_gb_s = before, speed
+        module.HEADWISE_ROWS, meshes[case["ulysses"]].all_gather_gb_s = before, speed
 
 
 def from_meshes(meshes, case):
@@ -32,14 +32,14 @@ def from_meshes(meshes, case):
 
     size = meshes[1].size
     flat = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
-    square = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("gather", "ulysses"))
+    square = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("all_gather", "ulysses"))
     built = [
         ContextMesh.from_device_mesh(flat["cp"], ulysses=2),
         ContextMesh.from_device_mesh(square),
         ContextMesh.from_group(ulysses=2),
         meshes[2],
     ]
-    transposed = DeviceMesh("cpu", torch.arange(size).view(2, -1).t(), mesh_dim_names=("gather", "ulysses"))
+    transposed = DeviceMesh("cpu", torch.arange(size).view(2, -1).t(), mesh_dim_names=("all_gather", "ulysses"))
     errors = []
     for wrong in (
         lambda: ContextMesh.from_device_mesh(square, ulysses=size),
@@ -74,12 +74,12 @@ def checkpointed(meshes, case):
 
 def stepped(meshes, case):
     """The attention case with a kernel call for every piece of `long` queries or more."""
-    module = sys.modules["eagle_cp.shared"]
-    before, module.LONG_SEGMENT = module.LONG_SEGMENT, case["long"]
+    module = sys.modules["eagle_cp.rank_attention"]
+    before, module.LONG_PIECE = module.LONG_PIECE, case["long"]
     try:
         return FUNCTIONS["paced"](meshes, case)
     finally:
-        module.LONG_SEGMENT = before
+        module.LONG_PIECE = before
 
 
 FUNCTIONS = {"paced": paced, "stepped": stepped, "from_meshes": from_meshes, "checkpointed": checkpointed}
@@ -130,12 +130,12 @@ def test_28_heads_over_any_number_of_ranks(cp, ranks, size, ulysses):
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (4, 2), (4, 1), (3, 1)])
-def test_one_head_at_a_time_beside_the_kernels_or_between(cp, ranks, size, ulysses, ahead):
+def test_one_head_at_a_time_beside_the_kernels_or_between(cp, ranks, size, ulysses, overlap):
     for lengths in ([120], [70, 5, 33, 2], [3, 3]):
         check(cp, ranks, size, {
-            "lengths": lengths, "heads": 14, "kv_heads": 7, "dim": 8, "causal": True, "seed": 5, "ulysses": ulysses, "ahead": ahead,
+            "lengths": lengths, "heads": 14, "kv_heads": 7, "dim": 8, "causal": True, "seed": 5, "ulysses": ulysses, "overlap": overlap,
         }, function="paced")  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def test_long_pieces_alone_and_short_ones_together(cp, ranks, size, ulysses):
     def run(lengths, long, causal, seed):
         check(cp, ranks, size, {
             "lengths": lengths, "heads": 4, "kv_heads": 2, "dim": 8, "causal": causal, "seed": seed, "ulysses": ulysses, "long": long,
-            "ahead": False, "tolerance": 0.0,
+            "overlap": False, "tolerance": 0.0,
         }, function="stepped")  # fmt: skip
 
     run()
@@ -217,9 +217,9 @@ def test_kernels_get_a_dense_incoming_gradient(cp, monkeypatch, layout):
 
 
 def test_the_order_checker_can_fail(cp):
-    calls = [[0, "all_gather", "gather", 8, "float32"], [1, "reduce_scatter", "gather", 8, "float32"]]
-    agreed = [(None, None, {"gather": ([0, 1], calls)}), (None, None, {"gather": ([0, 1], calls)})]
+    calls = [[0, "all_gather", "all_gather", 8, "float32"], [1, "reduce_scatter", "all_gather", 8, "float32"]]
+    agreed = [(None, None, {"all_gather": ([0, 1], calls)}), (None, None, {"all_gather": ([0, 1], calls)})]
     cp.same_order(agreed)
-    for other in (calls[::-1], calls[:1], [calls[0], [1, "reduce_scatter", "gather", 9, "float32"]]):
+    for other in (calls[::-1], calls[:1], [calls[0], [1, "reduce_scatter", "all_gather", 9, "float32"]]):
         with pytest.raises(AssertionError, match="order of collectives differs"):
-            cp.same_order([agreed[0], (None, None, {"gather": ([0, 1], other)})])
+            cp.same_order([agreed[0], (None, None, {"all_gather": ([0, 1], other)})])

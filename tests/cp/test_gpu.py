@@ -32,7 +32,7 @@ def relative(x, ref):
 def available(name, causal):
     """The kernel and the GPU to try it on; skips where it can't run."""
     kernel, device = KERNELS[name], torch.device("cuda", torch.cuda.current_device())
-    reason = kernel.why_not(device, torch.bfloat16, 128, causal)
+    reason = kernel.unsupported(device, torch.bfloat16, 128, causal)
     if reason:
         pytest.skip(reason)
     return kernel, device

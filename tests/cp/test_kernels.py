@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from eagle_cp import Layout, attention
 from eagle_cp.backends import KERNELS, choose
-from eagle_cp.blockwise import CPU, blockwise_backward, blockwise_forward, bucket_length
+from eagle_cp.kernels import cpu
+from eagle_cp.kernels.blockwise import blockwise_backward, blockwise_forward, bucket_length
 from eagle_cp.segments import Segments
 
 
@@ -33,7 +34,7 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 300)), min_size=
 @settings(deadline=None, max_examples=25)
 @given(lengths, st.booleans(), st.sampled_from([(4, 2), (3, 3), (6, 1)]), st.integers(0, 99))
 def test_blockwise_segments(same_shapes, pairs, causal, heads, seed):
-    dense = dataclasses.replace(CPU, same_shapes=same_shapes and causal, max_rows=256)
+    dense = dataclasses.replace(cpu.DENSE, same_shapes=same_shapes and causal, max_rows=256)
     cumulative = lambda n: [0, *torch.tensor(n).cumsum(0).tolist()]
     segments = Segments(cumulative([a for a, _ in pairs]), cumulative([a + b for a, b in pairs]))
     torch.manual_seed(seed)

@@ -69,7 +69,7 @@ def hang(meshes, folder):
     with Watchdog(mesh.groups(), timeout=0.3, store=store, report=reports.append):
         if mesh.rank == 1:
             time.sleep(1.2)
-        mesh.context.gather_rows(torch.zeros(3))
+        mesh.context.all_gather_rows(torch.zeros(3))
     return reports
 
 
@@ -86,7 +86,7 @@ def lost_store(meshes, _):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = torch.tensor([probe.getsockname()[1]])
-    port = int(mesh.context.gather_rows(port)[0])
+    port = int(mesh.context.all_gather_rows(port)[0])
     store = dist.TCPStore("127.0.0.1", port, mesh.size, is_master=mesh.rank == 0)
 
     def report(text):
@@ -94,11 +94,11 @@ def lost_store(meshes, _):
         raise OSError("the place for reports is full")
 
     with Watchdog(mesh.groups(), timeout=0.3, store=store if mesh.rank else None, report=report) as watchdog:
-        mesh.context.gather_rows(torch.zeros(3))
+        mesh.context.all_gather_rows(torch.zeros(3))
         if mesh.rank == 0:
             del store
             time.sleep(1.2)
-        mesh.context.gather_rows(torch.zeros(4))
+        mesh.context.all_gather_rows(torch.zeros(4))
         return reports, watchdog._thread.is_alive()
 
 
@@ -113,9 +113,9 @@ def wrong_tiles(meshes, case):
     try:
         plan = plan_tiles(layout, is_feature, 2)
         rows = (plan.last - plan.first) * 2 + 2 * (wrong and kind == "tiles")
-        rows = exchange_tiles(torch.zeros(rows, 3 + (wrong and kind == "width")), layout)
+        rows = exchange_tiles(torch.zeros(rows, 3 + (wrong and kind == "width")), layout, plan)
         for _ in range(2):  # agreed once
-            rows = exchange_tiles(torch.zeros((plan.last - plan.first) * 2, 3), layout)
+            rows = exchange_tiles(torch.zeros((plan.last - plan.first) * 2, 3), layout, plan)
         return rows.shape[0] == len(plan.local_rows)
     except ValueError as error:
         return str(error)
@@ -173,7 +173,7 @@ def test_watchdog_says_who_waits_for_what(ranks, tmp_path):
         text = "\n".join(reports[rank])
         assert f"rank {rank} has waited" in text
         assert "all_gather number" in text
-        assert "rank 1: not in a collective" in text or "rank 1: has called none yet" in text
+        assert "rank 1: not in a collective" in text or "rank 1: has called no collective yet" in text
     assert reports[1] == []
 
 
@@ -190,7 +190,7 @@ def test_watchdog_outlives_its_store_and_its_report(ranks):
     ("kind", "message"),
     [
         ("mask", "plan_tiles: is_feature or tokens_per_tile differ between context ranks: [0, 2] / [1]"),
-        ("multiple", "context rank 1: tiles: 7 feature tokens are not a multiple of 2"),
+        ("multiple", "context rank 1: plan_tiles: 7 feature tokens are not a multiple of 2"),
         ("tiles", "context rank 1: exchange_tiles: got features (4, 3), this rank encodes tiles [1, 2) of 4"),
         ("width", "exchange_tiles: dtype or width of the features differ between context ranks: [0, 2] / [1]"),
     ],

@@ -65,7 +65,7 @@ def sharded_step(meshes, case):
     mine = pixels[plan.first : plan.last]
     encoded = model["vision"](mine if len(mine) else torch.zeros(1, 3, 8, 8).double()).last_hidden_state  # its reshapes need an image
     features = model["connector"](encoded[: len(mine)])
-    rows = exchange_tiles(features, layout)
+    rows = exchange_tiles(features, layout, plan)
     embeds = model["language"].get_input_embeddings()(layout.shard(ids))
     embeds = embeds.index_copy(0, plan.local_rows, rows)
     out = model["language"](inputs_embeds=embeds[None], position_ids=layout.shard(positions)[None], use_cache=False, eagle_layout=layout)

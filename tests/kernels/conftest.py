@@ -1,4 +1,4 @@
-"""Shared fixtures: comparison with float64, and compilation of whatever a call launches for sm_90, without a GPU."""
+"""Shared fixtures: comparison with float64, and compilation for sm_90 of every kernel that a call launches, without a GPU."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """|out - expected| / |expected|, in float64; NaN in `out` gives NaN, which passes no comparison."""
+    """|out - expected| / |expected|, in float64. NaN in `out` gives NaN, which fails every comparison."""
 
     def error(out: torch.Tensor, expected: torch.Tensor) -> float:
         out, expected = out.double(), expected.double()
@@ -33,7 +33,7 @@ def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Every kernel that is launched in the test is compiled for sm_90 instead of run; the compiled kernels are collected here."""
+    """Every kernel that the test launches is compiled for sm_90 instead of run. The value is the list of compiled kernels."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -93,7 +93,7 @@ def assert_as_exact_as_torch(relative_error) -> Callable[..., None]:
         tensors = {}
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and name in differentiate:
-                # A cast keeps the strides, so a non-contiguous input stays one.
+                # A cast keeps the strides, so a non-contiguous input stays non-contiguous.
                 value = value.detach().to(dtype).requires_grad_()
             tensors[name] = value
         with eagle_kernels.use_implementation(implementation):
@@ -105,7 +105,7 @@ def assert_as_exact_as_torch(relative_error) -> Callable[..., None]:
         return [part.detach() for part in out] + [tensors[name].grad for name in differentiate]
 
     def check(function: Callable, inputs: dict, differentiate: tuple[str, ...], dtype: torch.dtype) -> None:
-        # The inputs are rounded first: the question is what the operator adds to the error, not what rounding its inputs costs.
+        # The inputs are rounded first, so that the error is the operator's and not that of rounding its inputs.
         inputs = {name: value.to(dtype) if name in differentiate else value for name, value in inputs.items()}
         exact = run(function, inputs, differentiate, torch.float64, "torch")
         plain = run(function, inputs, differentiate, dtype, "torch")
@@ -115,17 +115,17 @@ def assert_as_exact_as_torch(relative_error) -> Callable[..., None]:
             assert value.shape == expected.shape
             assert value.dtype == other.dtype
             if value.numel() < 64:
-                # So few elements have no statistics: rounding once, each way, may differ by this much.
+                # With so few elements a single rounding step decides: allow for one in each direction.
                 floor = max(floor, 1.25 * torch.finfo(dtype).eps)
             error, allowed = relative_error(value, expected), max(2 * relative_error(other, expected), floor)
-            assert error <= allowed, f"result {position}: error {error:.2e}, torch's twice {allowed:.2e}"
+            assert error <= allowed, f"result {position}: error {error:.2e}, allowed {allowed:.2e} (twice the error of torch)"
 
     return check
 
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` and its relatives hand out NaN, so that an element that nobody writes shows."""
+    """`torch.empty` and `torch.empty_like` return NaN, so that an element that is not written is visible in the result."""
 
     def poison(create: Callable) -> Callable:
         def wrapped(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""gelu_linear against float64, with and without gradients, and its bad inputs."""
+"""gelu_linear against float64, with and without gradients, and its invalid arguments."""
 
 import pytest
 import torch

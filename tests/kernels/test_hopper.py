@@ -1,4 +1,4 @@
-"""Every kernel, as its operator launches it at the shapes of an 8B model, compiles for sm_90 on any machine and spills no register."""
+"""Every kernel, launched by its operator at the shapes of an 8B model, compiles for sm_90 without a GPU and spills no register."""
 
 import re
 
@@ -41,7 +41,7 @@ def test_every_kernel_compiles_without_spills(dtype, compiled):
     names = {kernel.metadata.name for kernel in compiled}
     assert names >= {"forward_kernel", "backward_kernel", "reduce_kernel", "rope_kernel", "loss_kernel", "rows_kernel", "scale_kernel"}
     for kernel in compiled:
-        # Local memory appears in PTX as a depot when arrays or spilled values live there before ptxas has its say.
+        # PTX declares a local depot if arrays or spilled values are in local memory before ptxas runs.
         assert not re.search(r"\.local\s+\.align", kernel.asm["ptx"]), f"{kernel.metadata.name} keeps values in local memory"
         assert kernel.asm["cubin"], kernel.metadata.name
 

@@ -1,6 +1,6 @@
 """Runs the kernels of every other test file of this folder in Triton's interpreter: the same tests, on small shapes, without a GPU.
 
-It needs a process of its own, because a kernel becomes an interpreted one when its module is imported.
+It needs a process of its own, because Triton decides at the import of a kernel's module whether it is interpreted.
 """
 
 import os

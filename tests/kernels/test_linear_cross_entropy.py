@@ -1,4 +1,4 @@
-"""linear_cross_entropy against float64: what is ignored, weighted, smoothed; what it stores; what it refuses."""
+"""linear_cross_entropy against float64: ignored rows, weights, smoothing, leading dimensions, stored memory, invalid arguments."""
 
 import functools
 
@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import eagle_kernels.ops.linear_cross_entropy.function as function_module
+import eagle_kernels.ops.linear_cross_entropy.reference as reference_module
 from eagle_kernels import linear_cross_entropy, reference, use_implementation
-from eagle_kernels import linear_cross_entropy as _function
-from eagle_kernels.linear_cross_entropy import CHUNK_BYTES, ROW_MULTIPLE, chunk_rows, kept_rows
+from eagle_kernels.ops.linear_cross_entropy.function import CHUNK_BYTES, ROW_MULTIPLE, chunk_rows, kept_rows
 
 BOTH = ("hidden", "weight")
 
@@ -43,8 +44,7 @@ def dtypes(device: str) -> list[torch.dtype]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few rows, so that small examples have several."""
-    module = __import__("sys").modules["eagle_kernels.linear_cross_entropy"]
-    monkeypatch.setattr(module, "chunk_rows", lambda kept, vocab, itemsize: min(kept, 16))
+    monkeypatch.setattr(function_module, "chunk_rows", lambda kept, vocab, itemsize: min(kept, 16))
 
 
 @pytest.mark.usefixtures("poisoned_memory", "small_chunks")
@@ -111,7 +111,7 @@ def test_known_count_gives_the_same_and_a_wrong_one_is_nan(device, choice):
             for denominator in (None, torch.tensor(5.0, device=device)):
                 loss = linear_cross_entropy(**inputs, num_kept=wrong, denominator=denominator)
                 assert loss.isnan()
-                # No step can be made of it by someone who doesn't look at the loss.
+                # The gradient is NaN too: a caller that does not check the loss cannot take a step with it.
                 assert torch.autograd.grad(loss, inputs["weight"])[0].isnan().all()
         with pytest.raises(ValueError, match=f"num_kept is {kept + 1}, but {kept}"):
             linear_cross_entropy(**inputs, num_kept=kept + 1, validate=True)
@@ -161,8 +161,8 @@ def test_float32_weight_gradient(device, relative_error):
 
 
 @pytest.mark.gpu
-def test_a_denominator_costs_no_accuracy(relative_error):
-    """1/3 in bf16 is off by 0.001, and so would be every gradient that is made from labels' entries divided by 3."""
+def test_a_denominator_does_not_reduce_accuracy(relative_error):
+    """1/3 in bf16 has an error of 0.001. Gradients made from entries that are divided by 3 before the matmul would have it too."""
     inputs = example("cuda", 512, 64, 5000, labelled=1.0, sharpness=0.5)
     low = [inputs[name].bfloat16().requires_grad_() for name in BOTH]
     low[1].grad_dtype = torch.float32
@@ -173,7 +173,7 @@ def test_a_denominator_costs_no_accuracy(relative_error):
 
 
 def test_float16_survives_a_large_denominator(device, relative_error):
-    """A gradient of 1e-8 is 0 in float16; scaled by the loss scale it isn't, if nothing was rounded before."""
+    """A gradient of 1e-8 is 0 in float16. Multiplied by the loss scale it is not, if nothing was rounded before."""
     inputs = example(device, 20, 8, 30)
     denominator = torch.tensor(1e6, device=device)
     exact = [inputs[name].half().double().requires_grad_() for name in BOTH]
@@ -197,7 +197,7 @@ def test_frozen_head_or_frozen_hidden(device):
 
 
 def test_tied_head(device, relative_error):
-    """One parameter as embedding and as head: both gradients arrive."""
+    """One parameter as embedding and as head receives both gradients."""
     weight = torch.randn(30, 8, device=device)
     ids = torch.randint(0, 30, (20,), device=device)
     tied = [weight.clone().requires_grad_(), weight.double().requires_grad_()]
@@ -212,6 +212,37 @@ def test_strided_inputs(device, assert_as_exact_as_torch):
     inputs["hidden"] = torch.randn(20, 32, device=device)[:, ::2]
     inputs["weight"] = torch.randn(16, 30, device=device).t()
     assert_as_exact_as_torch(linear_cross_entropy, inputs, BOTH, torch.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"denominator": 7.0}])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_leading_dimensions_equal_flat_rows(device, options, weighted):
+    inputs = example(device, 24, 8, 30)
+    if weighted:
+        inputs["token_weights"] = torch.rand(24, device=device)
+    results = []
+    with use_implementation("triton"):
+        for leading in ((24,), (2, 12), (3, 2, 4), (1, 24)):
+            leaves = [inputs[name].clone().requires_grad_() for name in BOTH]
+            shaped = {name: inputs[name].view(leading) for name in inputs if name not in BOTH}
+            out = linear_cross_entropy(leaves[0].view(*leading, 8), leaves[1], **shaped, **options, return_details=True)
+            assert out.token_losses.shape == leading
+            out.loss.backward()
+            results.append([out.loss.detach(), out.token_losses.flatten(), out.count, *(leaf.grad for leaf in leaves)])
+    for result in results[1:]:
+        assert all(torch.equal(found, expected) for found, expected in zip(result, results[0]))
+
+
+def test_a_shifted_batch_needs_no_flattening(device, relative_error):
+    """hidden[:, :-1] of a batch has no view as rows."""
+    hidden, weight = torch.randn(2, 9, 8, device=device), torch.randn(30, 8, device=device)
+    ids = torch.randint(0, 30, (2, 9), device=device)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    with use_implementation("triton"):
+        linear_cross_entropy(leaves[0][:, :-1], leaves[1], ids[:, 1:]).backward()
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    F.cross_entropy((exact[0][:, :-1] @ exact[1].t()).flatten(0, 1), ids[:, 1:].flatten()).backward()
+    assert all(relative_error(leaf.grad, wide.grad) < 1e-6 for leaf, wide in zip(leaves, exact))
 
 
 @settings(deadline=None, max_examples=50)
@@ -230,7 +261,7 @@ def test_kept_rows_without_a_wait_are_nonzero(tokens, fraction, seed, weighted):
 def test_reference_in_chunks_equals_the_whole(monkeypatch):
     inputs = example("cpu", 40, 8, 30)
     expected = linear_cross_entropy(**inputs, label_smoothing=0.1)
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 30 * 7)
+    monkeypatch.setattr(reference_module, "CHUNK_ELEMENTS", 30 * 7)
     assert torch.allclose(linear_cross_entropy(**inputs, label_smoothing=0.1), expected)
 
 
@@ -258,7 +289,9 @@ def test_denominator_must_be_positive(denominator):
         ({"labels": torch.tensor([0, 1, 2, -5])}, ValueError, "the first is -5"),
         ({"labels": torch.zeros(4)}, TypeError, "labels is torch.float32"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "labels has shape"),
-        ({"hidden": torch.ones(2, 2, 8)}, ValueError, "hidden has shape"),
+        ({"hidden": torch.ones(8)}, ValueError, r"hidden has shape \(8,\), expected \[\.\.\., H\]"),
+        ({"hidden": torch.ones(2, 2, 8)}, ValueError, r"labels has shape \(4,\), expected \(2, 2\)"),
+        ({"hidden": torch.ones(2, 2, 8), "labels": torch.zeros(2, 2).long(), "num_kept": 5}, ValueError, "num_kept is 5, expected 0 to 4"),
         ({"weight": torch.ones(6, 7)}, ValueError, "weight has shape"),
         ({"weight": torch.ones(6, 8).half()}, TypeError, "weight is torch.float16"),
         ({"token_weights": torch.ones(5)}, ValueError, "token_weights has shape"),
@@ -325,7 +358,7 @@ def test_stores_one_chunk_of_logits():
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    _function(**inputs, num_kept=tokens).backward()
+    linear_cross_entropy(**inputs, num_kept=tokens).backward()
     extra = torch.cuda.max_memory_allocated() - before - vocab * hidden * 4
     assert extra <= 1.3 * 2**30
     assert chunk_rows(tokens, vocab, 2) * vocab * 2 <= extra, "the bound would hold for any implementation"

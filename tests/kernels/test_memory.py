@@ -1,4 +1,4 @@
-"""plan_memory: sums that can be done by hand, and the directions in which every choice must move them."""
+"""plan_memory: sums computed by hand, and the direction in which every option must change them."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ def test_parameters_of_qwen_7b():
     assert QWEN.parameters == 7_615_616_512  # the published count
 
 
-def test_checkpoints_by_hand():
+def test_stored_states_by_hand():
     plan = plan_memory(QWEN, 32768)
     state = 32768 * 3584 * 2
     assert plan.parts["weights"] == 2 * QWEN.parameters
@@ -36,7 +36,7 @@ def test_checkpoints_by_hand():
         {"labelled": 100},
     ],
 )
-def test_what_saves_memory_saves_it(less):
+def test_options_that_save_memory_lower_the_peak(less):
     usual = {"tokens": 32768, "optimizer_bytes": 12, "gradients_kept": True}
     tokens = less.pop("tokens", usual.pop("tokens"))
     assert plan_memory(QWEN, tokens, **(usual | less)).gpu <= plan_memory(QWEN, tokens, **usual).gpu
@@ -44,7 +44,7 @@ def test_what_saves_memory_saves_it(less):
         assert plan_memory(QWEN, tokens, **(usual | less)).gpu < plan_memory(QWEN, tokens, **usual).gpu
 
 
-def test_vision_costs_and_a_frozen_tower_costs_less():
+def test_vision_adds_memory_and_a_frozen_tower_less():
     tower = VisionShape(width=1152, intermediate=4304, layers=27, patches=120 * 1024)
     without = plan_memory(QWEN, 32768).gpu
     frozen = plan_memory(QWEN, 32768, vision=dataclasses.replace(tower, frozen=True)).gpu
@@ -56,7 +56,7 @@ def test_tied_head_has_one_matrix_less():
     assert QWEN.parameters - tied.parameters == 152064 * 3584
 
 
-def test_text_names_the_parts():
+def test_str_names_the_parts():
     text = str(plan_memory(QWEN, 32768, offload=True))
     assert "peak in" in text
     assert "weights: 14.19 GiB" in text
@@ -83,7 +83,7 @@ def test_bad_input(change, says):
         plan_memory(**({"decoder": QWEN, "tokens": 8} | change))
 
 
-def test_a_step_without_pictures_has_no_patches():
+def test_zero_patches():
     assert plan_memory(QWEN, 8, vision=dataclasses.replace(SIGLIP, patches=0)).gpu < plan_memory(QWEN, 8, vision=SIGLIP).gpu
 
 
@@ -91,16 +91,16 @@ TRAINER = {"weight_bytes": 4, "gradient_bytes": 4, "optimizer_bytes": 8, "comput
 
 
 def test_parameters_of_the_8b_model():
-    """The counts of the real model, made on the meta device."""
+    """Counted on the model, built on the meta device."""
     assert SIGLIP.parameters == 413_327_088
     assert SIGLIP.connector_parameters(3584) == 29_376_512
 
 
-def test_what_pictures_leave_for_backward_by_hand():
+def test_stored_vision_activations_by_hand():
     patches, tokens = 120 * 1024, 120 * 256
     found = SIGLIP.kept(3584, 2)
     assert found["vision checkpoints"] == 27 * patches * 1152 * 2
-    # Post-layernorm's input; the shuffled LayerNorm's input and output; GELU's input and output, and what the connector gives.
+    # Inputs of the post-layernorm, of the connector's LayerNorm and its first Linear; input and output of GELU; the connector's output.
     assert found["connector"] == tokens * (3 * 4608 + 3 * 3584) * 2
     assert found["pixels"] == patches * 588 * 3
     frozen = dataclasses.replace(SIGLIP, frozen=True).kept(3584, 2)
@@ -109,14 +109,14 @@ def test_what_pictures_leave_for_backward_by_hand():
 
 
 @pytest.mark.parametrize("shards", [1, 2, 8, 64])
-def test_shards_divide_what_rests_and_not_what_computes(shards):
+def test_shards_divide_stored_parameters_and_not_the_copies_for_computation(shards):
     plan = plan_memory(QWEN, 32768, vision=SIGLIP, shards=shards, **TRAINER)
     parameters = QWEN.parameters + SIGLIP.parameters + SIGLIP.connector_parameters(3584)
     root = parameters - 28 * QWEN.layer_parameters - 27 * SIGLIP.layer_parameters
     for parts in plan.moments.values():
         assert parts["weights"] == 4 * parameters // shards
         assert parts["optimizer"] == 8 * parameters // shards
-    # Embedding, head, norms and connector stay whole; of the layers two are, and over ranks a third one is arriving.
+    # Embedding, head, norms and connector are gathered, and two layers; with several ranks a third layer is being received.
     assert plan.moments["the loss"]["whole weights"] == 2 * (root + (2 if shards == 1 else 3) * QWEN.layer_parameters)
     first = plan.moments["backward of layer 0, MLP"]
     assert first["gradients"] == 4 * 27 * QWEN.layer_parameters // shards
@@ -127,7 +127,7 @@ def test_shards_divide_what_rests_and_not_what_computes(shards):
 
 
 def test_a_reduction_can_be_the_peak():
-    """A wide vocabulary over few tokens: what hurts is the float32 input of the last reduction."""
+    """With a large vocabulary and few tokens, the float32 input of the last reduction is the largest."""
     small = dataclasses.replace(QWEN, layers=2)
     plan = plan_memory(small, 256, **TRAINER)
     assert plan.moment == "the last reduction"

@@ -1,4 +1,4 @@
-"""The offload engine: the same gradients as without it, its arena's laws, and its errors with their numbers."""
+"""Activation offload: gradients equal those without it, properties of the arena, available host memory, errors with their numbers."""
 
 import functools
 import gc
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from eagle_kernels import OffloadEngine, offload_checkpoint
-from eagle_kernels.arena import ALIGNMENT, Arena, available_host_bytes
+from eagle_kernels.offload import ALIGNMENT, Arena, available_host_bytes
 
 ROWS, WIDTH = 2048, 256  # a hidden state of 2 MiB in float32
 STATE = ROWS * WIDTH * 4
@@ -60,7 +60,7 @@ def test_gradients_are_those_of_a_plain_run(device, gpu_states, keep):
     expected = step(layers(device), x.clone().requires_grad_(), direct)
     operators = ["aten::tanh"] if keep else []
     engine = OffloadEngine(10 * STATE, gpu_bytes=gpu_states * STATE, device=device, keep_operators=operators)
-    for _ in range(3):  # places are used again
+    for _ in range(3):  # memory of the arena is reused
         found = step(layers(device), x.clone().requires_grad_(), engine.checkpoint)
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
         assert engine.arena.free == engine.arena.capacity
@@ -97,7 +97,7 @@ def test_kept_operators_do_not_run_again(device, monkeypatch):
     assert torch.equal(found, x.grad)
 
 
-def test_the_last_layer_stays_and_the_others_leave():
+def test_the_last_layer_stays_and_the_others_are_offloaded():
     engine = OffloadEngine(10 * STATE, device="cpu")
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
     hidden = x
@@ -146,7 +146,7 @@ def test_an_argument_modified_in_place_is_an_error(rows, leaf):
 
 @pytest.mark.parametrize("rows", [ROWS, 70], ids=["2 MiB", "70 KiB"])
 def test_a_kept_output_modified_in_place_is_an_error(rows):
-    """Recomputation would take the changed one for what the operator gave."""
+    """Recomputation would use the modified tensor as the operator's output."""
     engine = OffloadEngine(10 * STATE, device="cpu", keep_operators=["aten::tanh"])
     x = torch.randn(rows, WIDTH, requires_grad=True)
     out = engine.checkpoint(lambda x: x.tanh().mul_(2).sin(), x)
@@ -154,12 +154,12 @@ def test_a_kept_output_modified_in_place_is_an_error(rows):
         out.sum().backward()
 
 
-def test_too_little_host_memory_says_the_numbers():
-    with pytest.raises(MemoryError, match=r"3\.00 GiB of host memory are asked for and 2\.00 GiB are available"):
+def test_too_little_host_memory_is_an_error_with_both_sizes():
+    with pytest.raises(MemoryError, match=r"3\.00 GiB of host memory are requested and 2\.00 GiB are available"):
         OffloadEngine(3 << 30, device="cpu", host_available=2 << 30)
     engine = OffloadEngine(2 * STATE, device="cpu")
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
-    with pytest.raises(MemoryError, match=r"no place for 0\.002 GiB"):
+    with pytest.raises(MemoryError, match=r"0\.002 GiB do not fit"):
         functools.reduce(lambda hidden, layer: engine.checkpoint(layer, hidden), layers("cpu", 5), x)
     with pytest.raises(ValueError, match="capacity is 0"):
         OffloadEngine(0, device="cpu")
@@ -167,7 +167,7 @@ def test_too_little_host_memory_says_the_numbers():
         OffloadEngine(1, gpu_bytes=-1, device="cpu")
 
 
-def test_the_arena_has_the_size_it_was_asked_for():
+def test_the_arena_has_the_requested_size():
     arena = Arena(1_100_000, pin=False)
     assert arena.capacity == -(-1_100_000 // ALIGNMENT) * ALIGNMENT
     available = available_host_bytes()
@@ -175,7 +175,7 @@ def test_the_arena_has_the_size_it_was_asked_for():
 
 
 def system(root: Path, group: str, files: dict[str, str], free: int = 900) -> Path:
-    """What the kernel says: `free` KiB in all, and the control groups' files by their folder."""
+    """A file system with `free` KiB of available memory and the control groups' files."""
     files = {"proc/meminfo": f"MemTotal: 1000 kB\nMemAvailable: {free} kB\n", "proc/self/cgroup": group} | {
         f"sys/fs/cgroup/{name}": text for name, text in files.items()
     }
@@ -193,25 +193,25 @@ STAT = "anon 100000\nfile 400000\nshmem 50000\ninactive_file 300000\nactive_file
     [
         ("0::/\n", {"memory.max": "max\n", "memory.current": "500000\n"}, 900 * 1024),
         ("0::/\n", {"memory.max": "600000\n", "memory.current": "500000\n"}, 100_000),
-        # Pages of files that were read are given up when someone needs the memory; shared memory is not.
+        # The kernel reclaims file pages, but not shared memory.
         ("0::/\n", {"memory.max": "600000\n", "memory.current": "500000\n", "memory.stat": STAT}, 450_000),
-        # The process's own group, and each above it.
+        # The process's group and its parents.
         ("1:name=systemd:/x\n0::/a/b\n", {"a/b/memory.max": "600000\n", "a/b/memory.current": "500000\n"}, 100_000),
         ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "600000\n", "a/memory.current": "500000\n"}, 100_000),
-        # A path from outside this container, which sees only its own group, at the root.
+        # A path outside of the container: only the container's group is visible, as the root.
         ("0::/../../kubepods/pod\n", {"memory.max": "600000\n", "memory.current": "500000\n"}, 100_000),
         ("0::/kubepods/pod\n", {"memory.max": "600000\n", "memory.current": "500000\n"}, 100_000),
         ("4:memory:/x\n", {}, 900 * 1024),
         ("0::/\n", {"memory.max": "600000\n", "memory.current": "700000\n"}, 0),
     ],
 )  # fmt: skip
-def test_available_memory_is_what_the_group_can_still_get(tmp_path, group, files, expected):
+def test_available_memory_is_the_smallest_limit(tmp_path, group, files, expected):
     assert available_host_bytes(system(tmp_path, group, files)) == expected
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 5 * ALIGNMENT), st.integers(0, 3)), max_size=30))
-def test_places_never_overlap_and_all_come_back(requests):
+def test_allocations_never_overlap_and_are_all_freed(requests):
     arena = Arena(64 * ALIGNMENT, pin=False)
     held: list[tuple[int, int]] = []
     for nbytes, give in requests:
@@ -226,14 +226,14 @@ def test_places_never_overlap_and_all_come_back(requests):
             held.append((offset, nbytes))
         for _ in range(min(give, len(held))):
             arena.give(*held.pop(len(held) // 2))
-    for place in held:
-        arena.give(*place)
+    for allocation in held:
+        arena.give(*allocation)
     assert arena._free == [(0, arena.capacity)]
 
 
 @pytest.mark.gpu
 def test_gpu_memory_holds_three_states_at_most():
-    """Forward through many layers: the growth of GPU memory does not depend on their number."""
+    """The growth of GPU memory in forward and backward does not depend on the number of layers."""
     peaks = []
     for count in (6, 18):
         model = layers("cuda", count)

@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm against float64, on the shapes that break kernels, and their bad inputs."""
+"""rms_norm and add_rms_norm against float64, on shapes at the limits of the kernels, and their invalid arguments."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_no_rows(device):
     assert weight.grad.eq(0).all()
 
 
-def test_gradient_in_the_dtype_the_parameter_asks_for(device):
+def test_gradient_in_the_parameters_grad_dtype(device):
     weight = torch.ones(64, device=device, dtype=torch.float16).requires_grad_()
     weight.grad_dtype = torch.float32
     x = torch.randn(1000, 64, device=device, dtype=torch.float16)
@@ -95,7 +95,7 @@ def test_bad_input(change, error, says):
 
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
 def test_under_autocast_x_follows_the_residual(residual):
-    """There a projection gives bfloat16 whatever the residual stream is in."""
+    """Under autocast a projection returns bfloat16 for every dtype of the residual."""
     r, weight = torch.randn(4, 8).to(residual), torch.ones(8)
     x = torch.randn(4, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""rope against float64, at positions where float32 angles are long wrong, in packed sequences, in place, and its bad inputs."""
+"""rope against float64, at positions where float32 angles are wrong, in packs, with leading dimensions, in place; invalid arguments."""
 
 import pytest
 import torch
@@ -45,15 +45,47 @@ def test_angles_at_millions_of_tokens(device, relative_error):
     expected = torch.cat((first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), dim=-1)
     near = inputs["positions"] < (1 << 34)
     assert relative_error(q[near, 0], expected[near]) < 1e-6
-    promised = inputs["positions"] < (1 << 29)  # there `expected` has exact angles: 24 bits of a frequency times 29 of a position fit
-    assert relative_error(q[promised, 0], expected[promised]) < 1e-7
-    assert relative_error(q[:, 0], expected) < 2e-4  # at 2^40 a float64 angle itself is good to 1e-4 of a turn
+    exact = inputs["positions"] < (1 << 29)  # a frequency of 24 bits times a position of 29 bits fits float64
+    assert relative_error(q[exact, 0], expected[exact]) < 1e-7
+    assert relative_error(q[:, 0], expected) < 2e-4  # at 2^40 a float64 angle has an error of 1e-4 of a turn
 
 
-def test_rows_of_a_fused_projection_without_a_copy(device, assert_as_exact_as_torch):
+def test_heads_of_a_fused_projection(device, assert_as_exact_as_torch):
     fused = torch.randn(33, 6, 16, device=device)
     inputs = {"q": fused[:, :4], "k": fused[:, 4:5], "positions": torch.arange(33, device=device), "inv_freq": frequencies(16, device)}
     assert_as_exact_as_torch(rope, inputs, ("q", "k"), torch.float32)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_leading_dimensions_equal_flat_tokens(device, strided, assert_as_exact_as_torch):
+    inputs = example(device, 24, 3, 2, 16, 1000)
+    flat = {name: inputs[name].clone().requires_grad_() for name in ("q", "k")}
+    shaped = {name: inputs[name].view(2, 12, -1, 16).clone().requires_grad_() for name in ("q", "k")}
+    # The layout of transformers, [batch, heads, length, D], seen as [batch, length, heads, D].
+    given = {name: x.transpose(1, 2).contiguous().transpose(1, 2) if strided else x for name, x in shaped.items()}
+    with use_implementation("triton"):
+        expected = rope(**(inputs | flat))
+        found = rope(**(inputs | given | {"positions": inputs["positions"].view(2, 12)}))
+        sum(out.square().sum() + out[..., 0].sum() for out in expected).backward()
+        sum(out.square().sum() + out[..., 0].sum() for out in found).backward()
+    for name, out, rows in zip(("q", "k"), found, expected):
+        assert out.shape == shaped[name].shape
+        assert torch.equal(out.flatten(0, 1), rows)
+        assert torch.equal(shaped[name].grad.flatten(0, 1), flat[name].grad)
+    whole = inputs | {"positions": inputs["positions"].view(2, 12)} | {name: inputs[name].view(2, 12, -1, 16) for name in ("q", "k")}
+    assert_as_exact_as_torch(rope, whole, ("q", "k"), torch.float32)
+
+
+@pytest.mark.parametrize("choice", ["triton", "torch"])
+def test_in_place_with_leading_dimensions(device, choice):
+    inputs = example(device, 24, 3, 2, 16, 1000)
+    targets = {name: inputs[name].view(2, 12, -1, 16).clone() for name in ("q", "k")}
+    with use_implementation(choice):
+        expected = rope(**inputs)
+        out = rope(**(inputs | targets | {"positions": inputs["positions"].view(2, 12)}), inplace=True)
+    for target, result, rows in zip(targets.values(), out, expected):
+        assert result.data_ptr() == target.data_ptr()
+        assert torch.equal(target.flatten(0, 1), rows)
 
 
 def test_in_place_is_declared_and_equal(device):
@@ -114,6 +146,9 @@ def test_scores_depend_on_distance_only():
     ("change", "error", "says"),
     [
         ({"k": torch.ones(3, 1, 8)}, ValueError, "tokens and head dimension"),
+        ({"q": torch.ones(2, 2, 2, 8)}, ValueError, "tokens and head dimension"),
+        ({"q": torch.ones(4, 8)}, ValueError, r"q has shape \(4, 8\), expected \[\.\.\., heads, D\]"),
+        ({"q": torch.ones(2, 2, 2, 8), "k": torch.ones(2, 2, 1, 8)}, ValueError, r"positions has shape \(4,\), expected \(2, 2\)"),
         ({"q": torch.ones(4, 2, 7), "k": torch.ones(4, 1, 7)}, ValueError, "even head dimension"),
         ({"positions": torch.ones(4)}, TypeError, "positions is torch.float32"),
         ({"positions": torch.arange(5)}, ValueError, "positions has shape"),

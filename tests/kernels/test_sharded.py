@@ -1,4 +1,4 @@
-"""Sharded weights: FSDP2 around the modules, and a head handed over as a DTensor; two processes on the CPU against one."""
+"""Sharded weights: FSDP2 around the modules, and weights that are DTensors; two processes on the CPU equal one."""
 
 import os
 import socket
@@ -61,10 +61,10 @@ def worker(rank: int, port: int) -> None:
     fully_shard(model, mesh=mesh)
     model(*batch(rank), denominator(), OffloadEngine(1 << 24, device="cpu")).backward()
     for name, parameter in model.named_parameters():
-        # FSDP2 averages over the ranks; the denominator was global already.
+        # FSDP2 averages over the ranks, and the denominator is global already.
         assert torch.allclose(parameter.grad.full_tensor() * 2, expected[name], rtol=1e-4, atol=1e-6), name
 
-    # A head and a norm that arrive as DTensors: gathered, and the gradient goes back to the shards.
+    # A head and a norm that are DTensors: gathered, and the gradient returns to the shards.
     x, labels = batch(0)
     torch.manual_seed(7)
     whole = [torch.randn(VOCAB, HIDDEN).requires_grad_(), torch.ones(HIDDEN).requires_grad_()]
@@ -76,7 +76,7 @@ def worker(rank: int, port: int) -> None:
         assert torch.allclose(gradient, plain.grad, rtol=1e-4, atol=1e-6)
     dist.barrier()
     dist.destroy_process_group()
-    # Everything is checked, and torch 2.11 was once seen to abort in the interpreter's own exit.
+    # All checks are done. Once, torch 2.11 aborted while the interpreter exited.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""swiglu and swiglu_mlp against float64, whole and in blocks of rows, under checkpointing, and their bad inputs."""
+"""swiglu and swiglu_mlp against float64, all rows at once and in blocks, under activation checkpointing, and their invalid arguments."""
 
 import functools
 
@@ -48,7 +48,7 @@ def test_mlp_is_as_exact_as_torch(device, rows, assert_as_exact_as_torch):
             assert_as_exact_as_torch(functools.partial(swiglu_mlp, rows=rows), inputs, tuple(inputs), dtype)
 
 
-def test_mlp_leaves_its_inputs_alone_and_can_run_backward_twice(device):
+def test_mlp_does_not_modify_its_inputs_and_can_run_backward_twice(device):
     with use_implementation("triton"):
         inputs = {name: value.requires_grad_() for name, value in mlp_inputs(device, 9, 8, 12).items()}
         before = {name: value.detach().clone() for name, value in inputs.items()}
@@ -75,7 +75,7 @@ def test_mlp_under_checkpoint_with_frozen_weights(device):
 
 
 def test_blocks_add_up_in_float32(device, relative_error):
-    """A parameter that asks for a float32 gradient gets the sum of all blocks without one rounding to half precision."""
+    """A parameter with a float32 gradient receives the sum of all blocks without any rounding to half precision."""
     inputs = {name: value.half() for name, value in mlp_inputs(device, 64, 8, 8).items()}
     wide = {name: value.double().requires_grad_() for name, value in inputs.items()}
     swiglu_mlp(**wide).sum().backward()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
-from eagle_cp import Layout
 from eagle_model import EagleProcessor, assemble
 from eagle_model.parts import resize_positions
+from tests.support.packs import make_pack
 
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 24, "patch_size": 8}
 TEXT = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -35,7 +35,7 @@ def test_assemble(folders, small_tokenizer, vision, language):
     theirs = AutoModelForCausalLM.from_pretrained(folders / language)
     tower = SiglipVisionModel.from_pretrained(folders / vision)
     ids = torch.arange(50)
-    ours = model(ids, position_ids=ids, layout=Layout.single([0, 50])).logits
+    ours = model(make_pack(ids, image=-1)).logits
     torch.testing.assert_close(ours[:, :64], theirs(ids[None]).logits[0, :, :64], atol=1e-5, rtol=1e-5)
     assert ours.shape[1] == max(theirs.config.vocab_size, len(small_tokenizer))
     pixels = torch.rand(1, 3, 32, 32)

@@ -60,7 +60,7 @@ def encode_video(
 
 def decode_all(path: Path, size: tuple[int, int] | None = None, rotation: int = 0, mirrored: bool = False) -> dict[int, np.ndarray]:
     """Presentation tick -> picture, for every frame that a plain decode of the whole file gives, converted as `read_frames` does."""
-    from eagle_sampling.video_decode import Painter
+    from eagle_sampling.video.decode import Painter
 
     pictures = {}
     with av.open(str(path)) as container:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from eagle_sampling import CAPS, STRATEGIES, Dropped, VideoRequest, VisualPlan, plan
+from eagle_sampling import CAPS, STRATEGIES, Dropped, VideoRequest, VisualPlan, plan, tile_caps
 
 SMALL_CAPS = (4, 2, 1)
 K = 256
@@ -207,7 +207,7 @@ def test_several_videos_say_which():
     [
         (1001, [], [], "text_too_long", ["1001", "1000"]),
         (500, [[262] * 6] * 2, [], "images_too_long", ["2 images", "524", "500 of 1000"]),
-        (500, [[100] * 6], [(20, 8, 60)], "too_few_frames", ["8", "480", "100 of images", "500 of 1000"]),
+        (500, [[100] * 6], [(20, 8, 60)], "too_few_frames", ["8", "480", "the images 100", "500 of 1000"]),
     ],
 )
 def test_drops_say_the_numbers(text, images, videos, reason, numbers):
@@ -231,7 +231,8 @@ def test_the_edges_fit():
         ({"strategy": "ads_fill"}, "ads, ads-fill, uniform"),
         ({"caps": (1, 2)}, "falling"),
         ({"caps": (2, 0)}, "none below 1"),
-        ({"images": [[1, 2, 3]]}, r"\(1, 3\)"),
+        ({"images": [[1, 2, 3]]}, r"\(1, 3\): need \[images, 6\]"),
+        ({"images": [1, 2, 3, 4, 5, 6]}, r"\(6,\)"),
         ({"images": [[-1] * 6]}, "negative"),
         ({"images": [[1.5] * 6]}, "float64"),
         ({"videos": [VideoRequest(5, 6, 1)]}, "minimum = 6"),
@@ -249,5 +250,17 @@ def test_refusals(change, words):
 
 
 def test_strategies_are_named():
-    assert STRATEGIES == ("ads", "ads-fill", "uniform")
+    assert tuple(STRATEGIES) == ("ads", "ads-fill", "uniform")
+    assert [strategy.by_rate for strategy in STRATEGIES.values()] == [True, True, False]
     assert CAPS == (12, 8, 6, 4, 2, 1)
+
+
+def test_tile_caps():
+    assert tile_caps(1, 12) == CAPS
+    assert tile_caps(1, 9) == (9, 8, 6, 4, 2, 1)
+    assert tile_caps(3, 6) == (6, 4)
+    assert tile_caps(5, 5) == (5,)
+    assert tile_caps(1, 40) == (40, *CAPS)
+    for limits in ((0, 12), (7, 6)):
+        with pytest.raises(ValueError, match="1 <= min_tiles <= max_tiles"):
+            tile_caps(*limits)

@@ -187,6 +187,33 @@ def test_what_can_be_no_file(ref, tmp_path):
         assert not exists(ref)
 
 
+@pytest.mark.parametrize("address", ["http://example.com/a.jpg", "https://example.com/a.jpg", "s3://bucket/a.jpg", "file:///tmp/a.jpg"])
+def test_addresses_are_refused_by_name(address, tmp_path):
+    for call in (image_size, open_image, read_bytes):
+        for root in (None, tmp_path):
+            with pytest.raises(MediaError, match=r"a\.jpg: is an address; media are read from files: download it first") as caught:
+                call(address, root=root)
+            assert caught.value.exit_code == 3
+    assert not exists(address)
+
+
+def test_a_file_may_be_named_like_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s3:" / "bucket").mkdir(parents=True)
+    (tmp_path / "s3:" / "bucket" / "a.png").write_bytes(encoded("png", (5, 4)))
+    assert image_size("s3://bucket/a.png") == open_image("s3://bucket/a.png").size == (5, 4)
+
+
+def test_other_types_are_refused_by_name():
+    for call in (image_size, open_image, read_bytes, exists):
+        with pytest.raises(
+            TypeError, match=r"BytesIO is not accepted here: need the path of an image, its bytes, or .*lmdb_key.*pass its bytes"
+        ):
+            call(io.BytesIO(encoded("png", (5, 4))))
+        with pytest.raises(TypeError, match="int is not accepted here"):
+            call(7)
+
+
 def test_whatever_a_decoder_raises_is_a_media_error():
     dds = io.BytesIO()
     Image.new("RGB", (8, 8)).save(dds, "DDS")

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eagle_sampling import MediaError, build_lmdb, check_lmdb, image_size, lmdb_build, lmdb_store, open_image
+from eagle_sampling import MediaError, build_lmdb, check_lmdb, image_size, open_image
 from eagle_sampling.images import exists
+from eagle_sampling.lmdb import build as lmdb_build
+from eagle_sampling.lmdb import store as lmdb_store
 
 
 def picture(seed: int) -> bytes:
@@ -72,7 +74,8 @@ def test_a_file_that_was_cut_off_is_an_error_and_no_bus_error(store):
     """In a process of its own, which the kernel would kill."""
     code = """
 import os, sys
-from eagle_sampling import MediaError, check_lmdb, lmdb_store
+from eagle_sampling import MediaError, check_lmdb
+from eagle_sampling.lmdb import store as lmdb_store
 path = sys.argv[1]
 for size in (os.path.getsize(path + "/data.mdb") - 1, 12_000, 5_000, 100, 0):
     os.truncate(path + "/data.mdb", size)
@@ -153,7 +156,7 @@ def test_forked_workers_read_and_the_parent_goes_on(store):
     """In a process of its own, so that no other library's threads are forked with it; readers run while it forks."""
     code = """
 import os, sys, threading
-from eagle_sampling import lmdb_store
+from eagle_sampling.lmdb import store as lmdb_store
 path = sys.argv[1]
 expected = lmdb_store.get(path, "000.png")
 stop = False
@@ -329,8 +332,33 @@ def test_an_interrupted_build_goes_on(folder, tmp_path):
     assert (result.written, result.problems) == (40, [])
     assert 15 <= result.resumed < 40
     assert check_lmdb(tmp_path / "store").ok
-    with pytest.raises(FileExistsError):
+
+
+def test_a_finished_build_is_complete_already(folder, tmp_path):
+    (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    first = build_lmdb(tmp_path / "store", [folder])
+    assert not first.complete_already
+    before = (tmp_path / "store" / "data.mdb").stat().st_mtime_ns
+    again = build_lmdb(tmp_path / "store", [folder])
+    assert again.complete_already
+    assert str(again).startswith("complete already: 40 values")
+    assert (again.written, again.bytes, again.problems, again.example) == (40, first.bytes, first.problems, first.example)
+    assert (tmp_path / "store" / "data.mdb").stat().st_mtime_ns == before
+    with pytest.raises(FileExistsError, match="built from other sources"):
+        build_lmdb(tmp_path / "store", [folder, tmp_path])
+    (tmp_path / "store" / "manifest.json").write_text("{")
+    with pytest.raises(FileExistsError, match="exists already; remove it"):
         build_lmdb(tmp_path / "store", [folder])
+
+
+def test_the_report_says_how_a_row_names_an_image(folder, tmp_path):
+    for name in ("000.png", "006.png"):
+        (folder / name).rename(folder / f"é{name}")
+    for result in (build_lmdb(tmp_path / "store", [folder]), build_lmdb(tmp_path / "store", [folder])):
+        line = str(result).splitlines()[-1]
+        reference = json.loads(line[line.index("{") :])
+        assert reference == result.reference == {"lmdb_file": str(tmp_path / "store"), "lmdb_key": "002.png"}
+        assert open_image(reference).size == image_size(folder / "002.png")
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "rewritten", "most removed", "added behind"])

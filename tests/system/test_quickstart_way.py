@@ -8,9 +8,9 @@ from eagle_train.cli.tables import plan_table, score_table
 from eagle_train.config import ConfigError
 from eagle_train.quickstart.build import Size
 from eagle_train.quickstart.run import run_quickstart
+from eagle_train.runs.folder import remove_run
 from eagle_train.training.checkpoint import whole
-from eagle_train.training.folder import remove_run
-from eagle_train.watching.metrics import Metrics
+from eagle_train.training.metrics import Metrics
 
 SIZE = Size(images=40, positions=1, train_clips=6, test_clips=3, steps=(4, 3, 2))
 

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-import eagle_kernels.offload
-from eagle_kernels.arena import GIB, Arena
+import eagle_kernels.offload.engine
+from eagle_kernels.offload import GIB, Arena
 from eagle_train.config import ConfigError
+from eagle_train.distributed.world import start_world
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
 from eagle_train.training import activations
 from eagle_train.training.activations import activation_mode, decoder_shape, host_bytes, make_engine, vision_shape
-from eagle_train.training.parallel import start_world
-from eagle_train.training.run import get_ready, train
-from eagle_train.watching.metrics import Metrics, same_run
+from eagle_train.training.metrics import Metrics, same_run
 
 MODES = ("keep", "recompute", "offload")
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -19,7 +20,7 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 @pytest.fixture(autouse=True)
 def small_states_move_too(monkeypatch):
     """Hidden states of these runs are smaller than what the engine finds worth moving."""
-    monkeypatch.setattr(eagle_kernels.offload, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(eagle_kernels.offload.engine, "SMALLEST_BYTES", 1)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def run(config, device="cpu", on_start=None):
     torch.set_num_threads(1)
     world = start_world(config.parallel, device)
     try:
-        trainer = train(get_ready(config), world, on_start=on_start)
+        trainer = train(get_ready(config), world, on_start=on_start).trainer
         weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     finally:
         world.close()
@@ -104,7 +105,7 @@ def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colou
     described = preset("8b")
     state = 131072 * 3584 * 2
     assert 27 * state <= host_bytes(config, described) <= 27 * state + (1 << 20)
-    shared = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ulysses": 2, "gather": 2})})
+    shared = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ulysses": 2, "all_gather": 2})})
     assert 27 * state // 4 <= host_bytes(shared, described) <= 27 * state // 4 + (1 << 20)
     world = start_world(colour_run().parallel, "cpu")
     with pytest.raises(ConfigError, match=r"27 layers at 131072 tokens take 23.6\d GiB .* can spare 10.00 GiB; .*recompute"):

@@ -23,6 +23,7 @@ def test_defaults_are_the_known_settings():
     [
         ("modle.path=x", "did you mean 'model'?"),
         ("run.nmae=x", "did you mean 'name'?"),
+        ("parallel.gather=2", "did you mean 'all_gather'?"),
         ("data.limits.max_bad_row=1", "did you mean 'max_bad_rows'?"),
         ("stages.32k.max_token=1", "'stages.0.max_token'; did you mean 'max_tokens'?"),
         ("stages.0.maxTokens=1", "did you mean 'max_tokens'?"),

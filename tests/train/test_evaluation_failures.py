@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eagle_train.config import dump_config
-from eagle_train.watching.metrics import Metrics, same_run
+from eagle_train.training.metrics import Metrics, same_run
 
 CHILD = Path(__file__).with_name("evaluate_on_ranks.py")
 SECTIONS = {

@@ -5,11 +5,12 @@ import time
 
 import torch
 
-from eagle_train.training.parallel import start_world
-from eagle_train.training.run import get_ready, train
+from eagle_train.distributed.world import start_world
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
+from eagle_train.training import heartbeat
+from eagle_train.training.heartbeat import Heartbeat
 from eagle_train.training.trainer import Trainer
-from eagle_train.watching import heartbeat
-from eagle_train.watching.heartbeat import Heartbeat
 
 
 def test_only_what_takes_long_is_reported():

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from eagle_train.watching.metrics import Metrics
+from eagle_train.training.metrics import Metrics
 from eagle_train.watching.report import summary, write_report
 
 

@@ -27,7 +27,7 @@ import lmdb
 import numpy as np
 from bench_video import RESULTS, versions
 
-from eagle_sampling import lmdb_store
+from eagle_sampling.lmdb import store as lmdb_store
 
 READERS = ("eagle", "raw", "raw, held")
 COUNT = 1000

@@ -1,17 +1,18 @@
-"""Fused operators for long-context training, exact to the last gradient; each has a plain-torch twin in `eagle_kernels.reference`."""
+"""Fused operators for long-context training with a plain-torch reference for each, activation offload, and a memory planner."""
 
 __version__ = "0.1.0"
 
 from eagle_kernels import reference
 from eagle_kernels.dispatch import implementation, use_implementation
-from eagle_kernels.gelu import gelu_linear
-from eagle_kernels.linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
+from eagle_kernels.hugging_face import apply_to
 from eagle_kernels.memory import DecoderShape, MemoryPlan, VisionShape, plan_memory
 from eagle_kernels.modules import LinearCrossEntropy, RMSNorm, SwiGLUMLP
 from eagle_kernels.offload import OffloadEngine, offload_checkpoint
-from eagle_kernels.rms_norm import add_rms_norm, rms_norm
-from eagle_kernels.rope import rope
-from eagle_kernels.swiglu import swiglu, swiglu_mlp
+from eagle_kernels.ops.gelu import gelu_linear
+from eagle_kernels.ops.linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
+from eagle_kernels.ops.rms_norm import add_rms_norm, rms_norm
+from eagle_kernels.ops.rope import rope
+from eagle_kernels.ops.swiglu import swiglu, swiglu_mlp
 
 __all__ = [
     "DecoderShape",
@@ -23,6 +24,7 @@ __all__ = [
     "SwiGLUMLP",
     "VisionShape",
     "add_rms_norm",
+    "apply_to",
     "gelu_linear",
     "implementation",
     "linear_cross_entropy",

@@ -1,15 +1,15 @@
-"""Modules that own the weights of the fused operators; parameter names are those of transformers' Llama and Qwen."""
+"""`nn.Module`s around the operators. Their parameters are named as in transformers' Llama and Qwen."""
 
 import torch
 from torch import Tensor, nn
 
-from eagle_kernels.linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
-from eagle_kernels.rms_norm import add_rms_norm, rms_norm
-from eagle_kernels.swiglu import swiglu_mlp
+from eagle_kernels.ops.linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
+from eagle_kernels.ops.rms_norm import add_rms_norm, rms_norm
+from eagle_kernels.ops.swiglu import swiglu_mlp
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its weight [H]; called with a residual it adds first and returns both the normed and the summed states."""
+    """`rms_norm` with a weight [H]. With a residual it is `add_rms_norm`, which returns the normalised and the summed states."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, device=None, dtype=None) -> None:
         super().__init__()
@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x: [..., H] -> [..., H]; with residual [..., H] -> (normed, residual + x)."""
+        """x: [..., H] -> [..., H]; with residual [..., H] -> (normalised, residual + x)."""
         if residual is None:
             return rms_norm(x, self.weight, self.eps)
         return add_rms_norm(residual, x, self.weight, self.eps)
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLUMLP(nn.Module):
-    """`swiglu_mlp` with `gate_proj`, `up_proj` and `down_proj`; `rows` bounds its memory (None: the whole sequence at once)."""
+    """`swiglu_mlp` with `gate_proj`, `up_proj` and `down_proj`. rows: bounds its memory (None: all rows at once)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, rows: int | None = None, device=None, dtype=None) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class SwiGLUMLP(nn.Module):
 
 
 class LinearCrossEntropy(nn.Module):
-    """A language head that owns its weight [V, H]; give `weight` to share an embedding's (tied head)."""
+    """Language head with a weight [V, H]. weight: an embedding's parameter to share (tied head). Raises ValueError for another shape."""
 
     def __init__(self, hidden_size: int, vocab_size: int, weight: nn.Parameter | None = None, device=None, dtype=None) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LinearCrossEntropy(nn.Module):
             nn.init.normal_(self.weight, std=hidden_size**-0.5)
 
     def forward(self, hidden: Tensor, labels: Tensor, **options) -> Tensor | LinearCrossEntropyResult:
-        """hidden: [T, H], labels: [T] -> loss; options are those of `linear_cross_entropy`."""
+        """hidden: [..., H], labels: [...] -> loss. options: those of `linear_cross_entropy`."""
         return linear_cross_entropy(hidden, self.weight, labels, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:

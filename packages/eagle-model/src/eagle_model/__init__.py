@@ -1,13 +1,16 @@
 """The Eagle 2.5 vision-language model: configuration, processor, modelling, generation, checkpoints.
 
-What needs torch is loaded when it is first used, so that the prompt and its costs can be had without it.
+Modules that need torch are loaded at first use: the prompt, its costs and the visual pipeline work without torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from eagle_model.prompt import Context, Encoded, PromptError, Special, Text, VideoSpan, encode, render, to_text
-from eagle_model.prompt_costs import PromptCosts
+from eagle_model.batch import PackedBatch
+from eagle_model.errors import ModelError
+from eagle_model.prompt import Encoded, PromptError, Special, Text, VideoSpan, VisualTokens, encode, render, to_text
+from eagle_model.prompt.costs import PromptCosts
+from eagle_model.visual import BudgetError, SamplePlan, VideoRef, VisualSpec
 
 if TYPE_CHECKING:
     from eagle_model.configuration import EagleConfig
@@ -30,17 +33,23 @@ _HOMES = {
 
 __all__ = [
     "PRESETS",
-    "Context",
+    "BudgetError",
     "EagleConfig",
     "EagleForConditionalGeneration",
     "EagleOutput",
     "EagleProcessor",
     "Encoded",
+    "ModelError",
+    "PackedBatch",
     "PromptCosts",
     "PromptError",
+    "SamplePlan",
     "Special",
     "Text",
+    "VideoRef",
     "VideoSpan",
+    "VisualSpec",
+    "VisualTokens",
     "assemble",
     "encode",
     "preset",

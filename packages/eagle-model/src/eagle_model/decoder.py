@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eagle_cp import Layout, attention
-from eagle_kernels import add_rms_norm, linear_cross_entropy, rms_norm, rope, swiglu_mlp
+from eagle_kernels import add_rms_norm, linear_cross_entropy, rms_norm, rope, swiglu, swiglu_mlp
+from eagle_model.fused import is_plain, is_plain_linear, is_plain_weight
 from eagle_model.rope import head_dim, inverse_frequencies
 
 
@@ -104,7 +105,7 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`; through one fused operator when there are no biases."""
+    """`down(silu(gate(x)) * up(x))`; one fused operator when all three are plain linears without biases."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -114,9 +115,10 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_proj.bias is None:
-            return swiglu_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if is_plain_linear(gate) and is_plain_linear(up) and is_plain_linear(down) and gate.bias is None:
+            return swiglu_mlp(x, gate.weight, up.weight, down.weight)
+        return down(swiglu(gate(x), up(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -142,7 +144,11 @@ class DecoderLayer(nn.Module):
     def body(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         mixed = self.self_attn(self.input_layernorm(hidden), context)
         norm = self.post_attention_layernorm
-        normed, hidden = add_rms_norm(hidden, mixed, norm.weight, norm.eps)
+        if is_plain(norm, Norm):
+            normed, hidden = add_rms_norm(hidden, mixed, norm.weight, norm.eps)
+        else:
+            hidden = hidden + mixed
+            normed = norm(hidden)
         return hidden + self.mlp(normed)
 
 
@@ -172,11 +178,20 @@ class Decoder(nn.Module):
                 self._frequencies_on[device] = self.frequencies.to(device)
         return self._frequencies_on[device]
 
-    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        """hidden: embeddings [T, H] -> [T, H], after the final norm."""
+    def forward(self, hidden: Tensor, context: AttentionContext, states: list[Tensor] | None = None) -> Tensor:
+        """hidden: embeddings [T, H] -> [T, H], after the final norm.
+
+        states: collects the hidden states [T, H] as transformers orders them: embeddings, the output of every layer but the last, and the
+        normalised output of the last.
+        """
         for layer in self.layers:
+            if states is not None:
+                states.append(hidden)
             hidden = layer(hidden, context)
-        return self.norm(hidden)
+        hidden = self.norm(hidden)
+        if states is not None:
+            states.append(hidden)
+        return hidden
 
 
 class Head(nn.Linear):
@@ -187,6 +202,28 @@ class Head(nn.Linear):
         if targets is None:
             return F.linear(hidden, self.weight)
         return linear_cross_entropy(hidden, self.weight, targets, **options)
+
+
+def head_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    denominator: Tensor | None = None,
+    num_kept: int | None = None,
+) -> Tensor:
+    """Loss of hidden states [T, H] and targets [T] through the head: `sum_i w_i l_i / denominator`, 0-dim float32.
+
+    Arguments are those of `eagle_kernels.linear_cross_entropy`, which computes it for the model's own `Head`. A head that something else
+    has replaced or wrapped (an adapter, a quantised layer) is called; the logits of all labelled tokens are then in memory at once.
+    """
+    if isinstance(head, Head) and "forward" not in head.__dict__ and is_plain_weight(head._parameters.get("weight")):
+        return head(hidden, targets, token_weights=token_weights, denominator=denominator, num_kept=num_kept)
+    kept = targets != -100
+    losses = F.cross_entropy(head(hidden[kept]).float(), targets[kept], reduction="none")
+    weights = torch.ones_like(losses) if token_weights is None else token_weights[kept].to(losses)
+    return (losses * weights).sum() / (weights.sum() if denominator is None else denominator)
 
 
 class LanguageModel(nn.Module):

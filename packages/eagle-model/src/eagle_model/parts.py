@@ -13,7 +13,7 @@ from eagle_model.checkpoint import EMBEDDING, HEAD, read_tensors
 from eagle_model.configuration import EagleConfig
 from eagle_model.eagle import EagleForConditionalGeneration
 from eagle_model.presets import IN_USE, check_changes
-from eagle_model.prompt import IMG_CONTEXT
+from eagle_model.prompt import IM_END, IMG_CONTEXT
 from eagle_model.tokenizer import check_tokenizer
 
 _POSITIONS = "vision_model.vision_model.embeddings.position_embedding.weight"
@@ -68,9 +68,11 @@ def assemble(
         raise ValueError(f"{len(left)} tensors are in neither {vision} nor {language}: {', '.join(sorted(left)[:4])}, ...")
     if len(tokenizer) > own[EMBEDDING].shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    for name in ("eos_token_id", "pad_token_id"):
-        setattr(config.text_config, name, getattr(tokenizer, name))
-        setattr(model.generation_config, name, getattr(tokenizer, name))
+    # Answers end at <|im_end|>, whatever the tokenizer's own end token is.
+    ids = {"eos_token_id": int(tokenizer.convert_tokens_to_ids(IM_END)), "pad_token_id": tokenizer.pad_token_id}
+    for name, value in ids.items():
+        setattr(config.text_config, name, value)
+        setattr(model.generation_config, name, value)
     return model
 
 

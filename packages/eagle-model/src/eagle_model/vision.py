@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
+from eagle_model.fused import is_plain
+
 
 def pixel_shuffle(x: Tensor, factor: float) -> Tensor:
     """Join neighbouring patches: [N, h, w, c] -> [N, h * factor, w * factor, c / factor^2]. factor: 1/n, n dividing h and w.
@@ -37,6 +39,11 @@ def patches_of(pixels: Tensor, side: int) -> Tensor:
         return cut.reshape(len(pixels), -1, 3 * side * side).float().div_(127.5).sub_(1.0)
     cut = pixels[..., :height, :width].unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
     return cut.reshape(len(pixels), -1, 3 * side * side)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Pixels [N, 3, s, s] with mean = std = 0.5, float32, from uint8 [N, s, s, 3]; floats are normalised already and stay as they are."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0) if pixels.dtype == torch.uint8 else pixels
 
 
 class Encoder(nn.Module):
@@ -68,25 +75,35 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.checkpoint: Callable[..., Tensor] | None = None
+        self.checkpoint_every = 1
         for module in self.encoder.modules():
             if isinstance(module, nn.Linear):
                 module.xavier = True  # type: ignore[assignment] # SigLIP's own initialisation, for whoever starts from random weights
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: uint8 [N, s, s, 3] or normalised float [N, 3, s, s] -> [N, P, d]."""
-        patch = self.embeddings.patch_embedding
-        positions = self.embeddings.position_embedding.weight
-        patches = patches_of(pixels, self.patch_size)
-        if patches.shape[1] != positions.shape[0]:
-            raise ValueError(
-                f"tiles of {tuple(pixels.shape[1:])} give {patches.shape[1]} patches; the tower has {positions.shape[0]} positions"
-            )
-        # A convolution with stride = kernel is a matrix product over patches.
-        hidden = F.linear(patches.to(patch.weight.dtype), patch.weight.flatten(1), patch.bias) + positions
+        hidden = self.embed(pixels)
         rebuild = self.checkpoint if torch.is_grad_enabled() else None
-        for layer in self.encoder.layers[: self.depth]:
-            hidden = layer(hidden, None) if rebuild is None else rebuild(layer, hidden, None)
+        for index, layer in enumerate(self.encoder.layers[: self.depth]):
+            kept = rebuild is None or index % self.checkpoint_every
+            hidden = layer(hidden, None) if kept else rebuild(layer, hidden, None)
         return self.post_layernorm(hidden) if self.normed else hidden
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Patch and position embeddings: pixels as in `forward` -> [N, P, d]. Raises ValueError for tiles of another size."""
+        patch, table = self.embeddings.patch_embedding, self.embeddings.position_embedding
+        height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:]
+        count = (height // self.patch_size) * (width // self.patch_size)
+        if count != self.embeddings.num_positions:
+            raise ValueError(
+                f"tiles of {tuple(pixels.shape[1:])} give {count} patches; the tower has {self.embeddings.num_positions} positions"
+            )
+        if is_plain(patch, nn.Conv2d) and is_plain(table, nn.Embedding):
+            # A convolution with stride = kernel is a matrix product over patches.
+            patches = patches_of(pixels, self.patch_size).to(patch.weight.dtype)
+            return F.linear(patches, patch.weight.flatten(1), patch.bias) + table.weight
+        positions = table(torch.arange(count, device=pixels.device))
+        return patch(normalised(pixels).to(positions.dtype)).flatten(2).transpose(1, 2) + positions
 
 
 class VisionModel(nn.Module):

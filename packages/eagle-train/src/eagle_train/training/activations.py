@@ -12,10 +12,9 @@ from typing import Any, Literal
 import torch
 
 from eagle_kernels import DecoderShape, MemoryPlan, OffloadEngine, VisionShape, plan_memory
-from eagle_kernels.arena import ALIGNMENT, GIB, available_host_bytes
+from eagle_kernels.offload import ALIGNMENT, GIB, available_host_bytes
 from eagle_train.config import Config, ConfigError
-
-from .parallel import World
+from eagle_train.distributed.world import World
 
 Mode = Literal["none", "full", "offload"]
 
@@ -103,7 +102,8 @@ def make_engine(config: Config, described: Any, world: World, *, available: int 
             raise ConfigError(
                 f"model.activations is offload: the inputs of {layers - 1} layers at {longest} tokens take {need / GIB:.2f} GiB of host "
                 f"memory per rank, {ranks * need / GIB:.2f} GiB for the {ranks} on the host of rank {rank}, which can spare "
-                f"{spare / GIB:.2f} GiB; share packs over more ranks (parallel.ulysses, parallel.gather), lower stages.*.max_tokens, or "
+                f"{spare / GIB:.2f} GiB; share packs over more ranks (parallel.ulysses, parallel.all_gather), "
+                "lower stages.*.max_tokens, or "
                 "choose recompute"
             )
     return OffloadEngine(need, device=world.device, host_available=need)

@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eagle_train.errors import TrainError
+
 if TYPE_CHECKING:  # torch is imported where weights are written or read: what is saved can be said without it
     import torch
     from torch import nn
 
-    from .parallel import World
+    from eagle_train.distributed.world import World
 
 _WRITING = ".writing-"
 
@@ -41,7 +43,7 @@ class Progress:
     data: dict[str, str] = field(default_factory=dict)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(TrainError, ValueError):
     """A checkpoint that can't be read or does not fit the run."""
 
 

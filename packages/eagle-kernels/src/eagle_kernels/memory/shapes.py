@@ -1,0 +1,71 @@
+"""Sizes of the model's parts that `plan_memory` needs."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a decoder like Llama or Qwen. tied: the head shares the embedding's weight."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = False
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer, with biases of q, k and v."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + self.head_dim * (self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer_parameters + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Sizes of a vision tower like SigLIP, of the connector behind it, and of their input in one step.
+
+    patches: patches of all tiles together; merge: patches that the connector (LayerNorm, Linear, GELU, Linear) makes one visual token of;
+    positions: patches of a tile; patch_values: values of a patch.
+    frozen: the tower needs no gradients and stores no activations; the connector is still trained.
+    """
+
+    width: int
+    intermediate: int
+    layers: int
+    patches: int
+    frozen: bool = False
+    merge: int = 4
+    positions: int = 1024
+    patch_values: int = 588
+
+    @property
+    def layer_parameters(self) -> int:
+        w, inner = self.width, self.intermediate
+        return 4 * (w * w + w) + 2 * w * inner + inner + w + 4 * w
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer_parameters + self.width * (self.patch_values + 1 + self.positions + 2)
+
+    def connector_parameters(self, hidden: int) -> int:
+        wide = self.merge * self.width
+        return 2 * wide + wide * hidden + hidden * hidden + 2 * hidden
+
+    def kept(self, hidden: int, itemsize: int) -> dict[str, int]:
+        """Bytes that forward stores for backward: inputs of the tower's layers, the connector's activations, pixels.
+
+        hidden: width of the decoder; itemsize: bytes of an activation.
+        """
+        tower = 0 if self.frozen else self.patches * self.width
+        # The inputs of the post-layernorm, of the connector's LayerNorm, of both Linears and of GELU. The output is stored too, by the
+        # operator that writes it into the embeddings.
+        connector = tower + 2 * self.patches * self.width + 3 * (self.patches // self.merge) * hidden
+        pixels = self.patches * self.patch_values * (1 if self.frozen else 1 + itemsize)
+        return {"vision checkpoints": self.layers * tower * itemsize, "connector": connector * itemsize, "pixels": pixels}

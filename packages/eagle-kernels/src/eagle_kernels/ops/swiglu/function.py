@@ -1,0 +1,145 @@
+"""SwiGLU and the MLP around it: cuBLAS computes the matmuls, and backward recomputes the activation instead of storing it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle_kernels import checks
+from eagle_kernels.dispatch import declare, register, use_triton
+from eagle_kernels.matmul import accumulate_, wide_dtype
+from eagle_kernels.ops.swiglu import reference
+from eagle_kernels.weights import gathered, gradient_dtype
+
+declare("swiglu", "swiglu_mlp")
+
+
+def _check_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, rows: int | None) -> None:
+    checks.floating("swiglu_mlp", x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    hidden, inner = x.shape[-1], w_gate.shape[0]
+    checks.shape("swiglu_mlp", "w_gate", w_gate, (inner, hidden), "[I, H], H from x")
+    checks.shape("swiglu_mlp", "w_up", w_up, (inner, hidden), "[I, H], I from w_gate")
+    checks.shape("swiglu_mlp", "w_down", w_down, (hidden, inner), "[H, I], I from w_gate")
+    if rows is not None and rows < 1:
+        raise ValueError(f"swiglu_mlp: rows is {rows}, expected a positive number, or None for all rows at once")
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    from eagle_kernels.ops.swiglu.kernel import launch_forward
+
+    return launch_forward(gate, up)
+
+
+def _backward(dout: Tensor, gate: Tensor, up: Tensor, rebuild: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from eagle_kernels.ops.swiglu.kernel import launch_backward
+
+    return launch_backward(dout, gate, up, rebuild)
+
+
+register("swiglu_forward(Tensor gate, Tensor up) -> Tensor", _forward, lambda gate, up: gate.new_empty(gate.shape))
+register(
+    "swiglu_backward(Tensor dout, Tensor gate, Tensor up, bool rebuild) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dout, gate, up, rebuild: (gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty(gate.shape if rebuild else 0)),
+)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate, up)
+        return torch.ops.eagle_kernels.swiglu_forward(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        dgate, dup, _ = torch.ops.eagle_kernels.swiglu_backward(dout, gate, up, False)
+        return dgate, dup
+
+
+class _SwiGLUMLP(torch.autograd.Function):
+    """Stores x, gate and up (rows None), or only x and recomputes gate and up (a block of rows at a time); never the activation."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, rows: int | None, dtypes: tuple[torch.dtype, ...]
+    ) -> Tensor:
+        ctx.rows, ctx.dtypes = rows, dtypes
+        if rows is None:
+            gate, up = x @ w_gate.t(), x @ w_up.t()
+            ctx.save_for_backward(x, w_gate, w_up, w_down, gate, up)
+            return torch.ops.eagle_kernels.swiglu_forward(gate, up) @ w_down.t()
+        ctx.save_for_backward(x, w_gate, w_up, w_down)
+        out = torch.empty_like(x)
+        for start in range(0, x.shape[0], rows):
+            part = x[start : start + rows]
+            inner = torch.ops.eagle_kernels.swiglu_forward(part @ w_gate.t(), part @ w_up.t())
+            out[start : start + rows] = inner @ w_down.t()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, w_gate, w_up, w_down, *kept = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        rows = ctx.rows or max(1, x.shape[0])
+        # One block needs no running sum: the matmul accumulates in float32 and rounds once, to the gradient's dtype.
+        wide = wide_dtype(x.dtype)
+        sums: list[Tensor | None] = [
+            torch.zeros(weight.shape, dtype=wide, device=weight.device) if need and x.shape[0] == 0 else None
+            for weight, need in zip((w_gate, w_up, w_down), needed[1:])
+        ]
+        dx = torch.empty_like(x) if needed[0] else None
+        for start in range(0, x.shape[0], rows):
+            part, dpart = x[start : start + rows], dout[start : start + rows]
+            gate, up = kept if kept else (part @ w_gate.t(), part @ w_up.t())
+            dgate, dup, inner = torch.ops.eagle_kernels.swiglu_backward(dpart @ w_down, gate, up, needed[3])
+            del gate, up
+            if dx is not None:
+                block = dx[start : start + rows]
+                torch.mm(dgate, w_gate, out=block)
+                torch.addmm(block, dup, w_up, out=block)
+            pairs = ((dgate, part), (dup, part), (dpart, inner))
+            for slot, (left, right) in enumerate(pairs):
+                if needed[slot + 1]:
+                    total, first = sums[slot], sums[slot] is None
+                    if total is None:
+                        dtype = ctx.dtypes[slot] if rows >= x.shape[0] else wide
+                        total = sums[slot] = torch.empty((left.shape[1], right.shape[1]), dtype=dtype, device=x.device)
+                    accumulate_(total, left.t(), right, first)
+        return (dx, *(s.to(dtype) if s is not None else None for s, dtype in zip(sums, ctx.dtypes)), None, None)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, elementwise (Shazeer 2020), computed in float32 and rounded once. gate and up have one shape and dtype.
+
+    Backward reads gate, up and the incoming gradient once and writes both gradients.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not match.
+    """
+    checks.floating("swiglu", gate=gate, up=up)
+    checks.shape("swiglu", "up", up, tuple(gate.shape), "gate's")
+    if use_triton(gate):
+        return _SwiGLU.apply(gate, up)
+    return reference.swiglu(gate, up)
+
+
+def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows: int | None = None) -> Tensor:
+    """`swiglu(x w_gate^T, x w_up^T) w_down^T`. x: [..., H], w_gate and w_up: [I, H], w_down: [H, I] (as in `nn.Linear`) -> [..., H].
+
+    rows: process this many rows at a time, forward and backward; backward then recomputes gate and up from x. Memory beyond x, the output
+    and the weight gradients is about `6 * rows * I` elements for any number of rows, at the cost of two more matmuls in backward. Weight
+    gradients of the blocks are added in float32. None: all rows at once, and gate and up are stored. The torch implementation always
+    processes all rows at once.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not match.
+    """
+    dtypes = tuple(gradient_dtype(weight) for weight in (w_gate, w_up, w_down))
+    if torch.is_autocast_enabled(x.device.type):
+        lower = torch.get_autocast_dtype(x.device.type)
+        x, w_gate, w_up, w_down = (tensor.to(lower) for tensor in (x, w_gate, w_up, w_down))
+        with torch.autocast(x.device.type, enabled=False):
+            return swiglu_mlp(x, w_gate, w_up, w_down, rows=rows)
+    _check_mlp(x, w_gate, w_up, w_down, rows)
+    w_gate, w_up, w_down = (gathered(weight) for weight in (w_gate, w_up, w_down))
+    if not use_triton(x):
+        return reference.swiglu_mlp(x, w_gate, w_up, w_down)
+    out = _SwiGLUMLP.apply(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down, rows, dtypes)
+    return out.view(x.shape)
