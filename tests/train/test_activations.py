@@ -78,7 +78,7 @@ def test_every_mode_trains_the_same_run(colour_run, places, dtype):
             assert max(places) <= 1280 * 32 * width
             assert len(places) >= 12  # two packs a step, six steps, one of two layers: the last one's input stays
             assert trainer.engine.arena.free == trainer.engine.arena.capacity
-            assert trainer.engine.arena.capacity >= host_bytes(config, trainer.described)
+            assert trainer.engine.arena.capacity >= host_bytes(config, trainer.model.config)
 
 
 def test_the_engine_is_made_once_although_the_model_is_made_anew(colour_run, monkeypatch):

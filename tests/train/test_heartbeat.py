@@ -33,11 +33,11 @@ def test_a_slow_step_of_a_run(colour_run, monkeypatch):
     monkeypatch.setattr(heartbeat, "EVERY", 0.4)
     forward, waited = Trainer._forward_backward, []
 
-    def slow(self, batch, denominator):
+    def slow(self, batch):
         if not waited or len(waited) == 1:
             waited.append(batch)
             time.sleep(0.6 * (len(waited) == 2))
-        return forward(self, batch, denominator)
+        return forward(self, batch)
 
     monkeypatch.setattr(Trainer, "_forward_backward", slow)
     said = []

@@ -26,7 +26,7 @@ def run(config, **options):
     torch.set_num_threads(1)
     world = start_world(config.parallel, "cpu")
     ready = get_ready(config)
-    return train(ready, world, **options)
+    return train(ready, world, **options).trainer
 
 
 def numbers(config):

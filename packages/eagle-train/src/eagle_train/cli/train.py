@@ -61,9 +61,10 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     config = load_config(path, overrides or ())
     stop.describe = lambda: what_is_saved(config.run.folder, config.stages[-1].name, began=stop.training)
 
-    from eagle_train.distributed.precision import resolve_dtype
     from eagle_train.distributed.world import device_kind, start_world
-    from eagle_train.training.run import get_ready, train
+    from eagle_train.runs.folder import resolve_dtype
+    from eagle_train.runs.ready import get_ready
+    from eagle_train.runs.train import train
     from eagle_train.watching.report import write_report
 
     from .progress import Printer
