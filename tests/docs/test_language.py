@@ -50,7 +50,6 @@ NOT_YET_CLEAN: set[str] = {
     "packages/eagle-kernels/benchmarks",
     "packages/eagle-model/src",
     "packages/eagle-train/CHANGELOG.md",
-    "packages/eagle-train/README.md",
     "packages/eagle-train/benchmarks",
     "packages/eagle-train/src",
     "tests/model",
