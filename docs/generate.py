@@ -53,10 +53,12 @@ def configuration_page() -> str:
         "",
         "Numbers of tokens may be written with a unit (`32K` is 32768), numbers of bytes too (`512MiB`, `2GB`).",
         "",
+        "A run is resumed with the settings that it began with. Keys and sections that may change then are marked *free on resume*.",
+        "",
         "This page is generated from `eagle_train.config`.",
     ]
     for name, field in Config.model_fields.items():
-        lines += ["", f"## `{name}`", "", field.description or ""]
+        lines += ["", f"## `{name}`", "", _meaning(field)]
         models = list(_models(field.annotation))
         if models:
             lines += ["", *_table(models[0], indexed(name, field))]
@@ -92,9 +94,15 @@ def _table(model: type[BaseModel], prefix: str) -> list[str]:
             kind, default = f"see `{prefix}.{indexed(name, field)}`", ""
         else:
             kind, default = _kind(field), _default(field)
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"| `{name}` | {_cell(kind)} | {_cell(default)} | {_cell(meaning)} |")
+        lines.append(f"| `{name}` | {_cell(kind)} | {_cell(default)} | {_cell(_meaning(field))} |")
     return lines
+
+
+def _meaning(field: FieldInfo) -> str:
+    """The description, and whether the field may change when a run is resumed."""
+    extra = field.json_schema_extra
+    free = isinstance(extra, dict) and extra.get("resume") == "free"
+    return " ".join((field.description or "").split()) + (" *Free on resume.*" if free else "")
 
 
 def _cell(text: str) -> str:
