@@ -1,5 +1,6 @@
 """The documentation builds without a warning and without the network, and the generated pages cover all keys and all verbs."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -100,6 +101,16 @@ def test_command_page_has_every_exit_code(pages):
     assert named | {0} == set(generator.exit_codes())
     for code in generator.exit_codes():
         assert f"\n| {code} | " in pages[generator.COMMANDS]
+
+
+def test_names_on_the_architecture_page_exist():
+    """Dotted names in code, for example eagle_train.data.sample.normalise, can be imported."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    names = set(re.findall(r"`(eagle_\w+(?:\.\w+)+)`", page))
+    assert len(names) > 8
+    for name in sorted(names):
+        module, attribute = name.rsplit(".", 1)
+        assert hasattr(importlib.import_module(module), attribute) or importlib.util.find_spec(name), name
 
 
 def test_links_of_markdown_files_outside_the_site():
