@@ -1,4 +1,4 @@
-"""Finding and reading flash-attn-4's accumulators, with a stand-in for the package that keeps them in the order of Hopper's matrix unit."""
+"""Finding and reading flash-attn-4's accumulators, with a stand-in for the package whose order is that of Hopper's matrix unit."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ def hopper_table():
 
 
 class StandIn:
-    """Its backward says that dK is `scale` times K and dV is V."""
+    """Its backward sets dK to `scale` times K, and dV to V."""
 
     def __init__(self, table=None, names=("zeros", "zeros")):
         self.table, self.names = hopper_table() if table is None else table, names
@@ -56,11 +56,11 @@ def stand_in(monkeypatch):
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_the_order_is_asked_of_the_kernel(stand_in, dense):
+def test_the_order_is_measured(stand_in, dense):
     stand_in()
     order = flash_attn_4.accumulator_order(torch.device("cpu"), torch.bfloat16, DIM, 7, True, dense)
     assert order is not None
-    if not dense:  # one segment alone can't tell a tile from its halves
+    if not dense:  # with one segment, a tile and its halves are the same
         assert (order.tile, order.stride) == (TILE, TILE * DIM)
         assert torch.equal(order.table.long(), hopper_table())
 
@@ -70,7 +70,7 @@ def test_the_order_is_asked_of_the_kernel(stand_in, dense):
     [(torch.zeros(TILE, DIM, dtype=torch.int64),), (None, ("zeros", "ones")), (None, ("ones", "ones"))],
     ids=["numbers collide", "one accumulator", "no accumulator"],
 )
-def test_accumulators_that_are_not_understood_are_left_alone(stand_in, caplog, arguments):
+def test_unknown_accumulators_are_not_read(stand_in, caplog, arguments):
     stand_in(*arguments)
     assert flash_attn_4.accumulator_order(torch.device("cpu"), torch.bfloat16, DIM, 7, True, False) is None
     assert "partial gradients" in caplog.text

@@ -12,7 +12,7 @@ from eagle_cp.partition import partition
 
 
 def covered(parts, lengths):
-    """Checks that pieces tile every document; returns tokens and work of each rank, counted anew."""
+    """Checks that pieces tile every document; returns tokens and work of each rank, counted here."""
     cover = {d: [] for d in range(len(lengths))}
     tokens, work = [], []
     for documents in parts.ranks:
@@ -70,7 +70,7 @@ def test_short_documents_stay_whole():
     assert partition([4096] * 32, 8).cut == ()
     lengths = realistic("video and short", 0)
     assert partition(lengths, 8).cut == (0,)
-    for seed in range(5):  # one document evens out what 60 others leave on two ranks
+    for seed in range(5):  # one cut document compensates what 60 others leave uneven on two ranks
         assert len(partition(realistic("log-normal", seed), 2).cut) <= 2
 
 

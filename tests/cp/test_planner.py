@@ -1,4 +1,4 @@
-"""The planner prefers what must be better, respects limits, and explains."""
+"""The planner against what was measured, its limits and its table."""
 
 import importlib.util
 import json
@@ -48,7 +48,7 @@ def test_every_candidate_is_there_with_a_reason_if_impossible():
 
 def test_memory_limit():
     free = plan_context([131072], 2, **MODEL)
-    by_split = {c.ulysses: c.peak_mb / 1024 for c in free.candidates}
+    by_split = {c.ulysses: c.peak_mib / 1024 for c in free.candidates}
     limited = plan_context([131072], 2, memory_gib=(by_split[1] + by_split[2]) / 2, **MODEL)
     assert limited.ulysses == min(by_split, key=by_split.get)
     with pytest.raises(ValueError, match=r"no split works.*GiB allowed"):
@@ -83,4 +83,4 @@ def test_the_plan_is_the_fastest_that_was_measured():
         for c in plan.candidates:
             row = found[c.ulysses]
             assert c.total_ms == pytest.approx(row["both_ms"], rel=0.07 if row["both_ms"] < 50 else 0.04), pack
-            assert c.peak_mb / 1024 == pytest.approx(row["peak_gib"], rel=0.1), pack
+            assert c.peak_mib / 1024 == pytest.approx(row["peak_gib"], rel=0.1), pack

@@ -10,9 +10,11 @@ import sys
 import torch
 
 from eagle_train.config import load_config
-from eagle_train.training import evaluate, parallel
+from eagle_train.distributed import world as world_module
 from eagle_train.distributed.world import start_world
-from eagle_train.training.run import check_evaluations, final_evaluation, get_ready, train
+from eagle_train.evaluation import evaluate
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
 
 
 def break_model(model):
@@ -32,12 +34,12 @@ if __name__ == "__main__":
     config, way = load_config(sys.argv[1]), sys.argv[2]
     world = start_world(config.parallel, "cpu")
     ready = get_ready(config, world)
-    parallel.FAILED_PATIENCE = datetime.timedelta(seconds=3)
+    world_module.FAILED_PATIENCE = datetime.timedelta(seconds=3)
     if way == "reading" and world.rank == 1:
         evaluate._Reader.read = break_reading
     if way == "collective" and world.rank == 1:
-        evaluate._generate = break_reading
-    trainer = train(ready, world, on_start=lambda trainer: break_model(trainer.model) if way == "everywhere" else None)
-    final_evaluation(ready, trainer, world)
-    print(trainer.failed_evaluations)
-    check_evaluations(trainer)
+        evaluate._answer = break_reading
+    trained = train(ready, world, on_start=lambda trainer: break_model(trainer.model) if way == "everywhere" else None)
+    trained.final_evaluation()
+    print(trained.trainer.failed_evaluations)
+    trained.check_evaluations()

@@ -6,10 +6,11 @@ import torch
 import eagle_kernels.offload.engine
 from eagle_kernels.offload import GIB, Arena
 from eagle_train.config import ConfigError
+from eagle_train.distributed.world import start_world
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
 from eagle_train.training import activations
 from eagle_train.training.activations import activation_mode, host_bytes, make_engine
-from eagle_train.distributed.world import start_world
-from eagle_train.training.run import get_ready, train
 from eagle_train.training.metrics import Metrics, same_run
 
 MODES = ("keep", "recompute", "offload")
@@ -40,7 +41,7 @@ def run(config, device="cpu", on_start=None):
     torch.set_num_threads(1)
     world = start_world(config.parallel, device)
     try:
-        trainer = train(get_ready(config), world, on_start=on_start)
+        trainer = train(get_ready(config), world, on_start=on_start).trainer
         weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     finally:
         world.close()
@@ -77,7 +78,7 @@ def test_every_mode_trains_the_same_run(colour_run, places, dtype):
             assert max(places) <= 1280 * 32 * width
             assert len(places) >= 12  # two packs a step, six steps, one of two layers: the last one's input stays
             assert trainer.engine.arena.free == trainer.engine.arena.capacity
-            assert trainer.engine.arena.capacity >= host_bytes(config, trainer.described)
+            assert trainer.engine.arena.capacity >= host_bytes(config, trainer.model.config)
 
 
 def test_the_engine_is_made_once_although_the_model_is_made_anew(colour_run, monkeypatch):

@@ -134,7 +134,7 @@ def test_a_failed_evaluation_ends_with_4_after_everything_else(colour_run, tmp_p
     def fails(*arguments, **options):
         raise TypeError("forward has no argument cache")
 
-    monkeypatch.setattr("eagle_train.training.run.evaluate", fails)
+    monkeypatch.setattr("eagle_train.runs.evaluate.evaluate", fails)
     data = {"sources": {"rows": {"annotation": "rows.jsonl"}}, "eval_sources": {"held": {"annotation": "rows.jsonl"}}, "workers": 1}
     config = colour_run(data=data)
     (tmp_path / "run.yaml").write_text(dump_config(config))

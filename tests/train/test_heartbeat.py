@@ -6,10 +6,11 @@ import time
 import torch
 
 from eagle_train.distributed.world import start_world
-from eagle_train.training.run import get_ready, train
-from eagle_train.training.trainer import Trainer
-from eagle_train.watching import heartbeat
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
+from eagle_train.training import heartbeat
 from eagle_train.training.heartbeat import Heartbeat
+from eagle_train.training.trainer import Trainer
 
 
 def test_only_what_takes_long_is_reported():
@@ -32,11 +33,11 @@ def test_a_slow_step_of_a_run(colour_run, monkeypatch):
     monkeypatch.setattr(heartbeat, "EVERY", 0.4)
     forward, waited = Trainer._forward_backward, []
 
-    def slow(self, batch, denominator):
+    def slow(self, batch):
         if not waited or len(waited) == 1:
             waited.append(batch)
             time.sleep(0.6 * (len(waited) == 2))
-        return forward(self, batch, denominator)
+        return forward(self, batch)
 
     monkeypatch.setattr(Trainer, "_forward_backward", slow)
     said = []

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from eagle_train.config import StageConfig
-from eagle_train.training.optim import learning_rate, make_optimizer, set_trainable
+from eagle_train.training.optim import learning_rate, make_optimizer, set_learning_rates, set_trainable
 
 
 def stage(**fields):
@@ -52,6 +52,20 @@ def test_only_matrices_decay_and_frozen_parts_are_left_out():
             assert id(parameter) not in decay
         else:
             assert decay[id(parameter)] == (0.3 if parameter.ndim > 1 else 0.0)
+
+
+def test_a_parameter_of_no_part_is_named():
+    model = Parts()
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"extra\.weight belongs to none of the model's parts, which are vision, connector, language"):
+        set_trainable(model, ["connector"])
+
+
+def test_groups_keep_their_own_scale_of_the_rate():
+    optimizer = make_optimizer(Parts(), stage(warmup_ratio=0.0))
+    optimizer.param_groups[1]["lr_scale"] = 0.1
+    assert set_learning_rates(optimizer, 0, 5, stage(warmup_ratio=0.0)) == 1.0
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, pytest.approx(0.1)]
 
 
 def test_step_moves_parameters_by_the_rate():

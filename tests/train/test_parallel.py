@@ -15,7 +15,9 @@ import torch
 from eagle_train.config import ConfigError, ParallelConfig, dump_config
 from eagle_train.data.ledger import Ledger
 from eagle_train.distributed.world import start_world
-from eagle_train.training.run import get_ready, load_trained, train
+from eagle_train.runs.export import load_trained
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
 from eagle_train.training.metrics import Metrics
 
 CHILD = Path(__file__).with_name("train_on_ranks.py")

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from eagle_train.config import ConfigError, ParallelConfig, load_config
-from eagle_train.training import precision
+from eagle_train.distributed import precision
+from eagle_train.distributed.precision import auto_dtype, has_bfloat16
 from eagle_train.distributed.world import start_world
-from eagle_train.distributed.precision import auto_dtype, has_bfloat16, resolve_dtype
-from eagle_train.training.run import get_ready, train
+from eagle_train.runs.folder import resolve_dtype
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_a_run_keeps_what_it_began_with(colour_run, native):
     native(False)
     config = colour_run(parallel={})
     assert config.parallel.dtype == "auto"
-    trainer = train(get_ready(config), start_world(config.parallel, "cpu"))
+    trainer = train(get_ready(config), start_world(config.parallel, "cpu")).trainer
     assert trainer.config.parallel.dtype == "float32"
     assert load_config(config.run.folder / "config.yaml").parallel.dtype == "float32"
     assert config.parallel.dtype == "auto"  # what was given is not changed

@@ -13,7 +13,7 @@ from eagle_model.visual import VisualSpec
 from eagle_train.data.prepare import prepare
 from eagle_train.data.sample import load_sample
 from eagle_train.planning.visual import plan_visual, sample_plan
-from eagle_train.training import preview
+from eagle_train.watching import preview
 from eagle_train.watching.show import MOST_PICTURES, to_html, to_terminal, view_sample
 
 SPEC = VisualSpec(tile_size=64, tokens_per_tile=4)

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from eagle_train.config import dump_config, load_config
-from eagle_train.training import checkpoint
 from eagle_train.distributed.world import start_world
-from eagle_train.training.run import get_ready, train
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
+from eagle_train.training import checkpoint
+from eagle_train.training.metrics import Metrics, same_run
 from eagle_train.training.stop import Interrupted, StopSignals
 from eagle_train.training.trainer import Trainer
-from eagle_train.training.metrics import Metrics, same_run
 
 STAGES = [
     {"name": "one", "max_tokens": 640, "steps": 60, "packs_per_step": 2, "lr": 1e-3},
@@ -130,7 +131,7 @@ def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_repeated(colo
         config = colour_run(run={"name": name}, eval={"every": 2}, checkpoint={"every": 1000})
         ready = get_ready(config)
         world = start_world(config.parallel, "cpu")
-        return Trainer(config, ready.facts, ready.tokenizer, world, on_evaluate=on_evaluate, stop=stop)
+        return Trainer(config, ready.schedules, ready.tokenizer, world, on_evaluate=on_evaluate, stop=stop)
 
     def look(model, stage):
         return {"sum": float(sum(parameter.detach().double().sum() for parameter in model.parameters()))}
@@ -160,7 +161,8 @@ def test_a_second_interrupt_ends_at_once_and_says_what_was_saved(colour_run, tmp
         "import sys, time\n"
         "from eagle_train.config import load_config\n"
         "from eagle_train.distributed.world import start_world\n"
-        "from eagle_train.training.run import get_ready, train\n"
+        "from eagle_train.runs.ready import get_ready\n"
+        "from eagle_train.runs.train import train\n"
         "from eagle_train.training.stop import StopSignals, what_is_saved\n"
         "config = load_config(sys.argv[1])\n"
         "def stuck(record):\n"

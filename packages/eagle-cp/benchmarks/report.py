@@ -1,6 +1,6 @@
 """Writes a result of bench.py as a Markdown table and a plot.
 
-    python packages/eagle-cp/benchmarks/report.py packages/eagle-cp/benchmarks/results/DATE-MACHINE.json [--plot]
+python packages/eagle-cp/benchmarks/report.py packages/eagle-cp/benchmarks/results/DATE-MACHINE.json [--plot]
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ from eagle_kernels import MemoryPlan, OffloadEngine, plan_memory
 from eagle_model import EagleForConditionalGeneration, PackedBatch, preset
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import ParallelConfig, StageConfig
+from eagle_train.distributed.sharding import shard_model
+from eagle_train.distributed.world import start_world
 from eagle_train.training.optim import make_optimizer, set_trainable
-from eagle_train.distributed.world import shard_model, start_world
 
 GIB = 1 << 30
 TEXT = 2048

@@ -32,7 +32,7 @@ class Hardware(NamedTuple):
 
 class Candidate(NamedTuple):
     """One split, for one attention layer, forward and backward. Times in ms; `exposed_ms`: collectives and copies that are not overlapped.
-    `ulysses_mb`, `all_gather_mb`: 10^6 bytes sent per rank. `peak_mb`: peak memory of a rank in MiB. `imbalance`: largest work of a rank
+    `ulysses_mb`, `all_gather_mb`: 10^6 bytes sent per rank. `peak_mib`: peak memory of a rank in MiB. `imbalance`: largest work of a rank
     over the mean, minus 1. `reason`: why the split can't be used, or empty."""
 
     ulysses: int
@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
     exposed_ms: float
     ulysses_mb: float
     all_gather_mb: float
-    peak_mb: float
+    peak_mib: float
     imbalance: float
     reason: str
 
@@ -86,8 +86,8 @@ def plan_context(
     for ulysses in range(1, ranks + 1):
         if ranks % ulysses == 0:
             candidate = _estimate(lengths, ulysses, ranks // ulysses, num_heads, num_kv_heads, head_dim, hardware)
-            if memory_gib is not None and not candidate.reason and candidate.peak_mb > memory_gib * 1024:
-                candidate = candidate._replace(reason=f"needs {candidate.peak_mb / 1024:.1f} GiB, {memory_gib} GiB allowed")
+            if memory_gib is not None and not candidate.reason and candidate.peak_mib > memory_gib * 1024:
+                candidate = candidate._replace(reason=f"needs {candidate.peak_mib / 1024:.1f} GiB, {memory_gib} GiB allowed")
             candidates.append(candidate)
     candidates.sort(key=lambda c: (bool(c.reason), c.total_ms, c.ulysses))
     best = candidates[0]
@@ -174,6 +174,6 @@ def explain(plan: ContextPlan) -> str:
             continue
         lines.append(
             f"{c.ulysses:7} {c.all_gather:10} {c.compute_ms:8.2f} {c.exposed_ms:8.2f} {c.total_ms:8.2f} {c.ulysses_mb:8.1f}"
-            f" {c.all_gather_mb:10.1f} {c.peak_mb:8.0f} {c.imbalance:10.1%}"
+            f" {c.all_gather_mb:10.1f} {c.peak_mib:8.0f} {c.imbalance:10.1%}"
         )
     return "\n".join(lines)

@@ -77,7 +77,7 @@ def plan(
 ) -> None:
     """Say what would be trained: stages, steps, packs, how full, and what does not fit."""
     from eagle_train.config import explain_defaults, load_config
-    from eagle_train.watching.preview import plan_run
+    from eagle_train.runs.ready import get_ready
     from eagle_train.watching.progress import prepare_progress
 
     from .tables import plan_table, rows_line
@@ -88,9 +88,10 @@ def plan(
             print(f"default  {default.path} = {default.value}")
         print()
     with prepare_progress() as progress:
-        schedules = plan_run(loaded, progress)
-    print(plan_table(schedules))
-    print(rows_line(schedules))
+        ready = get_ready(loaded, progress=progress, held_out=False)
+    ready.record_drops()
+    print(plan_table(ready.schedules))
+    print(rows_line(ready.schedules))
 
 
 @app.command()

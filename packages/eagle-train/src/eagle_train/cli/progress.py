@@ -36,7 +36,7 @@ class Printer:
             return
         if record["kind"] == "eval":
             scores = ", ".join(
-                f"{name} {score['accuracy']:.3f} (without looking {score['blind']:.3f})" for name, score in record["scores"].items()
+                f"{name} {score['accuracy']:.3f} (text-only {score['text_only']:.3f})" for name, score in record["scores"].items()
             )
             self.say(f"{record['stage']}  after step {record['total_step']}: {scores}")
         elif record["kind"] == "eval_failed":

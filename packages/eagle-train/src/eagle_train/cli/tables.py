@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from eagle_train.evaluation.metrics import Evaluation
     from eagle_train.planning.stages import StageSchedule
-    from eagle_train.training.evaluate import Evaluation
     from eagle_train.training.trainer import Trainer
 
 
@@ -76,8 +76,8 @@ def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
 
 
 def score_table(result: Evaluation) -> str:
-    """Accuracy beside the blind answer, per source, and for questions that aren't yes or no."""
-    rows = [("questions", "asked", "right", "without looking")]
+    """Accuracy next to the text-only baseline, per source, and for questions that are not yes or no."""
+    rows = [("questions", "count", "right", "text-only")]
 
     def add(name: str, score: tuple[int, float, float]) -> None:
         rows.append((name, str(score[0]), f"{score[1]:.3f}", f"{score[2]:.3f}"))

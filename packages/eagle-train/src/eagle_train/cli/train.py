@@ -62,8 +62,9 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     stop.describe = lambda: what_is_saved(config.run.folder, config.stages[-1].name, began=stop.training)
 
     from eagle_train.distributed.world import device_kind, start_world
-    from eagle_train.distributed.precision import resolve_dtype
-    from eagle_train.training.run import check_evaluations, final_evaluation, get_ready, has_evaluation, train, write_answers
+    from eagle_train.runs.folder import resolve_dtype
+    from eagle_train.runs.ready import get_ready
+    from eagle_train.runs.train import train
     from eagle_train.watching.report import write_report
 
     from .progress import Printer
@@ -84,17 +85,16 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
             printer.say(plan_table(trainer.schedules))
             printer.say(start_line(trainer))
 
-        trainer = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.say)
-        if has_evaluation(config):
-            result = final_evaluation(ready, trainer, world, limit=config.eval.limit)
-            if world.is_main and result is not None:
-                write_answers(result, config.run.folder)
-                printer.say(score_table(result))
+        trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.say)
+        result = trained.final_evaluation(limit=config.eval.limit)
+        if world.is_main and result is not None:
+            result.write(config.run.folder / "answers.jsonl")
+            printer.say(score_table(result))
         if world.is_main:
             write_report(config.run.folder)
-            printer.say(rows_line(trainer.schedules, trainer.missing))
+            printer.say(rows_line(ready.schedules, trained.trainer.missing))
             printer.say(f"run folder: {config.run.folder}\nask it: eagle chat {config.run.folder} --image picture.png 'a question'")
-        check_evaluations(trainer)
+        trained.check_evaluations()
     finally:
         world.close()
 
@@ -114,8 +114,8 @@ def export(
     from .progress import quiet
 
     quiet()
+    from eagle_train.runs.export import export as run_export
     from eagle_train.runs.folder import open_run
-    from eagle_train.training.run import export as run_export
 
     done = run_export(open_run(run), output, checkpoint_path=checkpoint, dtype=dtype)
     print(f"wrote {output} (stage {done['from']['stage_name']}, step {done['from']['step']})")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-
 from eagle_train.config import Config
 
 logger = logging.getLogger(__name__)
@@ -17,6 +15,8 @@ def has_bfloat16(device: str) -> bool:
 
     GPUs from compute capability 8.0; CPUs with AVX512-BF16 or AMX, or Arm's BF16 extension.
     """
+    import torch
+
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu: Any = torch.cpu

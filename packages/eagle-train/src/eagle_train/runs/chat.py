@@ -12,6 +12,7 @@ from torch import nn
 from eagle_model.processor import EagleProcessor
 from eagle_train.distributed.world import alone
 from eagle_train.evaluation.generate import generate
+from eagle_train.training.model import check_model_folder
 
 
 class Chat:
@@ -62,8 +63,6 @@ class Chat:
             model, _ = load_trained(config, tokenizer, world)
             return cls(model, run_processor(config, tokenizer, model.config), max_new_tokens=max_new_tokens, **media)
         from eagle_model.eagle import EagleForConditionalGeneration
-
-        from .folder import check_model_folder
 
         check_model_folder(folder)
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32

@@ -1,29 +1,23 @@
 """The run folder: which run it holds, and what it keeps of where the run came from, so that it can be moved.
 
 `config.yaml` is complete. `origin/` holds the tokenizer and, for a run that starts from a checkpoint, that checkpoint's config.json: with
-them and a checkpoint of its own the run can be asked and exported wherever the folder is.
+them and a checkpoint of its own the run can be evaluated and exported wherever the folder is.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from eagle_train.config import Config, ConfigError, dump_config, load_config
-from eagle_train.config.load import map_paths
+from eagle_train.config.load import free_keys, map_paths
 
 from eagle_train.distributed.precision import auto_dtype
 from eagle_train.training import checkpoint
 
 from .lock import locked
-
-# What may change when a run goes on: how it runs, and not what it computes; and where the folder is.
-_FREE = {"loader", "checkpoint", "eval", "parallel"}
-_FREE_KEYS = {"run.dir", "run.name", "run.log_every", "run.deterministic", "data.workers"}
-
 
 def claim_folder(config: Config, tokenizer: Any = None) -> None:
     """Write config.yaml and origin/, or make sure that the run that is there is the same one; raises ConfigError naming what differs."""
@@ -56,33 +50,10 @@ def open_run(folder: str | Path) -> Config:
         what = "it holds the weights of a model" if (folder / "config.json").is_file() else "it has no config.yaml"
         raise ConfigError(f"{folder} is not a run folder: {what}; give the folder of a run of eagle train, for example runs/quickstart")
     config = _moved(load_config(path), folder, missing_only=True)
-    vars(config.run)["dir"], vars(config.run)["name"] = folder.parent, folder.name
-    origin = folder / "origin"
+    model, origin = config.model, folder / "origin"
     if origin.is_dir():
-        vars(config.model)["tokenizer"] = str(origin)
-        if config.model.path is not None:
-            vars(config.model)["path"] = str(origin)
-    return config
-
-
-def check_model_folder(folder: str | Path) -> None:
-    """Raises ConfigError unless `folder` holds an Eagle model, from its config.json alone: nothing is allocated for another model."""
-    from eagle_model.configuration import MODEL_TYPE
-
-    folder = Path(folder)
-    path = folder / "config.json"
-    wanted = "give the folder of a run of eagle train (it has a config.yaml), or of an exported or released Eagle 2.5 model"
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; {wanted}. A model of the Hugging Face hub is downloaded first: hf download NAME")
-    if not path.is_file():
-        raise ConfigError(f"{folder} holds no model: it has neither config.yaml nor config.json; {wanted}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: can't be read as JSON ({error}); {wanted}") from error
-    found = content.get("model_type") if isinstance(content, dict) else None
-    if found != MODEL_TYPE:
-        raise ConfigError(f"{path}: model_type is {found!r}, and only {MODEL_TYPE!r} can be loaded; {wanted}")
+        model = model.replaced(tokenizer=str(origin), path=str(origin) if model.path is not None else None)
+    return config.replaced(run=config.run.replaced(dir=folder.parent, name=folder.name), model=model)
 
 
 def remove_run(folder: Path) -> None:
@@ -103,14 +74,16 @@ def _moved(config: Config, folder: Path, *, missing_only: bool = False) -> Confi
         moved = Path(os.path.normpath(folder / os.path.relpath(path, before)))
         return path if missing_only and (path.exists() or not moved.exists()) else moved
 
-    return map_paths(config.model_copy(deep=True), move)
+    return map_paths(config, move)
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Dotted names of the values that differ and may not change when a run is resumed."""
+    if path in free_keys():
+        return []
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = [key for key in {**a, **b} if path or key not in _FREE]
-        return [name for key in keys for name in _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))]
-    return [] if a == b or path in _FREE_KEYS else [path]
+        return [name for key in {**a, **b} for name in _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))]
+    return [] if a == b else [path]
 
 
 def _keep_origin(config: Config, tokenizer: Any) -> None:
@@ -137,4 +110,4 @@ def resolve_dtype(config: Config, device: str) -> Config:
     if stored.is_file() and checkpoint.latest(config.run.folder / "checkpoints") is not None:
         dtype = load_config(stored).parallel.dtype
     dtype = auto_dtype(device) if dtype == "auto" else dtype
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"dtype": dtype})})
+    return config.replaced(parallel=config.parallel.replaced(dtype=dtype))

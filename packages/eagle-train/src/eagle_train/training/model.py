@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from eagle_model.prompt import IMG_CONTEXT
 from eagle_train.config import Config, ConfigError
 from eagle_train.config.load import nearest
-
-from .folder import check_model_folder
+from eagle_train.distributed.precision import auto_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,26 @@ def tokenizer_folder(config: Config) -> Path:
             "name that of a Hugging Face tokenizer: one beside a checkpoint, or one that eagle_model.tokenizer trained"
         )
     return Path(folder)
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Raises ConfigError unless `folder` holds an Eagle model, from its config.json alone: nothing is allocated for another model."""
+    from eagle_model.configuration import MODEL_TYPE
+
+    folder = Path(folder)
+    path = folder / "config.json"
+    wanted = "give the folder of a run of eagle train (it has a config.yaml), or of an exported or released Eagle 2.5 model"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; {wanted}. A model of the Hugging Face hub is downloaded first: hf download NAME")
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no model: it has neither config.yaml nor config.json; {wanted}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: can't be read as JSON ({error}); {wanted}") from error
+    found = content.get("model_type") if isinstance(content, dict) else None
+    if found != MODEL_TYPE:
+        raise ConfigError(f"{path}: model_type is {found!r}, and only {MODEL_TYPE!r} can be loaded; {wanted}")
 
 
 def load_run_tokenizer(config: Config) -> Any:
@@ -123,10 +143,8 @@ def attention_backend(config: Config, described: Any, device: torch.device) -> s
     from eagle_cp.backends import choose
     from eagle_model.language.spec import head_dim
 
-    from .precision import resolve_dtype
-
     try:
-        dtype = resolve_dtype(config, device.type).parallel.dtype
+        dtype = auto_dtype(device.type) if config.parallel.dtype == "auto" else config.parallel.dtype
         choose(device, getattr(torch, dtype), head_dim(described.text_config), backend=config.model.attention)
     except ValueError as error:
         raise ConfigError(f"model.{error}; model.attention: auto takes the fastest one that can") from error

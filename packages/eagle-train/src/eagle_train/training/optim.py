@@ -12,12 +12,19 @@ from eagle_train.config import StageConfig
 
 
 def set_trainable(model: nn.Module, parts: Sequence[str]) -> int:
-    """Let the parts named learn and freeze the others; returns the number of elements (of this rank) that learn."""
+    """Let the parts named learn and freeze the others; returns the number of elements (of this rank) that learn.
+
+    Raises ValueError for a parameter that belongs to no part of the model.
+    """
+    owners = {id(parameter): name for name, part in model.parts().items() for parameter in part.parameters()}  # type: ignore[operator]
     count = 0
-    for name, part in model.parts().items():  # type: ignore[operator]
-        for parameter in part.parameters():
-            parameter.requires_grad_(name in parts)
-            count += parameter.numel() if parameter.requires_grad else 0
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in owners:
+            raise ValueError(
+                f"parameter {name} belongs to none of the model's parts, which are {', '.join(dict.fromkeys(owners.values()))}"
+            )
+        parameter.requires_grad_(owners[id(parameter)] in parts)
+        count += parameter.numel() if parameter.requires_grad else 0
     return count
 
 
