@@ -64,6 +64,14 @@ def test_unsupported_traits_are_refused(changes, words):
         LanguageModel(config)
 
 
+@pytest.mark.parametrize("architecture", LANGUAGE_MODELS)
+def test_traits_survive_the_file(architecture, tmp_path):
+    """A configuration that is written and read describes the same decoder."""
+    config = EagleConfig(text_config=SIZES | {"architectures": [architecture], "sliding_window": None})
+    config.save_pretrained(tmp_path)
+    assert decoder_spec(EagleConfig.from_pretrained(tmp_path).text_config) == decoder_spec(config.text_config)
+
+
 def test_the_default_window_of_mistral_is_refused():
     with pytest.raises(ValueError, match=r"text_config\.sliding_window is 4096"):
         decoder_spec(MistralConfig(**SIZES))
