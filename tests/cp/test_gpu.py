@@ -1,5 +1,5 @@
-"""On a GPU: every kernel that can run there against float64, also into strided slices and with fewer queries than keys; and one rank end
-to end.
+"""On a GPU: every kernel that can run there against float64, also with strided slices and fewer queries than keys; and attention on one
+rank.
 
 Several GPUs: packages/eagle-cp/benchmarks/check.py, under torchrun.
 """
@@ -10,19 +10,9 @@ import torch
 from eagle_cp import Layout, attention
 from eagle_cp.backends import KERNELS, choose
 from eagle_cp.segments import Segments
+from tests.support.attention import cumulative, reference_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-
-
-def reference(q, k, v, segments, causal):
-    group, out = q.shape[1] // k.shape[1], []
-    for a, b, c, d in zip(segments.cu_q, segments.cu_q[1:], segments.cu_k, segments.cu_k[1:]):
-        kd, vd = (x[c:d].repeat_interleave(group, dim=1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], kd) * q.shape[2] ** -0.5
-        if causal:
-            scores = scores.masked_fill(torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).triu(1 + (d - c) - (b - a)), -torch.inf)
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vd))
-    return torch.cat(out)
 
 
 def relative(x, ref):
@@ -30,9 +20,9 @@ def relative(x, ref):
 
 
 def available(name, causal):
-    """The kernel and the GPU to try it on; skips where it can't run."""
+    """The kernel, and the GPU to run it on; skips where it can't run."""
     kernel, device = KERNELS[name], torch.device("cuda", torch.cuda.current_device())
-    reason = kernel.why_not(device, torch.bfloat16, 128, causal)
+    reason = kernel.unsupported(device, torch.bfloat16, 128, causal)
     if reason:
         pytest.skip(reason)
     return kernel, device
@@ -53,27 +43,23 @@ def test_kernel(name, causal):
     out, dq, dk, dv = (half(x.shape[0], x.shape[1], torch.nan) for x in (q, q, k, v))
     lse = kernel.forward(q, k, v, segments, causal, 128**-0.5, out=out)
     kernel.backward(dout, q, k, v, out, lse, segments, causal, 128**-0.5, dq, dk, dv)
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    ref = reference(*exact, segments, causal)
-    for x, wanted in zip((out, dq, dk, dv), (ref, *torch.autograd.grad(ref, exact, dout.double()))):
-        assert relative(x, wanted.detach()) < 4e-3
+    for x, wanted in zip((out, dq, dk, dv), reference_gradients(q, k, v, dout, segments.cu_q, segments.cu_k, causal=causal)):
+        assert relative(x, wanted) < 4e-3
 
 
 @pytest.mark.parametrize("lengths", [[(300, 300), (64, 200), (130, 1000), (1, 1)], [(700, 900)]])
 @pytest.mark.parametrize("name", [n for n in KERNELS if n != "cpu"])
 def test_gradients_that_are_rounded_later(name, lengths):
-    """`backward_wide` adds to the rows it is told, some of them twice, and more precisely than the kernel rounds, where it can."""
+    """`backward_wide` adds to the given rows, to some of them twice, and more precisely than the kernel rounds, where it can."""
     kernel, device = available(name, True)
-    cu = lambda i: [0, *torch.tensor([x[i] for x in lengths]).cumsum(0).tolist()]
-    segments = Segments(cu(0), cu(1))
+    segments = Segments(*(cumulative(n) for n in zip(*lengths)))
     make = lambda rows, heads: torch.randn(rows, heads, 128, device=device, dtype=torch.bfloat16)
     q, dout, k, v = make(segments.total_q, 14), make(segments.total_q, 14), make(segments.total_k, 2), make(segments.total_k, 2)
     out, dq, narrow_k, narrow_v = torch.empty_like(q), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     lse = kernel.forward(q, k, v, segments, True, 128**-0.5, out=out)
     given = dout, q, k, v, out, lse, segments, True, 128**-0.5, dq
     kernel.backward(*given, narrow_k, narrow_v)
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    wanted = torch.autograd.grad(reference(*exact, segments, True), exact, dout.double())
+    _, *wanted = reference_gradients(q, k, v, dout, segments.cu_q, segments.cu_k)
     order = torch.randperm(segments.total_k, device=device)
     for rows, unique in ((order, True), (order // 2, False)):
         dk, dv = (torch.ones(segments.total_k, 2, 128, device=device) for _ in "kv")
@@ -89,7 +75,7 @@ def test_gradients_that_are_rounded_later(name, lengths):
 @pytest.mark.parametrize("dim", [16, 64, 128])
 @pytest.mark.parametrize("causal", [True, False])
 def test_float32(causal, dim):
-    """Evaluation, chat and small runs compute in it on a GPU, too."""
+    """The dtype of evaluation, chat and small runs on a GPU."""
     kernel = choose(torch.device("cuda", torch.cuda.current_device()), torch.float32, dim, causal)
     assert kernel.name == "torch-efficient"
     segments = Segments([0, 1, 4, 134, 600, 1624, 1688], [0, 1, 6, 136, 836, 2884, 2948])
@@ -98,18 +84,16 @@ def test_float32(causal, dim):
     out, dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, q, k, v))
     lse = kernel.forward(q, k, v, segments, causal, dim**-0.5, out=out)
     kernel.backward(dout, q, k, v, out, lse, segments, causal, dim**-0.5, dq, dk, dv)
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    ref = reference(*exact, segments, causal)
-    for x, wanted in zip((out, dq, dk, dv), (ref, *torch.autograd.grad(ref, exact, dout.double()))):
-        assert relative(x, wanted.detach()) < 1e-5
+    for x, wanted in zip((out, dq, dk, dv), reference_gradients(q, k, v, dout, segments.cu_q, segments.cu_k, causal=causal)):
+        assert relative(x, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("lengths", [[8192], [5000, 300, 2892]], ids=["one document", "three"])
 @pytest.mark.parametrize("name", [n for n in KERNELS if n not in ("cpu", "cudnn")])
 def test_the_same_bits_again(name, lengths):
-    """Under torch's deterministic algorithms; without them the order of additions is the multiprocessors'."""
+    """Under torch's deterministic algorithms. Without them, the order of additions depends on the multiprocessors."""
     kernel, device = available(name, True)
-    cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    cu = cumulative(lengths)
     segments = Segments(cu, cu)
     q, dout, k, v = (torch.randn(cu[-1], heads, 128, device=device, dtype=torch.bfloat16) for heads in (14, 14, 2, 2))
     out = torch.empty_like(q)
@@ -140,22 +124,19 @@ def test_the_fastest_kernel_end_to_end():
     cu = [0, 700, 701, 1500]
     q, k, v = (torch.randn(1500, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (28, 4, 4))
     out = attention(q, k, v, Layout.single(cu))
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    ref = reference(*exact, Segments(cu, cu), True)
     dout = torch.randn_like(out)
-    grads, wanted = torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(ref, exact, dout.double())
-    for x, y in zip((out, *grads), (ref, *wanted)):
-        assert relative(x.detach(), y.detach()) < 4e-3
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    for x, y in zip((out, *grads), reference_gradients(q, k, v, dout, cu)):
+        assert relative(x.detach(), y) < 4e-3
 
 
 @pytest.mark.parametrize("name", [n for n in KERNELS if n != "cpu"])
 def test_the_gradient_of_a_sum(name):
-    """`out.sum()` sends back one number with strides of 0."""
+    """The gradient of `out.sum()` is one number with strides of 0."""
     available(name, True)
     cu = [0, 300, 301, 700]
     q, k, v = (torch.randn(700, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (8, 2, 2))
     out = attention(q, k, v, Layout.single(cu), backend=name)
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    ref = reference(*exact, Segments(cu, cu), True)
-    for x, y in zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(ref.sum(), exact)):
+    _, *wanted = reference_gradients(q, k, v, torch.ones_like(q), cu)
+    for x, y in zip(torch.autograd.grad(out.sum(), (q, k, v)), wanted):
         assert relative(x, y) < 1e-2

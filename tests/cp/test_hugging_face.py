@@ -1,4 +1,4 @@
-"""The transformers integration refuses what it can't do exactly, and leaves other models alone."""
+"""The transformers integration refuses what it can't compute exactly, and does not change other models."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_a_window_longer_than_every_document_is_no_window():
 
 @pytest.mark.parametrize("padded", [0, 2])
 def test_a_mask_of_the_model_is_not_dropped(padded):
-    """The model's own way to its mask: ones say nothing, a padded row would be attended to."""
+    """A mask made as models make it: one of ones is accepted; with padding, padded rows would be attended to."""
     from transformers import Qwen2Config
     from transformers.masking_utils import create_causal_mask
 

@@ -1,5 +1,4 @@
-"""Packed kernels against the plain float64 reference: segments with fewer queries than keys, padding, and the bucketed shapes that cuDNN
-gets."""
+"""Packed kernels against the float64 reference: segments with fewer queries than keys, padding, and the rounded shapes for cuDNN."""
 
 import dataclasses
 import itertools
@@ -11,20 +10,10 @@ from hypothesis import strategies as st
 
 from eagle_cp import Layout, attention
 from eagle_cp.backends import KERNELS, choose
-from eagle_cp.blockwise import CPU, blockwise_backward, blockwise_forward, bucket_length
+from eagle_cp.kernels import cpu
+from eagle_cp.kernels.blockwise import DenseKernel, blockwise_backward, blockwise_forward, blockwise_kernel, bucket_length
 from eagle_cp.segments import Segments
-
-
-def segment_reference(q, k, v, segments, causal, scale):
-    group, out = q.shape[1] // k.shape[1], []
-    for a, b, c, d in zip(segments.cu_q, segments.cu_q[1:], segments.cu_k, segments.cu_k[1:]):
-        kd, vd = (x[c:d].repeat_interleave(group, dim=1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], kd) * scale
-        if causal:
-            scores = scores.masked_fill(torch.ones(b - a, d - c, dtype=torch.bool).triu(1 + (d - c) - (b - a)), -torch.inf)
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vd))
-    return torch.cat(out)
-
+from tests.support.attention import cumulative, make_inputs, reference_gradients
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 300)), min_size=1, max_size=8)
 
@@ -33,8 +22,7 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 300)), min_size=
 @settings(deadline=None, max_examples=25)
 @given(lengths, st.booleans(), st.sampled_from([(4, 2), (3, 3), (6, 1)]), st.integers(0, 99))
 def test_blockwise_segments(same_shapes, pairs, causal, heads, seed):
-    dense = dataclasses.replace(CPU, same_shapes=same_shapes and causal, max_rows=256)
-    cumulative = lambda n: [0, *torch.tensor(n).cumsum(0).tolist()]
+    dense = dataclasses.replace(cpu.DENSE, same_shapes=same_shapes and causal, max_rows=256)
     segments = Segments(cumulative([a for a, _ in pairs]), cumulative([a + b for a, b in pairs]))
     torch.manual_seed(seed)
     q, dout = (torch.randn(segments.total_q, heads[0], 8, dtype=torch.float64) for _ in "qd")
@@ -42,10 +30,8 @@ def test_blockwise_segments(same_shapes, pairs, causal, heads, seed):
     out, dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, q, k, v))
     lse = blockwise_forward(dense, q, k, v, segments, causal, 0.3, out)
     blockwise_backward(dense, dout, q, k, v, out, lse, segments, causal, 0.3, dq, dk, dv)
-    for x in (q, k, v):
-        x.requires_grad_()
-    expected = segment_reference(q, k, v, segments, causal, 0.3)
-    for got, want in zip((out, dq, dk, dv), (expected, *torch.autograd.grad(expected, (q, k, v), dout))):
+    expected = reference_gradients(q, k, v, dout, segments.cu_q, segments.cu_k, causal=causal, scale=0.3)
+    for got, want in zip((out, dq, dk, dv), expected):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
 
 
@@ -65,13 +51,13 @@ def test_segments_of_documents_shorter_than_their_queries():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [True, False])
-def test_single_rank_precision(cp, dtype, causal):
+def test_single_rank_precision(dtype, causal):
     """One rank in fp32 and bf16: as close to float64 as torch's own attention, document by document."""
     lengths = [1, 7, 130, 64, 65, 3]
     case = {"lengths": lengths, "heads": 6, "kv_heads": 2, "dim": 32, "seed": 0, "dtype": str(dtype).split(".")[1]}
-    q, k, v, dout = cp.inputs(case)
+    q, k, v, dout = make_inputs(case)
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    cu = cp.cumulative(lengths)
+    cu = cumulative(lengths)
 
     def torch_own(q, k, v):
         parts = [
@@ -87,15 +73,13 @@ def test_single_rank_precision(cp, dtype, causal):
         got = (out, *torch.autograd.grad(out, inputs, dout))
         return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, wanted)]
 
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    out = cp.reference(*exact, cu, causal)
-    wanted = [x.detach() for x in (out, *torch.autograd.grad(out, exact, dout.double()))]
+    wanted = reference_gradients(q, k, v, dout, cu, causal=causal)
     ours = errors(lambda *x: attention(*x, Layout.single(cu), causal=causal))
     for name, a, b in zip(("out", "dq", "dk", "dv"), ours, errors(torch_own)):
         assert a <= 1.2 * b + 1e-7, f"{name}: {a:.2e}, torch's own {b:.2e}"
 
 
-def test_choice_says_why():
+def test_the_choice_gives_reasons():
     assert choose(torch.device("cpu"), torch.float64, 64).name == "cpu"
     assert list(KERNELS) == ["flash-attn-4", "torch-flash", "cudnn", "flash-attn", "torch-efficient", "cpu"]
     with pytest.raises(ValueError, match=r"backend 'cudnn' can't run: needs CUDA tensors, got cpu"):
@@ -104,3 +88,36 @@ def test_choice_says_why():
         choose(torch.device("cpu"), torch.float32, 64, backend="flash")
     with pytest.raises(ValueError, match=r"no kernel for int64.*cpu: takes float64"):
         choose(torch.device("cpu"), torch.int64, 64)
+
+
+def plain_forward(q, k, v, causal, scale):
+    scores = q @ k.mT * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def plain_backward(dout, q, k, v, out, lse, causal, scale):
+    scores = q @ k.mT * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    p = (scores - lse.unsqueeze(-1)).exp()
+    ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
+    return ds @ k, ds.mT @ q, p.mT @ dout
+
+
+def test_a_new_kernel_is_one_row(monkeypatch):
+    """A kernel for dense blocks in plain torch: packed attention, the choice and its messages follow from a row of the table."""
+    dense = DenseKernel(plain_forward, plain_backward, same_shapes=False, grouped=False, max_rows=64)
+    kernel = blockwise_kernel("plain", dense, lambda device, dtype, head_dim, causal: "has an odd head dim" if head_dim % 2 else None)
+    monkeypatch.setitem(KERNELS, "plain", kernel)
+    q, k, v, dout = make_inputs({"lengths": [5, 40, 9], "heads": 4, "kv_heads": 2, "dim": 8, "seed": 0})
+    cu = cumulative([5, 40, 9])
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*inputs, Layout.single(cu), backend="plain")
+    for got, want in zip((out, *torch.autograd.grad(out, inputs, dout)), reference_gradients(q, k, v, dout, cu)):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="backend 'plain' can't run: has an odd head dim"):
+        choose(torch.device("cpu"), torch.float64, 7, backend="plain")
+    with pytest.raises(ValueError, match=r"known: .*, cpu, plain"):
+        choose(torch.device("cpu"), torch.float64, 8, backend="plane")

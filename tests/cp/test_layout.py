@@ -1,16 +1,21 @@
-"""shard and unshard on one rank and many, and errors that every rank raises alike."""
+"""shard and unshard on one rank and many, and errors that are the same on every rank."""
+
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from eagle_cp import ContextMesh, Layout
+from eagle_cp import ContextMesh, Layout, attention, exchange_tiles, plan_tiles
 from eagle_cp.layout import agree
+from eagle_cp.watchdog import Watchdog
+from tests.support.ranks import free_ports
 
 LENGTHS = [50, 3, 1, 17, 8]
 
 
 def sharding(meshes, case):
-    """shard then unshard gives everything back; so do the gradients."""
+    """unshard is the inverse of shard, also of gradients."""
     for mesh in meshes.values():
         total = sum(case)
         layout = Layout.build([0, *torch.tensor(case).cumsum(0).tolist()], mesh, num_heads=8, num_kv_heads=8)
@@ -37,7 +42,7 @@ def sharding(meshes, case):
 
 
 def bad_input(meshes, case):
-    """The error of each rank, for input that is wrong in the way `case` says."""
+    """The error of each rank for input that is wrong as `case` says: (kind, the rank where it is wrong or None for all)."""
     kind, bad_rank = case
     mesh = meshes[1]
     wrong = bad_rank is None or mesh.rank == bad_rank
@@ -45,8 +50,6 @@ def bad_input(meshes, case):
     heads = (6, 4) if kind == "heads" and wrong else (8, 4)
     try:
         layout = Layout.build(cu, mesh, num_heads=heads[0], num_kv_heads=heads[1], verify=bad_rank is not None)
-        from eagle_cp import attention
-
         dtype = torch.int64 if kind == "dtype" and wrong else torch.float32
         rows = layout.local + (kind == "rows" and wrong)
         q, k = torch.ones(rows, 8, 4, dtype=dtype), torch.ones(rows, 4, 4, dtype=dtype)
@@ -57,55 +60,38 @@ def bad_input(meshes, case):
 
 
 def hang(meshes, folder):
-    """Rank 1 comes 1.2 s late to a collective; the others' watchdogs say so."""
-    import time
-
-    import torch.distributed as dist
-
+    """Rank 1 is 1.2 s late for a collective; the watchdogs of the others report it."""
     mesh, reports = meshes[1], []
-    from eagle_cp.watchdog import Watchdog
-
     store = dist.FileStore(folder, mesh.size)
     with Watchdog(mesh.groups(), timeout=0.3, store=store, report=reports.append):
         if mesh.rank == 1:
             time.sleep(1.2)
-        mesh.context.gather_rows(torch.zeros(3))
+        mesh.context.all_gather_rows(torch.zeros(3))
     return reports
 
 
-def lost_store(meshes, _):
-    """The store's host (rank 0) goes; rank 1 then waits for a collective to which nobody comes in time."""
-    import socket
-    import time
-
-    import torch.distributed as dist
-
-    from eagle_cp.watchdog import Watchdog
-
+def lost_store(meshes):
+    """The host of the store (rank 0) closes it; rank 1 then waits for a collective for which rank 0 is late."""
     mesh, reports = meshes[1], []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = torch.tensor([probe.getsockname()[1]])
-    port = int(mesh.context.gather_rows(port)[0])
+    port = torch.tensor(free_ports(1))
+    port = int(mesh.context.all_gather_rows(port)[0])
     store = dist.TCPStore("127.0.0.1", port, mesh.size, is_master=mesh.rank == 0)
 
     def report(text):
         reports.append(text)
-        raise OSError("the place for reports is full")
+        raise OSError("no space left for reports")
 
     with Watchdog(mesh.groups(), timeout=0.3, store=store if mesh.rank else None, report=report) as watchdog:
-        mesh.context.gather_rows(torch.zeros(3))
+        mesh.context.all_gather_rows(torch.zeros(3))
         if mesh.rank == 0:
             del store
             time.sleep(1.2)
-        mesh.context.gather_rows(torch.zeros(4))
+        mesh.context.all_gather_rows(torch.zeros(4))
         return reports, watchdog._thread.is_alive()
 
 
 def wrong_tiles(meshes, case):
-    """The error of each rank when rank 1 brings other tiles, or another mask; everything else is right."""
-    from eagle_cp import exchange_tiles, plan_tiles
-
+    """The error of each rank when rank 1 has other tiles, or another mask."""
     kind, mesh = case, meshes[1]
     wrong = mesh.rank == 1
     layout = Layout.build([0, 12], mesh, num_heads=2, num_kv_heads=2, verify=True)
@@ -113,15 +99,12 @@ def wrong_tiles(meshes, case):
     try:
         plan = plan_tiles(layout, is_feature, 2)
         rows = (plan.last - plan.first) * 2 + 2 * (wrong and kind == "tiles")
-        rows = exchange_tiles(torch.zeros(rows, 3 + (wrong and kind == "width")), layout)
+        rows = exchange_tiles(torch.zeros(rows, 3 + (wrong and kind == "width")), layout, plan)
         for _ in range(2):  # agreed once
-            rows = exchange_tiles(torch.zeros((plan.last - plan.first) * 2, 3), layout)
+            rows = exchange_tiles(torch.zeros((plan.last - plan.first) * 2, 3), layout, plan)
         return rows.shape[0] == len(plan.local_rows)
     except ValueError as error:
         return str(error)
-
-
-FUNCTIONS = {"sharding": sharding, "bad_input": bad_input, "hang": hang, "lost_store": lost_store, "wrong_tiles": wrong_tiles}
 
 
 def test_single_is_the_identity():
@@ -138,7 +121,7 @@ def test_single_is_the_identity():
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_shard_and_unshard(ranks, size):
     for case in (LENGTHS, [1], [64], [1] * 7):
-        assert all(ranks(size).call("sharding", case))
+        assert all(ranks(size).call(sharding, case))
 
 
 @pytest.mark.parametrize(
@@ -151,34 +134,34 @@ def test_shard_and_unshard(ranks, size):
     ],
 )
 def test_bad_input_is_the_same_error_on_every_rank(ranks, kind, message):
-    everywhere = ranks(3).call("bad_input", (kind, None))
+    everywhere = ranks(3).call(bad_input, (kind, None))
     assert len(set(everywhere)) == 1
     assert message in everywhere[0]
-    # Wrong on one rank only: with verify=True every rank raises, and says whose fault it is.
-    one = ranks(3).call("bad_input", (kind, 2))
+    # Wrong on one rank only: with verify=True every rank raises, and names it.
+    one = ranks(3).call(bad_input, (kind, 2))
     assert len(set(one)) == 1
     assert "context rank 2: " in one[0]
     assert message in one[0]
 
 
 def test_ranks_that_disagree_are_named(ranks):
-    errors = ranks(3).call("bad_input", ("other", 1))
+    errors = ranks(3).call(bad_input, ("other", 1))
     assert len(set(errors)) == 1
     assert "[0, 2] / [1]" in errors[0]
 
 
-def test_watchdog_says_who_waits_for_what(ranks, tmp_path):
-    reports = ranks(3).call("hang", str(tmp_path / "store"))
+def test_watchdog_reports_who_waits_for_what(ranks, tmp_path):
+    reports = ranks(3).call(hang, str(tmp_path / "store"))
     for rank in (0, 2):
         text = "\n".join(reports[rank])
         assert f"rank {rank} has waited" in text
         assert "all_gather number" in text
-        assert "rank 1: not in a collective" in text or "rank 1: has called none yet" in text
+        assert "rank 1: not in a collective" in text or "rank 1: has called no collective yet" in text
     assert reports[1] == []
 
 
 def test_watchdog_outlives_its_store_and_its_report(ranks):
-    (_, alive), (reports, still_alive) = ranks(2).call("lost_store")
+    (_, alive), (reports, still_alive) = ranks(2).call(lost_store)
     assert alive
     assert still_alive
     assert len(reports) == 1
@@ -190,16 +173,16 @@ def test_watchdog_outlives_its_store_and_its_report(ranks):
     ("kind", "message"),
     [
         ("mask", "plan_tiles: is_feature or tokens_per_tile differ between context ranks: [0, 2] / [1]"),
-        ("multiple", "context rank 1: tiles: 7 feature tokens are not a multiple of 2"),
+        ("multiple", "context rank 1: plan_tiles: 7 feature tokens are not a multiple of 2"),
         ("tiles", "context rank 1: exchange_tiles: got features (4, 3), this rank encodes tiles [1, 2) of 4"),
         ("width", "exchange_tiles: dtype or width of the features differ between context ranks: [0, 2] / [1]"),
     ],
 )
 def test_wrong_tiles_of_one_rank_are_an_error_of_all(ranks, kind, message):
-    errors = ranks(3).call("wrong_tiles", kind)
+    errors = ranks(3).call(wrong_tiles, kind)
     assert len(set(errors)) == 1
     assert message in errors[0]
-    assert ranks(3).call("wrong_tiles", None) == [True] * 3
+    assert ranks(3).call(wrong_tiles, None) == [True] * 3
 
 
 def test_agreement_of_one():

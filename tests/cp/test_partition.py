@@ -11,19 +11,19 @@ from eagle_cp.heads import split_heads
 from eagle_cp.partition import partition
 
 
-def covered(split, lengths):
-    """Checks that pieces tile every document; returns tokens and work of each rank, counted anew."""
+def covered(parts, lengths):
+    """Checks that pieces tile every document; returns tokens and work of each rank, counted here."""
     cover = {d: [] for d in range(len(lengths))}
     tokens, work = [], []
-    for share in split.shares:
-        spans = [(p.document, p.start, p.stop) for p in share.pieces] + [(d, 0, lengths[d]) for d in share.whole]
+    for documents in parts.ranks:
+        spans = [(p.document, p.start, p.stop) for p in documents.pieces] + [(d, 0, lengths[d]) for d in documents.whole]
         for d, a, b in spans:
             assert 0 <= a < b <= lengths[d]
             cover[d].append((a, b))
         tokens.append(sum(b - a for _, a, b in spans))
         work.append(sum(sum(range(a + 1, b + 1)) for _, a, b in spans))
-        assert list(share.pieces) == sorted(share.pieces)
-        assert {p.document for p in share.pieces} <= set(split.shared)
+        assert list(documents.pieces) == sorted(documents.pieces)
+        assert {p.document for p in documents.pieces} <= set(parts.cut)
     for d, spans in cover.items():
         spans.sort()
         assert spans[0][0] == 0
@@ -35,13 +35,13 @@ def covered(split, lengths):
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(1, 16))
 def test_every_token_once_and_tokens_equal(lengths, ranks):
-    split = partition(lengths, ranks)
-    tokens, work = covered(split, lengths)
+    parts = partition(lengths, ranks)
+    tokens, work = covered(parts, lengths)
     assert max(tokens) - min(tokens) <= 1
-    assert tuple(work) == split.work
-    for share in split.shares:  # a front and a back piece at most, so a rank sees a key at most twice
-        documents = [p.document for p in share.pieces]
-        assert max((documents.count(d) for d in documents), default=0) <= 2
+    assert tuple(work) == parts.work
+    for documents in parts.ranks:  # a front and a back piece at most, so a rank gets a key at most twice
+        cut = [p.document for p in documents.pieces]
+        assert max((cut.count(d) for d in cut), default=0) <= 2
 
 
 def realistic(kind, seed):
@@ -62,16 +62,16 @@ def realistic(kind, seed):
 def test_work_within_5_percent_on_realistic_packs(kind, ranks):
     for seed in range(5):
         lengths = realistic(kind, seed)
-        split = partition(lengths, ranks)
-        assert split.imbalance <= 0.05, (kind, ranks, seed, split.imbalance)
+        parts = partition(lengths, ranks)
+        assert parts.imbalance <= 0.05, (kind, ranks, seed, parts.imbalance)
 
 
 def test_short_documents_stay_whole():
-    assert partition([4096] * 32, 8).shared == ()
+    assert partition([4096] * 32, 8).cut == ()
     lengths = realistic("video and short", 0)
-    assert partition(lengths, 8).shared == (0,)
-    for seed in range(5):  # one document evens out what 60 others leave on two ranks
-        assert len(partition(realistic("log-normal", seed), 2).shared) <= 2
+    assert partition(lengths, 8).cut == (0,)
+    for seed in range(5):  # one cut document compensates what 60 others leave uneven on two ranks
+        assert len(partition(realistic("log-normal", seed), 2).cut) <= 2
 
 
 @settings(deadline=None, max_examples=200)
@@ -86,7 +86,7 @@ def test_heads_are_covered_and_grouped(kv_heads, group, ulysses):
     assert [s.q0 for s in shares] + [heads] == [0] + [s.q1 for s in shares]
     assert max(s.num_q for s in shares) - min(s.num_q for s in shares) <= 1
     for s in shares:
-        for chunks in (s.chunks, s.fine):
+        for chunks in (s.chunks, s.headwise):
             assert [c.q0 for c in chunks] + [s.num_q] == [0] + [c.q1 for c in chunks]
             for c in chunks:
                 for i, q in enumerate(range(c.q0, c.q1)):  # the kernel's grouping is the model's

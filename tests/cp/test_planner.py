@@ -1,4 +1,4 @@
-"""The planner prefers what must be better, respects limits, and explains."""
+"""The planner against what was measured, its limits and its table."""
 
 import importlib.util
 import json
@@ -16,8 +16,8 @@ MODEL = {"num_heads": 28, "num_kv_heads": 4, "head_dim": 128}
 
 def test_short_documents_need_no_exchange():
     plan = plan_context([4096] * 32, 2, **MODEL)
-    assert (plan.ulysses, plan.gather) == (1, 2)
-    assert plan.candidates[0].gather_mb == 0
+    assert (plan.ulysses, plan.all_gather) == (1, 2)
+    assert plan.candidates[0].all_gather_mb == 0
 
 
 def test_measured_packs_are_predicted_within_10_percent():
@@ -32,7 +32,7 @@ def test_measured_packs_are_predicted_within_10_percent():
 def test_slow_network_keeps_ulysses_on_the_host():
     hosts = plan_context([131072], 16, hardware=Hardware(gpus_per_host=8, network_gb_s=5.0), **MODEL)
     assert hosts.ulysses > 1
-    assert hosts.gather >= 2
+    assert hosts.all_gather >= 2
     assert next(c for c in hosts.candidates if c.ulysses == 16).exposed_ms > hosts.candidates[0].exposed_ms
 
 
@@ -41,14 +41,14 @@ def test_every_candidate_is_there_with_a_reason_if_impossible():
     assert sorted(c.ulysses for c in plan.candidates) == [1, 2, 4, 8, 16, 32]
     assert "a rank would get none" in plan.candidates[-1].reason
     text = explain(plan)
-    assert f"ulysses {plan.ulysses} x gather {plan.gather}" in text
+    assert f"ulysses {plan.ulysses} x all_gather {plan.all_gather}" in text
     assert "a rank would get none" in text
     assert len(text.splitlines()) == 3 + 6
 
 
 def test_memory_limit():
     free = plan_context([131072], 2, **MODEL)
-    by_split = {c.ulysses: c.peak_mb / 1024 for c in free.candidates}
+    by_split = {c.ulysses: c.peak_mib / 1024 for c in free.candidates}
     limited = plan_context([131072], 2, memory_gib=(by_split[1] + by_split[2]) / 2, **MODEL)
     assert limited.ulysses == min(by_split, key=by_split.get)
     with pytest.raises(ValueError, match=r"no split works.*GiB allowed"):
@@ -83,4 +83,4 @@ def test_the_plan_is_the_fastest_that_was_measured():
         for c in plan.candidates:
             row = found[c.ulysses]
             assert c.total_ms == pytest.approx(row["both_ms"], rel=0.07 if row["both_ms"] < 50 else 0.04), pack
-            assert c.peak_mb / 1024 == pytest.approx(row["peak_gib"], rel=0.1), pack
+            assert c.peak_mib / 1024 == pytest.approx(row["peak_gib"], rel=0.1), pack

@@ -1,5 +1,5 @@
-"""A tiny SigLIP, connector and language model over a context group: outputs and every gradient equal one process, also with ranks without
-tiles."""
+"""A tiny SigLIP, connector and language model over context-parallel ranks: the loss and every gradient equal one process, also with ranks
+without tiles."""
 
 import functools
 import itertools
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from eagle_cp import ContextMesh, Layout, exchange_tiles, plan_tiles, register_attention
+from tests.support.attention import assert_same_order, record, recorded
 
 TOKENS_PER_TILE = 4
 
@@ -35,12 +36,12 @@ def models(attention):
 
 
 def batch(case):
-    """Documents of `lengths` tokens; `tiles` says after which token of which document a tile's features start."""
+    """Documents of `lengths` tokens; `tiles`: (document, its token at which the features of a tile start)."""
     generator = torch.Generator().manual_seed(3)
     cu = [0, *np.cumsum(case["lengths"]).tolist()]
     ids = torch.randint(1, 50, (cu[-1],), generator=generator)
     for document, at in case["tiles"]:
-        ids[cu[document] + at : cu[document] + at + TOKENS_PER_TILE] = 0  # 0 stands for the image token
+        ids[cu[document] + at : cu[document] + at + TOKENS_PER_TILE] = 0  # 0 is the image token
     pixels = torch.randn(len(case["tiles"]), 3, 8, 8, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, 50, (cu[-1],), generator=generator)
     weights = torch.rand(cu[-1], generator=generator, dtype=torch.float64)
@@ -60,24 +61,24 @@ def sharded_step(meshes, case):
     mesh = meshes[case["ulysses"]] if meshes else ContextMesh.single()
     layout = Layout.build(cu, mesh, num_heads=4, num_kv_heads=2)
     plan = plan_tiles(layout, ids == 0, TOKENS_PER_TILE)
-    for group in mesh.groups():
-        group.record = []
+    record(mesh)
     mine = pixels[plan.first : plan.last]
-    encoded = model["vision"](mine if len(mine) else torch.zeros(1, 3, 8, 8).double()).last_hidden_state  # its reshapes need an image
+    encoded = model["vision"](
+        mine if len(mine) else torch.zeros(1, 3, 8, 8).double()
+    ).last_hidden_state  # its reshapes need at least one image
     features = model["connector"](encoded[: len(mine)])
-    rows = exchange_tiles(features, layout)
+    rows = exchange_tiles(features, layout, plan)
     embeds = model["language"].get_input_embeddings()(layout.shard(ids))
     embeds = embeds.index_copy(0, plan.local_rows, rows)
     out = model["language"](inputs_embeds=embeds[None], position_ids=layout.shard(positions)[None], use_cache=False, eagle_layout=layout)
     loss = loss_of(out.logits[0], layout.shard(targets), layout.shard(weights), weights.sum())
     loss.backward()
-    record = {group.name: (group.ranks, [tuple(c) for c in group.record]) for group in mesh.groups()}
     grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    return loss.item(), grads, record, plan.last - plan.first
+    return loss.item(), grads, recorded(mesh), plan.last - plan.first
 
 
 def plain_step(case):
-    """One process, no packing: every document by itself through torch's own attention."""
+    """One process, no packing: each document alone, with torch's attention."""
     model = models("sdpa")
     model.zero_grad()
     cu, ids, pixels, targets, weights, _ = batch(case)
@@ -91,7 +92,6 @@ def plain_step(case):
     return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
-FUNCTIONS = {"sharded_step": sharded_step}
 CASES = [
     {"lengths": [30, 12, 5], "tiles": [(0, 2), (0, 6), (0, 20), (1, 1), (1, 7)]},
     {"lengths": [40, 3], "tiles": [(0, 30)]},  # fewer tiles than ranks
@@ -100,27 +100,27 @@ CASES = [
 ]
 
 
-def compare(cp, results, case):
+def compare(results, case):
     loss, expected = plain_step(case)
     assert abs(sum(r[0] for r in results) - loss) < 1e-12
-    cp.same_order([(None, None, r[2]) for r in results])
+    assert_same_order([result[2] for result in results])
     for name, grad in expected.items():
         total = sum(r[1].get(name, 0) for r in results)
         np.testing.assert_allclose(total, grad, rtol=0, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_process(cp, case):
-    compare(cp, [sharded_step(None, case)], case)
+def test_one_process(case):
+    compare([sharded_step(None, case)], case)
 
 
 @pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (2, 2), (3, 1), (4, 2)])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_vision_connector_and_language(cp, ranks, size, ulysses, case):
-    results = ranks(size).call("sharded_step", {**case, "ulysses": ulysses})
+def test_gradients_of_vision_connector_and_language(ranks, size, ulysses, case):
+    results = ranks(size).call(sharded_step, {**case, "ulysses": ulysses})
     assert sum(r[3] for r in results) == len(case["tiles"])
     assert max(r[3] for r in results) - min(r[3] for r in results) <= 1
-    compare(cp, results, case)
+    compare(results, case)
 
 
 def test_bad_plans():
@@ -129,3 +129,13 @@ def test_bad_plans():
         plan_tiles(layout, torch.arange(10) < 3, 4)
     with pytest.raises(ValueError, match=r"expected \[10\]"):
         plan_tiles(layout, torch.zeros(9, dtype=torch.bool), 4)
+
+
+def test_features_that_do_not_fit_the_plan():
+    layout, other = (Layout.build([0, n], ContextMesh.single(), num_heads=1, num_kv_heads=1) for n in (10, 11))
+    plan = plan_tiles(layout, torch.arange(10) < 8, 4)
+    assert exchange_tiles(torch.ones(2, 4, 3), layout, plan).shape == (8, 3)
+    with pytest.raises(ValueError, match=r"encodes tiles \[0, 2\) of 2, that is 8 rows of 4 per tile"):
+        exchange_tiles(torch.ones(1, 4, 3), layout, plan)
+    with pytest.raises(ValueError, match="the plan was made for another layout"):
+        exchange_tiles(torch.ones(2, 4, 3), other, plan)

@@ -1,15 +1,12 @@
 """Sharded weights: FSDP2 around the modules, and weights that are DTensors; two processes on the CPU equal one."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from eagle_kernels import LinearCrossEntropy, OffloadEngine, RMSNorm, SwiGLUMLP, linear_cross_entropy, offload_checkpoint, rms_norm
+from tests.support.ranks import run_on_ranks
 
 HIDDEN, INNER, VOCAB, TOKENS = 64, 96, 50, 4096  # a hidden state of 1 MiB: large enough for the engine to move it
 
@@ -45,10 +42,7 @@ def single() -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def worker(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def sharded_equals_single() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -59,7 +53,7 @@ def worker(rank: int, port: int) -> None:
     for module in [*model.layers, model.head]:
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model(*batch(rank), denominator(), OffloadEngine(1 << 24, device="cpu")).backward()
+    model(*batch(dist.get_rank()), denominator(), OffloadEngine(1 << 24, device="cpu")).backward()
     for name, parameter in model.named_parameters():
         # FSDP2 averages over the ranks, and the denominator is global already.
         assert torch.allclose(parameter.grad.full_tensor() * 2, expected[name], rtol=1e-4, atol=1e-6), name
@@ -74,15 +68,8 @@ def worker(rank: int, port: int) -> None:
     for plain, parts in zip(whole, sharded):
         gradient = parts.grad.redistribute(mesh, [Replicate()]).to_local()
         assert torch.allclose(gradient, plain.grad, rtol=1e-4, atol=1e-6)
-    dist.barrier()
-    dist.destroy_process_group()
-    # All checks are done. Once, torch 2.11 aborted while the interpreter exited.
-    os._exit(0)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 def test_two_processes_equal_one():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, args=(port,), nprocs=2)
+    run_on_ranks(2, sharded_equals_single)

@@ -3,19 +3,21 @@
 import multiprocessing
 import os
 import tempfile
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from eagle_cp import ContextMesh, Layout, plan_tiles
+from eagle_cp import ContextMesh, Layout
+from tests.support.packs import make_pack
 
 LENGTHS = (70, 9, 30)
 TILES = (5, 0, 2)
 
 
-def make_pack(tiles):
+def make_batch(tiles):
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 100, (sum(LENGTHS),), generator=generator)
     start = 0
@@ -24,16 +26,14 @@ def make_pack(tiles):
         start += length
     targets = torch.randint(0, 100, ids.shape, generator=generator)
     targets[::3] = -100
-    return {
-        "input_ids": ids,
-        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS]),
-        "targets": targets,
-        "token_weights": torch.rand(ids.shape[0], generator=generator, dtype=torch.float64),
-    }, torch.randint(0, 256, (sum(tiles), 32, 32, 3), dtype=torch.uint8, generator=generator)
+    weights = torch.rand(ids.shape[0], generator=generator, dtype=torch.float64)
+    pixels = torch.randint(0, 256, (sum(tiles), 32, 32, 3), dtype=torch.uint8, generator=generator)
+    denominator = torch.tensor(7.0, dtype=torch.float64)
+    return make_pack(ids, LENGTHS, tiles=pixels, targets=targets, token_weights=weights, denominator=denominator)
 
 
-def step(model, pack, tiles, layout):
-    loss = model(**pack, tiles=tiles, layout=layout, denominator=torch.tensor(7.0, dtype=torch.float64)).loss
+def step(model, batch, layout):
+    loss = model(batch, layout=layout).loss
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -41,13 +41,13 @@ def step(model, pack, tiles, layout):
 def rank_main(rank, store, model, counts, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    mesh = ContextMesh.from_device_mesh(dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("gather", "ulysses")))
-    pack, tiles = make_pack(counts)
-    cu_seqlens = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
-    layout = Layout.build(cu_seqlens, mesh, num_heads=4, num_kv_heads=2)
-    plan = plan_tiles(layout, pack["input_ids"] == 100, 4)
-    local = {name: layout.shard(tensor, fill=-100 if name == "targets" else 0) for name, tensor in pack.items()}
-    loss, gradients = step(model, local, tiles[plan.first : plan.last], layout)
+    mesh = ContextMesh.from_device_mesh(dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("all_gather", "ulysses")))
+    batch = make_batch(counts)
+    layout = Layout.build(batch.cu_seqlens, mesh, num_heads=4, num_kv_heads=2)
+    batch = batch.shard(layout, 4)
+    assert batch.tile_plan is not None
+    batch = replace(batch, tiles=batch.tiles[batch.tile_plan.first : batch.tile_plan.last])
+    loss, gradients = step(model, batch, layout)
     results.put((rank, loss, {name: gradient.numpy() for name, gradient in gradients.items()}))
     results.close()
     results.join_thread()
@@ -67,8 +67,7 @@ def test_two_ranks_add_up(make_model, counts):
         answers = [results.get(timeout=100) for _ in processes]
         for process in processes:
             process.join(20)
-    pack, tiles = make_pack(counts)
-    loss, gradients = step(model, pack, tiles, Layout.single([0, *torch.tensor(LENGTHS).cumsum(0).tolist()]))
+    loss, gradients = step(model, make_batch(counts), None)
     assert sum(answer[1] for answer in answers) == pytest.approx(loss, rel=1e-9)
     for name, gradient in gradients.items():
         total = sum(torch.from_numpy(answer[2][name]) for answer in answers)

@@ -1,10 +1,13 @@
 """The whole model: packed and padded forward agree, tiles go where they belong, and no tiles are fine."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from eagle_cp import Layout
 from eagle_model import EagleConfig, EagleForConditionalGeneration
+from tests.support.packs import make_pack
 
 LENGTHS = (30, 9, 41)
 TILES = (2, 0, 3)
@@ -23,13 +26,16 @@ def pack():
         start += length
     targets = torch.randint(0, CONTEXT, ids.shape)
     targets[::3] = -100
-    return {
-        "input_ids": ids,
-        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS]),
-        "tiles": torch.randint(0, 256, (sum(TILES), 32, 32, 3), dtype=torch.uint8),
-        "targets": targets,
-        "token_weights": torch.rand(ids.shape[0]),
-    }
+    tiles = torch.randint(0, 256, (sum(TILES), 32, 32, 3), dtype=torch.uint8)
+    return {"input_ids": ids, "tiles": tiles, "targets": targets, "token_weights": torch.rand(ids.shape[0])}
+
+
+def packed(pack, lengths=LENGTHS, **changes):
+    return make_pack(**(pack | changes), lengths=lengths)
+
+
+def unlabelled(pack, lengths=LENGTHS):
+    return make_pack(pack["input_ids"], lengths, tiles=pack["tiles"])
 
 
 def slices():
@@ -39,10 +45,6 @@ def slices():
         token, tile = token + length, tile + count
 
 
-def layout(*lengths):
-    return Layout.single([0, *torch.tensor(lengths).cumsum(0).tolist()])
-
-
 def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -50,20 +52,19 @@ def gradients(model):
 @pytest.mark.parametrize("language", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"])
 def test_packed_equals_one_by_one(make_model, pack, language):
     model = make_model(text_config={"architectures": [language]})
-    denominator = torch.tensor(17.0)
-    whole = model(**pack, layout=layout(*LENGTHS), denominator=denominator).loss
+    whole = model(packed(pack, denominator=17.0)).loss
     whole.backward()
     together = gradients(model)
     model.zero_grad()
-    logits = model(pack["input_ids"], position_ids=pack["position_ids"], tiles=pack["tiles"], layout=layout(*LENGTHS)).logits
+    logits = model(unlabelled(pack)).logits
     total = 0.0
     for (tokens, tiles), length in zip(slices(), LENGTHS):
         part = {key: value[tiles if key == "tiles" else tokens] for key, value in pack.items()}
         part["tiles"] = part["tiles"] if len(part["tiles"]) else None
-        loss = model(**part, layout=layout(length), denominator=denominator).loss
+        loss = model(packed(part, [length], denominator=17.0)).loss
         loss.backward()
         total += loss.item()
-        alone = model(part["input_ids"], position_ids=part["position_ids"], tiles=part["tiles"], layout=layout(length)).logits
+        alone = model(unlabelled(part, [length])).logits
         torch.testing.assert_close(logits[tokens], alone, atol=1e-5, rtol=1e-5)
     assert whole.item() == pytest.approx(total, abs=1e-5)
     for name, gradient in gradients(model).items():
@@ -73,7 +74,7 @@ def test_packed_equals_one_by_one(make_model, pack, language):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_packed_equals_padded(make_model, pack, side):
     model = make_model()
-    logits = model(pack["input_ids"], position_ids=pack["position_ids"], tiles=pack["tiles"], layout=layout(*LENGTHS)).logits
+    logits = model(unlabelled(pack)).logits
     ids = torch.full((3, max(LENGTHS)), 7)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
@@ -92,6 +93,20 @@ def test_packed_equals_padded(make_model, pack, side):
     torch.testing.assert_close(model(ids, attention_mask=mask, pixel_values=floats).logits, answer.logits, atol=1e-5, rtol=1e-5)
 
 
+def test_parts_and_blocks(make_model):
+    """Every parameter is in exactly one part, and the blocks are the repeated layers in the order in which forward runs them."""
+    model = make_model()
+    names = [f"{part}: {id(p)}" for part, module in model.parts().items() for p in module.parameters()]
+    assert sorted(name.split()[1] for name in names) == sorted(str(id(p)) for p in model.parameters())
+    ran = []
+    for block in model.blocks():
+        block.register_forward_pre_hook(lambda module, _: ran.append(module))
+    model(make_pack(torch.arange(5), tiles=torch.zeros(0, 32, 32, 3, dtype=torch.uint8)))
+    assert ran == model.blocks() == model.blocks("vision") + model.blocks("connector") + model.blocks("language")
+    assert len(model.blocks("vision")) == model.config.vision_config.num_hidden_layers
+    assert len(model.blocks("language")) == model.config.text_config.num_hidden_layers
+
+
 def test_tile_features_stand_where_their_tokens_are(make_model, pack):
     model = make_model()
     features = model.image_features(pack["tiles"])
@@ -102,21 +117,20 @@ def test_tile_features_stand_where_their_tokens_are(make_model, pack):
     torch.testing.assert_close(embedded[~at], model.get_input_embeddings()(pack["input_ids"][~at]))
     index = at.nonzero().squeeze(1)
     assert torch.equal(model.embed(pack["input_ids"], pack["tiles"], index), embedded)
-    with pytest.raises(ValueError, match="20 image tokens"):
+    with pytest.raises(ValueError, match="20 visual tokens"):
         model.embed(pack["input_ids"], pack["tiles"][:4])
 
 
 def test_no_tiles(make_model):
     model = make_model()
-    ids, positions, targets = torch.arange(12), torch.arange(12), torch.arange(12)
+    ids = torch.arange(12)
     empty = torch.zeros(0, 32, 32, 3, dtype=torch.uint8)
     assert model.image_features(empty).shape == (0, 4, 48)
-    options = {"position_ids": positions, "layout": layout(12), "targets": targets, "denominator": torch.tensor(1.0)}
-    model(ids, tiles=None, **options).loss.backward()
+    model(make_pack(ids, targets=ids, denominator=1.0)).loss.backward()
     without = gradients(model)
     assert not any(name.startswith(("vision_model", "mlp1")) for name in without)
     model.zero_grad()
-    model(ids, tiles=empty, **options).loss.backward()
+    model(make_pack(ids, tiles=empty, targets=ids, denominator=1.0)).loss.backward()
     asked = gradients(model)
     assert set(asked) == {name for name, _ in model.named_parameters()}
     assert all(asked[name].abs().max() == 0 for name in asked if name.startswith(("vision_model", "mlp1")))
@@ -130,7 +144,7 @@ def test_activation_checkpointing_changes_nothing(make_model, pack, mode):
     for chosen in ("none", mode, "none"):
         model.set_activation_checkpointing(chosen)
         model.zero_grad()
-        model(**pack, layout=layout(*LENGTHS), denominator=torch.tensor(3.0)).loss.backward()
+        model(packed(pack, denominator=3.0)).loss.backward()
         results.append(gradients(model))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in results[0])
@@ -157,7 +171,7 @@ def test_other_shapes(make_model, make_config, changes):
     features = model.image_features(tiles)
     assert features.shape == (2, k, 48)
     ids = torch.tensor([1, *[CONTEXT] * (2 * k), 2])
-    out = model(ids, position_ids=torch.arange(len(ids)), layout=layout(len(ids)), tiles=tiles)
+    out = model(make_pack(ids, tiles=tiles))
     assert out.logits.isfinite().all()
 
 
@@ -174,13 +188,21 @@ def test_impossible_configurations(make_config):
 
 def test_wrong_use_is_said(make_model, make_config):
     model = make_model()
-    with pytest.raises(ValueError, match="position_ids"):
-        model(torch.arange(3), layout=layout(3))
+    batch = make_pack(torch.arange(3))
     with pytest.raises(TypeError, match="target"):
-        model(torch.arange(3), position_ids=torch.arange(3), layout=layout(3), target=torch.arange(3))
-    for option in ({"output_hidden_states": True}, {"output_attentions": True}, {"return_dict": False}):
-        with pytest.raises(TypeError, match=next(iter(option))):
-            model(torch.ones(1, 3, dtype=torch.long), **option)
+        model(batch, target=torch.arange(3))
+    with pytest.raises(TypeError, match="attention_mask"):
+        model(batch, Layout.single([0, 3]))
+    with pytest.raises(TypeError, match=r"ndarray.*batch\.to"):
+        model(replace(batch, input_ids=batch.input_ids.numpy()))
+    with pytest.raises(TypeError, match="PackedBatch"):
+        model(torch.ones(1, 3, dtype=torch.long), layout=Layout.single([0, 3]))
+    with pytest.raises(TypeError, match=r"output_attentions.*never formed"):
+        model(torch.ones(1, 3, dtype=torch.long), output_attentions=True)
+    with pytest.raises(ValueError, match="neither"):
+        model()
+    with pytest.raises(ValueError, match="both"):
+        model(torch.ones(1, 3, dtype=torch.long), inputs_embeds=torch.zeros(1, 3, 48))
     with pytest.raises(ValueError, match="attention_mask"):
         model(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 4))
     with pytest.raises(ValueError, match="row 1"):
@@ -220,7 +242,7 @@ def test_resizing_the_vocabulary_keeps_a_head_that_takes_its_loss(make_model):
         model = make_model(text_config={"tie_word_embeddings": tied})
         model.resize_token_embeddings(131)
         ids = torch.arange(119, 131)
-        out = model(ids, position_ids=torch.arange(12), layout=layout(12), targets=ids, denominator=torch.tensor(1.0))
+        out = model(make_pack(ids, targets=ids, denominator=1.0))
         assert out.loss.isfinite()
         assert model(ids[None]).logits.shape == (1, 12, 131)
         assert model.config.text_config.vocab_size == 131
@@ -229,9 +251,9 @@ def test_resizing_the_vocabulary_keeps_a_head_that_takes_its_loss(make_model):
 
 def test_bfloat16_stays_near_float32(make_model, pack):
     model = make_model()
-    options = {"layout": layout(*LENGTHS), "denominator": torch.tensor(17.0)}
-    exact = model(**pack, **options).loss
-    rounded = model.to(torch.bfloat16)(**pack, **options).loss
+    batch = packed(pack, denominator=17.0)
+    exact = model(batch).loss
+    rounded = model.to(torch.bfloat16)(batch).loss
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
     rounded.backward()
@@ -241,13 +263,13 @@ def test_bfloat16_stays_near_float32(make_model, pack):
 def test_autocast_stays_near_float32(make_model, pack):
     """Both modes under autocast: float32 parameters and gradients, matmuls in bfloat16."""
     model = make_model()
-    options = {"layout": layout(*LENGTHS), "denominator": torch.tensor(17.0)}
-    exact = model(**pack, **options).loss
+    batch = packed(pack, denominator=17.0)
+    exact = model(batch).loss
     ids = pack["input_ids"][None, :30]
     tiles = pack["tiles"][: TILES[0]]
     logits = model(ids, pixel_values=tiles).logits
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = model(**pack, **options).loss
+        rounded = model(batch).loss
         first = model(ids[:, :25], pixel_values=tiles, use_cache=True)
         rest = model(ids[:, 25:], past_key_values=first.past_key_values).logits
     assert rounded.item() == pytest.approx(exact.item(), rel=0.02)

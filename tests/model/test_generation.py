@@ -91,8 +91,10 @@ def test_what_cannot_be_generated_is_said(chat):
     batch = processor(text="Hi")
     with pytest.raises(ValueError, match=r"StaticCache.*dynamic"):
         answer(model, batch, cache_implementation="static")
-    with pytest.raises(TypeError, match="output_hidden_states"):
-        answer(model, batch, output_hidden_states=True, return_dict_in_generate=True)
+    with pytest.raises(TypeError, match="output_attentions"):
+        answer(model, batch, output_attentions=True, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="num_beam_groupz"):
+        answer(model, batch, num_beam_groupz=2)
     with pytest.raises(ValueError, match="row 0"):
         answer(model, batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])})
 
@@ -130,6 +132,49 @@ def test_streaming(chat, small_tokenizer):
     pieces = list(streamer)
     thread.join()
     assert "".join(pieces) == small_tokenizer.decode(answer(model, inputs)[0])
+
+
+def test_arguments_that_a_release_of_transformers_adds(chat, monkeypatch):
+    """Whatever `generate` hands over for models of other kinds does not reach `forward`, and changes no answer."""
+    from transformers import GenerationMixin
+
+    model, processor = chat
+    inputs = processor(text="What?", images=[picture(1)])
+    expected = answer(model, inputs)
+    real = GenerationMixin.prepare_inputs_for_generation
+
+    def newer(self, *args, **kwargs):
+        return real(self, *args, **kwargs) | {"argument_of_tomorrow": torch.ones(1), "another": True}
+
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", newer)
+    assert torch.equal(answer(model, inputs), expected)
+    with pytest.raises(TypeError, match="argument_of_tomorrow"):
+        model(**inputs, argument_of_tomorrow=1)
+
+
+def test_stop_strings_take_the_tokenizer(chat, small_tokenizer):
+    model, processor = chat
+    inputs = processor(text="What?", images=[picture(1)])
+    whole = answer(model, inputs, min_new_tokens=0)[0]
+    word = small_tokenizer.decode(whole[2])
+    stopped = answer(model, inputs, min_new_tokens=0, stop_strings=[word], tokenizer=small_tokenizer)[0]
+    first = next(index for index in range(len(whole)) if word in small_tokenizer.decode(whole[: index + 1]))
+    assert torch.equal(stopped, whole[: first + 1])
+    assert len(stopped) < len(whole)
+
+
+def test_generate_gives_hidden_states(chat):
+    model, processor = chat
+    inputs = processor(text="What?", images=[picture(1)])
+    result = answer_dict(model, inputs, output_hidden_states=True)
+    assert len(result.hidden_states) == 8
+    assert [len(states) for states in result.hidden_states] == [model.config.text_config.num_hidden_layers + 1] * 8
+    assert result.hidden_states[0][0].shape[:2] == inputs["input_ids"].shape
+    assert result.hidden_states[1][-1].shape == (1, 1, model.config.text_config.hidden_size)
+
+
+def answer_dict(model, inputs, **options):
+    return model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, return_dict_in_generate=True, **options)
 
 
 def test_stops_at_the_end_token(chat, small_tokenizer):

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import pickle
 
 import av
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from eagle_model import EagleProcessor, PromptError, VideoSpan, encode, register, render
-from eagle_model.media import BudgetError, MediaSettings, open_video, read_image, size_of
+from eagle_model.visual import BudgetError, VisualSpec, as_video, load_image, size_of
 from eagle_sampling import MediaError
 from eagle_tiling import load_rgb, select_grid, tile_image
 
@@ -117,7 +118,7 @@ def test_file_addresses(processor, tmp_path):
     picture().save(tmp_path / "a b%.png")
     address = (tmp_path / "a b%.png").as_uri()
     assert "a%20b%25.png" in address
-    assert read_image(address).size == read_image(str(tmp_path / "a b%.png")).size == (50, 40)
+    assert load_image(address).size == load_image(str(tmp_path / "a b%.png")).size == (50, 40)
 
 
 def test_exif_alpha_and_modes(processor):
@@ -126,9 +127,9 @@ def test_exif_alpha_and_modes(processor):
     exif[0x0112] = 6  # shown rotated
     content = io.BytesIO()
     image.save(content, "JPEG", exif=exif)
-    assert size_of(read_image(content.getvalue())) == (20, 60)
+    assert size_of(load_image(content.getvalue())) == (20, 60)
     for mode in ("RGBA", "L", "P", "CMYK"):
-        assert read_image(image.convert(mode)).mode == "RGB"
+        assert load_image(image.convert(mode)).mode == "RGB"
         assert processor(text="x", images=[image.convert(mode)])["pixel_values"].shape[-1] == 3
 
 
@@ -225,12 +226,12 @@ def test_save_and_load(processor, tmp_path):
     written = json.loads((tmp_path / "processor_config.json").read_text())
     assert written["processor_class"] == "EagleProcessor"
     again = EagleProcessor.from_pretrained(tmp_path)
-    assert again.settings == processor.settings == MediaSettings(**SETTINGS)
+    assert again.spec == processor.spec == VisualSpec(**SETTINGS)
     a, b = (each(text="<image-1> 12?", images=[picture()]) for each in (processor, again))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert EagleProcessor.from_pretrained(tmp_path, max_tiles=2).settings.max_tiles == 2
+    assert EagleProcessor.from_pretrained(tmp_path, max_tiles=2).spec.max_tiles == 2
     register()
-    assert AutoProcessor.from_pretrained(tmp_path).settings == processor.settings
+    assert AutoProcessor.from_pretrained(tmp_path).spec == processor.spec
     assert "tile_size" in repr(again)
 
 
@@ -239,7 +240,7 @@ def test_released_like_folder(small_tokenizer, make_config, tmp_path):
     make_config(tokenizer=small_tokenizer, max_dynamic_tiles=9).save_pretrained(tmp_path)
     small_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Eagle2_5_VLProcessor", "tokens_per_tile": 4}))
-    settings = EagleProcessor.from_pretrained(tmp_path).settings
+    settings = EagleProcessor.from_pretrained(tmp_path).spec
     assert (settings.tile_size, settings.tokens_per_tile, settings.max_tiles, settings.thumbnail) == (32, 4, 9, True)
     register()
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), EagleProcessor)
@@ -249,7 +250,11 @@ def test_wrong_use_is_said(processor, tmp_path):
     with pytest.raises(PromptError, match="text or messages"):
         processor(images=[picture()])
     with pytest.raises(ValueError, match="2 lists"):
-        processor(text=["a", "b"], images=[picture(), picture()])
+        processor(text=["a", "b"], images=[picture()])
+    with pytest.raises(ValueError, match="lists in some conversations"):
+        processor(text=["a", "b"], images=[picture(), [picture()]])
+    with pytest.raises(TypeError, match="images come first"):
+        processor("<image-1> What?", picture())
     with pytest.raises(PromptError, match="<image-2>"):
         processor(text="<image-2>", images=[picture()])
     with pytest.raises(PromptError, match="once"):
@@ -273,8 +278,14 @@ def test_wrong_use_is_said(processor, tmp_path):
         processor(messages=[[]])
     with pytest.raises(TypeError, match="max_token; is max_tokens meant"):
         processor(text="x", max_token=3)
-    with pytest.raises(TypeError, match="max_tiles: it is a setting"):
-        processor(text="x", max_tiles=1)
+    with pytest.raises(TypeError, match="tile_size: the model was trained with it"):
+        processor(text="x", tile_size=64)
+    with pytest.raises(ValueError, match="num_frames is given together with fps"):
+        processor(text="x", num_frames=2, fps=1.0)
+    with pytest.raises(ValueError, match="max_tiles is 0"):
+        processor(text="x", max_tiles=0)
+    with pytest.raises(TypeError, match="max_tiles is given twice"):
+        processor(text="x", max_tiles=2, images_kwargs={"max_tiles": 3})
     with pytest.raises(ValueError, match="truncation=True"):
         processor(text="x", truncation=True)
     with pytest.raises(TypeError, match="max_tile; is max_tiles meant"):
@@ -291,12 +302,12 @@ def test_wrong_use_is_said(processor, tmp_path):
         processor(text="x", images=["data:image/png;base64,???"])
     with pytest.raises(ValueError, match="2 frames but 1 times"):
         processor(text="x", videos=[{"frames": [picture(), picture()], "times": [0.0]}])
-    with pytest.raises(ValueError, match="nothing reads fps of a video that is a file"):
-        processor(text="x", videos=[{"path": "a.mp4", "fps": 1.0}])
-    with pytest.raises(ValueError, match="nothing reads start of a video that is a list of frames"):
+    with pytest.raises(ValueError, match="times can't be given for a video that is a file"):
+        processor(text="x", videos=[{"path": "a.mp4", "times": [1.0]}])
+    with pytest.raises(ValueError, match="start can't be given for a video that is a list of frames"):
         processor(text="x", videos=[{"frames": [picture()], "start": 1.0}])
     with pytest.raises(ValueError, match="without frames"):
-        open_video({}, MediaSettings())
+        as_video({})
     with pytest.raises(ValueError, match="padding_side"):
         processor(text="x", padding_side="middle")
 
@@ -322,3 +333,72 @@ def test_same_ids_as_training(processor, video, small_tokenizer):
     assert row.input_ids.tolist() == expected.input_ids.tolist()
     assert row.labels.tolist() == expected.labels.tolist()
     assert np.array_equal(row.tiles[8:], tiles), "the video has no placeholder, so it comes first"
+
+
+def test_settings_of_a_call_and_of_a_medium(processor, video):
+    """What InternVL's and Qwen-VL's users set per call, in their spellings; the processor itself stays as it is."""
+    image, talk = picture(size=(100, 30)), "<image-1><video-1>?"
+
+    def tiles(**options):
+        return len(processor(text=talk, images=[image], videos=[video], **options)["pixel_values"])
+
+    frames, image_tiles = 8, len(processor(text="?", images=[image])["pixel_values"])
+    assert tiles() == frames + image_tiles
+    assert tiles(max_tiles=1) == tiles(images_kwargs={"max_tiles": 1}) == frames + 1
+    assert tiles(num_frames=4) == tiles(videos_kwargs={"num_frames": 4}) == 4 + image_tiles
+    assert tiles(fps=10.0) == 30 + image_tiles
+    assert tiles(fps=1.0, min_frames=1) == 3 + image_tiles
+
+    def blocks(image_block, video_block):
+        content = [{"type": "image", "image": image} | image_block, {"type": "video", "video": str(video)} | video_block]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": "?"}]}]
+
+    for image_block, video_block, expected in (
+        ({}, {"nframes": 3}, 3 + image_tiles),
+        ({"max_tiles": 1}, {"max_frames": 5}, 5 + 1),
+        ({}, {"fps": 10.0, "start": 1.0}, 20 + image_tiles),
+        ({}, {"fps": 1.0, "min_frames": 2}, 3 + image_tiles),
+    ):
+        made = processor.apply_chat_template(blocks(image_block, video_block), tokenize=True, add_generation_prompt=True)
+        assert len(made["pixel_values"]) == expected
+    two = processor(text="<video-1><video-2>", videos=[{"video": str(video), "num_frames": 2}, video])
+    assert len(two["pixel_values"]) == 2 + 8, "one video's setting is not the other's"
+    assert tiles() == frames + image_tiles
+    with pytest.raises(AttributeError):
+        processor.spec.max_tiles = 2
+
+
+def test_a_batch_of_one_image_each(processor):
+    flat = processor(text=["<image-1>a", "<image-1>b"], images=[picture(0), picture(1)])
+    lists = processor(text=["<image-1>a", "<image-1>b"], images=[[picture(0)], [picture(1)]])
+    assert all(torch.equal(flat[name], lists[name]) for name in lists)
+
+
+def test_pickled_after_use(processor, video):
+    first = processor(text="<video-1>?", videos=[video])
+    again = pickle.loads(pickle.dumps(processor))(text="<video-1>?", videos=[video])
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_system_prompt_and_budget_travel(processor, small_tokenizer, video, tmp_path):
+    made = EagleProcessor(small_tokenizer, **SETTINGS, system_prompt="Be brief.", max_tokens=90, strategy="uniform", max_frames=9)
+    made.save_pretrained(tmp_path)
+    again = EagleProcessor.from_pretrained(tmp_path)
+    assert (again.system_prompt, again.max_tokens, again.spec) == ("Be brief.", 90, made.spec)
+    expected = encode(render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]), small_tokenizer)
+    assert again.process([{"role": "user", "content": "x"}]).input_ids.tolist() == expected.input_ids.tolist()
+    own = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "x"}]
+    assert again.process(own).input_ids.tolist() == encode(render(own), small_tokenizer).input_ids.tolist()
+    with pytest.raises(BudgetError, match="90 tokens"):
+        again(text="<video-1>?", videos=[video])
+    assert len(again(text="<video-1>?", videos=[video], max_tokens=1000)["pixel_values"]) == 9
+
+
+def test_documents(processor, tmp_path):
+    """A PDF and a list of page images are pages: no times in the prompt, all pages wanted."""
+    pages = [picture(seed, (60, 90)) for seed in range(3)]
+    pages[0].save(tmp_path / "a.pdf", save_all=True, append_images=pages[1:])
+    for document in (tmp_path / "a.pdf", pages):
+        made = processor(text="<video-1>?", videos=[document])
+        assert len(made["pixel_values"]) == 3
+        assert "Frame 3: <img>" in processor.tokenizer.decode(made["input_ids"][0])

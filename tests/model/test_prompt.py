@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from eagle_model.prompt import (
     EAGLE_TOKENS,
-    Context,
     PromptError,
     Special,
     Text,
     VideoSpan,
+    VisualTokens,
     encode,
     media_order,
     ordinal,
@@ -196,4 +196,8 @@ def test_times_and_rate():
 
 def test_segments_say_which_medium():
     segments = render([user("<video-1><image-1>")], images=[5], videos=[VideoSpan([0.0, 1.0], 1.0, 2)])
-    assert [s for s in segments if isinstance(s, Context)] == [Context(2, "video", 1, 1), Context(2, "video", 1, 2), Context(5, "image", 1)]
+    assert [s for s in segments if isinstance(s, VisualTokens)] == [
+        VisualTokens(2, "video", 1, 1),
+        VisualTokens(2, "video", 1, 2),
+        VisualTokens(5, "image", 1),
+    ]

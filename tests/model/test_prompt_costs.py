@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from eagle_model.prompt import VideoSpan, encode, render
-from eagle_model.prompt_costs import PromptCosts
+from eagle_model.prompt.costs import PromptCosts
 
 
 @pytest.fixture(scope="module")

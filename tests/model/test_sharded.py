@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eagle_cp import Layout
+from tests.support.packs import make_pack
 
 
 def rank_pack(rank):
@@ -19,16 +19,11 @@ def rank_pack(rank):
     if rank == 0:
         ids[4:12] = 100
     tiles = torch.randint(0, 256, (2 if rank == 0 else 0, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return {
-        "input_ids": ids,
-        "position_ids": torch.arange(40),
-        "targets": torch.randint(0, 100, (40,), generator=generator),
-        "tiles": tiles,
-    }
+    return make_pack(ids, tiles=tiles, targets=torch.randint(0, 100, (40,), generator=generator), denominator=80.0)
 
 
 def step(model, rank):
-    loss = model(**rank_pack(rank), layout=Layout.single([0, 40]), denominator=torch.tensor(80.0)).loss
+    loss = model(rank_pack(rank)).loss
     loss.backward()
     return loss.item()
 
@@ -40,7 +35,7 @@ def rank_main(rank, store, model, mode, results):
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
     mesh = dist.init_device_mesh("cpu", (2,))
     model.set_activation_checkpointing(mode)
-    for layer in (*model.language_model.model.layers, *model.vision_model.vision_model.encoder.layers):
+    for layer in model.blocks():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     loss = step(model, rank)

@@ -66,7 +66,7 @@ def test_save_and_load(small_tokenizer, tmp_path):
 
 
 def test_prompt_needs_no_torch():
-    code = "import sys, eagle_model.prompt_costs; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, eagle_model.prompt.costs; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

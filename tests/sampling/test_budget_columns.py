@@ -1,4 +1,4 @@
-"""The budget over columns is the budget of every row, word for word."""
+"""The plan of columns is the plan of every row; strategies can be registered."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_sampling import STRATEGIES, PlanColumns, VideoRequest, plan, plan_many
+from eagle_sampling import STRATEGIES, Dropped, PlanColumns, VideoRequest, VisualPlan, plan, plan_many, register_strategy
+from eagle_sampling.budget import Choice
+from eagle_sampling.budget.share import share_frames
 
 SMALL_CAPS = (4, 2, 1)
 
@@ -30,7 +32,7 @@ def assert_same(rows, max_tokens, caps, **options):
 
 
 @settings(deadline=None, max_examples=150)
-@given(rows=st.lists(row(), max_size=12), max_tokens=st.integers(0, 600), strategy=st.sampled_from(STRATEGIES))
+@given(rows=st.lists(row(), max_size=12), max_tokens=st.integers(0, 600), strategy=st.sampled_from(list(STRATEGIES)))
 def test_row_by_row(rows, max_tokens, strategy):
     assert_same(rows, max_tokens, SMALL_CAPS, strategy=strategy)
     assert_same(rows, max_tokens, SMALL_CAPS, strategy=strategy, frames_per_video=7, cap=2)
@@ -56,6 +58,47 @@ def test_numbers_too_large_for_int64_products():
     assert_same([(0, [], huge), (5, [], huge[1:])], 10**15, (1,))
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9), st.sampled_from([3, 4, 11])), min_size=1, max_size=6), data=st.data()
+)
+def test_the_matrix_shares_as_the_integers_do(requests, data):
+    videos = [VideoRequest(max(wanted, minimum), minimum, each) for wanted, minimum, each in requests]
+    least, most = (sum(getattr(v, name) * v.frame_tokens for v in videos) for name in ("minimum", "wanted"))
+    room = data.draw(st.integers(least, most))
+    planned = plan(0, [], videos, max_tokens=room)
+    assert isinstance(planned, VisualPlan)
+    assert list(planned.frames) == share_frames(videos, room)
+
+
+def test_a_registered_strategy_is_used_by_both(monkeypatch):
+    def minimum_only(columns, room, options):
+        """The minimum of frames, images at the last cap."""
+        last = len(options.caps) - 1
+        spent = np.zeros(len(columns), np.int64)
+        np.add.at(spent, np.repeat(np.arange(len(columns)), np.diff(columns.video_offsets)), columns.minimum * columns.frame_tokens)
+        np.add.at(spent, np.repeat(np.arange(len(columns)), np.diff(columns.image_offsets)), columns.image_tokens[:, last])
+        left = room - spent
+        status = np.where(left < 0, 4, 0).astype(np.int8)
+        cap_index, image_cap_index = (np.full(n, last, np.int8) for n in (len(columns), len(columns.image_tokens)))
+        return Choice(status, cap_index, image_cap_index, columns.minimum, left)
+
+    for name, strategy in STRATEGIES.items():
+        with pytest.raises(ValueError, match=f"'{name}' is registered already"):
+            register_strategy(name, minimum_only)
+        register_strategy(name, strategy.choose, by_rate=strategy.by_rate)  # the same again changes nothing
+    monkeypatch.setitem(STRATEGIES, "minimum", None)  # restores the table afterwards
+    del STRATEGIES["minimum"]
+    register_strategy("minimum", minimum_only, by_rate=False)
+    assert not STRATEGIES["minimum"].by_rate
+    rows = [(10, [[9, 5, 2]], [VideoRequest(9, 3, 5)]), (40, [[9, 5, 2]], [VideoRequest(9, 3, 5)]), (60, [], [])]
+    result = assert_same(rows, 50, SMALL_CAPS, strategy="minimum")
+    assert result.row(0) == VisualPlan(1, (1,), (3,), 27, ("frames 9->3", "tiles 4->1"))
+    assert result.row(1) == Dropped("too_long", "frames and images need 17 tokens, 10 of 50 tokens are left after 40 of text")
+    assert isinstance(result.row(2), Dropped)
+    assert result.row(2).reason == "text_too_long"
+
+
 def test_arrays_of_the_result():
     columns = PlanColumns.from_rows(
         [
@@ -77,7 +120,7 @@ def test_arrays_of_the_result():
         result.row(4)
 
 
-def test_nothing_at_all():
+def test_no_rows():
     for strategy in STRATEGIES:
         result = plan_many(PlanColumns.from_rows([]), max_tokens=10, strategy=strategy)
         assert len(result.status) == len(result.tokens) == 0

@@ -1,4 +1,4 @@
-"""Pages of PDFs and multi-page TIFFs, pictures of animations."""
+"""Pages of PDFs (as pictures and as tiles) and of multi-page TIFFs, pictures of animations."""
 
 import contextlib
 import warnings
@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eagle_sampling import Limits, MediaError, animation_times, page_count, page_sizes, probe, read_frames, read_pages
+from eagle_sampling import (
+    Limits,
+    MediaError,
+    animation_times,
+    page_count,
+    page_sizes,
+    pdf_size,
+    probe,
+    read_frames,
+    read_pages,
+    render_pages,
+)
+
+RGB = [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)]
 
 
 @pytest.fixture
@@ -24,7 +37,7 @@ def test_pdf_pages_at_a_chosen_size(sheets, tmp_path):
     pages = read_pages(path, [2, 0], size=560)
     assert [page.size for page in pages] == [(440, 560), (400, 560)]
     assert np.abs(np.asarray(pages[0])[100, 100].astype(int) - (160, 40, 200)).max() < 6
-    with pytest.raises(MediaError, match="no page 3"):
+    with pytest.raises(MediaError, match="page 3 does not exist \\(pages 0 to 2 do\\)"):
         read_pages(path, [3])
     with pytest.raises(MediaError, match="over the limit"):
         read_pages(path, dpi=1e5)
@@ -35,7 +48,57 @@ def test_pdf_pages_at_a_chosen_size(sheets, tmp_path):
         page_count(path)
 
 
-def test_pdf_pages_have_the_size_that_was_told(tmp_path):
+@pytest.fixture
+def pdf(tmp_path):
+    pytest.importorskip("pypdfium2")
+    pages = [Image.new("RGB", (200, 300), colour) for colour in RGB]
+    pages[0].save(tmp_path / "d.pdf", save_all=True, append_images=pages[1:], resolution=72)
+    return tmp_path / "d.pdf"
+
+
+def test_pages_become_tiles(pdf):
+    assert pdf_size(pdf) == pdf_size(str(pdf)) == (4, 200, 300)
+    tiles = render_pages(pdf, np.array([2, 0]), 32)
+    assert (tiles.shape, tiles.dtype) == ((2, 32, 32, 3), np.uint8)
+    assert np.abs(tiles.reshape(2, -1, 3).mean(axis=1) - [RGB[2], RGB[0]]).max() < 6
+    batch = np.zeros((5, 32, 32, 3), np.uint8)
+    assert render_pages(pdf, [2, 0], 32, out=batch[1:3]) is not None
+    assert np.array_equal(batch[1:3], tiles)
+    assert not batch[[0, 3, 4]].any()
+
+
+def test_a_thin_page_takes_no_more_than_eight_tiles(tmp_path, monkeypatch):
+    pypdfium2 = pytest.importorskip("pypdfium2")
+    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 %s]>>"
+    objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[3 0 R 4 0 R]/Count 2>>", page % b"100 200", page % b"1 14400"]
+    body = b"".join(b"%d 0 obj%sendobj\n" % (number, content) for number, content in enumerate(objects, start=1))
+    (tmp_path / "thin.pdf").write_bytes(b"%PDF-1.4\n" + body + b"trailer<</Root 1 0 R>>")
+    scales = []
+    render = pypdfium2.PdfPage.render
+    monkeypatch.setattr(pypdfium2.PdfPage, "render", lambda self, scale: scales.append(scale) or render(self, scale=scale))
+    assert render_pages(str(tmp_path / "thin.pdf"), np.array([0, 1]), 32).shape == (2, 32, 32, 3)
+    assert scales == [pytest.approx(32 / 100), pytest.approx(8 * 32 / 14400)]
+
+
+def test_damaged_pdfs_are_named(pdf, tmp_path):
+    for page in (9, 4, -1):
+        with pytest.raises(MediaError, match=rf"d\.pdf: page {page} does not exist \(pages 0 to 3 do\)"):
+            render_pages(pdf, [0, page], 32)
+    for out in (np.zeros((1, 32, 32, 3), np.uint8), np.zeros((2, 32, 32, 3), np.float32)):
+        with pytest.raises(ValueError, match=r"need uint8 \(2, 32, 32, 3\)"):
+            render_pages(pdf, [0, 1], 32, out=out)
+    with pytest.raises(MediaError, match="4 frames is over the limit of 3"):
+        pdf_size(pdf, limits=Limits(max_frames=3))
+    pdf.write_bytes(b"%PDF-1.4 and nothing else")
+    for read in (pdf_size, lambda path: render_pages(path, [0], 32)):
+        with pytest.raises(MediaError, match=r"d\.pdf: can't be read as a PDF"):
+            read(pdf)
+        for name in (tmp_path / "missing.pdf", "a\0.pdf"):
+            with pytest.raises(MediaError, match=r"\.pdf: can't be read"):
+                read(name)
+
+
+def test_pdf_pages_have_the_chosen_size(tmp_path):
     pdfium = pytest.importorskip("pypdfium2")
     path = tmp_path / "a.pdf"
     document = pdfium.PdfDocument.new()
@@ -58,7 +121,7 @@ def test_multi_page_tiff(sheets, tmp_path):
     assert [page.getpixel((5, 5)) for page in read_pages(path, [1, 2])] == [(80, 40, 200), (160, 40, 200)]
 
 
-def test_animations_are_films(tmp_path):
+def test_animations_are_read_as_videos(tmp_path):
     pictures = [Image.new("RGB", (40, 30), (0, 80 * i, 0)) for i in range(4)]
     for suffix in ("gif", "webp"):
         path = tmp_path / f"a.{suffix}"
@@ -74,7 +137,7 @@ def test_animations_are_films(tmp_path):
 
 
 def test_damaged_pictures_are_media_errors(sheets, tmp_path):
-    """Cut, or a byte turned over, at 50 places each: Pillow raises TypeError, KeyError, IndexError, SyntaxError and OSError."""
+    """Cut, or one byte inverted, at 50 places each: Pillow raises TypeError, KeyError, IndexError, SyntaxError and OSError."""
     for suffix in ("tiff", "gif"):
         whole = tmp_path / f"whole.{suffix}"
         sheets[0].resize((10, 14)).save(whole, save_all=True, append_images=[sheet.resize((10, 14)) for sheet in sheets[1:]])
@@ -89,7 +152,7 @@ def test_damaged_pictures_are_media_errors(sheets, tmp_path):
                         call(path)
 
 
-def test_what_is_no_document(tmp_path):
+def test_other_files(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     for name in ("a.txt", "missing.pdf"):
         with pytest.raises(MediaError, match=name):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
 from eagle_sampling import image_size, open_image
-from eagle_sampling.image_header import exif_orientation
+from eagle_sampling.images.header import exif_orientation
 from eagle_tiling import color, load_rgb
 
 WIDE, TALL = (12, 8), (8, 12)

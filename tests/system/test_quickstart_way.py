@@ -8,9 +8,9 @@ from eagle_train.cli.tables import plan_table, score_table
 from eagle_train.config import ConfigError
 from eagle_train.quickstart.build import Size
 from eagle_train.quickstart.run import run_quickstart
+from eagle_train.runs.folder import remove_run
 from eagle_train.training.checkpoint import whole
-from eagle_train.training.folder import remove_run
-from eagle_train.watching.metrics import Metrics
+from eagle_train.training.metrics import Metrics
 
 SIZE = Size(images=40, positions=1, train_clips=6, test_clips=3, steps=(4, 3, 2))
 
@@ -49,7 +49,7 @@ def test_quickstart_in_small(tmp_path):
     scores = result.by_source()
     assert set(scores) == {"test_questions", "test_videos"}
     assert scores["test_questions"].questions > 300
-    assert 0.4 < scores["test_questions"].blind < 0.9
+    assert 0.4 < scores["test_questions"].text_only < 0.9
     assert not [answer for answer in result.answers if answer.problem]
     assert [path.name for path in whole(run / "checkpoints")] == ["short-end", "middle-end", "long-end"]
     steps = [record for record in Metrics(run / "metrics.jsonl") if record["kind"] == "step"]

@@ -17,9 +17,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from eagle_model.prompt import EAGLE_TOKENS
+from eagle_model.prompt.costs import FrameCosts
 from eagle_sampling import TimeTable
 from eagle_train.config import Config, parse_config
-from eagle_train.data.facts import SCHEMA, Facts, FactsSource, FrameCosts
+from eagle_train.data.facts import SCHEMA, Facts, FactsSource
 
 
 @pytest.fixture(scope="session")
@@ -116,14 +117,15 @@ def make_facts() -> Callable[..., Facts]:
             columns["image_height"].append([height for _, height in content.get("images", ())])
             videos: list[dict[str, Any]] = []
             for video in content.get("videos", ()):
-                facts = {"start": None, "stop": None, "width": 64, "height": 48}
+                facts = {"start": None, "end": None, "width": 64, "height": 48}
                 if isinstance(video, int):
-                    videos.append({**facts, "frames": video, "seconds": None, "end": None, "times": []})
+                    videos.append({**facts, "frames": video, "seconds": None, "last_time": None, "times": []})
                 else:
                     frames, fps = video
                     table = TimeTable.from_ticks(range(frames), Fraction(1, fps))
-                    videos.append({**facts, "frames": frames, "seconds": frames / fps, "end": (frames - 1) / fps, "times": table.to_list()})
-            for name in ("frames", "seconds", "end", "start", "stop", "width", "height", "times"):
+                    known = {"frames": frames, "seconds": frames / fps, "last_time": (frames - 1) / fps, "times": table.to_list()}
+                    videos.append(facts | known)
+            for name in ("frames", "seconds", "last_time", "start", "end", "width", "height", "times"):
                 columns[f"video_{name}"].append([video[name] for video in videos])
         if sources is None:
             sources = [FactsSource("all", Path("all.jsonl"), Path("."), 0, len(rows), 0, 1.0, 1.0, None)]

@@ -6,11 +6,12 @@ import torch
 import eagle_kernels.offload.engine
 from eagle_kernels.offload import GIB, Arena
 from eagle_train.config import ConfigError
+from eagle_train.distributed.world import start_world
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
 from eagle_train.training import activations
-from eagle_train.training.activations import activation_mode, decoder_shape, host_bytes, make_engine, vision_shape
-from eagle_train.training.parallel import start_world
-from eagle_train.training.run import get_ready, train
-from eagle_train.watching.metrics import Metrics, same_run
+from eagle_train.training.activations import activation_mode, host_bytes, make_engine
+from eagle_train.training.metrics import Metrics, same_run
 
 MODES = ("keep", "recompute", "offload")
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -40,7 +41,7 @@ def run(config, device="cpu", on_start=None):
     torch.set_num_threads(1)
     world = start_world(config.parallel, device)
     try:
-        trainer = train(get_ready(config), world, on_start=on_start)
+        trainer = train(get_ready(config), world, on_start=on_start).trainer
         weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     finally:
         world.close()
@@ -77,7 +78,7 @@ def test_every_mode_trains_the_same_run(colour_run, places, dtype):
             assert max(places) <= 1280 * 32 * width
             assert len(places) >= 12  # two packs a step, six steps, one of two layers: the last one's input stays
             assert trainer.engine.arena.free == trainer.engine.arena.capacity
-            assert trainer.engine.arena.capacity >= host_bytes(config, trainer.described)
+            assert trainer.engine.arena.capacity >= host_bytes(config, trainer.model.config)
 
 
 def test_the_engine_is_made_once_although_the_model_is_made_anew(colour_run, monkeypatch):
@@ -104,7 +105,7 @@ def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colou
     described = preset("8b")
     state = 131072 * 3584 * 2
     assert 27 * state <= host_bytes(config, described) <= 27 * state + (1 << 20)
-    shared = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ulysses": 2, "gather": 2})})
+    shared = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ulysses": 2, "all_gather": 2})})
     assert 27 * state // 4 <= host_bytes(shared, described) <= 27 * state // 4 + (1 << 20)
     world = start_world(colour_run().parallel, "cpu")
     with pytest.raises(ConfigError, match=r"27 layers at 131072 tokens take 23.6\d GiB .* can spare 10.00 GiB; .*recompute"):
@@ -113,19 +114,6 @@ def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colou
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"94.\d\d GiB for the 4 on the host of rank 0, which can spare 60.00 GiB"):
         make_engine(config, described, world, available=60 * GIB)
-
-
-def test_shapes_have_the_models_parameters():
-    from eagle_model.presets import preset
-
-    described = preset("8b")
-    vision = vision_shape(described, 32768)
-    assert (vision.patches, vision.merge, vision.positions, vision.patch_values) == (128 * 1024, 4, 1024, 588)
-    decoder = decoder_shape(described)
-    # language_model, vision_model and mlp1 of the real model, counted on the meta device
-    assert decoder.parameters == 7_615_616_512
-    assert vision.parameters == 413_327_088
-    assert vision.connector_parameters(decoder.hidden) == 29_376_512
 
 
 def test_auto_recomputes_on_a_gpu_and_keeps_on_a_cpu(colour_run):

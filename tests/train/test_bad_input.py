@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eagle_train.config import ConfigError, SamplingConfig, StageConfig, TilingConfig, dump_config, load_config
+from eagle_model.visual import VisualSpec
+from eagle_train.config import ConfigError, StageConfig, dump_config, load_config
 from eagle_train.data.ledger import Ledger
 from eagle_train.data.prepare import prepare
 from eagle_train.planning.stages import plan_stage
-from eagle_train.planning.visual import ModelFacts
 
-MODEL = ModelFacts(64, 4)
+SPEC = VisualSpec(tile_size=64, tokens_per_tile=4)
 
 
 def png_of(width, height):
@@ -149,7 +149,7 @@ def test_every_bad_row_is_in_the_ledger(folder, row, make_config, write_jsonl, t
     assert "not there" in entries[12].detail
     assert "30000 x 30000" in entries[19].detail
     # The rest goes on: it can be planned, and every good row is in a pack.
-    plan = plan_stage(report.facts, StageConfig(name="s", max_tokens=4096), MODEL, sampling=SamplingConfig(), tiling=TilingConfig())
+    plan = plan_stage(report.facts, StageConfig(name="s", max_tokens=4096), SPEC)
     assert len(np.unique(plan.pack_rows)) == report.good_rows
 
 
@@ -176,14 +176,13 @@ def test_text_longer_than_the_budget_is_the_stages_drop(tmp_path, row, make_conf
     (tmp_path / "a.png").write_bytes(picture())
     write_jsonl(tmp_path / "rows.jsonl", [row(), row("x" * 5000), row("y" * 950, image=["a.png"] * 20)])
     facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer).facts
-    options = {"sampling": SamplingConfig(), "tiling": TilingConfig()}
-    short = plan_stage(facts, StageConfig(name="short", max_tokens=1024), MODEL, **options)
+    short = plan_stage(facts, StageConfig(name="short", max_tokens=1024), SPEC)
     drops = list(short.drops())
     assert [(drop.source, drop.line, drop.reason, drop.where) for drop in drops] == [
         ("s", 2, "text_too_long", "stage short"),
         ("s", 3, "text_too_long" if "text alone" in drops[1].detail else "images_too_long", "stage short"),
     ]
-    assert plan_stage(facts, StageConfig(name="long", max_tokens=8192), MODEL, **options).drop_rows.tolist() == []
+    assert plan_stage(facts, StageConfig(name="long", max_tokens=8192), SPEC).drop_rows.tolist() == []
     ledger = Ledger(tmp_path / "ledger.jsonl")
     for _ in range(2):  # planning again replaces what the stage wrote before
         ledger.replace(drops, where="stage short")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from eagle_train.config import ParallelConfig
+from eagle_train.distributed.world import start_world
 from eagle_train.training import checkpoint
-from eagle_train.training.parallel import start_world
 
 
 class Net(nn.Module):

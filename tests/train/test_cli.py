@@ -6,12 +6,14 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import yaml
 
-from eagle_train.cli import main
+from eagle_train.cli import doctor, main
 from eagle_train.cli.pages import VERBS, rendered_page, stored_page
+from eagle_train.cli.tested import TESTED
 from eagle_train.config import ConfigError, dump_config, load_config
 
 
@@ -89,7 +91,7 @@ def test_exit_codes_and_messages(colour_run, tmp_path, eagle_here):
     assert "did you mean 'max_tokens'?" in done.stderr
     done = eagle_here("report", tmp_path)
     assert done.returncode == 2
-    assert "no run folder" in done.stderr
+    assert "is not a run folder: it has no config.yaml" in done.stderr
     with pytest.raises(ConfigError):
         main(["plan", str(tmp_path / "nothing.yaml"), "--debug"])
 
@@ -115,8 +117,8 @@ def test_what_the_user_must_change_ends_with_2(colour_run, tmp_path, monkeypatch
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("verb", "goes_on"), [("train", True), ("plan", False)])
-def test_interrupted_says_whether_the_same_command_continues(tmp_path, monkeypatch, eagle_here, verb, goes_on):
+@pytest.mark.parametrize(("verb", "what"), [("train", "nothing was trained yet"), ("prepare", "measures no row again"), ("plan", "")])
+def test_interrupted_says_what_the_same_command_does(tmp_path, monkeypatch, eagle_here, verb, what):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
@@ -124,7 +126,53 @@ def test_interrupted_says_whether_the_same_command_continues(tmp_path, monkeypat
     done = eagle_here(verb, tmp_path / "run.yaml")
     assert done.returncode == 130
     assert "interrupted" in done.stderr
-    assert ("the same command continues where it stopped" in done.stderr) == goes_on
+    assert what in done.stderr
+    assert ("same command" in done.stderr) == (verb == "prepare")
+
+
+def test_a_failed_evaluation_ends_with_4_after_everything_else(colour_run, tmp_path, eagle_here, monkeypatch):
+    def fails(*arguments, **options):
+        raise TypeError("forward has no argument cache")
+
+    monkeypatch.setattr("eagle_train.runs.evaluate.evaluate", fails)
+    data = {"sources": {"rows": {"annotation": "rows.jsonl"}}, "eval_sources": {"held": {"annotation": "rows.jsonl"}}, "workers": 1}
+    config = colour_run(data=data)
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    done = eagle_here("train", tmp_path / "run.yaml", "--device", "cpu")
+    assert done.returncode == 4, done.stderr
+    assert "error: training is complete, but 3 of its evaluations failed:" in done.stderr
+    assert "the evaluation of stage final after step 6 failed: TypeError: forward has no argument cache" in done.stderr
+    assert f"eagle eval {config.run.folder} evaluates them again" in done.stderr.splitlines()[-1]
+    assert "foresaw" not in done.stderr
+    assert (config.run.folder / "plot.png").exists()
+    assert f"run folder: {config.run.folder}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": "qwen2", "hidden_size": 1e9}', "model_type is 'qwen2', and only 'eagle_2_5_vl' can be loaded"),
+        ('{"hidden_size": 896}', "model_type is None"),
+        ("[1]", "model_type is None"),
+        ("{", "config.json: can't be read as JSON"),
+        (None, "holds no model: it has neither config.yaml nor config.json"),
+    ],
+)
+def test_a_folder_of_another_model_is_refused_before_anything_is_allocated(tmp_path, eagle_here, monkeypatch, content, message):
+    def allocate(*arguments, **options):
+        pytest.fail("a model was made")
+
+    monkeypatch.setattr("eagle_model.eagle.EagleForConditionalGeneration.__init__", allocate)
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    done = eagle_here("chat", tmp_path, "hi", "--device", "cpu")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "give the folder of a run of eagle train" in done.stderr
+    done = eagle_here("eval", tmp_path, "--device", "cpu")
+    assert done.returncode == 2
+    assert f"{tmp_path} is not a run folder: it h" in done.stderr
+    assert "is not a folder" in eagle_here("chat", tmp_path / "nothing", "hi", "--device", "cpu").stderr
 
 
 def test_too_many_bad_rows_end_with_3(colour_run, tmp_path):
@@ -237,3 +285,39 @@ def test_lmdb_build_and_check(tmp_path, picture, eagle_here):
         done = eagle_here("lmdb", *command)
         assert done.returncode == 3
         assert why in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "advice"),
+    [
+        ("transformers", "5.24.3", ""),
+        ("transformers", "5.17.0", ""),
+        ("torch", "2.15.0+cu132", ""),
+        (
+            "transformers",
+            "5.25.0.dev0",
+            "newer than 5.24.0, the newest tested release: if something fails, pip install 'transformers<=5.24.0'",
+        ),
+        ("transformers", "6.0", "newer than 5.24.0"),
+        ("transformers", "5.16.9", "older than 5.17.0, the oldest tested release: pip install --upgrade 'transformers>=5.17.0'"),
+        ("torch", "2.9.1+cpu", "older than 2.11.0"),
+        ("eagle-train", "0.1.0", ""),
+    ],
+)
+def test_doctor_warns_of_versions_that_are_not_tested(monkeypatch, name, version, advice):
+    monkeypatch.setattr(doctor, "TESTED", TESTED | {"transformers": ("5.17.0", "5.24.0"), "torch": ("2.11.0", "2.15.0")})
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    found = doctor._version(name)
+    assert found.value == version
+    assert found.cure.startswith(advice)
+    assert bool(found.cure) == bool(advice)
+    assert not found.serious
+
+
+def test_tested_ranges_start_where_ci_tests_the_oldest_releases():
+    lines = (Path(__file__).parents[2] / ".ci" / "lowest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    assert {name: oldest for name, (oldest, _) in TESTED.items()} == {name: pinned[name] for name in TESTED}
+    for name, (oldest, newest) in TESTED.items():
+        assert not doctor.untested(name, oldest)
+        assert not doctor.untested(name, newest)

@@ -15,7 +15,7 @@ def test_defaults_are_the_known_settings():
     assert (stage.lr, stage.weight_decay, stage.warmup_ratio, stage.schedule) == (2e-5, 0.05, 0.03, "cosine")
     assert (stage.loss_weighting, stage.train) == ("sqrt", ["vision", "connector", "language"])
     assert (config.sampling.strategy, config.sampling.fps, config.sampling.min_frames) == ("ads", 2.0, 8)
-    assert (config.tiling.max_tiles, config.tiling.thumbnail, config.parallel.dtype) == (12, True, "bfloat16")
+    assert (config.tiling.max_tiles, config.tiling.thumbnail, config.parallel.dtype) == (12, True, "auto")
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,7 @@ def test_defaults_are_the_known_settings():
     [
         ("modle.path=x", "did you mean 'model'?"),
         ("run.nmae=x", "did you mean 'name'?"),
+        ("parallel.gather=2", "did you mean 'all_gather'?"),
         ("data.limits.max_bad_row=1", "did you mean 'max_bad_rows'?"),
         ("stages.32k.max_token=1", "'stages.0.max_token'; did you mean 'max_tokens'?"),
         ("stages.0.maxTokens=1", "did you mean 'max_tokens'?"),
@@ -42,21 +43,21 @@ def test_unknown_keys_name_the_nearest(key, right):
         ({"stages": []}, "stages: list should have at least 1 item"),
         ({"stages": [{"name": "a", "max_tokens": 8}, {"name": "a", "max_tokens": 8}]}, "stages share a name: a"),
         ({"stages": [{"name": "a", "max_tokens": 8, "epochs": 1, "steps": 1}]}, "keep one"),
-        ({"stages": [{"name": "a", "max_tokens": "many"}]}, "'many' is no number of tokens"),
+        ({"stages": [{"name": "a", "max_tokens": "many"}]}, "'many' is not a number of tokens"),
         ({"stages": [{"name": "a", "max_tokens": 8, "sources": {"x": 0}}]}, "weight of source 'x' is 0"),
         ({"stages": [{"name": "a", "max_tokens": 8, "betas": [0.9, 1.5]}]}, "must lie in [0, 1)"),
         ({"model": {"preset": "tiny", "path": "x"}}, "model: preset (tiny) and path"),
-        ({"data": {"recipe": "a", "sources": {"s": {"annotation": "b"}}}}, "data: recipe (a) and sources"),
+        ({"data": {"recipe": "a", "sources": {"s": {"annotation": "b"}}}}, "both say what to read; keep one"),
         ({"tiling": {"min_tiles": 5, "max_tiles": 4}}, "max_tiles (4) is below min_tiles (5)"),
         ({"sampling": {"max_frames": 4}}, "lower min_frames too"),
-        ({"sampling": {"strategy": "adz"}}, "sampling.strategy: input should be 'ads', 'ads-fill' or 'uniform' (got 'adz')"),
+        ({"sampling": {"strategy": "adz"}}, "sampling.strategy: no strategy is called 'adz'; registered are ads, ads-fill, uniform"),
         ({"run": {"name": "a/b"}}, "run.name"),
         ({"run": {"name": ".."}}, "run.name: string should match"),
         ({"stages": [{"name": ".hidden", "max_tokens": 8}]}, "stages.0.name: string should match"),
         ({"stages": [{"name": "a", "max_tokens": 8, "epochs": float("inf")}]}, "stages.0.epochs: input should be a finite number"),
         ({"data": {"sources": {"s": {"annotation": "a", "repeat_time": float("inf")}}}}, "repeat_time: input should be a finite number"),
         ({"stages": [{"name": "a", "max_tokens": 8, "sources": {"x": float("nan")}}]}, "finite number"),
-        ({"data": {"limits": {"max_bytes": "1e999"}}}, "data.limits.max_bytes: '1e999' is no number of bytes"),
+        ({"data": {"limits": {"max_bytes": "1e999"}}}, "data.limits.max_bytes: '1e999' is not a number of bytes"),
         ({"data": {"limits": {"max_pixels": 178_956_971}}}, "max_pixels: input should be less than or equal to 178956970"),
         ({"run": 5}, "run:"),
         ({"loader": {"prefetch": "2 lumps"}}, "one with a unit of: b, kb, mb"),

@@ -1,17 +1,23 @@
-"""Answers are compared word for word; the blind answer is the most frequent one; batches change no answer."""
+"""Answers are compared by exact match; the text-only answer is the most frequent one; batches change no answer."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from eagle_train.config import dump_config, load_config
 from eagle_train.data.prepare import prepare
-from eagle_train.training.chat import Chat
-from eagle_train.training.evaluate import Answer, Blind, Evaluation, last_question, normalised, question_text, training_pairs
-from eagle_train.training.folder import open_run
-from eagle_train.training.parallel import start_world
-from eagle_train.training.run import ask, export, get_ready, train, write_answers
+from eagle_train.data.sample import load_sample
+from eagle_train.distributed.world import start_world
+from eagle_train.evaluation.metrics import Answer, Evaluation, normalised
+from eagle_train.evaluation.text_only import Frequencies, last_question, question_text, training_pairs
+from eagle_train.runs.chat import Chat
+from eagle_train.runs.evaluate import Evaluator
+from eagle_train.runs.export import export
+from eagle_train.runs.folder import open_run
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
 
 
 def test_normalised_forgives_case_spacing_and_outer_punctuation():
@@ -25,14 +31,16 @@ def test_questions_lose_their_placeholders():
     assert question_text("<video-2> first, then <image-1> what?") == "first, then what?"
 
 
-def test_blind_answers_are_the_most_frequent():
-    blind = Blind(iter([("q", "a"), ("q", "b"), ("q", "b"), ("r", "c"), ("r", "c"), ("r", "c")]))
-    assert [blind.answer(text) for text in ("q", "r", "never seen")] == ["b", "c", "c"]
-    assert Blind(iter(())).answer("q") == ""
+def test_text_only_answers_are_the_most_frequent():
+    pairs = [("q", "a"), ("q", "b"), ("q", "b"), ("r", "c"), ("r", "c"), ("r", "c")]
+    frequencies = Frequencies.count(pairs, {"q", "r", "not in training"})
+    assert [frequencies.answer(text) for text in ("q", "r", "not in training")] == ["b", "c", "c"]
+    assert Frequencies.count(pairs, {"r"}) == ({"r": "c"}, "c"), "only the questions that are evaluated are kept"
+    assert Frequencies.count((), {"q"}).answer("q") == ""
 
 
-def test_training_pairs_are_asked_as_evaluation_asks(tmp_path, make_config, write_jsonl, tokenizer, picture):
-    """Whatever the spelling of the row: content parts too, and what a tool says is no question."""
+def test_training_pairs_are_posed_as_evaluation_poses_them(tmp_path, make_config, write_jsonl, tokenizer, picture):
+    """Whatever the spelling of the row: content parts too, and the text of a tool is not a question."""
     (tmp_path / "a.png").write_bytes(picture())
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What colour?"}]
     plain = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]
@@ -43,14 +51,15 @@ def test_training_pairs_are_asked_as_evaluation_asks(tmp_path, make_config, writ
     facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}, prompt={"system": "Be brief."}), tokenizer).facts
     pairs = list(training_pairs(facts))
     assert pairs == [("What colour?", "red"), ("What colour?", "red"), ("What colour?", "as said")]
-    assert Blind(iter(pairs)).answer(last_question(facts.load_sample(0).messages[:-1])) == "red"
+    question = last_question(load_sample(facts.address(0)).messages[:-1])
+    assert Frequencies.count(pairs, {question}).answer(question) == "red"
 
 
 def test_scores_count_what_has_no_answer_as_wrong():
     answers = [
         Answer("a", 1, "q", "yes", "Yes", "no"),
         Answer("a", 2, "q", "no", "yes", "no"),
-        Answer("b", 3, "q", "", "", "", "gone"),
+        Answer("b", 3, "q", "", "", problem="gone"),
     ]
     result = Evaluation(tuple(answers), 1.0)
     assert result.score() == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
@@ -75,27 +84,29 @@ def run(colour_run, tmp_path, write_jsonl):
     return config
 
 
-def test_a_run_is_asked_exported_and_talked_to(run, tmp_path):
+def test_a_run_is_evaluated_exported_and_talked_to(run, tmp_path):
     torch.set_num_threads(1)
     world = start_world(run.parallel, "cpu")
     ready = get_ready(run)
     assert next(training_pairs(ready.facts)) == ("what color?", "red")
     records = []
-    trainer = train(ready, world, on_record=records.append)
+    trained = train(ready, world, on_record=records.append)
+    model = trained.trainer.model
     evaluations = [record for record in records if record["kind"] == "eval"]
     assert [record["total_step"] for record in evaluations] == [2]
     assert evaluations[0]["scores"]["held"]["questions"] == 6
     (tmp_path / "3.png").rename(tmp_path / "elsewhere.png")
-    together = ask(ready, trainer.model, world)
+    together = Evaluator(ready, world).evaluate(model, 3)
     assert [answer.line for answer in together.answers] == [1, 2, 3, 4, 5, 6]
     assert [bool(answer.problem) for answer in together.answers] == [False, False, False, True, False, True]
     assert "3.png" in together.answers[3].problem
     (tmp_path / "elsewhere.png").rename(tmp_path / "3.png")
-    vars(run.eval)["batch_size"] = 1
-    alone = ask(ready, trainer.model, world)
+    one_by_one = replace(ready, config=run.replaced(eval=run.eval.replaced(batch_size=1)))
+    alone = Evaluator(one_by_one, world).evaluate(model, 3)
+    assert [answer.text_only for answer in alone.answers] == ["red"] * 6, "the most frequent training answer, read once"
     for number in (0, 1, 2, 4):
         assert alone.answers[number] == together.answers[number]
-    assert len(write_answers(alone, run.run.folder).read_text().splitlines()) == 6
+    assert len(alone.write(run.run.folder / "answers.jsonl").read_text().splitlines()) == 6
 
     # The same answer from a chat with the run, and with what it exports, wherever the folder is moved.
     asked = tmp_path / "1.png"

@@ -7,16 +7,15 @@ import time
 import numpy as np
 import pytest
 
+from eagle_model.prompt import CachedEncoder
+from eagle_model.visual import VisualSpec
 from eagle_sampling import Limits
-from eagle_train.data.encoding import CachedEncoder
 from eagle_train.data.prepare import prepare
+from eagle_train.loading import loader as loader_module
+from eagle_train.loading.loader import Loader, LoaderError, Reading, Task
 from eagle_train.planning.stages import StageSchedule
-from eagle_train.planning.visual import ModelFacts
-from eagle_train.training import loader as loader_module
-from eagle_train.training.batch import Planned, address_of
-from eagle_train.training.loader import Loader, LoaderError, Reading, Task
 
-MODEL = ModelFacts(32, 4)
+SPEC = VisualSpec(tile_size=32, tokens_per_tile=4)
 
 
 @pytest.fixture
@@ -24,19 +23,18 @@ def tasks(colour_run, tokenizer):
     """Every pack of some epochs as a task, key = number."""
     config = colour_run()
     facts = prepare(config, tokenizer).facts
-    schedule = StageSchedule(facts, config, config.stages[0], MODEL)
+    schedule = StageSchedule(facts, config, config.stages[0], SPEC)
     result = []
     for epoch in range(3):
         plan = schedule.plan(epoch)
         for pack in range(plan.packs):
-            planned = tuple(Planned(address_of(facts, sample.row), sample) for sample in plan.samples(pack))
-            result.append(Task(len(result), planned, "token"))
+            result.append(Task(len(result), tuple(plan.samples(pack)), "token"))
     return result
 
 
 @pytest.fixture
 def reading(tasks, tmp_path):
-    return Reading(str(tmp_path / "tokenizer"), MODEL, True, Limits())
+    return Reading(str(tmp_path / "tokenizer"), SPEC, Limits())
 
 
 def here(tasks, reading, tokenizer):
@@ -50,9 +48,11 @@ def test_workers_give_what_the_process_itself_gives(tasks, reading, tokenizer):
         assert loader.get() is None
     assert [key for key, _ in given] == list(range(len(tasks)))
     for (_, a), (_, b) in zip(expected, given):
-        for name in ("input_ids", "targets", "position_ids", "tiles", "context_index", "token_weights"):
-            assert (getattr(a, name) == getattr(b, name)).all(), name
-        assert (a.cu_seqlens, a.sample_ids, a.num_kept, a.label_weight) == (b.cu_seqlens, b.sample_ids, b.num_kept, b.label_weight)
+        for name in ("input_ids", "targets", "position_ids", "tiles", "visual_index", "token_weights"):
+            assert (getattr(a.batch, name) == getattr(b.batch, name)).all(), name
+        for one, other in ((a.batch, b.batch),):
+            assert (one.cu_seqlens, one.num_kept, one.label_weight) == (other.cu_seqlens, other.num_kept, other.label_weight)
+        assert a.sample_ids == b.sample_ids
 
 
 def test_no_more_is_read_ahead_than_the_bytes_allow(tasks, reading):
@@ -63,7 +63,7 @@ def test_no_more_is_read_ahead_than_the_bytes_allow(tasks, reading):
             asked.append(task.key)
             yield task
 
-    size = tasks[0].nbytes(MODEL)
+    size = tasks[0].nbytes(SPEC)
     with Loader(watched(), reading, workers=1, prefetch=2 * size) as loader:
         key, batch = loader.get()
         deadline = time.monotonic() + 20
@@ -73,7 +73,7 @@ def test_no_more_is_read_ahead_than_the_bytes_allow(tasks, reading):
         assert key == 0
         assert 2 <= len(asked) <= 5
         assert loader.bytes_ahead <= 3 * size
-        assert batch.nbytes <= 1.5 * size
+        assert batch.batch.nbytes <= 1.5 * size
         assert len(list(loader)) == len(tasks) - 1
 
 
@@ -121,5 +121,5 @@ def test_an_error_of_the_plan_reaches_the_consumer(tasks, reading):
 
 def test_bytes_are_estimated_from_above(tasks, reading, tokenizer):
     for task, (_, batch) in zip(tasks, here(tasks, reading, tokenizer)):
-        assert np.isfinite(batch.nbytes)
-        assert batch.nbytes <= task.nbytes(MODEL)
+        assert np.isfinite(batch.batch.nbytes)
+        assert batch.batch.nbytes <= task.nbytes(SPEC)

@@ -2,7 +2,7 @@
 
 import json
 
-from eagle_train.watching.metrics import Metrics, duration, progress_line, same_run
+from eagle_train.training.metrics import Metrics, duration, progress_line, same_run
 
 STEP = {
     "kind": "step",

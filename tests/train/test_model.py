@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eagle_train.config import ConfigError
+from eagle_train.config import ConfigError, parse_config
 from eagle_train.training.model import attention_backend, model_config
 
 
@@ -46,3 +46,9 @@ def test_attention_by_name_is_known_and_can_run(make_config, tokenizer):
         attention_backend(config, described, torch.device("cpu"))
     assert attention_backend(make_config({}, model={"attention": "cpu"}), described, torch.device("cpu")) == "cpu"
     assert attention_backend(make_config({}), described, torch.device("cpu")) is None
+
+
+def test_weights_of_another_model_are_refused_by_their_type(tmp_path, tokenizer):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ConfigError, match=r"config.json: model_type is 'qwen2', and only 'eagle_2_5_vl' can be loaded"):
+        model_config(parse_config({"model": {"path": str(tmp_path)}}), tokenizer)

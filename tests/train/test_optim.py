@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from eagle_train.config import StageConfig
-from eagle_train.training.optim import learning_rate, make_optimizer, part_of, set_trainable
+from eagle_train.training.optim import learning_rate, make_optimizer, set_learning_rates, set_trainable
 
 
 def stage(**fields):
@@ -37,6 +37,9 @@ class Parts(nn.Module):
         self.mlp1 = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2))
         self.language_model = nn.Linear(2, 2, bias=False)
 
+    def parts(self):
+        return {"vision": self.vision_model, "connector": self.mlp1, "language": self.language_model}
+
 
 def test_only_matrices_decay_and_frozen_parts_are_left_out():
     model = Parts()
@@ -44,7 +47,7 @@ def test_only_matrices_decay_and_frozen_parts_are_left_out():
     optimizer = make_optimizer(model, stage(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        if part_of(name) == "vision":
+        if name.startswith("vision_model."):
             assert not parameter.requires_grad
             assert id(parameter) not in decay
         else:
@@ -52,8 +55,17 @@ def test_only_matrices_decay_and_frozen_parts_are_left_out():
 
 
 def test_a_parameter_of_no_part_is_named():
-    with pytest.raises(ValueError, match=r"extra\.weight belongs to no part"):
-        part_of("extra.weight")
+    model = Parts()
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"extra\.weight belongs to none of the model's parts, which are vision, connector, language"):
+        set_trainable(model, ["connector"])
+
+
+def test_groups_keep_their_own_scale_of_the_rate():
+    optimizer = make_optimizer(Parts(), stage(warmup_ratio=0.0))
+    optimizer.param_groups[1]["lr_scale"] = 0.1
+    assert set_learning_rates(optimizer, 0, 5, stage(warmup_ratio=0.0)) == 1.0
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, pytest.approx(0.1)]
 
 
 def test_step_moves_parameters_by_the_rate():

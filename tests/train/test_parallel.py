@@ -14,9 +14,11 @@ import torch
 
 from eagle_train.config import ConfigError, ParallelConfig, dump_config
 from eagle_train.data.ledger import Ledger
-from eagle_train.training.parallel import start_world
-from eagle_train.training.run import get_ready, load_trained, train
-from eagle_train.watching.metrics import Metrics
+from eagle_train.distributed.world import start_world
+from eagle_train.runs.export import load_trained
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
+from eagle_train.training.metrics import Metrics
 
 CHILD = Path(__file__).with_name("train_on_ranks.py")
 
@@ -85,7 +87,7 @@ def alone(colour_run_in, tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_ranks(colour_run_in, tmp_path_factory):
     """The same run on two ranks, for each way of sharing it."""
-    ways = {"fsdp2": {"fsdp": True}, "replicated": {"fsdp": False}, "context-parallel": {"gather": 2}}
+    ways = {"fsdp2": {"fsdp": True}, "replicated": {"fsdp": False}, "context-parallel": {"all_gather": 2}}
     configs, paths = {}, []
     for way, parallel in ways.items():
         folder = tmp_path_factory.mktemp(way)
@@ -113,7 +115,7 @@ def test_one_process_needs_no_files_to_meet(tmp_path, monkeypatch):
 
 def test_ranks_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="ulysses 2 x gather 1 = 2 ranks don't divide the 3"):
+    with pytest.raises(ConfigError, match="ulysses 2 x all_gather 1 = 2 ranks don't divide the 3"):
         start_world(ParallelConfig(ulysses=2), "cpu")
     with pytest.raises(ConfigError, match=r"parallel.data is 2, but 3 ranks in groups of 1 make 3; start 2 ranks"):
         start_world(ParallelConfig(data=2), "cpu")

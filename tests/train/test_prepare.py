@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 from eagle_model.prompt import VideoSpan, encode, render
-from eagle_model.prompt_costs import PromptCosts
+from eagle_model.prompt.costs import PromptCosts
 from eagle_sampling import TimeTable
 from eagle_train.config import ConfigError, dump_config
 from eagle_train.data.annotation import index_annotation, read_lines
-from eagle_train.data.measure import frame_costs
 from eagle_train.data.prepare import PrepareError, load_facts, prepare, tokenizer_fingerprint
-from eagle_train.data.sample import RowError
+from eagle_train.data.sample import RowError, load_sample
 
 
 @pytest.fixture
@@ -55,26 +54,26 @@ def test_facts_are_what_the_rows_hold(media, rows, make_config, write_jsonl, tok
     seconds = facts.lists("video_seconds")[1]
     assert seconds[:2] == pytest.approx([3.0, 1.0])
     assert np.isnan(seconds[2])
-    assert facts.lists("video_end")[1][:2] == pytest.approx([2.9, 0.9])
+    assert facts.lists("video_last_time")[1][:2] == pytest.approx([2.9, 0.9])
     times = TimeTable.from_list(facts.table.column("video_times")[3].as_py()[0]).times()
     assert times == pytest.approx(np.arange(30) / 10)
     for index in range(6):
-        sample = facts.load_sample(index)
+        sample = load_sample(facts.address(index))
         assert (sample.source, sample.line) == ("s", index + 1)
         assert sample.messages[-1] == {"role": "assistant", "content": "A square."}
-    assert facts.load_sample(2).images == (str(media / "a.png"), str(media / "b.jpg"))
+    assert load_sample(facts.address(2)).images == (str(media / "a.png"), str(media / "b.jpg"))
 
 
 def test_text_tokens_are_those_of_the_prompt(media, rows, make_config, write_jsonl, tokenizer):
     write_jsonl(media / "rows.jsonl", rows)
     facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}, prompt={"system": "Be brief."}), tokenizer).facts
     for index in range(3):  # without videos: exact
-        sample = facts.load_sample(index)
+        sample = load_sample(facts.address(index))
         assert sample.messages[0] == {"role": "system", "content": "Be brief."}
         encoded = encode(render(sample.messages, images=[7] * len(sample.images)), tokenizer)
         assert facts.column("text_tokens")[index] == len(encoded.input_ids) - 7 * len(sample.images)
         assert facts.column("label_tokens")[index] == np.count_nonzero(encoded.labels != -100)
-    sample = facts.load_sample(3)
+    sample = load_sample(facts.address(3))
     times = [0.0, 1.0, 2.9]
     exact = len(encode(render(sample.messages, videos=[VideoSpan(times, 1.0, 5)]), tokenizer).input_ids)
     bound = facts.column("text_tokens")[3] + 3 * (5 + facts.frame_costs.overhead(np.array([3]), np.array([2.9]))[0])
@@ -83,7 +82,7 @@ def test_text_tokens_are_those_of_the_prompt(media, rows, make_config, write_jso
 
 def test_frame_costs_bound_every_frame(tokenizer):
     costs = PromptCosts(tokenizer)
-    table = frame_costs(costs)
+    table = costs.frame_costs
     rng = np.random.default_rng(0)
     counts = np.array([1, 9, 10, 99, 100, 12345])
     for end in (0.0, 3.2, 9.994, 9.995, 9.999, 10.0, 99.996, 100.0, 4321.5):
@@ -268,17 +267,17 @@ def test_the_verb_says_how_repaired_media_come_in(tmp_path, colour_run, capsys):
     assert "--again" not in told
 
 
-def test_what_nobody_foresaw_costs_its_row(tmp_path, row, picture, make_config, write_jsonl, tokenizer, monkeypatch):
+def test_an_unexpected_error_costs_its_row(tmp_path, row, picture, make_config, write_jsonl, tokenizer, monkeypatch):
     from eagle_train.data import measure
 
-    def crash(ref):
+    def crash(ref, limits):
         raise KeyError("of a decoder")
 
     (tmp_path / "a.png").write_bytes(picture())
     write_jsonl(tmp_path / "rows.jsonl", [row(), row(image="a.png"), row()])
     config = make_config({"s": {"annotation": "rows.jsonl"}})
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "image_size", crash)
+        patch.setattr(measure, "measure_image", crash)
         report = prepare(config, tokenizer)
     assert (report.good_rows, report.reasons) == (2, {"unexpected": 1})
     entry = json.loads((tmp_path / "runs/test/ledger.jsonl").read_text())

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from eagle_train.watching.metrics import Metrics
+from eagle_train.training.metrics import Metrics
 from eagle_train.watching.report import summary, write_report
 
 
@@ -15,7 +15,7 @@ def fill(path):
             {"kind": "step", "stage": stage, "step": step - base, "steps": 10, "total_step": step, "loss": 2.0 / step, "lr": 1e-3}
             | {"tokens_per_second": 100.0, "seconds": 0.1, "missing": 0, "seen_missing": (step > 2) + (step > 14), "seen_tokens": step * 10}
         )
-    scores = {"held": {"questions": 50, "accuracy": 0.8, "blind": 0.5}}
+    scores = {"held": {"questions": 50, "accuracy": 0.8, "text_only": 0.5}}
     metrics.write({"kind": "eval", "stage": "b", "total_step": 20, "scores": scores, "accuracy": 0.8})
 
 
@@ -27,7 +27,7 @@ def test_plot_and_summary(tmp_path):
     text = summary(tmp_path)
     assert "stage a: step 10 of 10, loss 2.000 -> 0.200, 100 tok/s, 1 samples missing" in text
     assert "stage b: step 9 of 10, loss 0.154 -> 0.105, 100 tok/s, 1 samples missing" in text
-    assert "held: 0.800 right of 50 questions at step 20, 0.500 without looking" in text
+    assert "held: 0.800 right of 50 questions at step 20, 0.500 text-only" in text
 
 
 def test_without_steps_it_says_so(tmp_path):

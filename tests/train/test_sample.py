@@ -80,23 +80,23 @@ def test_images(media, images):
         ({"video": {"video": "v.mp4", "start_time": 0, "end_time": 2}}, (VideoRef("/media/v.mp4", 0.0, 2.0),)),
         ({"video": {"path": "v.mp4", "end": 4}}, (VideoRef("/media/v.mp4", None, 4.0),)),
         ({"data": [{"type": "video", "video_list": ["v.mp4", {"path": "w.mp4"}]}]}, (VideoRef("/media/v.mp4"), VideoRef("/media/w.mp4"))),
-        ({"document": ["1.png", "2.png"]}, (VideoRef(pages=("/media/1.png", "/media/2.png")),)),
-        ({"document": [["1.png"], ["2.png"]]}, (VideoRef(pages=("/media/1.png",)), VideoRef(pages=("/media/2.png",)))),
+        ({"document": ["1.png", "2.png"]}, (VideoRef(frames=("/media/1.png", "/media/2.png")),)),
+        ({"document": [["1.png"], ["2.png"]]}, (VideoRef(frames=("/media/1.png",)), VideoRef(frames=("/media/2.png",)))),
         ({"document": "d.pdf"}, (VideoRef("/media/d.pdf"),)),
         (
             {"document": [{"pages": ["1.png"]}, {"pages": ["2.png"]}]},
-            (VideoRef(pages=("/media/1.png",)), VideoRef(pages=("/media/2.png",))),
+            (VideoRef(frames=("/media/1.png",)), VideoRef(frames=("/media/2.png",))),
         ),
-        ({"document": [{"path": "1.png"}, {"path": "2.png"}]}, (VideoRef(pages=("/media/1.png", "/media/2.png")),)),
+        ({"document": [{"path": "1.png"}, {"path": "2.png"}]}, (VideoRef(frames=("/media/1.png", "/media/2.png")),)),
         ({"document": [{"path": "d.pdf"}]}, (VideoRef("/media/d.pdf"),)),
-        ({"document": ["d.pdf", ["1.png"]]}, (VideoRef("/media/d.pdf"), VideoRef(pages=("/media/1.png",)))),
-        ({"data": [{"type": "document", "document_list": [["1.png", "2.png"]]}]}, (VideoRef(pages=("/media/1.png", "/media/2.png")),)),
+        ({"document": ["d.pdf", ["1.png"]]}, (VideoRef("/media/d.pdf"), VideoRef(frames=("/media/1.png",)))),
+        ({"data": [{"type": "document", "document_list": [["1.png", "2.png"]]}]}, (VideoRef(frames=("/media/1.png", "/media/2.png")),)),
     ],
 )
 def test_videos_and_documents(media, videos):
     sample = of({"conversations": TALK, **media})
     assert sample.videos == videos
-    assert [video.is_document for video in sample.videos] == [bool(video.pages) or video.path.endswith(".pdf") for video in videos]
+    assert [video.is_document for video in sample.videos] == [bool(video.frames) or video.path.endswith(".pdf") for video in videos]
 
 
 def test_mixed_and_interleaved():
@@ -114,7 +114,7 @@ def test_mixed_and_interleaved():
     }
     sample = of(row)
     assert sample.images == ("/media/a.png", "/media/b.png")
-    assert [video.path or video.pages[0] for video in sample.videos] == ["/media/v.mp4", "/media/1.png", "/media/2.png"]
+    assert [video.path or video.frames[0] for video in sample.videos] == ["/media/v.mp4", "/media/1.png", "/media/2.png"]
     assert sample.messages[0]["content"] == "<video-1> <image-2> <video-2> <image-1> <video-3>"
 
 
@@ -131,7 +131,7 @@ def test_content_parts_stand_where_they_are_shown():
     sample = of({"messages": [{"role": "user", "content": parts}, MESSAGES[1]]})
     assert sample.messages[0]["content"] == "<image-1> and <image-2><video-1><video-2><video-3><video-4>?"
     assert sample.images == ("/media/a.png", "/media/b.png")
-    assert [len(video.pages) for video in sample.videos] == [0, 2, 1, 1]
+    assert [len(video.frames) for video in sample.videos] == [0, 2, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from eagle_train.config import SamplingConfig, TilingConfig
+from eagle_model.visual import VisualSpec
 from eagle_train.data.prepare import prepare
-from eagle_train.planning.visual import ModelFacts, plan_visual, sample_plan
-from eagle_train.training import preview
+from eagle_train.data.sample import load_sample
+from eagle_train.planning.visual import plan_visual, sample_plan
+from eagle_train.watching import preview
 from eagle_train.watching.show import MOST_PICTURES, to_html, to_terminal, view_sample
 
-MODEL = ModelFacts(64, 4)
+SPEC = VisualSpec(tile_size=64, tokens_per_tile=4)
 
 
 @pytest.fixture
@@ -28,11 +29,9 @@ def view(tmp_path, row, picture, write_video, write_jsonl, make_config, tokenize
     def make(content, budget=8192, **options):
         write_jsonl(tmp_path / "rows.jsonl", [content])
         facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer).facts
-        options_of_plan = {"sampling": SamplingConfig(), "tiling": TilingConfig()}
-        visual = plan_visual(facts, budget, MODEL, **options_of_plan)
-        plan = sample_plan(facts, visual, 0, MODEL, **options_of_plan)
-        sample = options.pop("change", lambda sample: sample)(facts.load_sample(0))
-        return view_sample(sample, plan, MODEL, tokenizer, budget=budget, **options)
+        plan = sample_plan(facts, plan_visual(facts, budget, SPEC), 0, SPEC)
+        sample = options.pop("change", lambda sample: sample)(load_sample(facts.address(0)))
+        return view_sample(sample, plan, SPEC, tokenizer, budget=budget, **options)
 
     return make
 

@@ -9,15 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_train.config import Config, SamplingConfig, StageConfig, TilingConfig
+from eagle_model.visual import VisualSpec
+from eagle_train.config import Config, StageConfig
 from eagle_train.data.facts import FactsSource
 from eagle_train.planning import stages
 from eagle_train.planning.packing import sample_costs
 from eagle_train.planning.stages import StageSchedule, draw_rows, pack_costs, plan_stage
-from eagle_train.planning.visual import ModelFacts
 
-MODEL = ModelFacts(448, 256)
-OPTIONS = {"sampling": SamplingConfig(), "tiling": TilingConfig()}
+SPEC = VisualSpec()
 
 
 def stage(**fields):
@@ -43,7 +42,7 @@ def test_every_row_is_in_one_pack_or_dropped(make_facts, content, packs_per_step
     rows = [{"text": text, "images": [(500, 400)] * images, "videos": [pages] * (pages > 0)} for text, images, pages in content]
     facts = make_facts([*rows, {"text": 9}])  # at least one row fits
     config = stage(packs_per_step=packs_per_step)
-    plan = plan_stage(facts, config, MODEL, **OPTIONS, seed=seed, epoch=epoch)
+    plan = plan_stage(facts, config, SPEC, seed=seed, epoch=epoch)
     assert sorted([*plan.pack_rows.tolist(), *plan.drop_rows.tolist()]) == list(range(len(facts)))
     assert plan.packs % packs_per_step == 0
     assert plan.packs == plan.steps * packs_per_step
@@ -61,7 +60,7 @@ def test_every_row_is_in_one_pack_or_dropped(make_facts, content, packs_per_step
 
 def test_pure_function_of_seed_and_epoch(make_facts):
     facts = make_facts([{"text": int(text)} for text in np.random.default_rng(0).integers(100, 2000, 500)])
-    plans = [plan_stage(facts, stage(), MODEL, **OPTIONS, seed=seed, epoch=epoch) for seed, epoch in ((1, 0), (1, 0), (2, 0), (1, 1))]
+    plans = [plan_stage(facts, stage(), SPEC, seed=seed, epoch=epoch) for seed, epoch in ((1, 0), (1, 0), (2, 0), (1, 1))]
     assert np.array_equal(plans[0].pack_rows, plans[1].pack_rows)
     assert np.array_equal(plans[0].pack_offsets, plans[1].pack_offsets)
     assert not np.array_equal(plans[0].pack_rows, plans[2].pack_rows)
@@ -94,7 +93,7 @@ def test_weight_multiplies_and_is_drawn_anew(make_facts):
 
 def test_a_stage_weighs_sources_itself(make_facts):
     facts = make_facts([{"text": 100}] * 30, sources(a=(10, 1.0, 3.0), b=(10, 2.0, 1.0), c=(10, 1.0, 1.0)))
-    plan = plan_stage(facts, stage(sources={"a": 1.0, "b": 2.0}), MODEL, **OPTIONS)
+    plan = plan_stage(facts, stage(sources={"a": 1.0, "b": 2.0}), SPEC)
     assert np.bincount(plan.pack_rows, minlength=30).tolist() == [1] * 10 + [4] * 10 + [0] * 10
     assert plan.summary().rows_left_out == 10
 
@@ -102,7 +101,7 @@ def test_a_stage_weighs_sources_itself(make_facts):
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_ranks_share_steps_evenly(make_facts, ranks):
     facts = make_facts([{"text": int(text)} for text in np.random.default_rng(1).integers(50, 4096, 3000)])
-    plan = plan_stage(facts, stage(packs_per_step=16), MODEL, **OPTIONS)
+    plan = plan_stage(facts, stage(packs_per_step=16), SPEC)
     spreads = []
     for step in range(plan.steps):
         shares = [plan.packs_of(step, rank, ranks) for rank in range(ranks)]
@@ -124,7 +123,7 @@ def test_pack_costs_are_sums():
 
 
 def schedule(facts, **fields):
-    return StageSchedule(facts, Config(), stage(**fields), MODEL)
+    return StageSchedule(facts, Config(), stage(**fields), SPEC)
 
 
 def test_schedule_counts_epochs_and_steps(make_facts):
@@ -150,7 +149,7 @@ def test_schedule_counts_epochs_and_steps(make_facts):
 def test_nothing_that_fits_is_an_error(make_facts):
     facts = make_facts([{"text": 5000}])
     with pytest.raises(ValueError, match=r"stage s: none of 1 rows .* \(1 do not fit 4096 tokens, 0 are never drawn\)"):
-        plan_stage(facts, stage(), MODEL, **OPTIONS)
+        plan_stage(facts, stage(), SPEC)
 
 
 def test_an_epoch_that_drew_nothing_is_skipped(make_facts):
@@ -162,7 +161,7 @@ def test_an_epoch_that_drew_nothing_is_skipped(make_facts):
     empty = long.plan(next(epoch for epoch in range(epochs[-1]) if epoch not in epochs))
     assert (empty.steps, empty.summary().rows_dropped) == (0, 1)
     assert schedule(facts, epochs=30, packs_per_step=1).steps == sum(epoch < 30 for epoch in epochs)
-    name = next(name for name in "abcdefgh" if not plan_stage(facts, stage(name=name), MODEL, **OPTIONS).steps)
+    name = next(name for name in "abcdefgh" if not plan_stage(facts, stage(name=name), SPEC).steps)
     with pytest.raises(ValueError, match=f"stage {name}: none of 2 rows"):
         schedule(facts, name=name)  # its only epoch drew nothing
 
@@ -194,7 +193,7 @@ def test_threads_plan_an_epoch_once(make_facts, monkeypatch):
 
 def test_fewer_samples_than_packs_leaves_empty_packs(make_facts):
     facts = make_facts([{"text": 100}, {"text": 200}])
-    plan = plan_stage(facts, stage(packs_per_step=8), MODEL, **OPTIONS)
+    plan = plan_stage(facts, stage(packs_per_step=8), SPEC)
     assert (plan.steps, plan.packs) == (1, 8)
     assert sorted(len(plan.rows_of(pack)) for pack in range(8)) == [0] * 6 + [1] * 2
     assert [len(plan.samples(pack)) for pack in plan.packs_of(0)][:2] == [1, 1]

@@ -11,20 +11,22 @@ import torch
 
 from eagle_train.config import ConfigError
 from eagle_train.data.ledger import Ledger
+from eagle_train.distributed.world import start_world
+from eagle_train.errors import EvaluationError
+from eagle_train.runs.folder import claim_folder, open_run
+from eagle_train.runs.lock import locked
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import Trained, train
 from eagle_train.training import checkpoint
-from eagle_train.training.folder import claim_folder, open_run
-from eagle_train.training.lock import locked
-from eagle_train.training.parallel import start_world
-from eagle_train.training.run import get_ready, train
+from eagle_train.training.metrics import Metrics, same_run
 from eagle_train.training.trainer import Trainer, TrainingError
-from eagle_train.watching.metrics import Metrics, same_run
 
 
 def run(config, **options):
     torch.set_num_threads(1)
     world = start_world(config.parallel, "cpu")
     ready = get_ready(config)
-    return train(ready, world, **options)
+    return train(ready, world, **options).trainer
 
 
 def numbers(config):
@@ -65,7 +67,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(colour_run):
     assert numbers(killed) == numbers(straight)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """Something ends the run."""
 
 
@@ -120,7 +122,7 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(colour_run, every, lo
         config = colour_run(run={"name": name}, eval={"every": every})
         ready = get_ready(config)
         world = start_world(config.parallel, "cpu")
-        return Trainer(config, ready.facts, ready.tokenizer, world, on_evaluate=on_evaluate)
+        return Trainer(config, ready.schedules, ready.tokenizer, world, on_evaluate=on_evaluate)
 
     def look(model, stage):
         return {"sum": float(sum(parameter.detach().double().sum() for parameter in model.parameters())), "learning": model.training}
@@ -143,7 +145,7 @@ def test_it_learns_and_frozen_parts_stay(colour_run):
     config = colour_run(
         stages=[{"name": "only", "max_tokens": 1280, "steps": 12, "packs_per_step": 1, "lr": 1e-2, "train": ["connector", "language"]}]
     )
-    untrained = Trainer(config, get_ready(config).facts, get_ready(config).tokenizer, start_world(config.parallel, "cpu"))
+    untrained = Trainer(config, get_ready(config).schedules, get_ready(config).tokenizer, start_world(config.parallel, "cpu"))
     before = weights(untrained)
     trainer = run(config)
     losses = [record["loss"] for record in numbers(config)]
@@ -155,7 +157,7 @@ def test_it_learns_and_frozen_parts_stay(colour_run):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(colour_run):
     config = colour_run(checkpoint={"every": 1})
     ready = get_ready(config)
-    trainer = Trainer(config, ready.facts, ready.tokenizer, start_world(config.parallel, "cpu"))
+    trainer = Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"))
     with torch.no_grad():
         trainer.model.mlp1[1].weight[0, 0] = float("inf")
     with pytest.raises(TrainingError, match=r"stage one step 1: loss nan.*rows:\d+"):
@@ -240,3 +242,33 @@ def test_progress_says_how_much_is_left(colour_run):
     steps = [record for record in records if record["kind"] == "step"]
     assert steps[-1]["eta"] == 0
     assert all(0 <= record["eta"] < 60 * (1 + time.monotonic() - begin) for record in steps)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_an_evaluation_that_fails_does_not_end_the_run(colour_run, everything):
+    def look(model, step):
+        return {"learning": model.training}
+
+    def fails(model, step):
+        if everything or step == 4:
+            raise TypeError("forward has no argument cache")
+        return look(model, step)
+
+    trainers = []
+    for name, on_evaluate in (("good", look), ("bad", fails)):
+        config = colour_run(run={"name": name})
+        ready = get_ready(config)
+        trainers.append(Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=on_evaluate))
+        trainers[-1].train()
+    good, bad = ([record for record in trainer.metrics if record["kind"] == "step"] for trainer in trainers)
+    assert same_run(good) == same_run(bad)
+    failed = [record for record in trainers[1].metrics if record["kind"] == "eval_failed"]
+    assert [(record["stage"], record["total_step"]) for record in failed] == [("one", 4), ("two", 6)][: 1 + everything]
+    assert "TypeError: forward has no argument cache (test_trainer.py:" in failed[0]["error"]
+    assert len(trainers[1].failed_evaluations) == len(failed)
+    with pytest.raises(EvaluationError, match=r"training is complete, but \d of its evaluations failed:\n  the evaluation of stage one"):
+        Trained(trainers[1], None).check_evaluations()
+    Trained(trainers[0], None).check_evaluations()
+    # The same command again finds everything trained, and does not repeat what failed.
+    assert Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=look).train() is None
+    assert sum(record["kind"] == "eval_failed" for record in trainers[1].metrics) == len(failed)

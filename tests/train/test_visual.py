@@ -9,18 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_model.prompt import VideoSpan, encode, render
-from eagle_model.prompt_costs import PromptCosts
+from eagle_model.prompt import encode
+from eagle_model.prompt.costs import FrameCosts, PromptCosts
+from eagle_model.visual import FactColumns, VisualSpec, plan_columns
 from eagle_sampling import Dropped, VideoRequest, plan, wanted_frames
 from eagle_tiling import select_grid, tile_count
-from eagle_train.config import SamplingConfig, TilingConfig
 from eagle_train.data.facts import FactsSource
-from eagle_train.data.measure import frame_costs
 from eagle_train.data.prepare import prepare
-from eagle_train.planning.visual import ModelFacts, caps_of, plan_visual, sample_plan, wanted_column
+from eagle_train.data.sample import load_sample
+from eagle_train.planning.visual import plan_visual, sample_plan
 
-MODEL = ModelFacts(448, 256)
-SAMPLING, TILING = SamplingConfig(), TilingConfig()
+SPEC = VisualSpec()
 
 sizes = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
 videos = st.one_of(st.integers(1, 60), st.tuples(st.integers(1, 400), st.integers(1, 30)))
@@ -38,9 +37,9 @@ rows = st.fixed_dictionaries({"text": st.integers(1, 3000), "images": st.lists(s
 def test_columns_equal_the_plan_of_each_row(make_facts, content, max_tokens, strategy, max_tiles, limit):
     source = FactsSource("all", "a", ".", 0, len(content), 0, 1.0, 1.0, limit)
     facts = make_facts(content, [source])
-    sampling, tiling = SamplingConfig(strategy=strategy, max_frames=100), TilingConfig(max_tiles=max_tiles)
-    visual = plan_visual(facts, max_tokens, MODEL, sampling=sampling, tiling=tiling)
-    caps = caps_of(tiling)
+    spec = VisualSpec(strategy=strategy, max_frames=100, max_tiles=max_tiles)
+    visual = plan_visual(facts, max_tokens, spec)
+    caps = (max_tiles, *(cap for cap in (12, 8, 6, 4, 2, 1) if cap < max_tiles))
     for index, row in enumerate(content):
         costs = [
             [256 * tile_count(select_grid(*size, max_tiles=min(cap, limit or cap)), thumbnail=True) for cap in caps]
@@ -59,9 +58,9 @@ def test_columns_equal_the_plan_of_each_row(make_facts, content, max_tokens, str
             assert visual.reasons[visual.status[index]] == expected.reason
             assert visual.tokens[index] == 0
             with pytest.raises(ValueError, match="was dropped"):
-                sample_plan(facts, visual, index, MODEL, sampling=sampling, tiling=tiling)
+                sample_plan(facts, visual, index, spec)
             continue
-        planned = sample_plan(facts, visual, index, MODEL, sampling=sampling, tiling=tiling)
+        planned = sample_plan(facts, visual, index, spec)
         assert planned.tokens == expected.tokens <= max_tokens
         assert tuple(video.count for video in planned.videos) == expected.frames
         grids = [select_grid(*size, max_tiles=min(cap, limit or cap)) for size, cap in zip(row["images"], expected.image_caps)]
@@ -70,8 +69,8 @@ def test_columns_equal_the_plan_of_each_row(make_facts, content, max_tokens, str
         for video, asked in zip(planned.videos, row["videos"]):
             if isinstance(asked, int):
                 assert video.times is None
-                assert len(set(video.pages.tolist())) == video.count
-                assert (video.pages[0], video.pages[-1]) == (0, asked - 1 if video.count > 1 else 0)
+                assert len(set(video.indices.tolist())) == video.count
+                assert (video.indices[0], video.indices[-1]) == (0, asked - 1 if video.count > 1 else 0)
             else:
                 assert len(video.times) == video.count
                 assert (np.diff(video.times) > 0).all()
@@ -88,23 +87,18 @@ def test_tokenised_samples_fit_whatever_the_budget(tmp_path, row, picture, write
     ]
     write_jsonl(tmp_path / "rows.jsonl", content)
     facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer).facts
-    model, seen = ModelFacts(64, 4), set()
+    spec, seen = VisualSpec(tile_size=64, tokens_per_tile=4), set()
     for max_tokens in range(500, 2600, 37):
-        visual = plan_visual(facts, max_tokens, model, sampling=SAMPLING, tiling=TILING)
+        visual = plan_visual(facts, max_tokens, spec)
         for index in np.flatnonzero(visual.status == 0).tolist():
-            planned = sample_plan(facts, visual, index, model, sampling=SAMPLING, tiling=TILING)
-            sample = facts.load_sample(index)
-            spans = [
-                VideoSpan(video.shown.tolist(), video.fps, 4) if video.pages is None else VideoSpan(None, None, 4, video.count)
-                for video in planned.videos
-            ]
-            images = [4 * tile_count(grid) for grid in planned.grids]
-            length = len(encode(render(sample.messages, images=images, videos=spans), tokenizer).input_ids)
+            planned = sample_plan(facts, visual, index, spec)
+            sample = load_sample(facts.address(index))
+            length = len(encode(planned.render(sample.messages, spec), tokenizer).input_ids)
             assert length <= planned.tokens <= max_tokens
             assert planned.tokens - length <= 8 + 3 * sum(video.count for video in planned.videos)
             seen.add((index, tuple(video.count for video in planned.videos)))
     assert len({counts for index, counts in seen if index == 1}) > 5
-    clip = sample_plan(facts, visual, 1, model, sampling=SAMPLING, tiling=TILING).videos[1]
+    clip = sample_plan(facts, visual, 1, spec).videos[1]
     assert clip.times[0] == pytest.approx(2.0)
     assert clip.shown[0] == 0.0
     assert clip.shown[-1] == pytest.approx(clip.times[-1] - 2.05)
@@ -117,9 +111,13 @@ def test_tokenised_samples_fit_whatever_the_budget(tmp_path, row, picture, write
     st.one_of(st.none(), st.integers(8, 500)),
 )
 def test_wanted_frames_follow_the_rate(videos, fps, max_frames):
+    count = len(videos)
     seconds, frames = (np.array(column) for column in zip(*videos))
-    sampling = SamplingConfig(fps=fps, max_frames=max_frames)
-    for index, wanted in enumerate(wanted_column(seconds.astype(float), frames, sampling).tolist()):
+    none, places = np.zeros(0, np.int64), np.arange(count + 1)
+    zeros, seconds = np.zeros(count + 1, np.int64), seconds.astype(float)
+    facts = FactColumns(np.ones(count, np.int64), zeros, none, none, None, places, frames, seconds, seconds)
+    costs = FrameCosts(((20,) * 8,) * 8)
+    for index, wanted in enumerate(plan_columns(facts, 1 << 40, VisualSpec(fps=fps, max_frames=max_frames), costs).wanted.tolist()):
         expected = max(wanted_frames(float(seconds[index]), fps), 8)
         assert wanted == min(expected if max_frames is None else min(expected, max_frames), frames[index])
 
@@ -127,8 +125,8 @@ def test_wanted_frames_follow_the_rate(videos, fps, max_frames):
 def test_uniform_takes_a_fixed_number_of_frames(make_facts):
     facts = make_facts([{"text": 100, "videos": [video]} for video in ((1000, 10), (40, 10), (20, 10), 500)])
     for max_frames, frames in ((None, [32, 32, 20, 32]), (64, [64, 40, 20, 64])):
-        sampling = SamplingConfig(strategy="uniform", max_frames=max_frames)
-        assert plan_visual(facts, 65536, MODEL, sampling=sampling, tiling=TILING).frames.tolist() == frames
+        spec = VisualSpec(strategy="uniform", max_frames=max_frames)
+        assert plan_visual(facts, 65536, spec).frames.tolist() == frames
 
 
 def test_speed(make_facts):
@@ -145,12 +143,12 @@ def test_speed(make_facts):
         sources=(small.sources[0]._replace(rows=count * len(content)),),
     )
     start = time.process_time()
-    visual = plan_visual(facts, 32768, MODEL, sampling=SAMPLING, tiling=TILING)
+    visual = plan_visual(facts, 32768, SPEC)
     rate = len(visual.status) / (time.process_time() - start)
     assert rate > 300_000  # about 2 million rows a second on an idle core
 
 
 def test_frame_costs_come_from_the_tokenizer(tokenizer):
-    table = frame_costs(PromptCosts(tokenizer)).table
+    table = PromptCosts(tokenizer).frame_costs.table
     assert table[1][0] == len("Frame 1: ") + 2
     assert table[2][3] == len("Frame 10 sample at 100.00s: ") + 2

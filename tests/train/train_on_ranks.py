@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from eagle_train.config import ParallelConfig, load_config
-from eagle_train.training.parallel import RankError, start_world
-from eagle_train.training.run import get_ready, train
+from eagle_train.distributed.world import RankError, start_world
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
 
 
 def wait_for_the_first():

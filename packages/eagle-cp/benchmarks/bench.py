@@ -1,4 +1,4 @@
-"""Measures ours and the rivals on this host's GPUs; the same script takes 2, 4 or 8.
+"""Measures eagle-cp and its rivals on the 2, 4 or 8 GPUs of this host.
 
     python -m torch.distributed.run --standalone --nproc-per-node=2 packages/eagle-cp/benchmarks/bench.py --out results.json
 
@@ -46,8 +46,8 @@ def slowest(value: float) -> float:
 
 
 def time_ms(function, seconds: float) -> float:
-    """Median time, each repetition between two events after a barrier; as many repetitions (2 to 20) as fit `seconds`, after one that
-    isn't counted."""
+    """Median time in ms. Each repetition is timed with CUDA events after a barrier; 2 to 20 repetitions, as many as fit `seconds`, after
+    one warm-up."""
 
     def once():
         dist.barrier()
@@ -81,7 +81,7 @@ def measure(step, inputs, pairs: int, world: int, seconds: float) -> dict:
     both()
     torch.cuda.synchronize()
     peak = int(slowest(torch.cuda.max_memory_allocated()))
-    # What must exist at the end of the backward: inputs, their gradients, the output and its gradient.
+    # At the end of the backward these exist: inputs, their gradients, the output and its gradient.
     needed = 2 * sum(x.numel() * x.element_size() for x in inputs) + 2 * dout.numel() * dout.element_size()
     forward_ms, both_ms = time_ms(forward, seconds / 3), time_ms(both, seconds)
     flops = 4 * pairs * HEADS * DIM / world
@@ -105,7 +105,7 @@ def ours(lengths, mesh: ContextMesh | None, backend: str):
 
 
 def ceilings(world: int) -> dict:
-    """What this machine gives: copies, matrix products, and NCCL between the ranks (bytes that leave a GPU per second)."""
+    """Measured ceilings of this machine: copies, matrix products, and NCCL between the ranks (GB/s that leave a GPU)."""
     n = 1 << 28
     a, b = torch.randn(n, device="cuda", dtype=torch.bfloat16), torch.empty(n, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -138,14 +138,14 @@ def main():
     parser.add_argument("--packs", default=".", help="regular expression over the names of packs")
     parser.add_argument("--methods", default=".", help="regular expression over the names of methods")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for the repetitions of one measurement")
-    parser.add_argument("--ctas", type=int, help="multiprocessors of a collective of ours (default: NCCL's choice)")
-    parser.add_argument("--until", type=float, default=1e9, help="seconds after which no further measurement is started")
+    parser.add_argument("--ctas", type=int, help="multiprocessors of a collective of eagle-cp (default: NCCL's choice)")
+    parser.add_argument("--until", type=float, default=1e9, help="seconds after which no measurement is started")
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=60), device_id=torch.device("cuda", torch.cuda.current_device()))
     world, began = dist.get_world_size(), time.time()
     context = None
-    if args.ctas:  # of NCCL's kernels; none runs beside attention here, so that more cost nothing
+    if args.ctas:
         options = dist.ProcessGroupNCCL.Options()
         options.config.min_ctas = options.config.max_ctas = args.ctas
         context = dist.new_group(list(range(world)), pg_options=options)
@@ -164,7 +164,7 @@ def main():
     try:
         flash_attn_2_from_torch.install()
     except ImportError:
-        log("no flash_attn namespace: rivals that need flash-attn 2 will say so")
+        log("no package flash_attn: rivals that need flash-attn 2 are reported as not available")
     methods = {}
     for backend in ("flash-attn-4", "cudnn", "torch-flash"):
         for u, mesh in meshes.items():
@@ -172,7 +172,7 @@ def main():
         methods[f"one GPU, {backend}"] = lambda lengths, b=backend: ours(lengths, None, b)
     for name, make in RIVALS.items():
         methods[name] = lambda lengths, make=make: make(lengths, HEADS, KV_HEADS, DIM)
-    # The fastest first, then cuDNN, rivals, FlashAttention-2: what time doesn't suffice for is left out.
+    # flash-attn-4 first, then cuDNN, rivals, FlashAttention-2: with --until, the last ones may not be measured.
     turn = lambda m: 0 if "flash-attn-4" in m else 1 if "cudnn" in m else 2 if m in RIVALS else 3
     for _, tier in itertools.groupby(sorted(methods, key=turn), key=turn):
         for (pack, make_lengths), method in itertools.product(packs.PACKS.items(), list(tier)):
@@ -183,7 +183,7 @@ def main():
             if alone and sum(lengths) > 131072 + 200 * 512:
                 continue
             if sum(lengths) > 240000 and not re.search("flash-attn-4|cudnn|USP Ulysses", method):
-                continue  # the slow ones take half a minute each here, and scale as at 128K
+                continue  # the slow ones take half a minute each, and scale as at 128K
             if slowest(time.time() - began) > args.until:
                 row = {"error": "no time left"}
             else:
@@ -203,7 +203,7 @@ def attempt(make, lengths, world, seconds) -> dict:
         return measure(step, inputs, packs.causal_pairs(lengths), world, seconds)
     except Unavailable as error:
         return {"error": f"does not run: {error}"}
-    except Exception as error:  # a rival's failure is a result, not an end
+    except Exception as error:  # the failure of a rival is a result
         return {"error": f"{type(error).__name__}: {str(error)[:200]}", "trace": traceback.format_exc()[-600:]}
     finally:
         if hasattr(step, "close"):

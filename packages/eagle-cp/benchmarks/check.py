@@ -1,4 +1,4 @@
-"""Correctness on GPUs: every kernel alone on segments, and every split of the context group, against float64.
+"""Correctness on GPUs against float64: every kernel on segments, and every split `u` (ulysses) x `r` (all_gather) of the ranks.
 
     python -m torch.distributed.run --standalone --nproc-per-node=2 packages/eagle-cp/benchmarks/check.py --out check.json
 
@@ -31,7 +31,7 @@ def log(*args):
 
 
 def reference(q, k, v, cu_q, cu_k, causal):
-    """float64, one segment and one query head at a time; queries are the last of their keys."""
+    """Attention in float64, one segment and one query head at a time; queries are the last of their keys."""
     group, out = q.shape[1] // k.shape[1], []
     for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
         heads = []
@@ -55,7 +55,7 @@ def exact(q, k, v, dout, cu_q, cu_k, causal):
 
 
 def check_kernel(kernel, causal, strided):
-    """Queries fewer than keys, GQA, and (`strided`) tensors and outputs that are slices of wider ones."""
+    """Fewer queries than keys, grouped queries, and (`strided`) tensors and outputs that are slices of wider ones."""
     draw = random.Random(3)
     lengths_k = [1, 5, 130, 700, 2048, 1999, 64]
     lengths_q = [1, 3, 130, draw.randint(1, 700), 1024, 1500, 64]
@@ -97,7 +97,7 @@ def check_split(mesh, backend, lengths, heads, causal):
 
 
 def check_tiles(mesh):
-    """Features reach the rows of their tokens, gradients the tiles; exact, since nothing is computed on the way."""
+    """Features are sent to the rows of their tokens, gradients to the tiles. Exact, because nothing is computed."""
     lengths = [4000, 13, 1500, 700]
     total = sum(lengths)
     layout = Layout.build([0, *torch.tensor(lengths).cumsum(0).tolist()], mesh, num_heads=28, num_kv_heads=4)
@@ -107,8 +107,8 @@ def check_tiles(mesh):
     features, grads = (torch.randn(12 * 256, 64, device="cuda", dtype=torch.bfloat16) for _ in "fg")
     plan = plan_tiles(layout, mask, 256)
     mine = features[plan.first * 256 : plan.last * 256].clone().requires_grad_()
-    rows = exchange_tiles(mine, layout)
-    order = mask.cumsum(0)[layout.local_tokens()[plan.local_rows]] - 1  # which feature each local row wants
+    rows = exchange_tiles(mine, layout, plan)
+    order = mask.cumsum(0)[layout.local_tokens()[plan.local_rows]] - 1  # the feature of each local row
     (grad,) = torch.autograd.grad(rows, mine, grads[order.cuda()])
     same = bool((rows == features[order.cuda()]).all()) and bool((grad == grads[plan.first * 256 : plan.last * 256]).all())
     return {"exact": same, "tiles": [plan.first, plan.last], "rows": len(plan.local_rows)}
@@ -136,15 +136,15 @@ def main():
         log(json.dumps(row))
 
     usable = [
-        n for n, x in KERNELS.items() if x.why_not(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, 128, True) is None
+        n for n, x in KERNELS.items() if x.unsupported(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, 128, True) is None
     ]
-    log({n: x.why_not(torch.device("cuda", 0), torch.bfloat16, 128, True) for n, x in KERNELS.items()})
+    log({n: x.unsupported(torch.device("cuda", 0), torch.bfloat16, 128, True) for n, x in KERNELS.items()})
     for name in usable:
         for causal in (True, False) if name != "cudnn" else (True,):
             for strided in (False, True):
                 attempt(f"kernel {name} causal={causal} strided={strided}", check_kernel, KERNELS[name], causal, strided)
-    sys.modules["eagle_cp.core"].FINE_ROWS = 4000  # so that "one" goes one key/value head at a time
-    sys.modules["eagle_cp.shared"].LONG_SEGMENT = 2000  # and its pieces get calls of their own
+    sys.modules["eagle_cp.all_gather"].HEADWISE_ROWS = 4000  # so that "one" is computed one key/value head at a time
+    sys.modules["eagle_cp.rank_attention"].LONG_PIECE = 2000  # and its pieces get kernel calls of their own
     packs = {"one": [9001], "mixed": [5003, 1, 700, 1201, 33, 2000], "short": [700, 512, 900, 30, 1, 411, 640]}
     for u, mesh in meshes.items():
         attempt(f"tiles u={u} r={world // u}", check_tiles, mesh)
@@ -152,9 +152,9 @@ def main():
             for pack, lengths in packs.items():
                 attempt(f"split u={u} r={world // u} {name} {pack} 28/4", check_split, mesh, name, lengths, (28, 4), True)
             if u < world:
-                speed, mesh.gather_gb_s = mesh.gather_gb_s, 1e-3  # so slow that collectives run beside the kernels
+                speed, mesh.all_gather_gb_s = mesh.all_gather_gb_s, 1e-3  # so slow that collectives overlap with the kernels
                 attempt(f"split u={u} r={world // u} {name} one 28/4, overlapped", check_split, mesh, name, packs["one"], (28, 4), True)
-                mesh.gather_gb_s = speed
+                mesh.all_gather_gb_s = speed
         attempt(f"split u={u} r={world // u} 9/3", check_split, mesh, None, packs["mixed"], (9, 3), True)
         attempt(f"split u={u} r={world // u} 7/1 full", check_split, mesh, None, packs["mixed"], (7, 1), False)
     if dist.get_rank() == 0:

@@ -1,7 +1,7 @@
-"""The functions of flash-attn 2 that rivals import, from the FlashAttention-2 kernels inside torch, so that they run without building
-that package.
+"""The functions of flash-attn 2 that rivals import, implemented with the FlashAttention-2 kernels inside torch, so that rivals run without
+that package, which must be built.
 
-`install()` puts them into this process's `sys.modules`; for the benchmark only.
+`install()` adds them to `sys.modules` of this process. For benchmarks only.
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ def _flash_attn_varlen_backward(
 
 
 def install() -> None:
-    import flash_attn  # the namespace that flash-attn-4 installs
+    import flash_attn  # installed by flash-attn-4
 
     interface = types.ModuleType("flash_attn.flash_attn_interface")
     for function in (_flash_attn_forward, _flash_attn_backward, _flash_attn_varlen_forward, _flash_attn_varlen_backward):
         setattr(interface, function.__name__, function)
-    interface.flash_attn_func = flash_attn.flash_attn_func = None  # imported by name, not called
+    interface.flash_attn_func = flash_attn.flash_attn_func = None  # imported by rivals, not called
     flash_attn.__version__ = "2.8.0"
     flash_attn.flash_attn_interface = interface
     sys.modules[interface.__name__] = interface
-    # ring-flash-attn's Hugging Face adapter doesn't import with transformers 5; its attention functions don't need it.
+    # The Hugging Face adapter of ring-flash-attn can't be imported with transformers 5; its attention functions do not need it.
     adapters = types.ModuleType("ring_flash_attn.adapters")
     adapters.substitute_hf_flash_attn = adapters.update_ring_flash_attn_params = None
     sys.modules[adapters.__name__] = adapters

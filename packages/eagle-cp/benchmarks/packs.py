@@ -1,4 +1,4 @@
-"""The packs that are measured: one document of growing length, and three mixtures."""
+"""The packs of the benchmark: one document of three lengths, and three mixtures."""
 
 from __future__ import annotations
 

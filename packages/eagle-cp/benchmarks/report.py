@@ -1,4 +1,4 @@
-"""Turns a result of bench.py into a Markdown table and a plot.
+"""Writes a result of bench.py as a Markdown table and a plot.
 
 python packages/eagle-cp/benchmarks/report.py packages/eagle-cp/benchmarks/results/DATE-MACHINE.json [--plot]
 """

@@ -1,6 +1,7 @@
-"""Other context-parallel attention, each as `make(lengths, heads, kv_heads, dim) -> (step, inputs)` or an `Unavailable` with the reason.
+"""Other implementations of context-parallel attention, each as `make(lengths, heads, kv_heads, dim) -> (step, inputs)`. `make` raises
+`Unavailable` with the reason where it can't run.
 
-`step(q, k, v) -> out` works on local tensors of its own layout; random inputs make the token order irrelevant for timing.
+`step(q, k, v) -> out` takes local tensors in the layout of the rival. The inputs are random, so the order of tokens does not matter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def _inputs(shape_q, shape_kv):
 def usp(lengths, heads, kv_heads, dim, *, ulysses: bool):
     """yunchang (USP): Ulysses, or the zigzag ring, around FlashAttention-2. One document."""
     if len(lengths) > 1:
-        raise Unavailable("its Ulysses and zigzag paths take no packed documents")
+        raise Unavailable("its Ulysses and zigzag paths do not take packed documents")
     from yunchang import LongContextAttention, set_seq_parallel_pg
     from yunchang.kernels import AttnType
 
@@ -57,7 +58,7 @@ def usp_exchange_with_fa4(lengths, heads, kv_heads, dim):
 def torch_context_parallel(lengths, heads, kv_heads, dim, *, cudnn: bool):
     """torch.distributed.tensor.experimental.context_parallel: a ring, or all-gather, around SDPA; one document."""
     if len(lengths) > 1:
-        raise Unavailable("takes no packed documents")
+        raise Unavailable("does not take packed documents")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -89,7 +90,7 @@ def ring_zigzag(lengths, heads, kv_heads, dim):
 
 
 def ring_llama3(lengths, heads, kv_heads, dim):
-    """ring-flash-attn's llama3: all-gather of keys and values, packs cut into equal parts without balancing."""
+    """ring-flash-attn's llama3: all-gather of keys and values, packs cut into equal parts, unbalanced."""
     from ring_flash_attn import llama3_flash_attn_prepare_cu_seqlens, llama3_flash_attn_varlen_func
 
     world, rank = dist.get_world_size(), dist.get_rank()

@@ -23,8 +23,9 @@ from PIL import Image, ImageDraw
 
 from eagle_model.tokenizer import train_tokenizer
 from eagle_train.config import parse_config
-from eagle_train.training.parallel import start_world
-from eagle_train.training.run import get_ready, train
+from eagle_train.distributed.world import start_world
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (220, 200, 40)}
 SHAPES = ("circle", "square")

@@ -31,10 +31,10 @@ from eagle_model.tokenizer import train_tokenizer
 from eagle_sampling import Limits
 from eagle_train.config import parse_config
 from eagle_train.data.prepare import prepare
+from eagle_train.loading.loader import Loader, Reading, Task
+from eagle_train.loading.pack import Planned, address_of
 from eagle_train.planning.stages import StageSchedule
 from eagle_train.planning.visual import ModelFacts
-from eagle_train.training.batch import Planned, address_of
-from eagle_train.training.loader import Loader, Reading, Task
 
 sys.path.append(str(Path(__file__).parents[2] / "eagle-sampling" / "benchmarks"))
 from make_videos import FOLDER, make

@@ -1,104 +1,123 @@
-"""Packed attention over a layout: Ulysses inside, all-gathered keys and values outside, exact in every gradient.
+"""Packed attention over a layout, exact in every gradient: Ulysses is the inner level, all-gather of keys and values the outer one.
 
-A rank's way: exchange tokens for heads within the Ulysses group (`ulysses`), compute the gather rank's attention for these heads (`core`),
-exchange back. Backward makes the same way in the opposite direction.
+Steps of a rank: exchange tokens for heads within the Ulysses group (`ulysses.py`), compute the attention of the all-gather rank for these
+heads (`all_gather.py`), exchange back. The backward does the reverse steps.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import cast
 
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from eagle_cp.all_gather import Problem, rank_backward, rank_forward
 from eagle_cp.backends import choose
-from eagle_cp.core import Problem, core_backward, core_forward
 from eagle_cp.heads import HeadShare, split_heads
+from eagle_cp.kernels.kernel import Kernel
 from eagle_cp.layout import Layout
 from eagle_cp.ulysses import repeats_kv, to_heads, to_tokens
 
 
-def _split(x: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _split(x: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return x[:, :heads], x[:, heads : heads + kv_heads], x[:, heads + kv_heads :]
+
+
+class _AttentionCtx(FunctionCtx):
+    problem: Problem
+    saved_tensors: tuple[Tensor, ...]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: Problem) -> torch.Tensor:
+    def forward(ctx: _AttentionCtx, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Tensor:
         ctx.problem = p
         ulysses, share = p.mesh.ulysses, p.share
         if ulysses.size == 1:
-            out, lses = core_forward(p, q, k, v)
+            out, lses = rank_forward(p, q, k, v)
             ctx.save_for_backward(q, k, v, out, *lses)
             return out
         qkv = to_heads(ulysses, p.shares, (q, k, v), "qkk")
-        out, lses = core_forward(p, *_split(qkv, share.num_q, share.num_kv))
+        out, lses = rank_forward(p, *_split(qkv, share.num_q, share.num_kv))
         ctx.save_for_backward(qkv, out, *lses)
         local = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         to_tokens(ulysses, p.shares, out, "q", (local,))
         return local
 
     @staticmethod
-    def backward(ctx, dout: torch.Tensor):
-        p: Problem = ctx.problem
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: _AttentionCtx, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        p = ctx.problem
         ulysses, share, shares = p.mesh.ulysses, p.share, p.shares
-        if dout.stride(-1) != 1 or 0 in dout.stride():  # of `out.sum()`, say: copied here once, not by every kernel call
+        if dout.stride(-1) != 1 or 0 in dout.stride():  # for example of `out.sum()`: copied once, not by every kernel call
             dout = dout.contiguous()
         if ulysses.size == 1:
             q, k, v, out, *lses = ctx.saved_tensors
             dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-            core_backward(p, dout, q, k, v, out, lses, dq, dk, dv)
+            rank_backward(p, dout, q, k, v, out, lses, dq, dk, dv)
             return dq, dk, dv, None
         qkv, out, *lses = ctx.saved_tensors
         q, k, v = _split(qkv, share.num_q, share.num_kv)
         dout = to_heads(ulysses, shares, (dout,), "q")
         local, dim = p.layout.local, q.shape[2]
         dq_local = q.new_empty((local, shares[-1].q1, dim))
-        if repeats_kv(shares):  # summed over the ranks that share a key/value head, so sent in full precision
+        if repeats_kv(shares):  # summed over the ranks that have the same key/value head: sent in float32
             wide = torch.float64 if q.dtype == torch.float64 else torch.float32
             dq = q.new_empty(q.shape)
             dkv = torch.empty((k.shape[0], 2 * share.num_kv, dim), dtype=wide, device=q.device)
-            core_backward(p, dout, q, k, v, out, lses, dq, dkv[:, : share.num_kv], dkv[:, share.num_kv :])
+            rank_backward(p, dout, q, k, v, out, lses, dq, dkv[:, : share.num_kv], dkv[:, share.num_kv :])
             dk_local, dv_local = (torch.empty((local, shares[-1].k1, dim), dtype=wide, device=q.device) for _ in "kv")
             to_tokens(ulysses, shares, dq, "q", (dq_local,))
             to_tokens(ulysses, shares, dkv, "kk", (dk_local, dv_local))
             return dq_local, dk_local.to(k.dtype), dv_local.to(v.dtype), None
         grads = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        core_backward(p, dout, q, k, v, out, lses, *_split(grads, share.num_q, share.num_kv))
+        rank_backward(p, dout, q, k, v, out, lses, *_split(grads, share.num_q, share.num_kv))
         dk_local, dv_local = (q.new_empty((local, shares[-1].k1, dim)) for _ in "kv")
         to_tokens(ulysses, shares, grads, "qkk", (dq_local, dk_local, dv_local))
         return dq_local, dk_local, dv_local, None
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     layout: Layout,
     *,
     causal: bool = True,
     scale: float | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Attention inside each document of the pack. `q: [T_local, Hq, D]`, `k`, `v: [T_local, Hk, D]` -> `[T_local, Hq, D]`.
 
-    Rows are those of `layout.shard`. `scale` defaults to `D ** -0.5`; `backend` is a name in `eagle_cp.backends.KERNELS` (default: the
-    fastest that can run). The output of pad rows is zero. Raises ValueError, before any collective, when shapes, heads or dtype don't
-    fit."""
-    problem, kernels, heads = None, None, layout.heads
+    The rows are those of `layout.shard`. The output of pad rows is zero.
+
+    causal: a token attends to itself and to earlier tokens of its document; False: to its whole document.
+    scale: factor of the scores; default: `D ** -0.5`.
+    backend: a name in `eagle_cp.backends.KERNELS`; default: the fastest that can run.
+
+    Raises ValueError, before any collective, for shapes, heads or dtypes that do not fit, and when no kernel can run."""
+    problem: str | None = None
+    kernels: tuple[Kernel, Kernel] | None = None
+    heads = layout.heads
     try:
         heads = _check(q, k, v, layout)
-        plan = layout.plan(causal)
-        shared = plan.shared.segments if plan.shared is not None else None
+        rank = layout.rank_attention(causal)
+        pieces = rank.pieces.segments if rank.pieces is not None else None
         where = q.device, q.dtype, q.shape[2], causal, backend
-        kernels = choose(*where, plan.whole), choose(*where, shared)
+        kernels = choose(*where, rank.whole), choose(*where, pieces)
     except ValueError as error:
         problem = str(error)
     layout.check("attention", problem, (q.dtype, q.shape, k.shape, causal, scale), "dtype, shapes, causal or scale")
     assert kernels is not None
     assert heads is not None
     factor = float(q.shape[2] ** -0.5 if scale is None else scale)
-    return _Attention.apply(q, k, v, Problem(layout, heads, causal, factor, kernels, q.shape[2]))
+    made = Problem(layout, heads, causal, factor, kernels, q.shape[2])
+    return cast(Tensor, _Attention.apply(q, k, v, made))  # pyright: ignore[reportUnknownMemberType]
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> tuple[HeadShare, ...]:
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[HeadShare, ...]:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected [T, Hq, D], [T, Hk, D], [T, Hk, D] without a"
@@ -106,7 +125,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) ->
         )
     if q.shape[0] != layout.local:
         raise ValueError(
-            f"attention: q has {q.shape[0]} tokens, the layout {layout.local} on this rank; pass it through layout.shard first"
+            f"attention: q has {q.shape[0]} tokens, the layout has {layout.local} on this rank; pass it through layout.shard first"
         )
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(f"attention: q, k, v must agree in dtype and device, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")

@@ -1,62 +1,63 @@
-"""Attention for Hugging Face models without patches: a function in transformers' own registry.
+"""Attention for Hugging Face models: a function in transformers' own registry, so that no model is changed.
 
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="eagle_cp")
     model(input_ids=layout.shard(ids)[None], position_ids=layout.shard(positions)[None], use_cache=False, eagle_layout=layout)
 
-Models hand unknown keyword arguments down to their attention function, which is how the layout arrives. The batch dimension must be 1: a
-batch is packed into one sequence."""
+Models pass unknown keyword arguments on to their attention function; the layout is such an argument. The batch dimension must be 1: pack a
+batch into one sequence."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from eagle_cp.attention import attention
 from eagle_cp.layout import Layout
 
 
 def register_attention(name: str = "eagle_cp") -> None:
-    """Adds `name` to transformers' attention and mask registries. Needs transformers (`pip install 'eagle-cp[transformers]'`); changes no
-    model."""
+    """Adds `name` to transformers' attention and mask registries. Needs transformers (`pip install 'eagle-cp[transformers]'`), else
+    ImportError is raised. Models stay as they are."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(name, hugging_face_attention)
-    AttentionMaskInterface.register(name, _no_mask)
+    AttentionInterface.register(name, hugging_face_attention)  # pyright: ignore[reportUnknownMemberType]
+    AttentionMaskInterface.register(name, _no_mask)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _no_mask(*_, attention_mask: torch.Tensor | None = None, **__) -> None:
-    """Documents and causality come from the layout; models get no mask. One of ones says nothing (which a look at the device finds out);
-    a token that is to be left out can't be."""
+def _no_mask(*_: object, attention_mask: Tensor | None = None, **__: object) -> None:
+    """No mask: documents and causality come from the layout. A mask of ones is accepted (checking it waits for the device); a mask that
+    excludes tokens raises ValueError."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError(
-            f"eagle_cp attention: attention_mask leaves out {int((attention_mask == 0).sum())} of {attention_mask.numel()} tokens; masks"
-            " are not supported, documents come from the layout: pack the batch without padding and leave attention_mask out"
+            f"eagle_cp attention: attention_mask excludes {int((attention_mask == 0).sum())} of {attention_mask.numel()} tokens; masks"
+            " are not supported, because documents come from the layout; pack the batch without padding and pass no attention_mask"
         )
 
 
 def hugging_face_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     eagle_layout: Layout | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_,
-) -> tuple[torch.Tensor, None]:
-    """transformers' calling convention: `query: [1, Hq, T, D]`, `key`, `value: [1, Hk, T, D]` -> `[1, T, Hq, D]`.
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention with transformers' calling convention: `query: [1, Hq, T, D]`, `key`, `value: [1, Hk, T, D]` -> `[1, T, Hq, D]`.
 
-    Raises ValueError for what can't be done exactly: a mask, dropout, a sliding window shorter than the longest document, soft caps,
-    sinks, a cache."""
+    Raises ValueError for what can't be computed exactly: a mask, dropout, a sliding window shorter than the longest document, soft-capped
+    scores, attention sinks, a cache."""
     if eagle_layout is None:
         raise ValueError("eagle_cp attention: no layout; call the model with eagle_layout=Layout.single(...) or Layout.build(...)")
     if attention_mask is not None:
-        raise ValueError("eagle_cp attention: masks are not supported, documents come from the layout; leave attention_mask out")
+        raise ValueError("eagle_cp attention: masks are not supported, documents come from the layout; pass no attention_mask")
     if dropout:
         raise ValueError(f"eagle_cp attention: dropout {dropout} is not supported; set attention_dropout to 0")
     if sliding_window is not None and sliding_window < max(eagle_layout.lengths):

@@ -1,30 +1,28 @@
-"""Layout: which token of a pack lives on which rank, and all metadata that attention needs, computed once per batch on the host.
+"""Layout: which token of a pack is on which rank, and the metadata of attention, computed once per batch on the host.
 
-Every gather rank holds the same number of rows: pieces of shared documents first, then whole documents, then (rarely) a few pad rows,
-fewer in the whole group than it has ranks, that nothing attends to. Its Ulysses ranks hold equal consecutive parts of those rows."""
+Every all-gather rank holds the same number of rows: pieces of cut documents first, then whole documents, then (rarely) a few pad rows,
+fewer in the whole group than it has ranks, to which nothing attends. Its Ulysses ranks hold equal consecutive parts of those rows."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from eagle_cp.heads import HeadShare, split_heads
 from eagle_cp.mesh import ContextMesh
 from eagle_cp.partition import Partition, partition
-from eagle_cp.segments import Segments, cumulative, integers, ranges
-from eagle_cp.sharding import Shard, Unshard
-from eagle_cp.shared import SharedPlan, make_steps
-
-if TYPE_CHECKING:
-    from eagle_cp.tiles import TilePlan
+from eagle_cp.rank_attention import RankAttention, make_rank_attention
+from eagle_cp.segments import int_list, integers, ranges
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor | Sequence[int]) -> tuple[int, ...]:
-    """Cumulative lengths as ints: starts at 0, strictly rising. A CUDA tensor is copied to the host once, here."""
+def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
+    """Cumulative lengths as ints: the first is 0, and they increase strictly. A CUDA tensor is copied to the host once, here."""
     values = integers("cu_seqlens", cu_seqlens)
     if len(values) < 2 or values[0] != 0:
         got = f"{list(values[:6])}{'...' if len(values) > 6 else ''}"
@@ -35,42 +33,35 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor | Sequence[int]) -> tuple[int, ...
     return values
 
 
-class AttentionPlan:
-    """What one gather rank computes: `whole` documents, rows `[first, last)`, and its pieces of shared documents, rows `[0, first)`."""
-
-    def __init__(self, whole: Segments | None, first: int, last: int, shared: SharedPlan | None, gathers: bool, rows: int):
-        self.whole, self.first, self.last, self.shared = whole, first, last, shared
-        self.gathers = gathers  # some document is shared, so every rank takes part in the gather, also one without a piece
-        self.rows = rows
-
-
 class Layout:
-    """Made by `single` or `build`. Host values: `cu_seqlens`; `total` tokens of the pack; `local` rows on this rank (the same on every
-    rank, pad rows included); `mesh`; `partition`; `heads`, the head shares of the Ulysses ranks (None: any number of heads)."""
+    """Made by `single` or `build`.
+
+    Attributes, on the host: `cu_seqlens`; `lengths` of the documents; `total` tokens of the pack; `local` rows of this rank (the same on
+    every rank, pad rows included); `pad`, pad rows of all ranks; `mesh`; `partition`; `heads`, the head shares of the Ulysses ranks (None:
+    any number of heads)."""
 
     def __init__(self, cu_seqlens: tuple[int, ...], mesh: ContextMesh, heads: tuple[HeadShare, ...] | None, tolerance: float, verify: bool):
         self.cu_seqlens, self.mesh, self.heads, self.verify = cu_seqlens, mesh, heads, verify
         self.total = cu_seqlens[-1]
         self.lengths = tuple(b - a for a, b in pairwise(cu_seqlens))
-        self.partition: Partition = partition(self.lengths, mesh.gather.size, tolerance=tolerance)
-        self.rows = -(-self.total // mesh.size) * mesh.ulysses.size  # of a gather rank
+        self.partition: Partition = partition(self.lengths, mesh.all_gather.size, tolerance=tolerance)
+        self.rows = -(-self.total // mesh.size) * mesh.ulysses.size  # of an all-gather rank
         self.local = self.rows // mesh.ulysses.size
         self.pad = self.local * mesh.size - self.total
-        self.tiles: TilePlan | None = None
         self._agreed: set[str] = set()
-        self._plans: dict[bool, AttentionPlan] = {}
-        self._order: dict[torch.device, torch.Tensor] = {}
-        self._inverse: dict[torch.device, torch.Tensor] = {}
+        self._rank_attention: dict[bool, RankAttention] = {}
+        self._order: dict[torch.device, Tensor] = {}
+        self._inverse: dict[torch.device, Tensor] = {}
 
     @classmethod
-    def single(cls, cu_seqlens: torch.Tensor | Sequence[int]) -> Layout:
-        """The layout of one rank that holds the whole pack: no mesh, no communication, `shard` and `unshard` are the identity."""
+    def single(cls, cu_seqlens: Tensor | Sequence[int]) -> Layout:
+        """The layout of one rank that holds the whole pack: no communication, and `shard` and `unshard` are the identity."""
         return cls(check_cu_seqlens(cu_seqlens), ContextMesh.single(), None, 0.0, False)
 
     @classmethod
     def build(
         cls,
-        cu_seqlens: torch.Tensor | Sequence[int],
+        cu_seqlens: Tensor | Sequence[int],
         mesh: ContextMesh,
         *,
         num_heads: int,
@@ -78,13 +69,17 @@ class Layout:
         tolerance: float = 0.02,
         verify: bool = False,
     ) -> Layout:
-        """The layout of a pack over `mesh`; every rank passes the same values. No communication, unless `verify`.
+        """The layout of a pack over `mesh`. Every rank passes the same values. No communication, except with `verify`.
 
-        `tolerance`: how far the attention work of the ranks may differ before more documents are shared. `verify`: small collectives
-        (here, in `plan_tiles`, at the first `exchange_tiles` and the first attention) make sure that all ranks agree, and an error of one
-        becomes an error of all instead of a hang.
-        Raises ValueError for lengths that don't add up, or heads that can't be split."""
-        problem, cu, heads = None, (), None
+        cu_seqlens: cumulative lengths of the documents, `[documents + 1]`, in tokens.
+        tolerance: how much the attention work of the ranks may differ (largest over mean, minus 1) before more documents are cut.
+        verify: small collectives (here, in `plan_tiles`, and in the first `exchange_tiles` and the first `attention`) check that all ranks
+            agree. An error of one rank is then raised on all of them, instead of a hang.
+
+        Raises ValueError for lengths that do not increase, and for heads that can't be split over the Ulysses ranks."""
+        problem: str | None = None
+        cu: tuple[int, ...] = ()
+        heads: tuple[HeadShare, ...] | None = None
         try:
             cu = check_cu_seqlens(cu_seqlens)
             heads = split_heads(num_heads, num_kv_heads, mesh.ulysses.size)
@@ -102,24 +97,25 @@ class Layout:
         return cls(cu, mesh, heads, tolerance, verify)
 
     def check(self, where: str, problem: str | None, facts: object, what: str) -> None:
-        """Raises ValueError for a `problem` of this rank; with `verify` on all ranks alike, also when the `facts` of some differ. The first
-        call of each `where` communicates then."""
+        """Raises ValueError for a `problem` of this rank. With `verify`, the first call for each `where` communicates, and all ranks raise
+        when one has a problem or their `facts` differ (`what` names the facts)."""
         if self.verify and where not in self._agreed:
             self._agreed.add(where)
             agree(self.mesh, problem, str(facts), f"{where}: {what}")
         if problem is not None:
             raise ValueError(problem)
 
-    # Where tokens live
+    # Rows and tokens
 
-    def order(self, device: torch.device | None = None) -> torch.Tensor:
+    def order(self, device: torch.device | None = None) -> Tensor:
         """Token of every row of the group, `int64 [mesh.size * local]`, rank by rank; -1 is a pad row."""
         cpu = torch.device("cpu")
         if cpu not in self._order:
-            parts = []
-            for share in self.partition.shares:
-                starts = [self.cu_seqlens[p.document] + p.start for p in share.pieces] + [self.cu_seqlens[d] for d in share.whole]
-                lengths = [p.stop - p.start for p in share.pieces] + [self.lengths[d] for d in share.whole]
+            parts: list[Tensor] = []
+            for documents in self.partition.ranks:
+                starts = [self.cu_seqlens[p.document] + p.start for p in documents.pieces]
+                starts += [self.cu_seqlens[d] for d in documents.whole]
+                lengths = [p.stop - p.start for p in documents.pieces] + [self.lengths[d] for d in documents.whole]
                 parts.append(ranges(starts, lengths))
                 parts.append(torch.full((self.rows - sum(lengths),), -1))
             self._order[cpu] = torch.cat(parts)
@@ -128,12 +124,12 @@ class Layout:
             self._order[device] = self._order[cpu].to(device, non_blocking=True)
         return self._order[device]
 
-    def local_tokens(self, device: torch.device | None = None) -> torch.Tensor:
+    def local_tokens(self, device: torch.device | None = None) -> Tensor:
         """Token of each local row, `int64 [local]`; -1 is a pad row."""
         first = self.mesh.rank * self.local
         return self.order(device)[first : first + self.local]
 
-    def inverse(self, device: torch.device | None = None) -> torch.Tensor:
+    def inverse(self, device: torch.device | None = None) -> Tensor:
         """Row (of the whole group, rank by rank) of every token, `int64 [total]`."""
         cpu = torch.device("cpu")
         if cpu not in self._inverse:
@@ -145,65 +141,92 @@ class Layout:
             self._inverse[device] = self._inverse[cpu].to(device, non_blocking=True)
         return self._inverse[device]
 
-    def shard(self, x: torch.Tensor, dim: int = 0, *, fill: float = 0) -> torch.Tensor:
-        """This rank's rows of `x`, which has the pack's `total` tokens along `dim`; pad rows get `fill` (give -100 for labels).
+    def shard(self, x: Tensor, dim: int = 0, *, fill: float = 0) -> Tensor:
+        """This rank's rows of `x`, which has the pack's `total` tokens along `dim`, or ValueError is raised; pad rows get `fill` (-100 for
+        labels). Not a copy on one rank.
 
-        Shift labels before sharding: a row's neighbour may be on another rank. Differentiable: the gradient of the tokens of other ranks
-        is zero here."""
+        Shift labels before sharding, because the neighbour of a row may be on another rank. Differentiable: the gradient of tokens of
+        other ranks is zero here."""
         if x.shape[dim] != self.total:
             raise ValueError(f"shard: dimension {dim} of {tuple(x.shape)} should have the pack's {self.total} tokens")
-        return x if self.mesh.size == 1 else Shard.apply(x, self, dim, fill)
+        if self.mesh.size == 1:
+            return x
+        return cast(Tensor, _Shard.apply(x, self, dim, fill))  # pyright: ignore[reportUnknownMemberType]
 
-    def unshard(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """The inverse of `shard`: all `total` tokens, in order, on every rank (one all-gather). Its gradient sums what all ranks send
-        back."""
+    def unshard(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The inverse of `shard`: all `total` tokens in order on every rank, by one all-gather. Its backward sums the gradients of all
+        ranks. Raises ValueError unless `x` has `local` rows along `dim`."""
         if x.shape[dim] != self.local:
             raise ValueError(f"unshard: dimension {dim} of {tuple(x.shape)} should have this rank's {self.local} rows")
-        return x if self.mesh.size == 1 else Unshard.apply(x, self, dim)
+        if self.mesh.size == 1:
+            return x
+        return cast(Tensor, _Unshard.apply(x, self, dim))  # pyright: ignore[reportUnknownMemberType]
 
-    # What attention needs
+    # Attention
 
-    def plan(self, causal: bool) -> AttentionPlan:
-        """This gather rank's attention, made on first use."""
-        if causal not in self._plans:
-            self._plans[causal] = self._make_plan(causal)
-        return self._plans[causal]
-
-    def _make_plan(self, causal: bool) -> AttentionPlan:
-        shares, shared = self.partition.shares, self.partition.shared
-        mine = shares[self.mesh.gather.rank]
-        first = sum(p.stop - p.start for p in mine.pieces)
-        cu_whole = cumulative([self.lengths[d] for d in mine.whole])
-        whole = Segments(cu_whole, cu_whole) if mine.whole else None
-        last = first + cu_whole[-1]
-        if not shared:
-            return AttentionPlan(whole, first, last, None, False, self.rows)
-        rows = max(sum(p.stop - p.start for p in share.pieces) for share in shares)
-        base = dict(zip(shared, cumulative([self.lengths[d] for d in shared])))
-        slot = torch.empty(sum(self.lengths[d] for d in shared), dtype=torch.int64)  # of a shared token, in [gather, 2, rows]
-        for rank, share in enumerate(shares):
-            starts = [base[p.document] + p.start for p in share.pieces]
-            tokens = ranges(starts, [p.stop - p.start for p in share.pieces])
-            slot[tokens] = torch.arange(len(tokens)) + rank * 2 * rows
-        lengths_q, lengths_k, keys = [], [], []
-        for p in mine.pieces:
-            if not causal and keys and keys[-1] == base[p.document]:
-                lengths_q[-1] += p.stop - p.start  # both pieces see the whole document: one segment
-                continue
-            lengths_q.append(p.stop - p.start)
-            lengths_k.append(p.stop if causal else self.lengths[p.document])
-            keys.append(base[p.document])
-        segments = Segments(cumulative(lengths_q), cumulative(lengths_k))
-        steps, picked = make_steps(lengths_q, lengths_k, keys, causal)
-        plan = SharedPlan(segments, steps, slot[picked], rows, self.mesh.gather.size)
-        return AttentionPlan(whole, first, last, plan, True, self.rows)
+    def rank_attention(self, causal: bool) -> RankAttention:
+        """What this all-gather rank computes; made on first use."""
+        if causal not in self._rank_attention:
+            self._rank_attention[causal] = make_rank_attention(self.lengths, self.partition, self.mesh.all_gather.rank, causal)
+        return self._rank_attention[causal]
 
     def __repr__(self) -> str:
         return (
             f"Layout({len(self.lengths)} documents, {self.total} tokens,"
-            f" {self.mesh.gather.size} gather x {self.mesh.ulysses.size} ulysses ranks,"
-            f" {self.local} rows each, {len(self.partition.shared)} documents shared, imbalance {self.partition.imbalance:.1%})"
+            f" {self.mesh.all_gather.size} all_gather x {self.mesh.ulysses.size} ulysses ranks,"
+            f" {self.local} rows each, {len(self.partition.cut)} documents cut, imbalance {self.partition.imbalance:.1%})"
         )
+
+
+class _ShardCtx(FunctionCtx):
+    layout: Layout
+    dim: int
+    shape: torch.Size
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _ShardCtx, x: Tensor, layout: Layout, dim: int, fill: float) -> Tensor:
+        ctx.layout, ctx.dim, ctx.shape = layout, dim, x.shape
+        tokens = layout.local_tokens(x.device)
+        if layout.pad == 0:
+            return x.index_select(dim, tokens)
+        local = x.index_select(dim, tokens.clamp(min=0))
+        pad = (tokens < 0).view([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
+        return local.masked_fill(pad, fill)
+
+    @staticmethod
+    def backward(ctx: _ShardCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tokens = ctx.layout.local_tokens(grad.device)
+        if ctx.layout.pad:
+            real = _real_rows(ctx.layout, grad.device)
+            tokens, grad = tokens.index_select(0, real), grad.index_select(ctx.dim, real)
+        return grad.new_zeros(ctx.shape).index_copy(ctx.dim, tokens, grad), None, None, None
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _ShardCtx, x: Tensor, layout: Layout, dim: int) -> Tensor:
+        ctx.layout, ctx.dim = layout, dim
+        rows = x.movedim(dim, 0).contiguous()
+        gathered = rows.new_empty((layout.mesh.size, *rows.shape))
+        layout.mesh.context.all_gather(gathered, rows).wait()
+        return gathered.flatten(0, 1).index_select(0, layout.inverse(x.device)).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: _ShardCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        layout = ctx.layout
+        grad = grad.movedim(ctx.dim, 0)
+        rows = grad.new_zeros((layout.mesh.size * layout.local, *grad.shape[1:]))
+        rows.index_copy_(0, layout.inverse(grad.device), grad)
+        mine = rows.new_empty((layout.local, *grad.shape[1:]))
+        layout.mesh.context.reduce_scatter(mine, rows.view(layout.mesh.size, layout.local, *grad.shape[1:])).wait()
+        return mine.movedim(0, ctx.dim), None, None
+
+
+def _real_rows(layout: Layout, device: torch.device) -> Tensor:
+    """Local rows that hold a token, from the host's copy: no synchronisation."""
+    return (layout.local_tokens() >= 0).nonzero().flatten().to(device, non_blocking=True)
 
 
 def agree(mesh: ContextMesh, problem: str | None, facts: str, what: str) -> None:
@@ -211,14 +234,14 @@ def agree(mesh: ContextMesh, problem: str | None, facts: str, what: str) -> None
     digest = hashlib.sha256(facts.encode()).digest()[:8]
     text = (problem or "").encode()[:512]
     row = torch.tensor(list(digest + text.ljust(512, b"\0")), dtype=torch.uint8, device=mesh.device)
-    rows = mesh.context.gather_rows(row).cpu()
-    texts = [bytes(r[8:].tolist()).rstrip(b"\0").decode(errors="replace") for r in rows]
+    facts_and_texts = [bytes(int_list(other)) for other in mesh.context.all_gather_rows(row).cpu()]
+    texts = [data[8:].rstrip(b"\0").decode(errors="replace") for data in facts_and_texts]
     failed = {i: t for i, t in enumerate(texts) if t}
     if failed:
         raise ValueError("; ".join(f"context rank {i}: {t}" for i, t in failed.items()))
     groups: dict[bytes, list[int]] = {}
-    for i, r in enumerate(rows):
-        groups.setdefault(bytes(r[:8].tolist()), []).append(i)
+    for i, data in enumerate(facts_and_texts):
+        groups.setdefault(data[:8], []).append(i)
     if len(groups) > 1:
         parts = " / ".join(str(ranks) for ranks in groups.values())
         raise ValueError(f"{what} differ between context ranks: {parts} agree among themselves; every rank must pass the same values")

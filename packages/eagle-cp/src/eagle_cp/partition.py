@@ -1,10 +1,10 @@
-"""Who holds which tokens: long documents in zigzag over all ranks, short ones whole on one rank, equal tokens and nearly equal work for
-everybody.
+"""Which rank holds which tokens: long documents are cut in a zigzag over all ranks, short ones stay whole on one rank. Every rank gets the
+same number of tokens and nearly the same work.
 
-A document shared by `r` ranks is cut into a nest: rank 0 gets the first and the last piece, rank `r-1` the two in the middle, so that each
-rank's tokens see half of the document on average and its work is proportional to its tokens. Whole documents are dealt out longest first.
-The fewest documents are shared that bring the work of the ranks within `tolerance`; the pieces of shared documents need not be equal, and
-take up what whole documents leave uneven, in tokens and in work. So no document is padded, whatever its length.
+A document cut over `r` ranks is nested: rank 0 gets the first and the last piece, rank `r - 1` the two in the middle. The tokens of each
+rank then attend to half of the document on average, and its work is proportional to its tokens. Whole documents are assigned longest
+first. As few documents are cut as bring the work of the ranks within `tolerance`. The pieces of a cut document need not be equal: they
+compensate what whole documents leave uneven, in tokens and in work. So no document is padded, whatever its length.
 """
 
 from __future__ import annotations
@@ -22,18 +22,25 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Share(NamedTuple):
-    """What one rank holds, in local order: pieces of shared documents first (document by document, front before back), then whole
+class RankDocuments(NamedTuple):
+    """What one rank holds, in local order: pieces of cut documents first (document by document, front before back), then whole
     documents."""
 
     pieces: tuple[Piece, ...]
     whole: tuple[int, ...]
 
+    @property
+    def piece_tokens(self) -> int:
+        return sum(p.stop - p.start for p in self.pieces)
+
 
 class Partition(NamedTuple):
-    shares: tuple[Share, ...]
-    shared: tuple[int, ...]  # documents that are cut over ranks, ascending
-    work: tuple[int, ...]  # attended pairs of each rank, causal, one query head
+    """`ranks`: what each rank holds; `cut`: documents that are cut over ranks, ascending; `work`: attended (query, key) pairs of each rank,
+    causal, one query head."""
+
+    ranks: tuple[RankDocuments, ...]
+    cut: tuple[int, ...]
+    work: tuple[int, ...]
 
     @property
     def imbalance(self) -> float:
@@ -43,10 +50,10 @@ class Partition(NamedTuple):
 
 
 def partition(lengths: Sequence[int], ranks: int, *, tolerance: float = 0.02) -> Partition:
-    """Splits documents of `lengths` tokens over `ranks`; rank `i` gets `total // ranks` tokens, the first `total % ranks` ranks one more.
+    """Assigns documents of `lengths` tokens to `ranks` ranks, each with `total // ranks` tokens, the first `total % ranks` with one more.
 
-    Deterministic. The result's `imbalance` is at most `tolerance` whenever sharing some set of the longest documents achieves it, else
-    the best found."""
+    Deterministic. The `imbalance` of the result is at most `tolerance` whenever cutting some number of the longest documents achieves it,
+    otherwise the smallest one found."""
     total = sum(lengths)
     targets = [total // ranks + (i < total % ranks) for i in range(ranks)]
     by_length = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
@@ -59,12 +66,12 @@ def partition(lengths: Sequence[int], ranks: int, *, tolerance: float = 0.02) ->
             best = candidate
         if candidate.imbalance <= tolerance:
             return candidate
-    assert best is not None  # sharing every document always fits
+    assert best is not None  # cutting every document always fits
     return best
 
 
 def _counts(n: int) -> list[int]:
-    """How many of the longest documents to share, in the order tried: 0..8, then half as many again each time, and all."""
+    """How many of the longest documents to cut, in the order tried: 0..8, then half as many again each time, and all."""
     counts, c = list(range(min(n, 8) + 1)), 12
     while c < n:
         counts.append(c)
@@ -82,7 +89,8 @@ def _attempt(lengths: Sequence[int], by_length: list[int], count: int, targets: 
     token_weight, work_weight = 1 / max(whole_tokens, 1), 1 / max(whole_work, 1)
     heap = [(0.0, i) for i in range(ranks)]  # load = share of the whole documents' tokens + share of their work
     for d in by_length[count:]:
-        length, skipped = lengths[d], []
+        length = lengths[d]
+        skipped: list[tuple[float, int]] = []
         while heap and needs[heap[0][1]] < length:
             skipped.append(heapq.heappop(heap))
         if not heap:
@@ -96,19 +104,18 @@ def _attempt(lengths: Sequence[int], by_length: list[int], count: int, targets: 
             heapq.heappush(heap, item)
     if count == 0 and any(needs):
         return None
-    shared = sorted(by_length[:count])
     pieces: list[list[Piece]] = [[] for _ in targets]
     left = list(needs)
     mean = sum(_pairs(0, n) for n in lengths) / ranks
-    for d in by_length[count - 1 :: -1] if count else []:  # the longest last: it evens out what the others leave
+    for d in by_length[count - 1 :: -1] if count else []:  # the longest last: it compensates what the others leave uneven
         counts = _apportion(lengths[d], left)
         left = [a - b for a, b in zip(left, counts)]
         wanted = [mean - w for w in work] if d == by_length[0] else None
         for i, piece in _nest(d, lengths[d], counts, wanted):
             pieces[i].append(piece)
             work[i] += _pairs(piece.start, piece.stop)
-    ordered = tuple(Share(tuple(sorted(p)), tuple(sorted(w))) for p, w in zip(pieces, whole))
-    return Partition(ordered, tuple(shared), tuple(work))
+    ordered = tuple(RankDocuments(tuple(sorted(p)), tuple(sorted(w))) for p, w in zip(pieces, whole))
+    return Partition(ordered, tuple(sorted(by_length[:count])), tuple(work))
 
 
 def _pairs(start: int, stop: int) -> int:
@@ -127,14 +134,14 @@ def _apportion(length: int, left: list[int]) -> list[int]:
 
 
 def _nest(document: int, length: int, counts: list[int], wanted: list[float] | None) -> list[tuple[int, Piece]]:
-    """One front and one back piece for each rank with `counts[i]` tokens, nested; touching pieces of one rank become one.
+    """One front and one back piece for each rank with `counts[i]` tokens, nested; adjacent pieces of one rank become one.
 
-    `wanted`: the work that each rank should get, reached by moving tokens between its front and its back piece. With the document's inside
-    `[a, b)` still to give away, `n` tokens of which `f` in front do `f (a - b + n) + n b - n (n - 1) / 2` pairs: linear in `f`.
+    `wanted`: the work that each rank should get, reached by moving tokens between its front and its back piece. When tokens `[a, b)` are
+    not assigned yet, `n` tokens of which `f` are in front have `f (a - b + n) + n b - n (n - 1) / 2` pairs: linear in `f`.
     """
     nest = [i for i, n in enumerate(counts) if n]
     if wanted is not None:
-        nest.sort(key=lambda i: (-wanted[i] / counts[i], i))  # who needs the most work a token gets the document's end
+        nest.sort(key=lambda i: (-wanted[i] / counts[i], i))  # the rank that needs most work per token gets the end of the document
     fronts: list[tuple[int, Piece]] = []
     backs: list[tuple[int, Piece]] = []
     a, b = 0, length

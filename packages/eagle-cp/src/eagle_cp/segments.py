@@ -1,22 +1,24 @@
-"""Segments: the one description of packed attention that every kernel gets.
+"""Segments: the description of packed attention that every kernel gets.
 
 Segment `i` is the queries `[cu_q[i], cu_q[i+1])` with the keys `[cu_k[i], cu_k[i+1])`. Its queries are the *last* ones of its keys
-(bottom-right causal alignment), which is how a rank sees a chunk of a document together with everything before it. A whole document is
-the square case."""
+(bottom-right causal alignment): a piece of a document together with everything before it. A whole document has as many queries as
+keys."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 
 class Segments:
-    """Packed attention problem of one rank, known on the host and (lazily, once) on the device.
+    """Packed attention problem of one rank.
 
-    `cu_q`, `cu_k`: cumulative lengths, `n + 1` numbers each. Raises ValueError when a segment has fewer keys than queries, or no query.
+    cu_q, cu_k: cumulative lengths, `n + 1` numbers each, on the host; `on(device)` copies them once. Raises ValueError when a segment has
+        fewer keys than queries, or no query.
     """
 
     def __init__(self, cu_q: Sequence[int], cu_k: Sequence[int]):
@@ -33,8 +35,8 @@ class Segments:
                 raise ValueError(f"segments: number {i} has {nq} queries and {nk} keys; every segment needs 1 <= queries <= keys")
         self.max_q = max(self.lengths_q, default=0)
         self.max_k = max(self.lengths_k, default=0)
-        self._device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.cache: dict[Any, Any] = {}  # what a kernel derives from the lengths (index tensors, block lists), made on first use
+        self._device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.cache: dict[Any, Any] = {}  # what kernels derive from the lengths (index tensors, block lists), made on first use
 
     def __len__(self) -> int:
         return len(self.lengths_q)
@@ -47,7 +49,7 @@ class Segments:
     def total_k(self) -> int:
         return self.cu_k[-1]
 
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`cu_q`, `cu_k` as int32 tensors on `device`; copied once, then kept."""
         if device not in self._device:
             cu_q = torch.tensor(self.cu_q, dtype=torch.int32).to(device, non_blocking=True)
@@ -56,16 +58,16 @@ class Segments:
         return self._device[device]
 
     def pairs(self, causal: bool) -> int:
-        """Number of (query, key) pairs that are attended: the work of one query head."""
+        """Number of attended (query, key) pairs: the work of one query head."""
         if causal:
             return sum(nq * nk - nq * (nq - 1) // 2 for nq, nk in zip(self.lengths_q, self.lengths_k))
         return sum(nq * nk for nq, nk in zip(self.lengths_q, self.lengths_k))
 
 
-def integers(name: str, values: Iterable) -> tuple[int, ...]:
-    """A list, array or tensor of integers as Python's (a CUDA tensor is copied to the host once). Raises ValueError for anything else."""
-    whole = []
-    for value in getattr(values, "tolist", lambda: values)():
+def integers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
+    """A list, array or tensor of integers as ints (a CUDA tensor is copied to the host once). Raises ValueError for anything else."""
+    whole: list[int] = []
+    for value in cast(Iterable[Any], getattr(values, "tolist", lambda: values)()):
         try:
             whole.append(operator.index(value))
         except TypeError:
@@ -73,14 +75,20 @@ def integers(name: str, values: Iterable) -> tuple[int, ...]:
     return tuple(whole)
 
 
-def cumulative(lengths: Sequence[int]) -> list[int]:
+def int_list(x: Tensor) -> list[int]:
+    """A 1-D tensor of integers as ints; waits for the device."""
+    return cast(list[int], x.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
+def cumulative(lengths: Iterable[int]) -> list[int]:
+    """`[0, lengths[0], lengths[0] + lengths[1], ...]`."""
     result = [0]
     for n in lengths:
         result.append(result[-1] + n)
     return result
 
 
-def ranges(starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+def ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """`[starts[0], starts[0] + 1, ..., starts[1], ...]`, `lengths[i]` numbers from each start."""
     n = torch.tensor(lengths, dtype=torch.int64)
     offset = torch.tensor(starts, dtype=torch.int64) - (n.cumsum(0) - n)

@@ -1,4 +1,5 @@
-"""The inner level: all-to-all between "my tokens, all heads" and "all tokens of the gather rank, my heads"."""
+"""The inner level, Ulysses (Jacobs et al., DeepSpeed Ulysses): all-to-all between "this rank's tokens, all heads" and "all tokens of the
+all-gather rank, this rank's heads"."""
 
 from __future__ import annotations
 
@@ -6,14 +7,15 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from eagle_cp.collectives import Group
 from eagle_cp.heads import HeadShare
 
 
-def to_heads(group: Group, shares: tuple[HeadShare, ...], parts: Sequence[torch.Tensor], kinds: str) -> torch.Tensor:
-    """`parts`: tensors `[local, H, D]`, `kinds` one letter each: "q" has query heads, "k" key/value heads. -> `[rows, heads of this rank,
-    D]`, the parts side by side along the heads. One collective."""
+def to_heads(group: Group, shares: tuple[HeadShare, ...], parts: Sequence[Tensor], kinds: str) -> Tensor:
+    """`parts`: tensors `[local, H, D]`. `kinds`: one letter for each part, "q" for query heads and "k" for key/value heads. Returns `[rows,
+    heads of this rank, D]`, the parts concatenated along the heads. One collective."""
     local, dim = parts[0].shape[0], parts[0].shape[2]
     spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
     counts = [sum(b - a for a, b in span) for span in spans]
@@ -33,9 +35,9 @@ def to_heads(group: Group, shares: tuple[HeadShare, ...], parts: Sequence[torch.
     return received.view(local * group.size, mine, dim)
 
 
-def to_tokens(group: Group, shares: tuple[HeadShare, ...], x: torch.Tensor, kinds: str, wholes: Sequence[torch.Tensor]) -> None:
-    """The reverse: `x: [rows, heads of this rank, D]` goes into `wholes: [local, H, D]`, one for each letter of `kinds`. Heads that
-    several ranks had are summed in `x`'s dtype. One collective."""
+def to_tokens(group: Group, shares: tuple[HeadShare, ...], x: Tensor, kinds: str, wholes: Sequence[Tensor]) -> None:
+    """The reverse of `to_heads`: writes `x: [rows, heads of this rank, D]` into `wholes: [local, H, D]`, one for each letter of `kinds`.
+    Heads that several ranks had are summed in the dtype of `x`. One collective."""
     rows, _, dim = x.shape
     local = rows // group.size
     spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
@@ -43,7 +45,7 @@ def to_tokens(group: Group, shares: tuple[HeadShare, ...], x: torch.Tensor, kind
     received = x.new_empty(local * sum(counts) * dim)
     splits = [local * count * dim for count in counts]
     group.all_to_all(received, x.reshape(-1), splits, [local * x.shape[1] * dim] * group.size).wait()
-    done = [0] * len(kinds)  # heads below this one are already there
+    done = [0] * len(kinds)  # heads below this one are written
     at = 0
     for span, count in zip(spans, counts):
         block = received[at : at + local * count * dim].view(local, count, dim)
@@ -58,15 +60,15 @@ def to_tokens(group: Group, shares: tuple[HeadShare, ...], x: torch.Tensor, kind
             head += b - a
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """`target.copy_(source)` for `[rows, heads, D]` slices, 16 bytes at a time where both are aligned (torch moves strided bf16 by the
-    element)."""
+def _copy(target: Tensor, source: Tensor) -> None:
+    """`target.copy_(source)` for `[rows, heads, D]` slices, 16 bytes at a time where both are aligned (torch copies strided bf16 element
+    by element)."""
     if target.dtype == source.dtype and _aligned(target) and _aligned(source):
         target, source = target.view(torch.complex128), source.view(torch.complex128)
     target.copy_(source)
 
 
-def _aligned(x: torch.Tensor) -> bool:
+def _aligned(x: Tensor) -> bool:
     unit = 16 // x.element_size()
     return x.stride(-1) == 1 and all(n % unit == 0 for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
 

@@ -1,4 +1,4 @@
-"""Watchdog: when a collective hangs, say which rank waits for which, instead of a bare timeout half an hour later."""
+"""Watchdog: when a collective hangs, report which rank waits for which collective, long before torch's timeout of 10 to 30 minutes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from eagle_cp.collectives import Call, Group
+from eagle_cp.collectives import CollectiveCall, Group
 
 log = logging.getLogger("eagle_cp.watchdog")
 
 
 class Watchdog:
-    """A thread that looks at the unfinished collectives of `groups` a few times per `timeout` seconds. Use as a context manager, or
+    """A thread that checks the unfinished collectives of `groups` four times per `timeout` seconds. Use it in a `with` statement, or call
     `stop()`.
 
-    `report` gets the text (default: logged as an error). A hang is reported once; nothing is killed or cancelled. Where the store's host is
-    gone, which is when ranks start to wait, each rank goes on to speak for itself.
+    store: where ranks publish their state. When the store fails (its host may be the one that is gone), each rank reports only its own
+        state from then on.
+    report: called with the text (default: it is logged as an error). A hang is reported once; nothing is killed or cancelled.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -57,15 +58,15 @@ class Watchdog:
                 overdue = self._overdue(group)
                 if overdue is not None and (group.name, overdue[0].number) not in self._reported:
                     self._reported.add((group.name, overdue[0].number))
-                    self._tell(self._describe(group, *overdue))
+                    self._send(self._describe(group, *overdue))
 
-    def _tell(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         try:
             self.report(text)
-        except Exception:  # the caller's function, which nobody else would hear of in this thread; it goes on to watch
+        except Exception:  # of the caller's function; an error must not end this thread
             log.exception("the watchdog's report failed; it was: %s", text)
 
-    def _overdue(self, group: Group) -> tuple[Call, float] | None:
+    def _overdue(self, group: Group) -> tuple[CollectiveCall, float] | None:
         now = time.monotonic()
         waiting = [p for p in list(group.pending or ()) if not p.work.is_completed()]
         late = [(p.call, now - p.since) for p in waiting if now - p.since > self.timeout]
@@ -86,31 +87,31 @@ class Watchdog:
 
     def _lose_store(self, error: RuntimeError) -> None:
         self.store = None
-        log.error("watchdog: the store doesn't answer, its host may be gone; from here on each rank speaks for itself: %s", error)
+        log.error("watchdog: the store doesn't answer, its host may be gone; each rank now reports only its own state: %s", error)
 
-    def _describe(self, group: Group, call: Call, seconds: float) -> str:
+    def _describe(self, group: Group, call: CollectiveCall, seconds: float) -> str:
         rank = group.ranks[group.rank]
         head = f"rank {rank} has waited {seconds:.0f} s for {_name(call)} of group {group.name} {group.ranks}"
         if self.store is None:
             return head + " (give the watchdog a store to see the other ranks)"
         try:
-            return "\n".join([head, *(f"  rank {other}: {self._heard(self.store, group, other)}" for other in group.ranks)])
+            return "\n".join([head, *(f"  rank {other}: {self._state(self.store, group, other)}" for other in group.ranks)])
         except RuntimeError as error:
             self._lose_store(error)
             return head + " (the store doesn't answer)"
 
-    def _heard(self, store: dist.Store, group: Group, rank: int) -> str:
+    def _state(self, store: dist.Store, group: Group, rank: int) -> str:
         key = self._key(group, rank)
         if not store.check([key]):
-            return "nothing heard of"
+            return "no state published"
         state = json.loads(store.get(key))
         if state["waiting"]:
             return f"waits for {_name(state['waiting'])}"
         if state["last"]:
             return f"not in a collective; its last one was {_name(state['last'])}"
-        return "has called none yet"
+        return "has called no collective yet"
 
 
-def _name(call) -> str:
+def _name(call: CollectiveCall | list[Any]) -> str:
     number, operation, _, elements, dtype = call
     return f"{operation} number {number} ({elements} x {dtype})"

@@ -1,19 +1,22 @@
 """The Eagle 2.5 vision-language model: configuration, processor, modelling, generation, checkpoints.
 
-What needs torch is loaded when it is first used, so that the prompt and its costs can be had without it.
+Modules that need torch are loaded at first use: the prompt, its costs and the visual pipeline work without torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from eagle_model.prompt import Context, Encoded, PromptError, Special, Text, VideoSpan, encode, render, to_text
-from eagle_model.prompt_costs import PromptCosts
+from eagle_model.batch import PackedBatch
+from eagle_model.errors import ModelError
+from eagle_model.prompt import Encoded, PromptError, Special, Text, VideoSpan, VisualTokens, encode, render, to_text
+from eagle_model.prompt.costs import PromptCosts
+from eagle_model.visual import BudgetError, SamplePlan, VideoRef, VisualSpec
 
 if TYPE_CHECKING:
     from eagle_model.configuration import EagleConfig
     from eagle_model.eagle import EagleForConditionalGeneration, EagleOutput
-    from eagle_model.parts import assemble
     from eagle_model.presets import PRESETS, preset
+    from eagle_model.pretrained import from_pretrained_parts
     from eagle_model.processor import EagleProcessor
 
 __version__ = "0.1.0"
@@ -24,25 +27,31 @@ _HOMES = {
     "EagleForConditionalGeneration": "eagle",
     "EagleOutput": "eagle",
     "EagleProcessor": "processor",
-    "assemble": "parts",
+    "from_pretrained_parts": "pretrained",
     "preset": "presets",
 }
 
 __all__ = [
     "PRESETS",
-    "Context",
+    "BudgetError",
     "EagleConfig",
     "EagleForConditionalGeneration",
     "EagleOutput",
     "EagleProcessor",
     "Encoded",
+    "ModelError",
+    "PackedBatch",
     "PromptCosts",
     "PromptError",
+    "SamplePlan",
     "Special",
     "Text",
+    "VideoRef",
     "VideoSpan",
-    "assemble",
+    "VisualSpec",
+    "VisualTokens",
     "encode",
+    "from_pretrained_parts",
     "preset",
     "register",
     "render",

@@ -7,13 +7,12 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from eagle_model.configuration import ARCHITECTURE, EagleConfig
 
@@ -23,6 +22,7 @@ EMBEDDING = "language_model.model.embed_tokens.weight"
 POOLING_HEAD = "vision_model.vision_model.head."
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CARD = "README.md"
 #: Where a checkpoint is written before it takes its place in the folder.
 STAGING = "checkpoint.incomplete"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -105,20 +105,30 @@ def load_checkpoint(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def save_checkpoint(
-    state: Mapping[str, Tensor], config: EagleConfig, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9, dtype: Any = None
+    state: Mapping[str, Tensor],
+    config: EagleConfig,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    dtype: torch.dtype | None = None,
+    end_token_id: int | None = None,
 ) -> None:
     """Write a state dict and its configuration as a checkpoint folder: `dtype` (default: as the tensors are), shards of at most
-    `max_shard_bytes`, no pooling head, and no head when it is tied.
+    `max_shard_bytes`, no pooling head, and no head when it is tied; `generation_config.json` and, where there is none, a model card.
 
-    A checkpoint that is in the folder already is replaced. The new one is written beside it first, so there must be room for both; then
-    the old one goes, and the file that readers look for comes last. However it is interrupted, a folder that can be loaded is whole.
+    end_token_id: the id that ends an answer, of `<|im_end|>` (default: `config.text_config.eos_token_id`).
+    A checkpoint that is in the folder already is replaced. The new one is written next to it first, so there must be space for both;
+    then the old one goes, and the file that readers look for comes last. However it is interrupted, a folder that can be loaded is
+    whole.
     """
     folder = Path(folder)
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        shards = _write(state, config, staging, max_shard_bytes, dtype)
+        shards = _write(state, config, staging, max_shard_bytes, dtype, end_token_id)
+        if not (folder / CARD).exists():
+            (staging / CARD).write_text(model_card(config))
         for path in staging.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -135,7 +145,75 @@ def save_checkpoint(
             path.unlink()
 
 
-def _write(state: Mapping[str, Tensor], config: EagleConfig, folder: Path, max_shard_bytes: int, dtype: Any) -> set[str]:
+def finish_folder(folder: str | Path) -> None:
+    """Complete what transformers' `save_pretrained` wrote: a model card where there is none, and weights with the mode of the other files.
+
+    safetensors writes weights through a temporary file that only the owner can read, whatever the umask.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():  # not the main process of several
+        return
+    if not (folder / CARD).exists():
+        (folder / CARD).write_text(model_card(EagleConfig.from_pretrained(folder)))
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
+def model_card(config: EagleConfig) -> str:
+    """The README.md of a checkpoint folder: what the model consists of, and how it is loaded."""
+    text, vision, side = config.text_config, config.vision_config, config.tile_size
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- eagle
+---
+
+# Eagle 2.5 model
+
+A vision-language model of the Eagle 2.5 architecture, in the layout of the released checkpoints.
+
+| part | |
+|---|---|
+| vision | SigLIP: {vision.num_hidden_layers} layers, width {vision.hidden_size}, tiles of {side} x {side} pixels |
+| visual tokens | {config.tokens_per_tile} per tile |
+| language | {text.architectures[0]}: {text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size} |
+
+## How to load it
+
+The Auto classes of transformers know this architecture once `eagle_model` has registered it:
+
+```python
+import eagle_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+eagle_model.register()
+model = AutoModelForImageTextToText.from_pretrained("PATH")
+processor = AutoProcessor.from_pretrained("PATH")
+```
+
+`EagleForConditionalGeneration.from_pretrained` and `EagleProcessor.from_pretrained` of `eagle_model` do the same without registering.
+No remote code is needed or used.
+"""
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """`save_file` with the mode that the umask gives a new file; safetensors leaves files that only the owner can read."""
+    with open(path, "wb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _write(
+    state: Mapping[str, Tensor],
+    config: EagleConfig,
+    folder: Path,
+    max_shard_bytes: int,
+    dtype: torch.dtype | None,
+    end_token_id: int | None,
+) -> set[str]:
     """Write a checkpoint into an empty folder; gives the names of the files with its tensors."""
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(POOLING_HEAD)}
     if config.tie_word_embeddings:
@@ -155,13 +233,16 @@ def _write(state: Mapping[str, Tensor], config: EagleConfig, folder: Path, max_s
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         part = {name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
+        _save_tensors(part, folder / file)
         weight_map |= dict.fromkeys(names, file)
     config = copy.deepcopy(config)
     config.dtype = dtype or next(iter(tensors.values())).dtype
     config.architectures = [ARCHITECTURE]
     config.save_pretrained(folder)
+    text = config.text_config
+    end = text.eos_token_id if end_token_id is None else end_token_id
+    GenerationConfig(bos_token_id=text.bos_token_id, eos_token_id=end, pad_token_id=text.pad_token_id).save_pretrained(folder)
     if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
-        (folder / INDEX).write_text(text + "\n")
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+        (folder / INDEX).write_text(index + "\n")
     return set(weight_map.values())

@@ -7,22 +7,21 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, SiglipVisionConfig
 
+from eagle_model.language.spec import FAMILIES
+
 MODEL_TYPE = "eagle_2_5_vl"
 ARCHITECTURE = "Eagle2_5_VLForConditionalGeneration"
 
-#: Language models by the class that `text_config.architectures[0]` names. SmolLM2 is a Llama.
-LANGUAGE_MODELS = {
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "LlamaForCausalLM": "llama",
-}
+#: Language models by the class that `text_config.architectures[0]` names.
+LANGUAGE_MODELS = {family.architecture: model_type for model_type, family in FAMILIES.items()}
 
 
 class EagleConfig(PretrainedConfig):
     """Configuration of an Eagle 2.5 model.
 
-    vision_config: a `SiglipVisionConfig` or its dict. text_config: a `Qwen2Config`, `Qwen3Config` or `LlamaConfig`, or its dict with
-    `architectures` (or `model_type`); older files call it `llm_config`.
+    vision_config: a `SiglipVisionConfig` or its dict. text_config: the configuration of a family in `eagle_model.language.spec`
+    (`Qwen2Config`, `Qwen3Config`, `LlamaConfig`, `MistralConfig`), or its dict with `architectures` (or `model_type`); older files call it
+    `llm_config`.
     select_layer: -1 is the last layer after the post-layernorm; -2, -4, ... are the hidden states of an earlier layer, as they are.
     force_image_size: side of a tile in pixels; None means that of the vision tower.
     downsample_ratio: 0.5 joins 2x2 patches to one token. use_pixel_shuffle: False leaves every patch a token.
@@ -36,6 +35,8 @@ class EagleConfig(PretrainedConfig):
     Raises ValueError for an unknown language or vision model.
     """
 
+    #: Released folders name code of their own here, which is never used. TRL reads the attribute of every configuration.
+    auto_map = {}  # noqa: RUF012
     model_type = MODEL_TYPE
     sub_configs = {"vision_config": SiglipVisionConfig, "text_config": AutoConfig}  # type: ignore[assignment] # noqa: RUF012
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
@@ -73,9 +74,23 @@ class EagleConfig(PretrainedConfig):
         for name, default in (("min_dynamic", 1), ("max_dynamic", 6)):
             given = (getattr(self, f"{name}_tiles"), kwargs.pop(f"{name}_patch", None), default)
             setattr(self, f"{name}_tiles", next(value for value in given if value is not None))
-        # What a file says about the code that it was written for doesn't hold here.
-        kwargs.pop("auto_map", None)
+        # What a file says about the code that it was written for does not hold here: the attention kernel is chosen when a model runs.
+        for name in ("auto_map", "_attn_implementation", "_attn_implementation_autoset"):
+            kwargs.pop(name, None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers. Raises ValueError when the file describes a model of another type, before anything is built from it."""
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = values.get("model_type", MODEL_TYPE)
+        if found != MODEL_TYPE:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {found!r}, expected {MODEL_TYPE!r} (Eagle 2.5); "
+                "name the folder of an Eagle checkpoint, or build a new model from a vision tower and a language model with "
+                "eagle_model.from_pretrained_parts"
+            )
+        return values, kwargs
 
     @property
     def tile_size(self) -> int:
@@ -138,7 +153,9 @@ def _text_config(given: Any) -> Any:
                 f"text_config names the language model {named or model_type!r}; known are {', '.join(LANGUAGE_MODELS)} "
                 f"(in text_config.architectures) or {', '.join(LANGUAGE_MODELS.values())} (in text_config.model_type)"
             )
-        given = CONFIG_MAPPING[model_type](**{key: value for key, value in given.items() if key != "model_type"})
+        given = CONFIG_MAPPING[model_type](
+            **{key: value for key, value in given.items() if key not in ("model_type", "_attn_implementation")}
+        )
     if given.model_type not in LANGUAGE_MODELS.values():
         raise ValueError(f"text_config is a {type(given).__name__}; the language model must be one of {', '.join(LANGUAGE_MODELS)}")
     if not given.architectures:
@@ -152,7 +169,7 @@ def _vision_config(given: Any) -> SiglipVisionConfig:
     if isinstance(given, dict):
         if given.get("model_type", "siglip_vision_model") != "siglip_vision_model":
             raise ValueError(f"vision_config.model_type is {given['model_type']!r}; only 'siglip_vision_model' is known")
-        given = SiglipVisionConfig(**{key: value for key, value in given.items() if key != "model_type"})
+        given = SiglipVisionConfig(**{key: value for key, value in given.items() if key not in ("model_type", "_attn_implementation")})
     if not isinstance(given, SiglipVisionConfig):
         raise ValueError(f"vision_config is a {type(given).__name__}; it must be a SiglipVisionConfig")
     # The pooling head is never computed, and never written: loaders of this layout reject its tensors.

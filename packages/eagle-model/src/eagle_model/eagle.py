@@ -4,8 +4,11 @@ Packed (training): flat tensors, one pack, positions that restart with every sam
 Hugging Face (generation): padded batches and a key/value cache. Both run the same layers on flat hidden states.
 """
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,39 +16,86 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
-from transformers.utils.generic import ModelOutput
 
 from eagle_cp import Layout, exchange_tiles
 from eagle_kernels import offload_checkpoint
-from eagle_model.checkpoint import HEAD, lacks_head
+from eagle_model.batch import PackedBatch
+from eagle_model.checkpoint import HEAD, finish_folder, lacks_head
 from eagle_model.configuration import EagleConfig
-from eagle_model.decoder import AttentionContext, DecoderLayer, Head, LanguageModel, Norm
-from eagle_model.vision import VisionModel, VisionTower, make_connector, pixel_shuffle
+from eagle_model.language.attention import AttentionInputs, Norm
+from eagle_model.language.decoder import DecoderLayer, LanguageModel
+from eagle_model.language.head import Head, head_loss
+from eagle_model.vision.connector import make_connector, pixel_shuffle
+from eagle_model.vision.siglip import VisionModel, VisionTower
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
-#: What transformers passes to every model and this one has no use for, with the values that change nothing.
-IGNORED_ARGUMENTS = {"return_dict": (True,), "output_attentions": (False,), "output_hidden_states": (False,)}
+#: Arguments that transformers passes to every model and that this one does not read, with the values that change nothing.
+IGNORED_ARGUMENTS = {"output_attentions": (False,), "output_router_logits": (False,)}
+#: The field of a model output that holds the key/value cache: `past_key_values` before transformers 5.24, `cache` since.
+CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+#: Names of attention kernels that transformers runs the vision tower with; None means its choice.
+VISION_KERNELS = (None, "sdpa", "eager")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 @dataclass
-class EagleOutput(ModelOutput):
-    """loss: 0-dim float32, when targets or labels were given. logits: [T, V] packed, [B, L, V] otherwise. past_key_values: the cache."""
+class EagleOutput(CausalLMOutputWithPast):
+    """What `forward` returns. `loss`: 0-dim float32, with targets or labels. `logits`: [T, V] packed, [B, L, V] otherwise.
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
+    In padded mode also `past_key_values` (transformers 5.24 and later call it `cache`), with use_cache; `hidden_states`, a tuple of
+    [B, L, H], with output_hidden_states; `last_hidden_state` [B, L, H]. `attentions` is always None: attention weights are never formed.
+    """
+
+    last_hidden_state: Tensor | None = None
+
+
+@dataclass
+class _Batch:
+    """A padded batch on its way: flat hidden states [T, H] of its tokens, and where each stands."""
+
+    hidden: Tensor
+    rows: Tensor  # [T], flat index into B * L
+    shape: tuple[int, int]  # B, L
+    cache: Any
+    states: list[Tensor] | None = field(default=None)
+
+    def pad(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> [B, L, H], zeros where the batch is padded."""
+        batch, length = self.shape
+        padded = hidden.new_zeros(batch * length, hidden.shape[-1])
+        return padded.index_copy(0, self.rows, hidden).view(batch, length, -1)
+
+    def output(self, **values: Any) -> EagleOutput:
+        states = None if self.states is None else tuple(self.pad(state) for state in self.states)
+        return EagleOutput(hidden_states=states, **values, **{CACHE_FIELD: self.cache})
+
+
+class Backbone:
+    """The model without its head: called with the arguments of `forward`'s padded mode, gives `last_hidden_state` and no logits.
+
+    TRL and reward models call it as `model.base_model`. It holds no parameters and is not a module.
+    """
+
+    _tp_plan = _pp_plan = None
+
+    def __init__(self, model: "EagleForConditionalGeneration") -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> EagleOutput:
+        kwargs.pop("return_dict", None)
+        self.model._refuse_unknown(kwargs, signature(self.model._run_batch).parameters)
+        batch = self.model._run_batch(input_ids, attention_mask, **{name: kwargs[name] for name in kwargs if kwargs[name] is not None})
+        return batch.output(last_hidden_state=batch.pad(batch.hidden))
 
 
 class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """The model; its tensors have the names of the released checkpoints.
-
-    Every decoder layer (`language_model.model.layers`) and vision layer (`vision_model.vision_model.encoder.layers`) is a module that is
-    called through `forward` and owns its parameters, so each can be wrapped (FSDP2) by itself.
-    """
+    """The model; its tensors have the names of the released checkpoints. `parts` and `blocks` give its modules without these names."""
 
     config_class = EagleConfig
     config: EagleConfig
@@ -55,10 +105,15 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["DecoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = False
+    supports_gradient_checkpointing = True
+    #: `forward` divides the sum of the losses by `num_items_in_batch`, which transformers' Trainer counts over a whole step.
+    accepts_loss_kwargs = True
     _tied_weights_keys = {HEAD: "language_model.model.embed_tokens.weight"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.vision_model\.head\."]  # noqa: RUF012
 
     def __init__(self, config: EagleConfig) -> None:
+        if config._attn_implementation not in VISION_KERNELS:
+            config._attn_implementation = self._check_and_adjust_attn_implementation(config._attn_implementation)
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
         if config.tile_size != vision.image_size:
@@ -76,9 +131,23 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = LanguageModel(text)
         #: Kernel of packed attention by its name in eagle-cp; None takes the fastest that runs.
         self.attention_backend: str | None = None
+        #: Whether layers are recomputed in backward; set by `set_activation_checkpointing` and `gradient_checkpointing_enable`.
+        self.gradient_checkpointing = False
         self.post_init()
 
     # ---- parts -------------------------------------------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The three parts that can be trained apart, by name; every parameter is in exactly one of them."""
+        return {"vision": self.vision_model, "connector": self.mlp1, "language": self.language_model}
+
+    def blocks(self, part: str | None = None) -> list[nn.Module]:
+        """The repeated layers of a part (default: of all parts) in the order in which forward runs them.
+
+        Each is a module that is called through `forward` and owns its parameters, so each can be a unit of FSDP or be recomputed.
+        """
+        vision, language = list(self.vision_model.vision_model.encoder.layers), list(self.language_model.model.layers)
+        return {None: vision + language, "vision": vision, "connector": [], "language": language}[part]
 
     @property
     def tokens_per_tile(self) -> int:
@@ -88,134 +157,249 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def image_features(self, tiles: Tensor) -> Tensor:
         """Tokens of tiles: uint8 [N, s, s, 3] or normalised float [N, 3, s, s] -> [N, k, H].
 
-        With no tiles (N = 0) the tower still runs, on one black tile whose features are cut away: every rank takes part in the
+        With no tiles (N = 0) the tower still runs, on one black tile whose features are dropped: every rank takes part in the
         collectives of sharded parameters, and the tower's gradients exist and are zero.
         """
         real = tiles.shape[0]
         if real == 0:
             tiles = tiles.new_zeros(1, *tiles.shape[1:])
-        hidden = self.vision_model(tiles)
+        return self._connect(self.vision_model(tiles))[:real]
+
+    def get_image_features(self, pixel_values: Tensor, return_dict: bool | None = None) -> Any:
+        """Features of tiles as transformers' vision-language models return them.
+
+        pixel_values: uint8 [N, s, s, 3] or normalised float [N, 3, s, s]. Gives `last_hidden_state` [N, P, d], the output of the vision
+        tower, and `pooler_output` [N, k, H], the visual tokens (`image_features`); with return_dict=False, the two as a tuple.
+        """
+        hidden = self.vision_model(pixel_values)
+        output = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=self._connect(hidden))  # type: ignore[arg-type]
+        return output.to_tuple() if return_dict is False else output
+
+    def _connect(self, hidden: Tensor) -> Tensor:
+        """Vision hidden states [N, P, d] -> visual tokens [N, k, H]."""
         if self.config.use_pixel_shuffle:
             side = round(hidden.shape[1] ** 0.5)
             hidden = pixel_shuffle(hidden.unflatten(1, (side, side)), self.config.downsample_ratio).flatten(1, 2)
-        return self.mlp1(hidden)[:real]
+        return self.mlp1(hidden)
 
-    def embed(self, input_ids: Tensor, tiles: Tensor | None, context_index: Tensor | None = None, layout: Layout | None = None) -> Tensor:
-        """Embeddings [T, H] of flat ids [T], image tokens replaced by the features of the tiles in order.
+    def embed(self, input_ids: Tensor, tiles: Tensor | None, visual_index: Tensor | None = None) -> Tensor:
+        """Embeddings [T, H] of flat ids [T], visual tokens replaced by the features of the tiles in order.
 
-        context_index: int64 [n], where the image tokens stand; found by looking (which waits for the device) when not given.
-        layout: with several context ranks, `tiles` are this rank's share of its tile plan (`eagle_cp.plan_tiles`), and features travel
-        to the ranks that hold their tokens.
-        Raises ValueError when the number of image tokens isn't that of the features.
+        visual_index: int64 [n], positions of the visual tokens; default: searched for in input_ids, which waits for the device.
+        Raises ValueError when the number of visual tokens is not that of the features.
         """
         hidden = self.language_model.model.embed_tokens(input_ids)
         if tiles is None:
             return hidden
-        features = self.image_features(tiles).flatten(0, 1)
-        if layout is not None and layout.mesh.size > 1:
-            features = exchange_tiles(features, layout)
-            assert layout.tiles is not None
-            context_index = layout.tiles.local_rows.to(hidden.device, non_blocking=True)
-        if context_index is None:
-            if self.config.image_token_index is None:
-                raise ValueError("config.image_token_index isn't set; take it from the tokenizer: convert_tokens_to_ids('<IMG_CONTEXT>')")
-            context_index = (input_ids == self.config.image_token_index).nonzero().squeeze(1)
-        if context_index.shape[0] != features.shape[0]:
+        if visual_index is None:
+            visual_index = (input_ids == self._image_token()).nonzero().squeeze(1)
+        return self._place(hidden, self.image_features(tiles).flatten(0, 1), visual_index)
+
+    def _image_token(self) -> int:
+        if self.config.image_token_index is None:
+            raise ValueError("config.image_token_index is not set; take it from the tokenizer: convert_tokens_to_ids('<IMG_CONTEXT>')")
+        return self.config.image_token_index
+
+    def _place(self, hidden: Tensor, features: Tensor, index: Tensor) -> Tensor:
+        """Embeddings [T, H] with `features` [n, H] at `index` [n]."""
+        if index.shape[0] != features.shape[0]:
             raise ValueError(
-                f"{context_index.shape[0]} image tokens in input_ids, but {tiles.shape[0]} tiles of {self.tokens_per_tile} tokens give "
-                f"{features.shape[0]}; the prompt and the tiles must come from the same processor settings"
+                f"{index.shape[0]} visual tokens in input_ids, but {features.shape[0] // self.tokens_per_tile} tiles of "
+                f"{self.tokens_per_tile} tokens give {features.shape[0]}; the prompt and the tiles must come from the same "
+                "processor settings"
             )
-        return hidden.index_copy(0, context_index, features.to(hidden.dtype))
+        return hidden.index_copy(0, index, features.to(hidden.dtype))
 
     def set_activation_checkpointing(self, mode: str, engine: Any = None) -> None:
-        """What backward finds of the layers' activations: `none` keeps all, `full` rebuilds every layer from its input, `offload` also
-        keeps the inputs of decoder layers in host memory (`engine`: an `eagle_kernels.OffloadEngine`)."""
+        """What backward finds of the activations of a layer.
+
+        `none` keeps all of them, `full` recomputes every layer from its input, `offload` also keeps the inputs of decoder layers in host
+        memory (`engine`: an `eagle_kernels.OffloadEngine`). Call it after adapters with dropout were added: recomputation restores the
+        random state only if something in the model draws random numbers. Raises ValueError for another mode, and for `offload` with
+        dropout.
+        """
         if mode not in ("none", "full", "offload"):
             raise ValueError(f"activation checkpointing mode {mode!r}; it must be 'none', 'full' or 'offload'")
-        # Nothing in the model draws random numbers (dropout is refused), so their state needn't be kept.
-        full = None if mode == "none" else partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in self.modules())
+        if dropout and mode == "offload":
+            raise ValueError(
+                "activation checkpointing mode 'offload' does not restore the random state that dropout needs; set the dropout of the "
+                "adapters to 0 or use 'full'"
+            )
+        full = None if mode == "none" else partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
         decoder = partial(offload_checkpoint, engine=engine) if mode == "offload" else full
+        self._set_checkpoints(full, decoder)
+
+    def _set_checkpoints(self, vision: Callable[..., Tensor] | None, decoder: Callable[..., Tensor] | None, every: int = 1) -> None:
+        """Let the layers of the vision tower and of the decoder (every `every`-th) run through these functions."""
+        index = 0
         for module in self.modules():
             if isinstance(module, VisionTower):
-                module.checkpoint = full
+                module.checkpoint, module.checkpoint_every = vision, every
             elif isinstance(module, DecoderLayer):
-                module.checkpoint = decoder
+                module.checkpoint = decoder if index % every == 0 else None
+                index += 1
+        self.gradient_checkpointing = vision is not None or decoder is not None
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """What `gradient_checkpointing_enable` and `gradient_checkpointing_disable` of transformers call.
+
+        Recomputation is always the non-reentrant kind, also when `use_reentrant=True` is passed: it gives the same gradients, and reaches
+        adapters whose layer's input needs no gradient, where the reentrant kind gives none.
+        """
+        rebuild = partial(gradient_checkpointing_func, use_reentrant=False) if enable else None
+        self._set_checkpoints(rebuild, rebuild, every_n_layers)
 
     # ---- forward -----------------------------------------------------------------------------------------------------------------
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | PackedBatch | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         past_key_values: Any = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         *,
         layout: Layout | None = None,
-        tiles: Tensor | None = None,
-        context_index: Tensor | None = None,
-        targets: Tensor | None = None,
-        token_weights: Tensor | None = None,
-        denominator: Tensor | None = None,
-        num_kept: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: Any = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | float | None = None,
         **kwargs: Any,
-    ) -> EagleOutput:
-        """Packed mode (with `layout`) or Hugging Face mode.
+    ) -> Any:
+        """Packed mode, `forward(batch, layout=layout)`, or padded mode, `forward(input_ids, ...)`.
 
-        Packed: input_ids, position_ids [T]; layout: which tokens belong together; tiles: uint8 [N, s, s, 3] (N may be 0, see
-        `image_features`) or None, which leaves the tower out; context_index: int64 [n], positions of the image tokens; targets: [T], the
-        id expected after each position, -100 ignored; token_weights: float32 [T]; denominator: 0-dim; num_kept: count of rows that carry
-        loss, if known on the host. Gives the loss, or logits [T, V] without targets. With several context ranks all of these are the
-        rank's own (`layout.shard`; tiles by its tile plan), and losses and gradients of the ranks add up.
+        Packed: the first argument is a `PackedBatch` of tensors; layout: which tokens belong together (default: the batch on one rank).
+        Gives the loss, `sum_i w_i l_i / denominator`, or logits [T, V] of a batch without targets. With several context parallel ranks
+        the batch is the rank's own (`PackedBatch.shard`), and losses and gradients of the ranks add up.
 
-        Hugging Face: input_ids [B, L]; attention_mask [B, L] (with a cache: over cached and new tokens), padding on either side;
-        pixel_values: uint8 tiles [N, s, s, 3] or normalised float [N, 3, s, s]; labels [B, L], not shifted; logits_to_keep: only the last
-        so many positions (0: all). Gives logits, the loss (mean over labels) with labels, and the cache with use_cache.
+        Padded, as transformers calls it: input_ids [B, L] or inputs_embeds [B, L, H]; attention_mask [B, L] (with a cache: over cached and
+        new tokens), padding on either side; pixel_values: uint8 tiles [N, s, s, 3] or normalised float [N, 3, s, s]; labels [B, L], not
+        shifted; num_items_in_batch: divisor of the summed loss (default: the number of labels here, a mean); logits_to_keep: only the
+        last so many positions (0: all), or their indices; cache: keys and values of earlier tokens (past_key_values is the older name);
+        output_hidden_states: also the hidden states of every layer. Gives logits, the loss with labels, and the cache with use_cache.
+
+        Returns an `EagleOutput`, or its values as a tuple with return_dict=False. Raises TypeError for unknown arguments and ValueError
+        for arguments that do not fit together.
         """
-        kwargs.pop("cache_position", None)
-        unknown = {name: value for name, value in kwargs.items() if value is not None and value not in IGNORED_ARGUMENTS.get(name, ())}
-        if unknown:
-            raise TypeError(f"forward has no argument {', '.join(sorted(unknown))}; it gives an EagleOutput: loss, logits, past_key_values")
+        self._refuse_unknown(kwargs)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        if isinstance(input_ids, PackedBatch):
+            others = {
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "pixel_values": pixel_values,
+                "past_key_values": past_key_values,
+                "labels": labels,
+                "inputs_embeds": inputs_embeds,
+                "cache": cache,
+                "output_hidden_states": output_hidden_states or None,
+            }
+            if wrong := [name for name, value in others.items() if value is not None]:
+                raise TypeError(f"packed mode takes a PackedBatch and layout=..., but {', '.join(wrong)} arrived too")
+            output = self._forward_packed(input_ids, layout)
+            return output if return_dict else output.to_tuple()
         if layout is not None:
-            if position_ids is None:
-                raise ValueError("packed forward needs position_ids [T], which restart with every sample")
-            hidden = self.embed(input_ids, tiles, context_index, layout)
-            context = AttentionContext(position_ids, self._inv_freq(hidden), layout, backend=self.attention_backend)
-            hidden = self.language_model.model(hidden, context)
-            head = self.language_model.lm_head
-            if targets is None:
-                return EagleOutput(logits=head(hidden))
-            loss = head(hidden, targets, token_weights=token_weights, denominator=denominator, num_kept=num_kept)
-            return EagleOutput(loss=loss)
-        if tiles is not None:
-            pixel_values = tiles
-        return self._forward_batch(
-            input_ids, attention_mask, position_ids, pixel_values, past_key_values, labels, use_cache, logits_to_keep
+            raise TypeError("layout belongs to packed mode, whose first argument is a PackedBatch")
+        batch = self._run_batch(
+            input_ids,
+            attention_mask,
+            position_ids=position_ids,
+            pixel_values=pixel_values,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            cache=cache,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
         )
+        head = self.language_model.lm_head
+        last = padded = batch.pad(batch.hidden)
+        if not isinstance(logits_to_keep, int):
+            padded = padded[:, logits_to_keep]
+        elif logits_to_keep:
+            padded = padded[:, -logits_to_keep:]
+        loss = denominator = None
+        if labels is not None:
+            shifted = torch.full_like(labels, IGNORE_INDEX)
+            shifted[:, :-1] = labels[:, 1:]
+            if num_items_in_batch is not None:
+                total = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=batch.hidden.device)
+                denominator = total.reshape(()).clamp_min(1)
+            loss = head_loss(head, batch.hidden, shifted.flatten()[batch.rows], denominator=denominator)
+        output = batch.output(loss=loss, logits=head(padded), last_hidden_state=last)
+        return output if return_dict else output.to_tuple()
 
-    def _forward_batch(
+    def _refuse_unknown(self, given: dict[str, Any], known: Any = ()) -> None:
+        """Raise for arguments that nothing reads, except those whose value changes nothing."""
+        unknown = {name for name, value in given.items() if value is not None and value not in IGNORED_ARGUMENTS.get(name, ())} - set(known)
+        unknown.discard("cache_position")  # positions follow from the attention mask and the cache
+        if "output_attentions" in unknown:
+            raise TypeError("output_attentions: attention weights are never formed by the kernels that this model uses; leave it out")
+        if unknown:
+            raise TypeError(f"forward has no argument {', '.join(sorted(unknown))}; its docstring lists what packed and padded mode take")
+
+    def _forward_packed(self, batch: PackedBatch, layout: Layout | None) -> EagleOutput:
+        if not isinstance(batch.input_ids, Tensor):
+            raise TypeError(f"the packed batch holds {type(batch.input_ids).__name__} arrays; call batch.to(device) first")
+        if layout is None:
+            if batch.tile_plan is not None:
+                raise ValueError("the packed batch is one rank's part of a pack; pass the layout that it was split by")
+            layout = Layout.single(batch.cu_seqlens)
+        hidden = self.language_model.model.embed_tokens(batch.input_ids)
+        if batch.tiles is not None:
+            features = self.image_features(batch.tiles).flatten(0, 1)
+            if batch.tile_plan is not None:
+                features = exchange_tiles(features, layout, batch.tile_plan)
+            hidden = self._place(hidden, features, batch.visual_index)
+        inputs = AttentionInputs(batch.position_ids, self._inv_freq(hidden), layout, backend=self.attention_backend)
+        hidden = self.language_model.model(hidden, inputs)
+        head = self.language_model.lm_head
+        if batch.targets is None:
+            return EagleOutput(logits=head(hidden))
+        weights, denominator = batch.token_weights, batch.denominator
+        loss = head_loss(head, hidden, batch.targets, token_weights=weights, denominator=denominator, num_kept=batch.num_kept)
+        return EagleOutput(loss=loss)  # type: ignore[arg-type]
+
+    def _run_batch(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        cache: Any,
-        labels: Tensor | None,
-        use_cache: bool | None,
-        logits_to_keep: int,
-    ) -> EagleOutput:
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> _Batch:
+        """A padded batch through vision tower and decoder; arguments as in `forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"give input_ids or inputs_embeds; {'neither' if input_ids is None else 'both'} of the two arrived")
+        cache = past_key_values if cache is None else cache
         if getattr(cache, "is_compileable", False):
             raise ValueError(
                 f"the cache is a {type(cache).__name__}, of fixed size; this model's must grow with the answer: "
                 "leave cache_implementation out or set it to 'dynamic'"
             )
-        batch, length = input_ids.shape
+        if self.gradient_checkpointing and torch.is_grad_enabled() and (cache is not None or use_cache):
+            raise ValueError(
+                "a key/value cache and activation checkpointing do not go together: recomputation would add keys and values twice; "
+                "pass use_cache=False, or run without gradients (torch.no_grad)"
+            )
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None
+        batch, length = tokens.shape[:2]
         past = cache.get_seq_length() if cache is not None else 0
         if attention_mask is None:
-            attention_mask = input_ids.new_ones(batch, past + length)
+            attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
         if attention_mask.shape != (batch, past + length):
             raise ValueError(
                 f"attention_mask is {tuple(attention_mask.shape)}, expected {(batch, past + length)}: {past} cached and {length} new tokens"
@@ -232,8 +416,9 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # the first chunk of a prompt in chunks, if some row's tokens only begin in a later one.
         whole = past > 0 or 0 in counts
         rows = torch.arange(batch * length, device=seen.device) if whole else seen.flatten().nonzero().squeeze(1)
-        hidden = self.embed(input_ids.flatten()[rows], pixel_values)
-        context = AttentionContext(
+        flat = tokens.flatten(0, 1)[rows]
+        hidden = self.embed(flat, pixel_values) if inputs_embeds is None else self._fill_embeddings(flat, pixel_values)
+        inputs = AttentionInputs(
             position_ids.expand(batch, length).flatten()[rows], self._inv_freq(hidden), cache=cache, rows=rows, shape=(batch, length)
         )
         if whole:
@@ -241,25 +426,43 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # least itself, for a softmax over nothing isn't a number.
             order = torch.arange(past + length, device=seen.device)
             new = order[past:, None]
-            context.mask = ((seen[:, None, :] & (order <= new)) | (order == new))[:, None]
+            inputs.mask = ((seen[:, None, :] & (order <= new)) | (order == new))[:, None]
         else:
-            context.layout = Layout.single([0, *accumulate(counts)])
-        hidden = self.language_model.model(hidden, context)
+            inputs.layout = Layout.single([0, *accumulate(counts)])
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        hidden = self.language_model.model(hidden, inputs, states)
+        return _Batch(hidden, rows, (batch, length), cache if use_cache else None, states)
 
-        head = self.language_model.lm_head
-        padded = hidden.new_zeros(batch * length, hidden.shape[-1]).index_copy(0, rows, hidden).view(batch, length, -1)
-        logits = head(padded[:, -logits_to_keep:] if logits_to_keep else padded)
-        loss = None
-        if labels is not None:
-            targets = torch.full_like(labels, IGNORE_INDEX)
-            targets[:, :-1] = labels[:, 1:]
-            loss = head(hidden, targets.flatten()[rows])
-        return EagleOutput(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+    def _fill_embeddings(self, embeddings: Tensor, tiles: Tensor | None) -> Tensor:
+        """Flat embeddings [T, H], the embedding of the image token replaced by the features of the tiles in order."""
+        if tiles is None:
+            return embeddings
+        token = torch.tensor(self._image_token(), device=embeddings.device)
+        image = self.language_model.model.embed_tokens(token).to(embeddings.dtype)
+        index = (embeddings == image).all(-1).nonzero().squeeze(1)
+        return self._place(embeddings, self.image_features(tiles).flatten(0, 1), index)
 
     def _inv_freq(self, hidden: Tensor) -> Tensor:
         return self.language_model.model.inv_freq(hidden.device)
 
     # ---- transformers' conventions -----------------------------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head, for callers that bring their own loss (TRL) or head (reward models)."""
+        return Backbone(self)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """The kernel of the vision tower. Packed attention chooses its own (`attention_backend`), whatever name transformers passes."""
+        if attn_implementation in VISION_KERNELS:
+            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        logger.warning(
+            "attn_implementation=%r has no effect: Eagle chooses the attention kernel itself (model.attention_backend names one)",
+            attn_implementation,
+        )
+        return "sdpa"
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
@@ -287,6 +490,11 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config.tie()
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; writes a model card where there is none, and files that the umask allows others to read."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        finish_folder(save_directory)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """SigLIP's own scheme for the tower (Xavier), normal with `initializer_range` for the rest, ones for norms."""
@@ -305,6 +513,16 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.ones_(module.weight)
         if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
             init.zeros_(bias)
+
+    def prepare_inputs_for_generation(self, input_ids: Any, *, inputs_embeds: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, less what `forward` has no use for.
+
+        `generate` has refused arguments that nobody knows before it comes here; what is left over are arguments that releases of
+        transformers add for models of other kinds.
+        """
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+        known = {*signature(type(self).forward).parameters, "output_attentions"}
+        return {name: value for name, value in inputs.items() if name in known}
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
@@ -329,4 +547,5 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs
 
 
-AutoModelForImageTextToText.register(EagleConfig, EagleForConditionalGeneration, exist_ok=True)
+for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+    auto.register(EagleConfig, EagleForConditionalGeneration, exist_ok=True)

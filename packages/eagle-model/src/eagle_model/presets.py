@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from eagle_model.configuration import EagleConfig
-from eagle_model.prompt import IMG_CONTEXT, TextEncoder
+from eagle_model.prompt import IM_END, IMG_CONTEXT, TextEncoder
 
 _SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 _SIGLIP_448 = _SIGLIP | {"image_size": 448, "patch_size": 14}
@@ -101,8 +101,9 @@ IN_USE: dict[str, Any] = {
 def preset(name: str, *, tokenizer: Any = None, **changes: Any) -> EagleConfig:
     """The configuration of that name; `changes` replace keyword arguments of `EagleConfig`, and update its two parts.
 
-    tokenizer: gives the ids of `<IMG_CONTEXT>`, end and padding, and the size of the vocabulary where it is larger than the preset's
-    (for `tiny`: always). Raises ValueError for an unknown name or change, PromptError when the tokenizer lacks Eagle's tokens.
+    tokenizer: gives the ids of `<IMG_CONTEXT>`, of `<|im_end|>` (which ends every answer, whatever the tokenizer's own end token is) and
+    of padding, and the size of the vocabulary where it is larger than the preset's (for `tiny`: always). Raises ValueError for an unknown
+    name or change, PromptError when the tokenizer lacks Eagle's tokens.
     """
     if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}; they are {', '.join(PRESETS)}")
@@ -110,9 +111,10 @@ def preset(name: str, *, tokenizer: Any = None, **changes: Any) -> EagleConfig:
     for part in ("vision_config", "text_config"):
         values[part] = deepcopy(PRESETS[name][part]) | changes.get(part, {})
     if tokenizer is not None:
-        values["image_token_index"] = TextEncoder(tokenizer).token_id(IMG_CONTEXT)
+        encoder = TextEncoder(tokenizer)
+        values["image_token_index"] = encoder.token_id(IMG_CONTEXT)
         size = len(tokenizer) if name == "tiny" else max(len(tokenizer), values["text_config"]["vocab_size"])
-        ids = {"vocab_size": size, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        ids = {"vocab_size": size, "eos_token_id": encoder.token_id(IM_END), "pad_token_id": tokenizer.pad_token_id}
         values["text_config"] = values["text_config"] | ids | changes.get("text_config", {})
     values.setdefault("force_image_size", values["vision_config"]["image_size"])
     config = EagleConfig(**values)

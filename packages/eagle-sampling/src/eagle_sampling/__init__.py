@@ -1,6 +1,6 @@
-"""What fits the context (Automatic Degradation Sampling), which frames, and how to read them exactly.
+"""Token budgets (Automatic Degradation Sampling), frame selection, and exact reading of videos, images and documents.
 
-Names are imported when first used, so that planning over columns never loads the video libraries.
+Names are imported when first used, so that planning over columns does not load the video libraries.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULE_OF = {
     name: module
     for module, names in {
         "budget": (
@@ -23,15 +23,20 @@ _HOME = {
             "VisualPlan",
             "plan",
             "plan_many",
+            "register_strategy",
+            "tile_caps",
         ),
         "documents": (
             "animation_times",
             "page_count",
             "page_sizes",
+            "pdf_size",
             "read_pages",
+            "render_pages",
         ),
-        "frames": (
+        "choose": (
             "choose_chapters",
+            "choose_pages",
             "choose_times",
             "clip_range",
             "wanted_frames",
@@ -48,16 +53,16 @@ _HOME = {
             "Limits",
             "MediaError",
         ),
-        "lmdb_build": (
+        "lmdb.build": (
             "build_lmdb",
             "check_lmdb",
         ),
         "time_table": ("TimeTable",),
-        "video": (
+        "video.read": (
             "Frames",
             "read_frames",
         ),
-        "video_info": (
+        "video.probe": (
             "VideoInfo",
             "probe",
         ),
@@ -85,37 +90,54 @@ __all__ = [
     "build_lmdb",
     "check_lmdb",
     "choose_chapters",
+    "choose_pages",
     "choose_times",
     "clip_range",
     "image_size",
     "open_image",
     "page_count",
     "page_sizes",
+    "pdf_size",
     "plan",
     "plan_many",
     "probe",
     "read_bytes",
     "read_frames",
     "read_pages",
+    "register_strategy",
+    "render_pages",
+    "tile_caps",
     "wanted_frames",
 ]
 
 if TYPE_CHECKING:
-    from .budget import CAPS, STRATEGIES, Dropped, PlanColumns, PlanResult, VideoRequest, VisualPlan, plan, plan_many
-    from .documents import animation_times, page_count, page_sizes, read_pages
-    from .frames import choose_chapters, choose_times, clip_range, wanted_frames
+    from .budget import (
+        CAPS,
+        STRATEGIES,
+        Dropped,
+        PlanColumns,
+        PlanResult,
+        VideoRequest,
+        VisualPlan,
+        plan,
+        plan_many,
+        register_strategy,
+        tile_caps,
+    )
+    from .choose import choose_chapters, choose_pages, choose_times, clip_range, wanted_frames
+    from .documents import animation_times, page_count, page_sizes, pdf_size, read_pages, render_pages
     from .images import ImageRef, image_size, open_image, read_bytes
     from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError
-    from .lmdb_build import build_lmdb, check_lmdb
+    from .lmdb.build import build_lmdb, check_lmdb
     from .time_table import TimeTable
-    from .video import Frames, read_frames
-    from .video_info import VideoInfo, probe
+    from .video.probe import VideoInfo, probe
+    from .video.read import Frames, read_frames
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

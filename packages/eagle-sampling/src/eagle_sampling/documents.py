@@ -1,4 +1,4 @@
-"""Documents as lists of pages: PDF (pypdfium2, the extra `eagle-sampling[pdf]`), multi-page TIFF, and animated GIF or WebP as films."""
+"""Documents as pages: PDF (pypdfium2, the extra `eagle-sampling[pdf]`), multi-page TIFF, and animated GIF or WebP."""
 
 from __future__ import annotations
 
@@ -6,43 +6,82 @@ import importlib
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
-from .images import _pillow, decoding, unreadable
-from .limits import DEFAULT_LIMITS, Limits, MediaError
+from .images import decoding, open_lazily
+from .limits import DEFAULT_LIMITS, Limits, MediaError, path_text, unreadable
 
-_pdfium_lock = threading.Lock()  # PDFium isn't thread-safe
+LONGEST_SIDE = 8
+"""A page is rendered at most this many times as long as its tile: 8 * 448 * 448 pixels, 5 MB as RGB, for any size that the file states."""
+
+_pdfium_lock = threading.Lock()  # PDFium is not thread-safe
+
+
+def pdf_size(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int, int]:
+    """(pages, width, height) of a PDF; the size is that of the first page in points (1/72 inch), at least 1.
+
+    Raises MediaError when the file cannot be read as a PDF, has no pages, or has more than `limits.max_frames`.
+    """
+    name = path_text(path, "the path of a document")
+    with _open_pdf(name) as document:
+        count = _checked_count(len(document), name, limits)
+        width, height = document[0].get_size()
+        return count, max(round(width), 1), max(round(height), 1)
+
+
+def render_pages(path: str | os.PathLike[str], pages: npt.ArrayLike, side: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """Pages of a PDF as tiles, uint8 [n, side, side, 3]: each page is resized (bicubic) to one square tile.
+
+    pages: 0-based numbers, int [n]. out: array of the result's shape to fill and return.
+    Raises MediaError when the file cannot be read as a PDF or a page does not exist or cannot be drawn, ValueError for an `out` of another
+    shape or dtype.
+    """
+    name = path_text(path, "the path of a document")
+    numbers = np.asarray(pages, np.int64)
+    shape = (len(numbers), side, side, 3)
+    tiles = np.empty(shape, np.uint8) if out is None else out
+    if tiles.shape != shape or tiles.dtype != np.uint8:
+        raise ValueError(f"out is {tiles.dtype} {tiles.shape}: need uint8 {shape}")
+    with _open_pdf(name) as document:
+        for place, number in enumerate(numbers.tolist()):
+            page = document[_existing(number, len(document), name)]
+            width, height = page.get_size()
+            # The short side is rendered no smaller than the tile, so that small print survives the resize to a square. A page may be very
+            # long and thin; LONGEST_SIDE bounds its picture.
+            scale = min(side / max(min(width, height), 1), LONGEST_SIDE * side / max(width, height, 1))
+            image = page.render(scale=scale).to_pil().convert("RGB")
+            tiles[place] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+    return tiles
 
 
 def page_count(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> int:
-    """Pages of a PDF, or pictures of a TIFF, GIF or WebP. Raises MediaError when it can't be read or has more than `limits.max_frames`."""
-    name = os.fspath(path)
+    """Pages of a PDF, or pictures of a TIFF, GIF or WebP. Raises MediaError when it cannot be read or has more than `limits.max_frames`."""
+    name = path_text(path, "the path of a document")
     if _is_pdf(name):
-        with _pdfium_lock, _Pdf(name) as document:
+        with _open_pdf(name) as document:
             count = len(document)
     else:
-        with _pillow(name, name) as image, decoding(f"{name}: its pictures can't be counted"):
+        with open_lazily(name, name) as image, decoding(f"{name}: its pictures can't be counted"):
             count = getattr(image, "n_frames", 1)
-    limits.check_frames(count, name)
-    if count == 0:
-        raise MediaError(f"{name}: has no pages")
-    return count
+    return _checked_count(count, name, limits)
 
 
 def page_sizes(path: str | os.PathLike[str], *, dpi: float = 144.0, limits: Limits = DEFAULT_LIMITS) -> list[tuple[int, int]]:
-    """(width, height) in pixels of every page: a PDF's at `dpi`, a picture's own."""
-    name = os.fspath(path)
+    """(width, height) in pixels of every page: a PDF's at `dpi`, a picture's own. Raises MediaError as `page_count`."""
+    name = path_text(path, "the path of a document")
     count = page_count(name, limits=limits)
     if _is_pdf(name):
-        with _pdfium_lock, _Pdf(name) as document:
+        with _open_pdf(name) as document:
             return [_pixels(document.get_page_size(i), dpi / 72) for i in range(count)]
-    with _pillow(name, name) as image, decoding(f"{name}: its pictures have no sizes"):
+    with open_lazily(name, name) as image, decoding(f"{name}: its pictures have no sizes"):
         return [page.size for page in ImageSequence.Iterator(image)]
 
 
@@ -57,18 +96,15 @@ def read_pages(
     """The chosen pages (0-based; None: all) as RGB images, or in the picture's own mode for TIFF, GIF and WebP.
 
     dpi: resolution at which PDF pages are drawn; size: the longer side in pixels instead.
-    Raises MediaError when a page doesn't exist, can't be drawn, or is over the limits.
+    Raises MediaError when a page does not exist, cannot be drawn, or is over the limits.
     """
-    name = os.fspath(path)
+    name = path_text(path, "the path of a document")
     count = page_count(name, limits=limits)
-    wanted = range(count) if pages is None else pages
-    for page in wanted:
-        if not 0 <= page < count:
-            raise MediaError(f"{name}: there is no page {page}; it has {count}, counted from 0")
+    wanted = [_existing(page, count, name) for page in (range(count) if pages is None else pages)]
     if not _is_pdf(name):
         return [_picture(name, page, limits) for page in wanted]
-    images = []
-    with _pdfium_lock, _Pdf(name) as document:
+    images: list[Image.Image] = []
+    with _open_pdf(name) as document:
         for number in wanted:
             points = document.get_page_size(number)
             scale = dpi / 72 if size is None else _scale_to(size, max(points))
@@ -78,18 +114,34 @@ def read_pages(
 
 
 def animation_times(path: str | os.PathLike[str]) -> NDArray[np.float64]:
-    """Presentation times of an animated GIF's or WebP's pictures, float64 [n] seconds; the delay that browsers use for 0 (0.1 s)."""
-    name = os.fspath(path)
-    durations = []
-    with _pillow(name, name) as image, decoding(f"{name}: its pictures can't be decoded"):
+    """Presentation times of an animated GIF's or WebP's pictures, float64 [n] seconds; a delay of 0 counts as 0.1 s, as in browsers."""
+    name = path_text(path, "the path of a document")
+    durations: list[float] = []
+    with open_lazily(name, name) as image, decoding(f"{name}: its pictures can't be decoded"):
         for page in ImageSequence.Iterator(image):
             page.load()
             durations.append(float(page.info.get("duration", 0)) or 100.0)
     return np.cumsum([0.0, *durations[:-1]]) / 1000
 
 
+def _checked_count(count: int, name: str, limits: Limits) -> int:
+    if count < 1:
+        raise MediaError(f"{name}: has no pages")
+    limits.check_frames(count, name)
+    return count
+
+
+def _existing(number: int, count: int, name: str) -> int:
+    if not 0 <= number < count:
+        raise MediaError(
+            f"{name}: page {number} does not exist (pages 0 to {count - 1} do); if the file changed since its pages were counted, "
+            "count them again (eagle prepare)"
+        )
+    return number
+
+
 def _picture(name: str, page: int, limits: Limits) -> Image.Image:
-    with _pillow(name, name) as image, decoding(f"{name}: page {page} can't be decoded"):
+    with open_lazily(name, name) as image, decoding(f"{name}: page {page} can't be decoded"):
         image.seek(page)
         limits.check_size(*image.size, f"{name}, page {page}")
         return image.copy()
@@ -104,7 +156,7 @@ def _is_pdf(name: str) -> bool:
 
 
 def _pixels(points: tuple[float, float], scale: float) -> tuple[int, int]:
-    """What a page of that many points has when drawn: pypdfium2 takes the ceiling."""
+    """Size in pixels of a page of that many points when drawn: pypdfium2 rounds up."""
     width, height = points
     return max(math.ceil(width * scale), 1), max(math.ceil(height * scale), 1)
 
@@ -117,24 +169,23 @@ def _scale_to(size: int, points: float) -> float:
     return scale
 
 
-class _Pdf:
-    """An open PDF document; PDFium's errors become MediaErrors."""
-
-    def __init__(self, name: str):
+@contextmanager
+def _open_pdf(name: str) -> Iterator[Any]:
+    """An open PDF document, one at a time in a process; errors of PDFium become MediaErrors."""
+    try:
+        pdfium: Any = importlib.import_module("pypdfium2")
+    except ImportError as error:
+        raise MediaError(f"{name}: reading a PDF needs pypdfium2; install it with: pip install 'eagle-sampling[pdf]'") from error
+    with _pdfium_lock:
         try:
-            self.library: Any = importlib.import_module("pypdfium2")
-        except ImportError as error:
-            raise MediaError(f"{name}: reading a PDF needs pypdfium2: pip install 'eagle-sampling[pdf]'") from error
-        self.name = name
-
-    def __enter__(self) -> Any:
+            document = pdfium.PdfDocument(Path(name))
+        except pdfium.PdfiumError as error:
+            raise MediaError(f"{name}: can't be read as a PDF: {error}") from error
+        except (OSError, ValueError) as error:
+            raise unreadable(name, error) from error
         try:
-            self.document = self.library.PdfDocument(Path(self.name))
-        except self.library.PdfiumError as error:
-            raise MediaError(f"{self.name}: can't be read as a PDF: {error}") from error
-        return self.document
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: object) -> None:
-        self.document.close()
-        if isinstance(error, self.library.PdfiumError):
-            raise MediaError(f"{self.name}: a page can't be drawn: {error}") from error
+            yield document
+        except pdfium.PdfiumError as error:
+            raise MediaError(f"{name}: a page can't be drawn: {error}") from error
+        finally:
+            document.close()

@@ -1,22 +1,29 @@
-"""How much a file may ask for: bounds on pixels, frames and bytes, and the one error that every media problem raises."""
+"""Bounds on what a media file may cost, and the error that every unusable file raises."""
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 
 class MediaError(ValueError):
-    """A media file can't be used. The message names the file, where in it, the reason and, where there is one, the next step."""
+    """A media file cannot be used. The message names the file, the place in it, the reason and, where there is one, the next step.
+
+    Base class of the package's own exceptions; `exit_code` is what a command should end with.
+    """
+
+    exit_code: ClassVar[int] = 3
 
 
 class Limits(NamedTuple):
-    """Bounds checked before memory is spent; a breach raises `MediaError`.
+    """Bounds that are checked before memory is spent; a breach raises `MediaError`.
 
-    max_pixels: width * height of one image or frame; the default is where Pillow itself refuses (0.5 GB once decoded).
+    max_pixels: width * height of one image or frame; the default is the bound of Pillow (0.5 GB as RGB).
     max_bytes: size of an encoded file, an LMDB value or one video packet.
     max_frames: frames of one video, pages of one document.
-    max_side: longest side in pixels; None leaves it to `max_pixels`.
+    max_side: longest side in pixels. None: only `max_pixels` applies.
     """
 
     max_pixels: int = 178_956_970
@@ -37,7 +44,7 @@ class Limits(NamedTuple):
             raise MediaError(f"{name}: {width} x {height} has a side over {self.max_side}; shrink it, or raise Limits.max_side")
 
     def check_bytes(self, size: int, name: str) -> None:
-        """Raise `MediaError` when `size` bytes are none or over the limit."""
+        """Raise `MediaError` when `size` is 0 or over the limit."""
         if size == 0:
             raise MediaError(f"{name}: is empty (0 bytes)")
         if size > self.max_bytes:
@@ -51,7 +58,7 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class FrameError:
-    """One frame that couldn't be read: which of the wanted ones, the time asked for (seconds), and why."""
+    """One frame that could not be read: its index among the wanted ones, the requested time (seconds), and the reason."""
 
     index: int
     time: float
@@ -59,3 +66,29 @@ class FrameError:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+def path_text(path: object, accepted: str) -> str:
+    """`path` as text. Raises TypeError, which names what is `accepted`, when it is not a path."""
+    if isinstance(path, str):
+        return path
+    if isinstance(path, os.PathLike) and isinstance(text := os.fspath(path), str):
+        return text
+    hint = "; pass its bytes, or write them to a file" if hasattr(path, "read") else ""
+    raise TypeError(f"{type(path).__name__} is not accepted here: need {accepted}{hint}")
+
+
+def printable(name: str) -> str:
+    """A path or key that any stream can print: no zero bytes or lone surrogates, at most 300 characters (it may be megabytes of base64)."""
+    name = name if len(name) <= 300 else f"{name[:300]}... ({len(name)} characters)"
+    return name.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def unreadable(path: str, error: OSError | ValueError) -> MediaError:
+    """The MediaError of a file that cannot be opened. ValueError: a path that no file can have (a zero byte, a lone surrogate)."""
+    name = printable(path)
+    if "://" in path and isinstance(error, OSError):
+        return MediaError(f"{name}: is an address; media are read from files: download it first and give its path")
+    reason = (error.strerror or error) if isinstance(error, OSError) else f"it can't be a file's name ({error})"
+    hint = "; is it base64? Images are given as paths, bytes or LMDB keys" if getattr(error, "errno", None) == errno.ENAMETOOLONG else ""
+    return MediaError(f"{name}: can't be read: {reason}{hint}")

@@ -1,12 +1,12 @@
-"""What of a sample fits the context: Automatic Degradation Sampling and its rivals.
+"""Token budgets: how many tiles and frames of a sample fit a context length (Automatic Degradation Sampling and other strategies).
 
-Costs come in as numbers, overhead included, so nothing here knows a tokenizer, a grid or a file. `sample.py` plans one sample,
-`columns.py` millions of rows with the same answers.
+Costs are numbers, overhead included; nothing here depends on a tokenizer, a grid or a file.
 """
 
-from .answer import CAPS, FRAMES_PER_VIDEO, REASONS, STRATEGIES, Dropped, VideoRequest, VisualPlan
-from .columns import STATUS, PlanColumns, PlanResult, plan_many
-from .sample import plan
+from .columns import STATUS, PlanColumns, PlanResult
+from .planning import plan, plan_many
+from .sample import CAPS, FRAMES_PER_VIDEO, REASONS, Dropped, VideoRequest, VisualPlan, tile_caps
+from .strategies import STRATEGIES, Choice, Options, Strategy, register_strategy
 
 __all__ = [
     "CAPS",
@@ -14,11 +14,16 @@ __all__ = [
     "REASONS",
     "STATUS",
     "STRATEGIES",
+    "Choice",
     "Dropped",
+    "Options",
     "PlanColumns",
     "PlanResult",
+    "Strategy",
     "VideoRequest",
     "VisualPlan",
     "plan",
     "plan_many",
+    "register_strategy",
+    "tile_caps",
 ]

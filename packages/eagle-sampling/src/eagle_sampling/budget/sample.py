@@ -1,146 +1,93 @@
-"""The budget of one sample: Automatic Degradation Sampling (Eagle 2.5, Eq. 2), in whole tokens and plain integers.
-
-Text is kept whole. What is left buys frames first (phase 1, with every image at the smallest cap), then tiles (phase 2, the largest cap
-that still fits). `columns.plan_many` gives the same answers for millions of rows.
-"""
+"""Request and plan of one sample: what its videos want, what it keeps, and why it was dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from .answer import (
-    CAPS,
-    FRAMES_PER_VIDEO,
-    Dropped,
-    VideoRequest,
-    VisualPlan,
-    check_image_tokens,
-    check_options,
-    check_video,
-    degradations,
-    dropped,
-)
+CAPS = (12, 8, 6, 4, 2, 1)
+"""Tile caps of Eq. (2), largest first."""
+FRAMES_PER_VIDEO = 32
+"""Frames of every video under the strategy "uniform" when no other number is given."""
+REASONS = ("text_too_long", "images_too_long", "too_few_frames", "too_long")
+"""Why a sample is dropped."""
 
 
-def plan(
-    text_tokens: int,
-    images: npt.ArrayLike | Sequence[Sequence[int]],
-    videos: Sequence[VideoRequest],
-    *,
-    max_tokens: int,
-    caps: Sequence[int] = CAPS,
-    strategy: str = "ads",
-    frames_per_video: int = FRAMES_PER_VIDEO,
-    cap: int | None = None,
-) -> VisualPlan | Dropped:
-    """Frames and tiles for one sample, never more than `max_tokens` with its text.
+class VideoRequest(NamedTuple):
+    """Frames that a video wants, or pages that a document wants.
 
-    `images` [M, C]: tokens of each image at each of the C `caps` (falling, the last one being the paper's t = 1). Strategies:
+    `wanted`: frames at 2 per second, or all pages. `minimum`: with fewer the sample is dropped; 1 <= minimum <= wanted
+    (default in the paper: min(8, wanted)). `frame_tokens`: cost of one frame, tags and time included.
+    """
 
-    - "ads": Eq. (2). Phase 1 gives all videos what they want if it fits beside all images at the last cap. Else each gets frames in
-      proportion to what it wanted, none below its minimum: with `x` the largest real number for which
-      `sum frame_tokens * max(minimum, x * wanted)` fits, everyone gets the whole part, and single frames go round by falling
-      fraction (then by position) until no video can take one more. With equal frame costs these are exactly the paper's
-      `n* = floor(left / frame_tokens)` frames. Phase 2 takes the first of `caps` at which all images fit beside the frames.
-    - "ads-fill": then, one at a time, the image whose cap can be raised for the most tokens (tiles) that still fit is raised.
-    - "uniform": `frames_per_video` frames of every video (or all it has), every image at `cap` (default: the first), or dropped.
+    wanted: int
+    minimum: int
+    frame_tokens: int
+
+
+class VisualPlan(NamedTuple):
+    """What a sample keeps.
+
+    `cap`: most tiles of an image; `image_caps`: the same per image (above `cap` only under "ads-fill"); `frames`: frames of each
+    video; `tokens`: the whole sample, text included; `degradations`: what was given up, for example "frames 600->212", "tiles 12->6".
+    """
+
+    cap: int
+    image_caps: tuple[int, ...]
+    frames: tuple[int, ...]
+    tokens: int
+    degradations: tuple[str, ...]
+
+
+class Dropped(NamedTuple):
+    """Why a sample cannot be used at this length: `reason` is one of `REASONS`, `detail` has the numbers."""
+
+    reason: str
+    detail: str
+
+
+def tile_caps(min_tiles: int, max_tiles: int) -> tuple[int, ...]:
+    """Caps that a strategy tries for images of `min_tiles` to `max_tiles` tiles, largest first: `max_tiles`, then those of `CAPS` below it.
 
     Raises:
-        ValueError: unknown strategy, caps that don't fall, a shape other than [M, C], negative costs, or a request with not
-            1 <= minimum <= wanted or frame_tokens < 1.
+        ValueError: unless 1 <= min_tiles <= max_tiles.
     """
-    caps = check_options(caps, strategy, frames_per_video, cap)
-    costs = np.asarray(images)
-    costs = check_image_tokens(costs if costs.size else np.zeros((0, len(caps)), np.int64), caps).tolist()
-    videos = [check_video(i, video) for i, video in enumerate(videos)]
-    text_tokens, max_tokens = index(text_tokens), index(max_tokens)
-    if text_tokens < 0:
-        raise ValueError(f"text_tokens = {text_tokens}: a length can't be negative")
-
-    room = max_tokens - text_tokens
-    if room < 0:
-        return dropped("text_too_long", text_tokens, max_tokens)
-    if strategy == "uniform":
-        frames = [min(video.wanted, frames_per_video) for video in videos]
-        column = caps.index(cap) if cap is not None else 0
-        visual = sum(row[column] for row in costs) + sum(n * video.frame_tokens for n, video in zip(frames, videos))
-        if visual > room:
-            return dropped("too_long", text_tokens, max_tokens, visual)
-        return _planned(text_tokens, costs, videos, caps, column, [column] * len(costs), frames)
-
-    least = sum(row[-1] for row in costs)
-    if least > room:
-        return dropped("images_too_long", text_tokens, max_tokens, least, len(costs), caps[-1])
-    needed = sum(video.minimum * video.frame_tokens for video in videos)
-    if needed > room - least:
-        return dropped("too_few_frames", text_tokens, max_tokens, least, sum(video.minimum for video in videos), needed)
-    frames = share_frames(videos, room - least)
-    room -= sum(n * video.frame_tokens for n, video in zip(frames, videos))
-    column = next(c for c in range(len(caps)) if c == len(caps) - 1 or sum(row[c] for row in costs) <= room)
-    columns = [column] * len(costs)
-    if strategy == "ads-fill":
-        _fill(costs, columns, room - sum(row[column] for row in costs))
-    return _planned(text_tokens, costs, videos, caps, column, columns, frames)
+    if not 1 <= min_tiles <= max_tiles:
+        raise ValueError(f"min_tiles = {min_tiles}, max_tiles = {max_tiles}: need 1 <= min_tiles <= max_tiles")
+    return (max_tiles, *(cap for cap in CAPS if min_tiles <= cap < max_tiles))
 
 
-def share_frames(videos: Sequence[VideoRequest], room: int) -> list[int]:
-    """Frames of each video within `room` tokens, which must hold the minimum of each (see `plan` for the rule)."""
-    if sum(video.wanted * video.frame_tokens for video in videos) <= room:
-        return [video.wanted for video in videos]
-    # x = above / below. Who would get less than the minimum is fixed at it; that lowers x for the others, so again until nobody is.
-    free = list(range(len(videos)))
-    above, below = room, sum(video.wanted * video.frame_tokens for video in videos)
-    while low := [i for i in free if above * videos[i].wanted < videos[i].minimum * below]:
-        above -= sum(videos[i].minimum * videos[i].frame_tokens for i in low)
-        below -= sum(videos[i].wanted * videos[i].frame_tokens for i in low)
-        free = [i for i in free if i not in low]
-    frames = [video.minimum for video in videos]
-    fraction = [-1] * len(videos)  # who was lifted to the minimum has had more than the share already
-    for i in free:
-        frames[i], fraction[i] = divmod(above * videos[i].wanted, below)
-    room -= sum(n * video.frame_tokens for n, video in zip(frames, videos))
-    turn = sorted(range(len(videos)), key=lambda i: (-fraction[i], i))
-    gave = True
-    while gave:
-        gave = False
-        for i in turn:
-            if frames[i] < videos[i].wanted and videos[i].frame_tokens <= room:
-                frames[i] += 1
-                room -= videos[i].frame_tokens
-                gave = True
-    return frames
-
-
-def _fill(costs: list[list[int]], columns: list[int], room: int) -> None:
-    """Raises single images in `columns`, dearest raise that fits first (equal ones: first image, largest cap)."""
-    while True:
-        best = (0, 0, 0)  # gain, image, column
-        for i, row in enumerate(costs):
-            for c in range(columns[i]):
-                gain = row[c] - row[columns[i]]
-                if best[0] < gain <= room:
-                    best = (gain, i, c)
-        gain, i, c = best
-        if gain == 0:
-            return
-        columns[i] = c
-        room -= gain
-
-
-def _planned(
-    text_tokens: int,
-    costs: list[list[int]],
-    videos: Sequence[VideoRequest],
-    caps: tuple[int, ...],
+def degradations(
+    costs: Sequence[Sequence[int]],
+    wanted: Sequence[int],
+    caps: Sequence[int],
     column: int,
     columns: Sequence[int],
     frames: Sequence[int],
-) -> VisualPlan:
-    tokens = text_tokens
-    tokens += sum(row[c] for row, c in zip(costs, columns)) + sum(n * video.frame_tokens for n, video in zip(frames, videos))
-    given_up = degradations(costs, [video.wanted for video in videos], caps, column, columns, frames)
-    return VisualPlan(caps[column], tuple(caps[c] for c in columns), tuple(frames), tokens, given_up)
+) -> tuple[str, ...]:
+    """What a plan gave up. A lower cap that costs no image a tile is not listed."""
+    lost: list[str] = []
+    for i, (want, given) in enumerate(zip(wanted, frames)):
+        if given < want:
+            lost.append(f"frames {want}->{given}" if len(frames) == 1 else f"video {i + 1} frames {want}->{given}")
+    if any(row[c] < row[0] for row, c in zip(costs, columns)):
+        raised = sum(c < column for c in columns)
+        higher = f" ({raised} of {len(columns)} images higher)" if raised else ""
+        lost.append(f"tiles {caps[0]}->{caps[column]}{higher}")
+    return tuple(lost)
+
+
+def dropped(reason: str, text_tokens: int, max_tokens: int, *numbers: int) -> Dropped:
+    """The `Dropped` of a reason; `numbers` are those of its sentence."""
+    left = f"{max_tokens - text_tokens} of {max_tokens} tokens are left after {text_tokens} of text"
+    if reason == "text_too_long":
+        return Dropped(reason, f"text alone is {text_tokens} tokens, the budget is {max_tokens}")
+    if reason == "images_too_long":
+        least, images, cap = numbers
+        return Dropped(reason, f"{images} images need {least} tokens at {cap} tiles each, {left}")
+    if reason == "too_few_frames":
+        least, frames, needed = numbers
+        images = f" and the images {least}" if least else ""
+        return Dropped(reason, f"the minimum of {frames} frames needs {needed} tokens{images}, {left}")
+    (visual,) = numbers
+    return Dropped("too_long", f"frames and images need {visual} tokens, {left}")

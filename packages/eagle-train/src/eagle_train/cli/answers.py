@@ -20,11 +20,13 @@ def evaluate(
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of the run; left out: the newest.", show_default=False)] = None,
     device: Device = None,
 ) -> None:
-    """Ask held-out questions and compare word for word, beside the best answer that never looks."""
+    """Evaluate held-out questions by exact match, next to the text-only baseline."""
     from eagle_train.config import Source
-    from eagle_train.training.folder import open_run
-    from eagle_train.training.parallel import for_asking, start_world
-    from eagle_train.training.run import ask, get_ready, load_trained, write_answers
+    from eagle_train.distributed.world import for_evaluation, start_world
+    from eagle_train.runs.evaluate import Evaluator
+    from eagle_train.runs.export import load_trained
+    from eagle_train.runs.folder import open_run
+    from eagle_train.runs.ready import get_ready
 
     from .progress import Printer, quiet
     from .tables import score_table
@@ -33,21 +35,21 @@ def evaluate(
     config = open_run(run)
     if data is not None:
         source = Source(annotation=data.absolute(), root=root.absolute() if root else None)
-        vars(config.data)["eval_recipe"], vars(config.data)["eval_sources"] = None, {data.stem: source}
-    world = start_world(for_asking(config.parallel), device)
+        config = config.replaced(data=config.data.replaced(eval_recipe=None, eval_sources={data.stem: source}))
+    world = start_world(for_evaluation(config.parallel), device)
     printer = Printer(silent=not world.is_main)
     with printer.preparing() as progress:
         ready = get_ready(config, world, progress)
     for source in ready.eval_facts.sources if ready.eval_facts is not None else ():
         if source.bad_rows:
-            printer.say(f"{source.name}: {source.bad_rows} rows can't be asked; {config.run.folder / 'ledger.jsonl'} says why")
+            printer.say(f"{source.name}: {source.bad_rows} rows can't be evaluated; {config.run.folder / 'ledger.jsonl'} says why")
     model, at = load_trained(config, ready.tokenizer, world, checkpoint)
     printer.say(f"{run}: stage {at.stage_name}, step {at.step}")
     with printer.counting("questions") as counted:
-        result = ask(ready, model, world, limit=limit, progress=counted)
+        result = Evaluator(ready, world).evaluate(model, at.total_steps, limit=limit, progress=counted)
     if world.is_main:
         print(score_table(result))
-        print(f"answers: {write_answers(result, config.run.folder)}")
+        print(f"answers: {result.write(config.run.folder / 'answers.jsonl')}")
     world.close()
 
 
@@ -64,7 +66,7 @@ def chat(
     from .progress import quiet
 
     quiet()
-    from eagle_train.training.chat import Chat
+    from eagle_train.runs.chat import Chat
 
     talk = Chat.open(run, images=image or (), videos=video or (), device=device, max_new_tokens=max_new_tokens)
     if question is not None:

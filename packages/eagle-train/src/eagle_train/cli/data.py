@@ -77,7 +77,7 @@ def plan(
 ) -> None:
     """Say what would be trained: stages, steps, packs, how full, and what does not fit."""
     from eagle_train.config import explain_defaults, load_config
-    from eagle_train.training.preview import plan_run
+    from eagle_train.runs.ready import get_ready
     from eagle_train.watching.progress import prepare_progress
 
     from .tables import plan_table, rows_line
@@ -88,9 +88,10 @@ def plan(
             print(f"default  {default.path} = {default.value}")
         print()
     with prepare_progress() as progress:
-        schedules = plan_run(loaded, progress)
-    print(plan_table(schedules))
-    print(rows_line(schedules))
+        ready = get_ready(loaded, progress=progress, held_out=False)
+    ready.record_drops()
+    print(plan_table(ready.schedules))
+    print(rows_line(ready.schedules))
 
 
 @app.command()
@@ -107,7 +108,7 @@ def show(
     from rich.console import Console
 
     from eagle_train.config import load_config
-    from eagle_train.training.preview import view
+    from eagle_train.watching.preview import view
     from eagle_train.watching.show import to_html, to_terminal
 
     found = view(load_config(config, overrides or ()), row=row, stage=stage, pack=pack, evaluation=held_out)
@@ -125,7 +126,7 @@ def lmdb_build(
     ],
 ) -> None:
     """Put images into one LMDB; continues where it stopped."""
-    from eagle_sampling.lmdb_build import build_lmdb
+    from eagle_sampling import build_lmdb
 
     report = build_lmdb(output, sources)
     _problems(report.problems)
@@ -137,7 +138,7 @@ def lmdb_build(
 @lmdb_app.command("check")
 def lmdb_check(path: Annotated[Path, typer.Argument(metavar="LMDB", help="LMDB to read.", show_default=False)]) -> None:
     """Read every value of an LMDB and name those that are damaged or no images."""
-    from eagle_sampling.lmdb_build import check_lmdb
+    from eagle_sampling import check_lmdb
 
     report = check_lmdb(path)
     _problems(report.problems)

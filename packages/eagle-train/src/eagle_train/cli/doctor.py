@@ -6,8 +6,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from typing import NamedTuple
+
+from .tested import TESTED
 
 
 class Finding(NamedTuple):
@@ -21,7 +24,7 @@ class Finding(NamedTuple):
 
 PACKAGES = (
     *("eagle-train", "eagle-model", "eagle-cp", "eagle-kernels", "eagle-sampling", "eagle-tiling"),
-    *("torch", "triton", "transformers", "numpy", "pillow", "av", "lmdb", "pyarrow"),
+    *("torch", "triton", "transformers", "numpy", "pillow", "av", "lmdb", "pyarrow", "pydantic", "typer", "safetensors"),
 )
 OPTIONAL = {
     "flash-attn-4": "the fastest attention on NVIDIA GPUs: pip install flash-attn-4",
@@ -43,9 +46,29 @@ def examine() -> list[Finding]:
     ]
 
 
+def untested(name: str, version: str) -> str:
+    """What to do about a version outside the tested range of a package; empty inside it. Patch releases of a tested release count as it."""
+    if name not in TESTED:
+        return ""
+    (oldest, newest), here = TESTED[name], _numbers(version)
+    if here < _numbers(oldest):
+        return f"older than {oldest}, the oldest tested release: pip install --upgrade '{name}>={oldest}'"
+    if here[:2] > _numbers(newest)[:2]:
+        return f"newer than {newest}, the newest tested release: if something fails, pip install '{name}<={newest}' and report it"
+    return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The release of a version: `2.15.0+cu132` is (2, 15, 0)."""
+    release = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
+    numbers = [int(number) for number in release[0].split(".")] if release else []
+    return tuple(numbers + [0] * (3 - len(numbers)))
+
+
 def _version(name: str) -> Finding:
     try:
-        return Finding(name, importlib.metadata.version(name))
+        version = importlib.metadata.version(name)
+        return Finding(name, version, untested(name, version))
     except importlib.metadata.PackageNotFoundError:
         if name == "triton":
             return Finding(name, "not installed", "" if platform.system() != "Linux" else "fused GPU operators need it: pip install triton")

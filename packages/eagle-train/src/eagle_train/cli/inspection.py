@@ -28,7 +28,7 @@ def doctor() -> None:
 @app.command()
 def report(run: RunFolder) -> None:
     """Draw the plot of a run and sum it up."""
-    from eagle_train.training.folder import open_run
+    from eagle_train.runs.folder import open_run
     from eagle_train.watching.report import summary, write_report
 
     folder = open_run(run).run.folder

@@ -30,15 +30,17 @@ class Printer:
 
     def record(self, record: dict[str, Any]) -> None:
         """A metrics record: a step moves the line, an evaluation is a message."""
-        from eagle_train.watching.metrics import progress_line
+        from eagle_train.training.metrics import progress_line
 
         if self.silent:
             return
         if record["kind"] == "eval":
             scores = ", ".join(
-                f"{name} {score['accuracy']:.3f} (without looking {score['blind']:.3f})" for name, score in record["scores"].items()
+                f"{name} {score['accuracy']:.3f} (text-only {score['text_only']:.3f})" for name, score in record["scores"].items()
             )
             self.say(f"{record['stage']}  after step {record['total_step']}: {scores}")
+        elif record["kind"] == "eval_failed":
+            self._close()  # the error itself is logged
         elif record["kind"] == "step":
             self.line(progress_line(record), last=record["step"] == record["steps"])
 

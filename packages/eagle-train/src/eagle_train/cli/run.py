@@ -1,18 +1,20 @@
 """The verbs by name, and what their end means to a shell.
 
 Exit codes: 0 it worked; 1 the run failed; 2 the command line or the configuration is wrong; 3 the data: too many bad rows, damaged media,
-or facts are missing; 130 interrupted. Errors are one message without a traceback, unless `--debug` is given.
+or facts are missing; 4 an evaluation failed (after train: training is complete); 130 interrupted by SIGINT, 143 by
+SIGTERM. Errors are one message without a traceback, unless `--debug` is given.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
 from . import answers, data, inspection, train  # noqa: F401  (they add their verbs)
 from .app import app
 
-RUN_FAILED, WRONG_USE, BAD_DATA, INTERRUPTED = 1, 2, 3, 130
+RUN_FAILED, WRONG_USE, BAD_DATA, EVALUATION_FAILED, INTERRUPTED = 1, 2, 3, 4, 130
 
 
 def main(given: list[str]) -> NoReturn:
@@ -28,8 +30,10 @@ def main(given: list[str]) -> NoReturn:
         interrupted(given)  # typer has made a code of the KeyboardInterrupt
     except BrokenPipeError:
         raise
-    except Exception as error:
-        if debug:
+    except BaseException as error:
+        if type(error).__name__ == "Interrupted":  # named, so that a command that trains nothing need not import it
+            stopped(error)
+        if debug or not isinstance(error, Exception):
             raise
         print(f"error: {error}" if str(error) else f"error: {type(error).__name__}", file=sys.stderr)
         if not expected(error):
@@ -38,10 +42,29 @@ def main(given: list[str]) -> NoReturn:
     sys.exit(0)
 
 
+def is_main_rank() -> bool:
+    """Whether this is the process that reports, of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def stopped(error: BaseException) -> NoReturn:
+    """Say what a signal ended and what was saved, and exit."""
+    if is_main_rank() and str(error):
+        print(f"\n{error}", file=sys.stderr)
+    sys.exit(128 + error.signum)  # type: ignore[attr-defined]
+
+
 def interrupted(given: list[str]) -> NoReturn:
     """Say what became of the command, and exit."""
-    goes_on = given[:1] in (["train"], ["prepare"]) or given[:2] == ["lmdb", "build"]
-    print("\ninterrupted" + ("; the same command continues where it stopped" if goes_on else ""), file=sys.stderr)
+    what = ""
+    if given[:1] == ["train"]:
+        what = "; nothing was trained yet"
+    elif given[:1] == ["prepare"]:
+        what = "; the same command measures no row again whose part of the facts is complete"
+    elif given[:2] == ["lmdb", "build"]:
+        what = "; the same command continues with the images that are not in the LMDB yet"
+    if is_main_rank():
+        print(f"\ninterrupted{what}", file=sys.stderr)
     sys.exit(INTERRUPTED)
 
 
@@ -52,6 +75,8 @@ def exit_code(error: BaseException) -> int:
         return WRONG_USE
     if names & {"PrepareError", "MediaError"}:
         return BAD_DATA
+    if "EvaluationError" in names:
+        return EVALUATION_FAILED
     return RUN_FAILED
 
 

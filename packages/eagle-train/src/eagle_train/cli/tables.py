@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from eagle_train.evaluation.metrics import Evaluation
     from eagle_train.planning.stages import StageSchedule
-    from eagle_train.training.evaluate import Evaluation
+    from eagle_train.training.trainer import Trainer
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -47,6 +48,16 @@ def plan_table(schedules: Sequence[StageSchedule]) -> str:
     return "\n".join([table(rows), *notes])
 
 
+def start_line(trainer: Trainer) -> str:
+    """What is trained, and where, before the first step."""
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    part = "" if learning == parameters else f" ({learning:,} of them learn in the first stage)"
+    world, dtype = trainer.world, trainer.config.parallel.dtype
+    ranks = f", {world.size} ranks" if world.size > 1 else ""
+    return f"training {parameters:,} parameters{part}, {trainer.total_steps} steps, {dtype} on {world.device.type}{ranks}"
+
+
 def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
     """Where all rows of the sources went; the parts add up to the first number. `missing`: samples that vanished while training."""
     import numpy as np
@@ -65,8 +76,8 @@ def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
 
 
 def score_table(result: Evaluation) -> str:
-    """Accuracy beside the blind answer, per source, and for questions that aren't yes or no."""
-    rows = [("questions", "asked", "right", "without looking")]
+    """Accuracy next to the text-only baseline, per source, and for questions that are not yes or no."""
+    rows = [("questions", "count", "right", "text-only")]
 
     def add(name: str, score: tuple[int, float, float]) -> None:
         rows.append((name, str(score[0]), f"{score[1]:.3f}", f"{score[2]:.3f}"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .app import app
 from .options import Device, Overrides, RunFolder
+
+if TYPE_CHECKING:
+    from eagle_train.training.stop import StopSignals
+    from eagle_train.training.trainer import Trainer
 
 
 @app.command()
@@ -25,47 +29,72 @@ def train(
 
     Several GPUs or machines: torchrun --nproc-per-node 8 -m eagle_train.cli train CONFIG.
     """
-    from .progress import Printer, quiet
+    from eagle_train.training.stop import StopSignals
+
+    from .progress import quiet
+    from .run import is_main_rank
 
     quiet()
-    if config == "quickstart":
-        from eagle_train.quickstart.run import run_quickstart
+    with StopSignals(quiet=not is_main_rank()) as stop:
+        if config == "quickstart":
+            _quickstart(folder, fresh, overrides, device, stop)
+        else:
+            _train(config, folder is not None or fresh, overrides, device, stop)
 
-        from .tables import plan_table, score_table
 
-        run_quickstart(
-            folder or Path("runs"), Printer(), overrides=overrides or (), fresh=fresh, device=device, tables=(plan_table, score_table)
-        )
-        return
+def _quickstart(folder: Path | None, fresh: bool, overrides: list[str] | None, device: str | None, stop: StopSignals) -> None:
+    from eagle_train.quickstart.run import run_quickstart
+
+    from .progress import Printer
+    from .tables import plan_table, score_table
+
+    tables = (plan_table, score_table)
+    run_quickstart(folder or Path("runs"), Printer(), overrides=overrides or (), fresh=fresh, device=device, tables=tables, stop=stop)
+
+
+def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: str | None, stop: StopSignals) -> None:
     from eagle_train.config import ConfigError, explain_defaults, load_config
+    from eagle_train.training.stop import what_is_saved
 
-    if folder is not None or fresh:
+    if quickstarts:
         raise ConfigError("--dir and --fresh are the quickstart's; the folder of another run is its run.dir and run.name")
-    loaded = load_config(config, overrides or ())
+    config = load_config(path, overrides or ())
+    stop.describe = lambda: what_is_saved(config.run.folder, config.stages[-1].name, began=stop.training)
 
-    from eagle_train.training.parallel import start_world
-    from eagle_train.training.run import ask, get_ready, has_evaluation, train, write_answers
+    from eagle_train.distributed.world import device_kind, start_world
+    from eagle_train.runs.folder import resolve_dtype
+    from eagle_train.runs.ready import get_ready
+    from eagle_train.runs.train import train
     from eagle_train.watching.report import write_report
 
-    from .tables import plan_table, rows_line, score_table
+    from .progress import Printer
+    from .tables import plan_table, rows_line, score_table, start_line
 
-    world = start_world(loaded.parallel, device)
-    printer = Printer() if world.is_main else Printer(silent=True)
-    for default in explain_defaults(loaded):
+    device = device_kind(device)
+    config = resolve_dtype(config, device)
+    world = start_world(config.parallel, device)
+    printer = Printer(silent=not world.is_main)
+    for default in explain_defaults(config):
         printer.say(f"default  {default.path} = {default.value}")
     try:
         with printer.preparing() as progress:
-            ready = get_ready(loaded, world, progress)
-        trainer = train(ready, world, on_record=printer.record, on_start=lambda trainer: printer.say(plan_table(trainer.schedules)))
-        if has_evaluation(loaded):
-            result = ask(ready, trainer.model, world, limit=loaded.eval.limit)
-            if world.is_main:
-                write_answers(result, loaded.run.folder)
-                printer.say(score_table(result))
+            ready = get_ready(config, world, progress)
+        printer.say(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
+
+        def started(trainer: Trainer) -> None:
+            printer.say(plan_table(trainer.schedules))
+            printer.say(start_line(trainer))
+
+        trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.say)
+        result = trained.final_evaluation(limit=config.eval.limit)
+        if world.is_main and result is not None:
+            result.write(config.run.folder / "answers.jsonl")
+            printer.say(score_table(result))
         if world.is_main:
-            write_report(loaded.run.folder)
-            printer.say(rows_line(trainer.schedules, trainer.missing))
-            printer.say(f"run folder: {loaded.run.folder}\nask it: eagle chat {loaded.run.folder} --image picture.png 'a question'")
+            write_report(config.run.folder)
+            printer.say(rows_line(ready.schedules, trained.trainer.missing))
+            printer.say(f"run folder: {config.run.folder}\nask it: eagle chat {config.run.folder} --image picture.png 'a question'")
+        trained.check_evaluations()
     finally:
         world.close()
 
@@ -85,8 +114,8 @@ def export(
     from .progress import quiet
 
     quiet()
-    from eagle_train.training.folder import open_run
-    from eagle_train.training.run import export as run_export
+    from eagle_train.runs.export import export as run_export
+    from eagle_train.runs.folder import open_run
 
     done = run_export(open_run(run), output, checkpoint_path=checkpoint, dtype=dtype)
     print(f"wrote {output} (stage {done['from']['stage_name']}, step {done['from']['step']})")

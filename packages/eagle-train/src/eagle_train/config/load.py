@@ -5,16 +5,22 @@ import difflib
 import typing
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .schema import Config, Source
+from eagle_train.errors import WRONG_USE, TrainError
+
+from .schema import Config, Section
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
-class ConfigError(ValueError):
+class ConfigError(TrainError, ValueError):
     """A configuration that can't be used: says which file, which key, why, and the nearest right key."""
+
+    exit_code = WRONG_USE
 
 
 class Default(NamedTuple):
@@ -86,12 +92,17 @@ def parse_config(
 ) -> Config:
     """Check a configuration that is already a dictionary; `base` is the folder that relative paths start from."""
     content = apply_overrides(content, overrides)
+    # Sections that the file doesn't have are validated too: their paths are resolved like all others.
+    sections = {name: {} for name, field in Config.model_fields.items() if _is_section(field.annotation)}
+    folder = base or Path.cwd()
     try:
-        config = Config.model_validate(content)
+        return Config.model_validate(sections | content, context={"resolve": lambda path: folder / path.expanduser()})
     except ValidationError as error:
         raise ConfigError(describe_errors(error, Config, origin)) from None
-    base = base or Path.cwd()
-    return map_paths(config, lambda path: base / path.expanduser())
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -204,27 +215,26 @@ def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
-def map_paths(config: Config, change: Callable[[Path], Path]) -> Config:
-    """Change every path of a configuration, in place and without marking it as set by the user."""
+def map_paths(section: SectionT, change: Callable[[Path], Path]) -> SectionT:
+    """A copy of a configuration (or section) with every path changed; what counts as chosen by the user stays as it is."""
+    values: dict[str, Any] = {}
+    for name, value in section:
+        if isinstance(value, Section):
+            values[name] = map_paths(value, change)
+        elif isinstance(value, dict) and all(isinstance(item, Section) for item in value.values()):
+            values[name] = {key: map_paths(item, change) for key, item in value.items()}
+        elif name in section.paths and value is not None:
+            values[name] = change(Path(value)) if isinstance(value, Path) else str(change(Path(value)))
+    return section.replaced(**values)
 
-    def fix(section: BaseModel, *names: str) -> None:
-        for name in names:
-            value = getattr(section, name)
-            if isinstance(value, Path):
-                vars(section)[name] = change(value)
 
-    def fix_source(source: Source) -> None:
-        fix(source, "annotation", "root")
-
-    fix(config.run, "dir")
-    fix(config.data, "recipe", "eval_recipe", "facts")
-    for source in (*config.data.sources.values(), *config.data.eval_sources.values()):
-        fix_source(source)
-    for name in ("path", "tokenizer"):
-        value = getattr(config.model, name)
-        if value is not None:
-            vars(config.model)[name] = str(change(Path(value)))
-    return config
+def free_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields and sections that may change when a run is resumed."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("resume") == "free":
+            yield prefix + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from free_keys(field.annotation, f"{prefix}{name}.")
 
 
 def explain_defaults(config: Config) -> list[Default]:

@@ -1,4 +1,4 @@
-"""What a run can be told: one pydantic model per section, every field with its unit, its default and why.
+"""The configuration of a run: one pydantic model per section, every field with its unit, its default and why.
 
 The descriptions end up in the JSON Schema, so an editor shows them. Unknown keys are errors (`load.py` names the nearest
 right one). Defaults are the known settings of Eagle 2.5: AdamW at 2e-5, weight decay 0.05, 3 % warm-up, cosine, bf16, and
@@ -7,9 +7,11 @@ contexts of 32K, 64K and 128K tokens.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from eagle_sampling.budget import STRATEGIES
 
 Part = Literal["vision", "connector", "language"]
 PARTS: tuple[Part, ...] = ("vision", "connector", "language")
@@ -27,11 +29,11 @@ def _with_unit(units: dict[str, int], what: str) -> BeforeValidator:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([a-zA-Z]*)\s*", value)
         if match is None or match[2].lower() not in units:
             names = ", ".join(unit for unit in units if unit)
-            raise ValueError(f"{value!r} is no number of {what}; write a whole number, or one with a unit of: {names}")
+            raise ValueError(f"{value!r} is not a number of {what}; write a whole number, or one with a unit of: {names}")
         try:
             return round(float(match[1]) * units[match[2].lower()])
         except OverflowError:
-            raise ValueError(f"{value!r} is no number of {what}: it is too large") from None
+            raise ValueError(f"{value!r} is not a number of {what}: it is too large") from None
 
     return BeforeValidator(parse)
 
@@ -42,21 +44,51 @@ Tokens = Annotated[int, _with_unit(_TOKEN_UNITS, "tokens"), Field(ge=1)]
 """A number of tokens; `32K` is 32768."""
 
 
-class Section(BaseModel):
-    """A section of the file: closed (no unknown keys), all numbers finite, defaults checked like given values."""
+FREE: Any = {"resume": "free"}
+"""Marks a field, or a section, that may change when a run is resumed: it says how the run is executed, not what is computed."""
 
-    model_config = ConfigDict(
-        extra="forbid", allow_inf_nan=False, validate_default=True, validate_assignment=True, use_attribute_docstrings=False
-    )
+
+class Section(BaseModel):
+    """A section of the file: immutable, closed (no unknown keys), all numbers finite, defaults checked like given values.
+
+    `paths` names the fields that are paths. They are resolved during validation by the function `resolve` of the validation context.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=False)
+    paths: ClassVar[tuple[str, ...]] = ()
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _resolve(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None or info.field_name not in cls.paths or not info.context:
+            return value
+        resolved = info.context["resolve"](Path(value))
+        return resolved if isinstance(value, Path) else str(resolved)
+
+    def replaced(self, **values: Any) -> Self:
+        """A new section with other (valid) values, which count as chosen by the user only where the old ones did."""
+        return self.model_construct(_fields_set=set(self.model_fields_set), **({**self.__dict__} | values))
 
 
 class RunConfig(Section):
-    name: str = Field(default="eagle", pattern=_FOLDER_NAME, description="Name of the run; its folder is <dir>/<name>.")
-    dir: Path = Field(default=Path("runs"), description="Where run folders live; relative to the configuration file.")
+    paths = ("dir",)
+    name: str = Field(
+        json_schema_extra=FREE, default="eagle", pattern=_FOLDER_NAME, description="Name of the run; its folder is <dir>/<name>."
+    )
+    dir: Path = Field(
+        json_schema_extra=FREE, default=Path("runs"), description="Where run folders live; relative to the configuration file."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of everything random: order of packs, subsampling, initial weights.")
-    log_every: int = Field(default=1, ge=1, description="Optimizer steps between two lines of metrics.")
+    log_every: int = Field(
+        default=1,
+        ge=1,
+        description="Optimizer steps between two lines of metrics.",
+        json_schema_extra=FREE,
+    )
     deterministic: bool = Field(
-        default=False, description="Bit for bit the same numbers again on a GPU: kernels add in one order, which costs some speed."
+        json_schema_extra=FREE,
+        default=False,
+        description="Bit for bit the same numbers again on a GPU: kernels add in one order, which costs some speed.",
     )
 
     @property
@@ -66,6 +98,7 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
+    paths = ("path", "tokenizer")
     preset: str | None = Field(
         default=None,
         description="Name of a model of eagle_model.PRESETS, started from random weights. 'tiny' when path is not given either.",
@@ -98,6 +131,7 @@ class ModelConfig(Section):
 class Source(Section):
     """One entry of a recipe."""
 
+    paths = ("annotation", "root")
     annotation: Path = Field(description="JSONL file, one row a line.")
     root: Path | None = Field(
         default=None, description="Folder that the media paths of the rows start from; null: the annotation's folder."
@@ -141,12 +175,15 @@ class LimitsConfig(Section):
 
 
 class DataConfig(Section):
+    paths = ("recipe", "eval_recipe", "facts")
     recipe: Path | None = Field(default=None, description="Recipe file (YAML, or the originals' JSON); excludes sources.")
     sources: dict[str, Source] = Field(default_factory=dict, description="The recipe written here, by source name.")
     eval_recipe: Path | None = Field(default=None, description="Recipe of the held-out rows; excludes eval_sources.")
     eval_sources: dict[str, Source] = Field(default_factory=dict, description="Held-out sources, by name.")
     facts: Path | None = Field(default=None, description="Folder of prepared facts, may be shared between runs; null: <run folder>/facts.")
-    workers: int | None = Field(default=None, ge=1, description="Processes of prepare; null: one per CPU once it takes long.")
+    workers: int | None = Field(
+        json_schema_extra=FREE, default=None, ge=1, description="Processes of prepare; null: one per CPU once it takes long."
+    )
     verify: Literal["header", "ends", "decode"] = Field(
         default="ends",
         description="How prepare checks images and videos: header (sizes only), ends (also that the file is whole to its end, cheap), "
@@ -173,10 +210,10 @@ class PromptConfig(Section):
 
 
 class SamplingConfig(Section):
-    strategy: Literal["ads", "ads-fill", "uniform"] = Field(
+    strategy: str = Field(
         default="ads",
         description="ads: text, then frames, then tiles (Eq. 2); ads-fill: what ADS leaves over goes to single images; "
-        "uniform: a fixed number of frames, for comparison.",
+        "uniform: a fixed number of frames, for comparison; or the name of a strategy registered with eagle_sampling.",
     )
     fps: float = Field(default=2.0, gt=0, description="Frames asked for per second of video.")
     min_frames: int = Field(
@@ -186,6 +223,13 @@ class SamplingConfig(Section):
     placement: Literal["linspace", "center"] = Field(
         default="linspace", description="Where the frames lie: first to last frame, or the middle of equal parts."
     )
+
+    @field_validator("strategy")
+    @classmethod
+    def _registered(cls, value: str) -> str:
+        if value not in STRATEGIES:
+            raise ValueError(f"no strategy is called {value!r}; registered are {', '.join(STRATEGIES)}")
+        return value
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -256,24 +300,29 @@ class StageConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(default=500, ge=1, description="Optimizer steps between checkpoints; the end of a stage always makes one.")
+    minutes: float | None = Field(
+        default=60.0, gt=0, description="Minutes after which the running step is followed by a checkpoint, next to every; null: only every."
+    )
     keep: int = Field(default=2, ge=1, description="Newest checkpoints kept within a stage; ends of stages are always kept.")
 
 
 class ParallelConfig(Section):
-    data: int | None = Field(default=None, ge=1, description="Groups that read different packs; null: ranks / (ulysses * gather).")
+    data: int | None = Field(default=None, ge=1, description="Groups that read different packs; null: ranks / (ulysses * all_gather).")
     ulysses: int = Field(default=1, ge=1, description="Ranks of the inner level of context parallelism (all-to-all over heads).")
-    gather: int = Field(default=1, ge=1, description="Ranks of the outer level of context parallelism (all-gather of keys and values).")
+    all_gather: int = Field(default=1, ge=1, description="Ranks of the outer level of context parallelism (all-gather of keys and values).")
     fsdp: bool = Field(
         default=True, description="Shard parameters over the ranks (FSDP2) when there is more than one; false: replicate them."
     )
-    dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="Precision of the computation; master weights stay float32."
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="Precision of the computation; master weights stay float32. auto: bfloat16 on GPUs and CPUs that compute it natively "
+        "(AVX512-BF16, AMX), else float32; a run that continues keeps what it began with.",
     )
 
     @property
     def context(self) -> int:
         """Ranks that share one pack."""
-        return self.ulysses * self.gather
+        return self.ulysses * self.all_gather
 
 
 class LoaderConfig(Section):
@@ -304,10 +353,24 @@ class Config(Section):
     stages: list[StageConfig] = Field(
         default_factory=_default_stages, min_length=1, description="Stages in order, each starting from the last one's weights."
     )
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When to save and what to keep.")
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="How ranks share the work.")
-    loader: LoaderConfig = Field(default_factory=LoaderConfig, description="Reading of media while training.")
-    eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation by exact match.")
+    checkpoint: CheckpointConfig = Field(
+        json_schema_extra=FREE, default_factory=CheckpointConfig, description="When to save and what to keep."
+    )
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig,
+        description="How ranks share the work.",
+        json_schema_extra=FREE,
+    )
+    loader: LoaderConfig = Field(
+        default_factory=LoaderConfig,
+        description="Reading of media while training.",
+        json_schema_extra=FREE,
+    )
+    eval: EvalConfig = Field(
+        default_factory=EvalConfig,
+        description="Evaluation by exact match.",
+        json_schema_extra=FREE,
+    )
 
     @model_validator(mode="after")
     def _stage_names(self) -> Self:

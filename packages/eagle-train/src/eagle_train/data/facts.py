@@ -1,4 +1,4 @@
-"""Facts: what prepare measured once per row and no stage changes, as Arrow columns, and the way back from a row to its `Sample`.
+"""Facts: what prepare measured once per row and no stage changes, as Arrow columns, and the address of every row.
 
 Nothing here depends on a context length, a number of tiles or a model's tile side: stages derive their plans from these columns.
 """
@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eagle_model.prompt.costs import FrameCosts
+from eagle_model.visual import FactColumns, VideoFacts
+from eagle_sampling import TimeTable
 from eagle_train.config import Config, Source
 
-from .sample import Sample, normalise, read_row
+from .sample import Address
 
-FACTS_VERSION = 2
+FACTS_VERSION = 3
 """Raised when the columns or what they mean change; part of the content key."""
 
 SCHEMA = pa.schema(
@@ -30,31 +33,14 @@ SCHEMA = pa.schema(
         ("image_height", pa.list_(pa.int32())),
         ("video_frames", pa.list_(pa.int32())),  # frames of the clip, pages of the document
         ("video_seconds", pa.list_(pa.float64())),  # length of the clip; null: a document, which has no times
-        ("video_end", pa.list_(pa.float64())),  # largest time that the prompt can print; null: a document
-        ("video_start", pa.list_(pa.float64())),  # clip as the row asks for it, null where it doesn't
-        ("video_stop", pa.list_(pa.float64())),
+        ("video_last_time", pa.list_(pa.float64())),  # largest time that the prompt can print; null: a document
+        ("video_start", pa.list_(pa.float64())),  # bounds of the clip in seconds as the row says them, null where it doesn't
+        ("video_end", pa.list_(pa.float64())),
         ("video_width", pa.list_(pa.int32())),  # pixels as displayed
         ("video_height", pa.list_(pa.int32())),
         ("video_times", pa.list_(pa.list_(pa.int64()))),  # TimeTable.to_list(), empty for a document
     ]
 )
-
-
-class FrameCosts(NamedTuple):
-    """Tokens around a frame (tags, number, time) by digits: `table[digits of the count][digits before the point of the time]`, [8, 8].
-
-    Column 0 is for frames without a time (pages). An upper bound for any frame of that class, for the tokenizer of the facts.
-    """
-
-    table: tuple[tuple[int, ...], ...]
-
-    def overhead(self, counts: np.ndarray, end_times: np.ndarray) -> np.ndarray:
-        """int64 [V]: largest tokens that one frame adds to its tile, of videos with `counts` frames and times up to `end_times` seconds."""
-        powers = 10 ** np.arange(1, 7)
-        rows = 1 + np.searchsorted(powers, np.maximum(counts, 1), side="right")
-        # 9.995 prints as 10.00: times change class half a hundredth early, and a hair before, to stay on the safe side of rounding.
-        columns = np.where(np.isnan(end_times), 0, 1 + np.searchsorted(powers - 0.00501, np.nan_to_num(end_times), side="right"))
-        return np.asarray(self.table, np.int64)[rows, columns]
 
 
 class FactsSource(NamedTuple):
@@ -104,12 +90,42 @@ class Facts:
             index -= 1
         return self.sources[index]
 
-    def load_sample(self, row: int) -> Sample:
-        """Read the row from its annotation file; raises RowError or OSError when the file changed under the facts."""
+    def address(self, row: int) -> Address:
+        """Where row `row` stands."""
         source = self.source_of(row)
         line, offset, size = (self.table.column(name)[row].as_py() for name in ("line", "offset", "size"))
-        content = read_row(source.annotation, offset, size)
-        return normalise(content, source.name, root=source.root, line=line, system=self.system)
+        return Address(source.name, line, str(source.annotation), offset, size, str(source.root), self.system)
+
+    def columns(self) -> FactColumns:
+        """What `eagle_model.visual.plan_columns` takes; `image_limits` from the sources' max_dynamic_tiles."""
+        image_offsets, widths = self.lists("image_width")
+        video_offsets, frames = self.lists("video_frames")
+        limits = None
+        if any(source.max_dynamic_tiles is not None for source in self.sources):
+            limits = np.full(len(widths), np.iinfo(np.int64).max, np.int64)
+            for source in self.sources:
+                if source.max_dynamic_tiles is not None:
+                    limits[image_offsets[source.first] : image_offsets[source.first + source.rows]] = source.max_dynamic_tiles
+        return FactColumns(
+            self.column("text_tokens").astype(np.int64),
+            image_offsets,
+            widths,
+            self.lists("image_height")[1],
+            limits,
+            video_offsets,
+            frames,
+            self.lists("video_seconds")[1],
+            self.lists("video_last_time")[1],
+        )
+
+    def media(self, row: int) -> tuple[list[tuple[int, int]], list[VideoFacts]]:
+        """Sizes of the row's images, and facts of its videos and documents."""
+        sizes = list(zip(*(self.table.column(name)[row].as_py() for name in ("image_width", "image_height"))))
+        names = ("frames", "width", "height", "seconds", "last_time", "start", "end", "times")
+        columns = (self.table.column(f"video_{name}")[row].as_py() for name in names)
+        return sizes, [
+            VideoFacts(*values, times=TimeTable.from_list(times) if values[3] is not None else None) for *values, times in zip(*columns)
+        ]
 
 
 def empty_table() -> pa.Table:
@@ -122,7 +138,7 @@ def root_of(source: Source) -> Path:
     return source.root if source.root is not None else source.annotation.parent
 
 
-def assemble(config: Config, recipe_sources: dict[str, Source], folders: dict[str, Path], key: str) -> Facts:
+def join_sources(config: Config, recipe_sources: dict[str, Source], folders: dict[str, Path], key: str) -> Facts:
     """Facts of prepared sources (folders with part-*.parquet and done.json) as one table."""
     tables, sources, first = [], [], 0
     costs: FrameCosts | None = None

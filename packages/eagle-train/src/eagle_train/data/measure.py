@@ -1,36 +1,27 @@
-"""What one sample costs and holds: token counts from the one prompt, sizes from image headers, times from video containers."""
+"""What one sample costs and holds: token counts from its prompt, sizes from image headers, times from video containers.
 
-import os
+The measuring itself is `eagle_model.visual.facts`; here are the limits, the checks that `data.verify` asks for, and a memory of media that
+many rows share.
+"""
+
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from eagle_model.prompt import PromptError
-from eagle_model.prompt_costs import PromptCosts
-from eagle_sampling import Limits, MediaError, VideoInfo, clip_range, image_size, probe, read_frames
+from eagle_model.prompt import CachedEncoder, PromptError
+from eagle_model.prompt.costs import PromptCosts
+from eagle_model.visual import ClipError, VideoFacts, VideoRef, measure_image, measure_video
+from eagle_sampling import Limits, MediaError, VideoInfo, probe, read_frames
 from eagle_sampling.images import exists
 from eagle_train.config import LimitsConfig
 
-from .documents import pdf_size
-from .encoding import CachedEncoder
-from .facts import FrameCosts
-from .sample import RowError, Sample, VideoRef
+from .sample import RowError, Sample
 from .verify import check_image
 
 
 def media_limits(limits: LimitsConfig) -> Limits:
     """The configuration's limits as eagle_sampling takes them."""
     return Limits(max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, max_frames=limits.max_frames)
-
-
-def frame_costs(costs: PromptCosts) -> FrameCosts:
-    """Tokens around a frame for every number of digits that its number and its time may have."""
-    return FrameCosts(
-        tuple(
-            tuple(costs.frame_tokens(10 ** max(digits, 1) - 1, None if whole == 0 else 10.0**whole - 0.01, 0) for whole in range(8))
-            for digits in range(8)
-        )
-    )
 
 
 class Measurer:
@@ -41,13 +32,13 @@ class Measurer:
         self.limits = media_limits(limits)
         self.verify = verify
         self._image = lru_cache(maxsize=4096)(self._image_at)
-        self._video: Callable[[str], VideoInfo] = lru_cache(maxsize=256)(self._video_at)
+        self._probe: Callable[[str], VideoInfo] = lru_cache(maxsize=256)(self._probe_at)
 
     def measure(self, sample: Sample) -> dict[str, Any]:
-        """The facts of one sample but for where its row stands; raises RowError with a reason to count by."""
+        """The facts of one sample except where its row stands; raises RowError with a reason to count by."""
         if not any(message["role"] == "assistant" and message["content"] for message in sample.messages):
             raise RowError("no-labels", "every assistant turn is empty: all labels are masked")
-        timed = [not video.is_document for video in sample.videos]
+        timed = [video.timed for video in sample.videos]
         try:
             text = self.costs.fixed_tokens(sample.messages, len(sample.images), len(sample.videos), timed=timed)
         except PromptError as error:
@@ -62,8 +53,9 @@ class Measurer:
             "image_width": [width for width, _ in sizes],
             "image_height": [height for _, height in sizes],
         }
-        for name in ("frames", "seconds", "end", "start", "stop", "width", "height", "times"):
-            facts[f"video_{name}"] = [video[name] for video in videos]
+        for name in ("frames", "seconds", "last_time", "start", "end", "width", "height"):
+            facts[f"video_{name}"] = [getattr(video, name) for video in videos]
+        facts["video_times"] = [video.times.to_list() if video.times is not None else [] for video in videos]
         return facts
 
     def image(self, ref: Any) -> tuple[int, int]:
@@ -74,71 +66,39 @@ class Measurer:
     def _image_at(self, key: Any) -> tuple[int, int]:
         ref = key if isinstance(key, str) else {"lmdb_file": key[0], "lmdb_key": key[1]}
         try:
-            width, height = image_size(ref)
-            self.limits.check_size(width, height, str(key))
+            size = measure_image(ref, self.limits)
             check_image(ref, self.verify, self.limits)
         except (MediaError, OSError) as error:
-            raise RowError("media-missing" if not _exists(ref) else "bad-image", str(error)) from error
-        return width, height
+            raise RowError(_missing_or("bad-image", ref), str(error)) from error
+        return size
 
-    def video(self, video: VideoRef) -> dict[str, Any]:
+    def video(self, video: VideoRef) -> VideoFacts:
         """Facts of a video, a clip or a document."""
-        if video.pages:
-            sizes = [self.image(page) for page in video.pages]
-            return _document(len(sizes), *sizes[0])
-        if video.is_document:
-            return _document(*self._pdf(video.path))
-        assert video.path is not None
-        info = self._video(video.path)
-        if info.times is None:
-            raise RowError("bad-video", f"{video.path}: the times of its frames can't be known")
-        times = info.times.times()
+        for page in video.frames:
+            self.image(page)
         try:
-            first, stop = clip_range(times, video.start, video.end)
-        except ValueError as error:
-            raise RowError("bad-clip", f"{video.path}: {error}") from error
-        last_end = float(times[0]) + (info.duration or 0.0)
-        begin = float(times[first]) if video.start is None else video.start
-        finish = last_end if video.end is None else min(video.end, last_end)
-        return {
-            "frames": stop - first,
-            "seconds": max(finish - begin, 0.0),
-            "end": max(float(times[stop - 1]) - (video.start or 0.0), 0.0),
-            "start": video.start,
-            "stop": video.end,
-            "width": info.width,
-            "height": info.height,
-            "times": info.times.to_list(),
-        }
+            info = self._probe(video.path) if video.path is not None and not video.is_pdf else None
+            return measure_video(video, self.limits, info=info)
+        except ClipError as error:
+            raise RowError("bad-clip", str(error)) from error
+        except MediaError as error:
+            kind = "bad-document" if video.is_document else "bad-video"
+            raise RowError(_missing_or(kind, video.path), str(error)) from error
 
-    def _pdf(self, path: str | None) -> tuple[int, int, int]:
-        assert path is not None
-        try:
-            self.limits.check_bytes(os.stat(path).st_size, path)
-            pages, width, height = pdf_size(path)
-            self.limits.check_frames(pages, path)
-        except (MediaError, OSError) as error:
-            raise RowError("media-missing" if not _exists(path) else "bad-document", str(error)) from error
-        return pages, width, height
-
-    def _video_at(self, path: str) -> VideoInfo:
+    def _probe_at(self, path: str) -> VideoInfo:
         try:
             info = probe(path, limits=self.limits)
             self.limits.check_size(info.width, info.height, path)
             if self.verify == "decode" and info.times is not None:
                 read_frames(path, info.times.times()[-1:], None)
-        except (MediaError, OSError) as error:
-            raise RowError("media-missing" if not _exists(path) else "bad-video", str(error)) from error
+        except OSError as error:
+            raise MediaError(str(error)) from error
         return info
 
 
-def _document(pages: int, width: int, height: int) -> dict[str, Any]:
-    nothing = {"seconds": None, "end": None, "start": None, "stop": None, "times": []}
-    return {"frames": pages, "width": width, "height": height, **nothing}
-
-
-def _exists(ref: Any) -> bool:
+def _missing_or(reason: str, ref: Any) -> str:
+    """`media-missing` when there is nothing at `ref`, else `reason`."""
     try:
-        return exists(ref)
+        return reason if exists(ref) else "media-missing"
     except MediaError:
-        return False
+        return "media-missing"

@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle_model.prompt import VideoSpan, encode, render, to_text
-from eagle_model.prompt_costs import PromptCosts
+from eagle_model.prompt.costs import FrameCosts, PromptCosts
 from eagle_train.config import Config, Source
+from eagle_train.errors import BAD_DATA, TrainError
 
 from .annotation import AnnotationIndex, index_annotation
 from .atomic import read_json, replacing
-from .facts import FACTS_VERSION, Facts, FrameCosts, assemble, root_of
+from .facts import FACTS_VERSION, Facts, join_sources, root_of
 from .ledger import Entry, Ledger, read_entries, top_reasons
-from .measure import Measurer, frame_costs
+from .measure import Measurer
 from .parts import Counts, Work, counts_of, has_media_reasons, ledger_of, run_shard
 from .recipe import Recipe, recipe_of
 
@@ -43,8 +44,10 @@ POOL_PAYS_AFTER = 5.0
 _CHECK_AFTER = 1000
 
 
-class PrepareError(ValueError):
+class PrepareError(TrainError, ValueError):
     """Preparation stopped: too many bad rows, sources that can't be read, or facts that don't exist yet."""
+
+    exit_code = BAD_DATA
 
 
 class Progress(NamedTuple):
@@ -111,7 +114,7 @@ def prepare(
         raise RuntimeError(
             f"{good} good + {bad} bad rows + {blank} empty lines are not the {lines} lines that were read; please report this"
         )
-    costs = frame_costs(PromptCosts(tokenizer))
+    costs = PromptCosts(tokenizer).frame_costs
     for plan in plans:
         plan.finish(costs)
     reasons: dict[str, int] = {}
@@ -380,7 +383,7 @@ def _entries(plans: list[_SourcePlan], where: str) -> Iterator[Entry]:
 def _assemble(config: Config, recipe: Recipe, plans: list[_SourcePlan]) -> Facts:
     content = [(plan.key, read_json(plan.folder / "done.json")["unused"]) for plan in plans]
     key = hashlib.blake2b(repr(content).encode(), digest_size=10).hexdigest()
-    return assemble(config, recipe.sources, {plan.name: plan.folder for plan in plans}, key)
+    return join_sources(config, recipe.sources, {plan.name: plan.folder for plan in plans}, key)
 
 
 def _length_notes(recipe: Recipe, plans: list[_SourcePlan]) -> Iterator[str]:

@@ -72,12 +72,9 @@ def parse_recipe(content: Mapping[str, Any], *, base: Path, origin: str) -> Reci
         if entry.get("root") == "":
             del entry["root"]
         try:
-            source = Source.model_validate(entry)
+            source = Source.model_validate(entry, context={"resolve": lambda path: resolve(path, base)})
         except ValidationError as error:
             raise ConfigError(describe_errors(error, Source, where)) from None
-        vars(source)["annotation"] = resolve(source.annotation, base)
-        if source.root is not None:
-            vars(source)["root"] = resolve(source.root, base)
         sources[str(name)] = source
     return Recipe(sources, lengths, tuple(notes))
 

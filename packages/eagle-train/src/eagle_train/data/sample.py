@@ -11,8 +11,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
+
+from eagle_model.visual import VideoRef
+from eagle_train.errors import TrainError
 
 ImageRef = str | dict[str, str]
 """An absolute path, or `{"lmdb_file": absolute path, "lmdb_key": key}`: what `eagle_sampling.open_image` takes."""
@@ -33,7 +36,7 @@ _LONGEST_PATH = 4096
 """Characters; Linux takes no longer path. What is longer is a picture in base64 that stands in a path's place."""
 
 
-class RowError(ValueError):
+class RowError(TrainError, ValueError):
     """A row that can't be used: `reason` is a short fixed name to count by, `detail` says what exactly."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -46,20 +49,6 @@ class RowError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class VideoRef:
-    """A video file (`path`, with `start`/`end` in seconds when it is a clip), or a document: page images, or a PDF (`path`)."""
-
-    path: str | None = None
-    start: float | None = None
-    end: float | None = None
-    pages: tuple[ImageRef, ...] = ()
-
-    @property
-    def is_document(self) -> bool:
-        return bool(self.pages) or (self.path is not None and self.path.lower().endswith(".pdf"))
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """One conversation: `messages` (role, content with `<image-N>`/`<video-N>`), its media in order, and where it came from."""
 
@@ -68,6 +57,27 @@ class Sample:
     videos: tuple[VideoRef, ...]
     source: str
     line: int
+
+
+class Address(NamedTuple):
+    """Where a row stands, so that a process reads it without the facts: `size` bytes at `offset` of the file `annotation`.
+
+    line: 1-based. root: folder that relative media paths start from. system: system message of rows that have none.
+    """
+
+    source: str
+    line: int
+    annotation: str
+    offset: int
+    size: int
+    root: str
+    system: str | None
+
+
+def load_sample(address: Address) -> Sample:
+    """Read and normalise the row; raises RowError or OSError when the file changed since prepare."""
+    row = read_row(address.annotation, address.offset, address.size)
+    return normalise(row, address.source, root=address.root, line=address.line, system=address.system)
 
 
 def read_row(path: str | Path, offset: int, size: int) -> dict[str, Any]:
@@ -242,10 +252,10 @@ class _Media:
         if isinstance(item, list):
             if not item:
                 raise RowError("bad-media", "a document has no pages")
-            return VideoRef(pages=tuple(self.image(page) for page in item))
+            return VideoRef(frames=tuple(self.image(page) for page in item))
         if _is_pdf(item):
             return VideoRef(self.path(item, "document"))
-        return VideoRef(pages=(self.image(item),))
+        return VideoRef(frames=(self.image(item),))
 
 
 def _is_document(item: Any) -> bool:

@@ -14,15 +14,25 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from eagle_train.config import Config, SamplingConfig, StageConfig, TilingConfig
+from eagle_model.visual import SamplePlan, VisualPlans, VisualSpec, drop_detail
+from eagle_train.config import Config, StageConfig
 from eagle_train.data.facts import Facts, FactsSource
 from eagle_train.data.ledger import Entry
+from eagle_train.data.sample import Address
 
 from .packing import Packs, pack, sample_costs, shuffled
-from .visual import ModelFacts, SamplePlan, VisualColumns, drop_detail, plan_visual, sample_plan
+from .visual import plan_visual, sample_plan
+
+
+class Planned(NamedTuple):
+    """A sample of a pack: where its row stands, and what its media get."""
+
+    address: Address
+    plan: SamplePlan
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,8 @@ class StagePlan:
     stage: StageConfig
     epoch: int
     facts: Facts
-    model: ModelFacts
-    sampling: SamplingConfig
-    tiling: TilingConfig
-    visual: VisualColumns
+    spec: VisualSpec
+    visual: VisualPlans
     pack_offsets: np.ndarray
     pack_rows: np.ndarray
     drop_rows: np.ndarray
@@ -96,20 +104,18 @@ class StagePlan:
             raise IndexError(f"step {step} is not in 0 ... {self.steps - 1} of epoch {self.epoch}")
         return range(step * per_step + rank, (step + 1) * per_step, ranks)
 
-    def sample(self, row: int) -> SamplePlan:
-        """Grids and frames of one row."""
-        return sample_plan(self.facts, self.visual, row, self.model, sampling=self.sampling, tiling=self.tiling)
-
-    def samples(self, pack: int) -> list[SamplePlan]:
-        """The plans of all samples of a pack, in order (none, where an epoch ran out of samples for its last step)."""
-        return [self.sample(int(row)) for row in self.rows_of(pack)]
+    def samples(self, pack: int) -> list[Planned]:
+        """All samples of a pack, in order (none, where an epoch ran out of samples for its last step)."""
+        return [
+            Planned(self.facts.address(row), sample_plan(self.facts, self.visual, row, self.spec)) for row in self.rows_of(pack).tolist()
+        ]
 
     def drops(self) -> Iterator[Entry]:
         """Ledger entries of the rows that this stage could not fit."""
         lines = self.facts.column("line")
         for row in self.drop_rows.tolist():
             reason = self.visual.reasons[self.visual.status[row]]
-            detail = drop_detail(self.visual, row)
+            detail = f"{drop_detail(self.visual, row)}; raise the stage's max_tokens, or shorten the row"
             yield Entry(self.facts.source_of(row).name, int(lines[row]), reason, detail, f"stage {self.stage.name}")
 
     def summary(self) -> PlanSummary:
@@ -148,13 +154,11 @@ class StagePlan:
 def plan_stage(
     facts: Facts,
     stage: StageConfig,
-    model: ModelFacts,
+    spec: VisualSpec,
     *,
-    sampling: SamplingConfig,
-    tiling: TilingConfig,
     seed: int = 0,
     epoch: int = 0,
-    visual: VisualColumns | None = None,
+    visual: VisualPlans | None = None,
 ) -> StagePlan:
     """Plan one epoch of a stage.
 
@@ -162,7 +166,7 @@ def plan_stage(
     An epoch that drew only rows that don't fit, by chance, has no steps. Raises ValueError when no epoch draws a row that fits the stage.
     """
     if visual is None:
-        visual = plan_visual(facts, stage.max_tokens, model, sampling=sampling, tiling=tiling)
+        visual = plan_visual(facts, stage.max_tokens, spec)
     drawn = draw_rows(facts, stage, seed, epoch)
     fits = visual.status[drawn] == 0
     rows, dropped = drawn[fits], np.unique(drawn[~fits])
@@ -173,10 +177,10 @@ def plan_stage(
     lengths = visual.tokens[rows]
     packs = whole_steps(packs, lengths, stage.packs_per_step)
     packs = order_steps(packs, lengths, stage.packs_per_step, mixed)
-    return StagePlan(stage, epoch, facts, model, sampling, tiling, visual, packs.offsets, rows[packs.items], dropped)
+    return StagePlan(stage, epoch, facts, spec, visual, packs.offsets, rows[packs.items], dropped)
 
 
-def nothing_to_train(facts: Facts, stage: StageConfig, visual: VisualColumns, seed: int) -> ValueError:
+def nothing_to_train(facts: Facts, stage: StageConfig, visual: VisualPlans, seed: int) -> ValueError:
     """The error of a stage without a step."""
     drawable = np.unique(drawable_rows(facts, stage, seed))
     return ValueError(
@@ -260,10 +264,10 @@ class StageSchedule:
     Threads may share it (the loader's asks ahead of the trainer's): one plans, and the others wait for it.
     """
 
-    def __init__(self, facts: Facts, config: Config, stage: StageConfig, model: ModelFacts) -> None:
+    def __init__(self, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec) -> None:
         self.stage = stage
-        self.facts, self._config, self._model = facts, config, model
-        self.visual = plan_visual(facts, stage.max_tokens, model, sampling=config.sampling, tiling=config.tiling)
+        self.facts, self.spec, self._seed = facts, spec, config.run.seed
+        self.visual = plan_visual(facts, stage.max_tokens, spec)
         self._lock = threading.RLock()  # of the two below
         self._plans: dict[int, StagePlan] = {}
         self._ends: list[int] = []  # steps until the end of epoch e
@@ -276,22 +280,19 @@ class StageSchedule:
             if epochs > whole and (last := self.plan(whole).steps):
                 self.steps += max(1, round((epochs - whole) * last))
         if not self.steps:
-            raise nothing_to_train(facts, stage, self.visual, config.run.seed)
+            raise nothing_to_train(facts, stage, self.visual, self._seed)
 
     def plan(self, epoch: int) -> StagePlan:
         """The plan of one epoch."""
         with self._lock:
             if epoch not in self._plans:
-                config = self._config
                 while len(self._plans) > 1:
                     del self._plans[next(iter(self._plans))]
                 self._plans[epoch] = plan_stage(
                     self.facts,
                     self.stage,
-                    self._model,
-                    sampling=config.sampling,
-                    tiling=config.tiling,
-                    seed=config.run.seed,
+                    self.spec,
+                    seed=self._seed,
                     epoch=epoch,
                     visual=self.visual,
                 )

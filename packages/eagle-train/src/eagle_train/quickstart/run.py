@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eagle_train.config import load_config
-from eagle_train.training.evaluate import Answer, Evaluation
-from eagle_train.training.folder import remove_run
-from eagle_train.training.parallel import device_kind, start_world
-from eagle_train.training.run import ask, export, get_ready, train, write_answers
-from eagle_train.watching.metrics import Metrics
+from eagle_train.distributed.world import device_kind, start_world
+from eagle_train.evaluation.metrics import Answer, Evaluation
+from eagle_train.runs.export import export
+from eagle_train.runs.folder import remove_run
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
+from eagle_train.training.metrics import Metrics
+from eagle_train.training.stop import StopSignals, what_is_saved
 from eagle_train.watching.report import write_report
 
 from .build import Size, build, configuration, write_configuration
@@ -36,10 +39,13 @@ def run_quickstart(
     size: Size | None = None,
     device: str | None = None,
     tables: tuple[Callable[..., str], Callable[..., str]] | None = None,
+    stop: StopSignals | None = None,
 ) -> Evaluation:
     """The whole way from nothing; continues what an earlier call began. Returns the answers to all held-out questions.
 
-    fresh: remove the run that an earlier call made, first. device: cpu or cuda; None takes a GPU when there is one.
+    fresh: remove the run that an earlier call made, first. device: cpu or cuda; None takes a GPU when there is one. stop: signals that
+    are handled (default: none). Raises
+    EvaluationError when the model is trained and an evaluation failed.
     """
     begin = time.monotonic()
     size, device = size or Size(), device_kind(device)
@@ -57,6 +63,9 @@ def run_quickstart(
     if fresh or not path.is_file():
         write_configuration(path, configuration(data, size))
     config = load_config(path, overrides)
+    if stop is not None:
+        signals = stop
+        stop.describe = lambda: what_is_saved(config.run.folder, config.stages[-1].name, began=signals.training)
     if fresh and config.run.folder.exists():
         remove_run(config.run.folder)
     world = start_world(config.parallel, device)
@@ -74,19 +83,19 @@ def run_quickstart(
                 f"{clock()} training {parameters:,} parameters from random weights, {trainer.total_steps} steps, on {world.device.type}"
             )
 
-        trainer = train(ready, world, on_record=printer.record, on_start=started)
-        printer.say(f"{clock()} trained; asking all held-out questions")
+        trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.say)
+        printer.say(f"{clock()} trained; evaluating all held-out questions")
         with printer.counting("questions") as counted:
-            result = ask(ready, trainer.model, world, progress=counted)
-        if world.is_main:
+            result = trained.final_evaluation(progress=counted)
+        if world.is_main and result is not None:
             run = config.run.folder
-            write_answers(result, run)
+            result.write(run / "answers.jsonl")
             scores = {name: score._asdict() for name, score in result.by_source().items()}
             Metrics(run / "metrics.jsonl").replace(
                 {
                     "kind": "final",
                     "stage": "final",
-                    "total_step": trainer.total_steps,
+                    "total_step": trained.trainer.total_steps,
                     "scores": scores,
                     "accuracy": result.score().accuracy,
                 }
@@ -96,10 +105,12 @@ def run_quickstart(
             by_question = sorted({answer.question for answer in result.answers if "video" in answer.source})
             for question in by_question:
                 score = result.score(lambda answer, question=question: answer.question == question)
-                printer.say(f"  video, {question!r}: {score.accuracy:.3f} of {score.questions} right, {score.blind:.3f} without looking")
+                printer.say(f"  video, {question!r}: {score.accuracy:.3f} of {score.questions} right, {score.text_only:.3f} text-only")
             plot = write_report(run)
             export(config, run / "model", dtype="float32")
             printer.say(farewell(run, plot, data, result, clock()))
+        trained.check_evaluations()
+        assert result is not None
         return result
     finally:
         world.close()

@@ -14,20 +14,15 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from eagle_train.errors import TrainError
 
-from .parallel import World
+if TYPE_CHECKING:  # torch is imported where weights are written or read: what is saved can be said without it
+    import torch
+    from torch import nn
+
+    from eagle_train.distributed.world import World
 
 _WRITING = ".writing-"
 
@@ -48,12 +43,14 @@ class Progress:
     data: dict[str, str] = field(default_factory=dict)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(TrainError, ValueError):
     """A checkpoint that can't be read or does not fit the run."""
 
 
 def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World) -> Path:
     """Write a checkpoint under `folder`; every rank calls it. Returns its path, which exists only once everything in it is durable."""
+    import torch.distributed.checkpoint as dcp
+
     name = f"{progress.stage_name}-end" if progress.done else f"{progress.stage_name}-{progress.step:08d}"
     temporary, final = folder / f"{_WRITING}{name}", folder / name
     if world.is_main:
@@ -79,6 +76,9 @@ def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.o
 
 def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World) -> Progress:
     """Load weights (and the optimizer's state, when given and there) from a checkpoint; every rank calls it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
     progress = read_progress(path)
     with_optimizer = optimizer if not progress.done else None
     state = _state(model, with_optimizer)
@@ -103,6 +103,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
     options = StateDictOptions()
     state: dict[str, Any] = {"model": get_model_state_dict(model, options=options)}
     if optimizer is not None:

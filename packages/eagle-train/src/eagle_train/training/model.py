@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from eagle_model.prompt import IMG_CONTEXT
 from eagle_train.config import Config, ConfigError
 from eagle_train.config.load import nearest
-from eagle_train.planning.visual import ModelFacts
+from eagle_train.distributed.precision import auto_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,26 @@ def tokenizer_folder(config: Config) -> Path:
             "name that of a Hugging Face tokenizer: one beside a checkpoint, or one that eagle_model.tokenizer trained"
         )
     return Path(folder)
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Raises ConfigError unless `folder` holds an Eagle model, from its config.json alone: nothing is allocated for another model."""
+    from eagle_model.configuration import MODEL_TYPE
+
+    folder = Path(folder)
+    path = folder / "config.json"
+    wanted = "give the folder of a run of eagle train (it has a config.yaml), or of an exported or released Eagle 2.5 model"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; {wanted}. A model of the Hugging Face hub is downloaded first: hf download NAME")
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no model: it has neither config.yaml nor config.json; {wanted}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: can't be read as JSON ({error}); {wanted}") from error
+    found = content.get("model_type") if isinstance(content, dict) else None
+    if found != MODEL_TYPE:
+        raise ConfigError(f"{path}: model_type is {found!r}, and only {MODEL_TYPE!r} can be loaded; {wanted}")
 
 
 def load_run_tokenizer(config: Config) -> Any:
@@ -95,6 +116,7 @@ def _with_overrides(config: Config, tokenizer: Any) -> EagleConfig:
 
     if config.model.path is None:
         return preset(config.model.preset or "tiny", tokenizer=tokenizer, **config.model.overrides)
+    check_model_folder(config.model.path)
     result = EagleConfig.from_pretrained(config.model.path)
     if config.model.overrides:
         result = EagleConfig(**_merged(result.to_dict(), config.model.overrides))
@@ -119,10 +141,11 @@ def attention_backend(config: Config, described: Any, device: torch.device) -> s
     import torch
 
     from eagle_cp.backends import choose
-    from eagle_model.rope import head_dim
+    from eagle_model.language.spec import head_dim
 
     try:
-        choose(device, getattr(torch, config.parallel.dtype), head_dim(described.text_config), backend=config.model.attention)
+        dtype = auto_dtype(device.type) if config.parallel.dtype == "auto" else config.parallel.dtype
+        choose(device, getattr(torch, dtype), head_dim(described.text_config), backend=config.model.attention)
     except ValueError as error:
         raise ConfigError(f"model.{error}; model.attention: auto takes the fastest one that can") from error
     return config.model.attention
@@ -136,11 +159,6 @@ def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
         else:
             result[key] = copy.deepcopy(value)
     return result
-
-
-def model_facts(model: Any) -> ModelFacts:
-    """What planning must know of an EagleConfig."""
-    return ModelFacts(model.tile_size, model.tokens_per_tile)
 
 
 def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> EagleForConditionalGeneration:

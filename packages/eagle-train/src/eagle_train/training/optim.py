@@ -10,22 +10,20 @@ from torch import nn
 
 from eagle_train.config import StageConfig
 
-PREFIXES = {"vision": "vision_model.", "connector": "mlp1.", "language": "language_model."}
-
-
-def part_of(name: str) -> str:
-    """The part (vision, connector, language) that a parameter belongs to, by its name."""
-    for part, prefix in PREFIXES.items():
-        if name.startswith(prefix):
-            return part
-    raise ValueError(f"parameter {name} belongs to no part of the model; parts start with {', '.join(PREFIXES.values())}")
-
 
 def set_trainable(model: nn.Module, parts: Sequence[str]) -> int:
-    """Let just `parts` learn; returns the number of elements (of this rank) that do."""
+    """Let the parts named learn and freeze the others; returns the number of elements (of this rank) that learn.
+
+    Raises ValueError for a parameter that belongs to no part of the model.
+    """
+    owners = {id(parameter): name for name, part in model.parts().items() for parameter in part.parameters()}  # type: ignore[operator]
     count = 0
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in parts)
+        if id(parameter) not in owners:
+            raise ValueError(
+                f"parameter {name} belongs to none of the model's parts, which are {', '.join(dict.fromkeys(owners.values()))}"
+            )
+        parameter.requires_grad_(owners[id(parameter)] in parts)
         count += parameter.numel() if parameter.requires_grad else 0
     return count
 
@@ -38,6 +36,17 @@ def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
             (decayed if parameter.ndim > 1 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=stage.lr, betas=stage.betas, eps=stage.eps, fused=True)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, stage: StageConfig) -> float:
+    """Set every group's learning rate for optimizer step `step` of `steps`; returns that of the stage.
+
+    A group's `lr_scale` (default: 1) multiplies it, so that parts can learn at rates of their own.
+    """
+    lr = learning_rate(step, steps, stage)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
 
 
 def learning_rate(step: int, steps: int, stage: StageConfig) -> float:

@@ -8,48 +8,57 @@ Everything is a function of (configuration, facts, step): a run that is killed a
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from eagle_cp import Layout
 from eagle_kernels import OffloadEngine
-from eagle_sampling import Limits
+from eagle_model.batch import PackedBatch
+from eagle_model.prompt import CachedEncoder
 from eagle_train.config import Config
-from eagle_train.data.encoding import CachedEncoder
-from eagle_train.data.facts import Facts
 from eagle_train.data.ledger import Entry, Ledger
+from eagle_train.data.measure import media_limits
+from eagle_train.distributed.agreement import Totals, agree
+from eagle_train.distributed.sharding import is_sharded, shard_model
+from eagle_train.distributed.world import RankError, World
+from eagle_train.errors import EvaluationError, TrainError, describe
+from eagle_train.loading.loader import Loader, Reading, read
+from eagle_train.loading.pack import LoadedPack, Share
+from eagle_train.loading.tasks import Tasks
+from eagle_train.planning.identity import check_same, identify
 from eagle_train.planning.stages import StageSchedule
-from eagle_train.watching.metrics import Metrics
 
 from . import checkpoint
 from .activations import activation_mode, make_engine
-from .batch import Batch, Planned, Share, address_of
-from .identity import check_same, identify
-from .loader import Loader, Reading, Task, read
-from .model import attention_backend, build_model, model_facts, tokenizer_folder
-from .optim import learning_rate, make_optimizer, set_trainable
-from .parallel import World, is_sharded, shard_model
-from .sharing import agree, shares
+from .heartbeat import Heartbeat
+from .metrics import Metrics
+from .model import attention_backend, build_model, tokenizer_folder
+from .optim import make_optimizer, set_learning_rates, set_trainable
+from .stop import Interrupted, StopSignals, what_is_saved
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-class TrainingError(RuntimeError):
+
+class TrainingError(TrainError, RuntimeError):
     """The run can't go on: the message says at which step, which samples were in it, and what to try."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Pending:
-    """A step whose numbers may still be on their way from the device."""
+    """A step whose loss and gradient norm may still be on their way from the device."""
 
     record: dict[str, Any]
     loss: Tensor
@@ -60,36 +69,46 @@ class _Pending:
 class Trainer:
     """A run from its configuration: `train()` goes through all stages, from the newest checkpoint if there is one.
 
-    on_record: called on the main rank with every metrics record. on_evaluate: called on every rank with (model, stage name) when an
-    evaluation is due; what it returns is written as an "eval" record.
+    on_record: called on the main rank with every metrics record. on_evaluate: called on every rank with (model, steps of the run) when
+    an evaluation is due; what it returns is written as an "eval" record. When it fails on any rank, an "eval_failed" record is written,
+    `failed_evaluations` gets an entry on every rank, and training continues. stop: signals that are handled (default: none). on_slow:
+    called on the main rank with a line about a step that takes longer than a minute (default: it is logged).
     """
 
     def __init__(
         self,
         config: Config,
-        facts: Facts,
+        schedules: Sequence[StageSchedule],
         tokenizer: Any,
         world: World,
         *,
         on_record: Callable[[dict[str, Any]], None] | None = None,
-        on_evaluate: Callable[[nn.Module, str], dict[str, Any] | None] | None = None,
+        on_evaluate: Callable[[nn.Module, int], dict[str, Any]] | None = None,
+        stop: StopSignals | None = None,
+        on_slow: Callable[[str], None] | None = None,
     ) -> None:
-        self.config, self.facts, self.tokenizer, self.world = config, facts, tokenizer, world
+        self.config, self.tokenizer, self.world = config, tokenizer, world
+        #: The plan of every stage, made before the model.
+        self.schedules = list(schedules)
+        self.total_steps = sum(schedule.steps for schedule in self.schedules)
+        self.tasks = Tasks(self.schedules, world.data_rank, world.data)
+        self._data = identify(config, tokenizer, self.schedules)
         self.on_record, self.on_evaluate = on_record, on_evaluate
+        self.stop = stop or StopSignals()
+        self.beat = Heartbeat(on_slow or logger.info)
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
         #: Host memory of `model.activations: offload`, made once and used by every model of the run.
         self.engine: OffloadEngine | None = None
         self.model: nn.Module = self._new_model()
-        self.described: Any = self.model.config
-        self.schedules = [StageSchedule(facts, config, stage, model_facts(self.described)) for stage in config.stages]
-        self.total_steps = sum(schedule.steps for schedule in self.schedules)
-        self._data = identify(config, facts, tokenizer, self.schedules)
+        #: One sentence for every evaluation that failed.
+        self.failed_evaluations: list[str] = []
         self._pending: _Pending | None = None
-        self._waiting: dict[str, Any] | None = None
         self._pace: float | None = None
         self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0}
+        #: Stage and step of the newest checkpoint, and when it was written.
+        self._saved, self._saved_at = (0, 0), time.monotonic()
 
     @property
     def missing(self) -> int:
@@ -104,11 +123,30 @@ class Trainer:
         """Train what is left of the run.
 
         Raises ConfigError when the data changed since the checkpoint, TrainingError for a loss that is not finite, CheckpointError,
-        LoaderError.
+        LoaderError, and Interrupted on every rank when a signal asked one of them to stop; by then a checkpoint is written.
         """
+        try:
+            with self.stop.deferred(), self.beat if self.world.is_main else nullcontext():
+                self._train()
+                self.check_stop()
+        except Interrupted as stop:
+            raise Interrupted(stop.signum, f"stopped; {self.what_is_saved()}") from None
+
+    def what_is_saved(self) -> str:
+        """What a command that trains this run continues from."""
+        return what_is_saved(self.folder, self.config.stages[-1].name, began=self.stop.training)
+
+    def check_stop(self) -> None:
+        """Raises Interrupted on every rank when a signal asked one of them to stop; a collective of all ranks, for use between steps."""
+        signum = max(self.world.gather(self.stop.requested))
+        if signum:
+            raise Interrupted(signum)
+
+    def _train(self) -> None:
         stage, step, resumed = self._resume()
+        self._saved = stage, step
         with Loader(
-            self._tasks(stage, step),
+            self.tasks.from_step(stage, step),
             self._reading(),
             workers=self.config.loader.workers,
             prefetch=self.config.loader.prefetch,
@@ -158,30 +196,63 @@ class Trainer:
         done_before = sum(schedule.steps for schedule in self.schedules[:number])
         begin, waited = time.monotonic(), loader.waited
         for step in range(first, schedule.steps):
-            record = self._step(number, step, optimizer, loader)
+            if self.stop.requested and self.world.size == 1:  # without waiting for the next packs
+                self._save_and_stop(number, step, optimizer, self.stop.requested)
+            self.beat.begin(f"step {step + 1} of stage {stage.name}")
+            packs, totals = self._read(number, step, loader)
+            if totals.interrupts or totals.terminations:
+                self._save_and_stop(number, step, optimizer, signal.SIGTERM if totals.terminations else signal.SIGINT)
+            pending = self._step(number, step, optimizer, packs, totals)
+            self.stop.training = True
             now = time.monotonic()
             elapsed = max(now - begin, 1e-9)
-            record |= {
+            speed = {
                 "seconds": elapsed,
-                "tokens_per_second": record["tokens"] / elapsed,
-                "tiles_per_second": record["tiles"] / elapsed,
+                "tokens_per_second": totals.tokens / elapsed,
+                "tiles_per_second": totals.tiles / elapsed,
                 "data_wait": (loader.waited - waited) / elapsed,
                 "total_step": done_before + step + 1,
             }
             begin, waited = now, loader.waited
-            self._publish(record, step + 1 == schedule.steps)
+            self._pending = replace(pending, record=pending.record | speed)
             over = step + 1 == schedule.steps
-            if over or (step + 1) % self.config.checkpoint.every == 0:
-                self._flush()
-                seen = dict(self._seen)
-                progress = checkpoint.Progress(number, stage.name, step + 1, done_before + step + 1, over, seen, self._data)
-                checkpoint.write(self.checkpoints, progress, self.model, None if over else optimizer, self.world)
-                if self.world.is_main:
-                    checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
+            if over:
+                self._settle()
+            if over or totals.saves or (step + 1) % self.config.checkpoint.every == 0:
+                self._save(number, step + 1, optimizer)
             if self._evaluation_is_due(step + 1, over):
-                self._flush()
-                self._evaluate(stage.name, done_before + step + 1)
+                self._settle()
+                try:
+                    self._evaluate(stage.name, done_before + step + 1)
+                except Interrupted as stop:  # the same command makes up for it
+                    self._save_and_stop(number, step + 1, optimizer, stop.signum)
                 begin = time.monotonic()
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------------------
+
+    def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint after `step` steps of a stage, and apply the keep rule."""
+        self.beat.at("writing of a checkpoint")
+        self._settle()
+        schedules, name = self.schedules, self.config.stages[number].name
+        over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
+        progress = checkpoint.Progress(number, name, step, total, over, dict(self._seen), self._data)
+        checkpoint.write(self.checkpoints, progress, self.model, None if over else optimizer, self.world)
+        if self.world.is_main:
+            checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
+        self._saved, self._saved_at = (number, step), time.monotonic()
+
+    def _save_is_due(self) -> bool:
+        """Whether `checkpoint.minutes` have passed, by the main rank's clock."""
+        minutes = self.config.checkpoint.minutes
+        return self.world.is_main and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+
+    def _save_and_stop(self, number: int, step: int, optimizer: torch.optim.Optimizer, signum: int) -> NoReturn:
+        """Raises Interrupted, with a checkpoint after `step` steps of a stage; every rank calls it at the same step."""
+        self._settle()
+        if step and self._saved != (number, step):
+            self._save(number, step, optimizer)
+        raise Interrupted(signum)
 
     # ---- evaluations -------------------------------------------------------------------------------------------------------------
 
@@ -194,43 +265,87 @@ class Trainer:
         """Whether the run ended between a checkpoint and the evaluation that follows it; the same on every rank."""
         lost = False
         if self.world.is_main and self._evaluation_is_due(progress.step, progress.done):
-            lost = not any(record["kind"] == "eval" and record["total_step"] == progress.total_steps for record in self.metrics)
+            made = ("eval", "eval_failed")
+            lost = not any(record["kind"] in made and record["total_step"] == progress.total_steps for record in self.metrics)
         return self.world.gather(lost)[0]
 
     def _evaluate(self, stage: str, total_step: int) -> None:
-        assert self.on_evaluate is not None
-        self.model.eval()
-        result = self.on_evaluate(self.model, stage)
-        self.model.train()
+        on_evaluate = self.on_evaluate
+        assert on_evaluate is not None
+        self.beat.begin(f"evaluation after step {total_step}")
+        result = self.attempt(stage, total_step, lambda: on_evaluate(self.model, total_step))
         if result is not None and self.world.is_main:
             self._record({"kind": "eval", "stage": stage, "total_step": total_step} | result)
 
+    def attempt(self, stage: str, total_step: int, evaluate: Callable[[], T]) -> T | None:
+        """What `evaluate()` returns, or None on every rank when it fails on one of them: the failure is logged and recorded.
+
+        A collective of all ranks. Raises RankError when a rank fails in the middle of a collective, which nothing can continue.
+        """
+        failure, agreed, result = None, None, None
+        self.model.eval()
+        try:
+            result = evaluate()
+        except RankError as error:
+            self._evaluation_failed(stage, total_step, str(error), everywhere=False)
+            raise
+        except EvaluationError as error:  # the same on every rank
+            failure = agreed = str(error)
+        except Exception as error:
+            failure = describe(error)
+            logger.debug("evaluation failed", exc_info=True)
+        self.model.train()
+        failures = self.world.failures(failure)
+        if not failures:
+            return result
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):  # FSDP2 keeps a layer's parameters gathered when its forward raises
+                module.reshard()  # type: ignore[operator]
+        self._evaluation_failed(stage, total_step, agreed or "; ".join(failures))
+        return None
+
+    def _evaluation_failed(self, stage: str, total_step: int, error: str, *, everywhere: bool = True) -> None:
+        text = f"the evaluation of stage {stage} after step {total_step} failed: {error}"
+        self.failed_evaluations.append(text)
+        # The only rank that knows writes it: the evaluation isn't tried again by the same command.
+        if self.world.is_main or not everywhere:
+            logger.error("%s%s", text, "; training continues" if everywhere and total_step < self.total_steps else "")
+            self._record({"kind": "eval_failed", "stage": stage, "total_step": total_step, "error": error})
+
     # ---- one step ----------------------------------------------------------------------------------------------------------------
 
-    def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, loader: Loader) -> dict[str, Any]:
-        stage, schedule, world = self.config.stages[number], self.schedules[number], self.world
-        total_step = sum(schedule.steps for schedule in self.schedules[:number]) + step + 1
-        micro = stage.packs_per_step // world.data
-        batches: list[Batch] = []
+    def _read(self, number: int, step: int, loader: Loader) -> tuple[list[LoadedPack], Totals]:
+        """This rank's packs of a step, and the sums over all ranks."""
+        stage, requested = self.config.stages[number], self.stop.requested
+        micro = stage.packs_per_step // self.world.data
+        packs: list[LoadedPack] = []
         for place in range(micro):
+            self.beat.at(f"reading of pack {place + 1} of {micro}")
             item = loader.get()
             if item is None or item[0] != (number, step, place):
                 raise TrainingError(
                     f"stage {stage.name} step {step}: the loader gave {item and item[0]}, not pack {place}; please report this"
                 )
-            batches.append(item[1])
-        batches, totals = agree(batches, world, partial(self._read_again, number, step))
-        lr = learning_rate(step, schedule.steps, stage)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+            packs.append(item[1])
+        self.beat.at("the sums over all ranks")
+        requests = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due())
+        return agree(packs, self.world, partial(self._read_again, number, step), requests)
+
+    def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, packs: list[LoadedPack], totals: Totals) -> _Pending:
+        stage, schedule, world = self.config.stages[number], self.schedules[number], self.world
+        total_step = sum(schedule.steps for schedule in self.schedules[:number]) + step + 1
+        micro = len(packs)
+        lr = set_learning_rates(optimizer, step, schedule.steps, stage)
         denominator = torch.tensor(max(totals.label_weight, 1e-30), dtype=torch.float32).to(world.device, non_blocking=True)
         loss = torch.zeros((), device=world.device)
-        for place, batch in enumerate(batches):
+        for place, pack in enumerate(packs):
             if is_sharded(self.model):
                 self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
-            loss += self._forward_backward(batch, denominator)
+            self.beat.at(f"forward/backward of pack {place + 1} of {micro}")
+            loss += self._forward_backward(replace(pack.batch, denominator=denominator))
             if world.context.rank == 0:
-                self.ledger.extend(replace(entry, step=total_step) for entry in batch.failed)
+                self.ledger.extend(replace(entry, step=total_step) for entry in pack.failed)
+        self.beat.at("the optimizer")
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(learning, limit)
@@ -254,56 +369,41 @@ class Trainer:
             "seen_tokens": self._seen["tokens"],
             "seen_missing": self._seen["missing"],
         }
-        ids = [sample for batch in batches for sample in batch.sample_ids]
-        self._check()
-        self._pending = _Pending(record, loss, norm, ids)
-        return record
+        ids = [sample for pack in packs for sample in pack.sample_ids]
+        self._settle()
+        return _Pending(record, loss, norm, ids)
 
-    def _forward_backward(self, batch: Batch, denominator: Tensor) -> Tensor:
-        device = self.world.device
-        pin = device.type == "cuda"
-        fields, layout, num_kept = shares(batch, self.world, self.described)
-        moved = {name: (value.pin_memory() if pin else value).to(device, non_blocking=True) for name, value in fields.items()}
-        output = self.model(**moved, layout=layout, denominator=denominator, num_kept=num_kept)
+    def _forward_backward(self, batch: PackedBatch) -> Tensor:
+        """Loss of a pack (of this context parallel rank's part of it), with its gradients added."""
+        described: Any = self.model.config
+        text = described.text_config
+        if self.world.context.size == 1:
+            layout = Layout.single(batch.cu_seqlens)
+        else:
+            heads = {"num_heads": text.num_attention_heads, "num_kv_heads": text.num_key_value_heads}
+            layout = Layout.build(batch.cu_seqlens, self.world.context, **heads)
+        output = self.model(batch.shard(layout, described.tokens_per_tile).to(self.world.device), layout=layout)
         output.loss.backward()
         return output.loss.detach()
 
-    # ---- numbers -----------------------------------------------------------------------------------------------------------------
+    # ---- records -----------------------------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        """Look at the last step's loss and gradient norm; they have had a step's time to arrive."""
+    def _settle(self) -> None:
+        """Wait for the loss and gradient norm of the last step, which have had a step's time to arrive, and write its record."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         loss = self.world.sum(pending.loss.double().cpu() if self.world.size > 1 else pending.loss.double()).item()
-        norm = float(pending.norm)
-        pending.record |= {"loss": loss, "grad_norm": norm}
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        ids = sorted({f"{source}:{line}" for some in self.world.gather(pending.sample_ids) for source, line in some})
-        shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
-        raise TrainingError(
-            f"stage {pending.record['stage']} step {pending.record['step']}: loss {loss}, gradient norm {norm}. "
-            f"Samples of the step: {shown}. The last checkpoint is from before; lower stages.*.lr, or look at these rows with eagle show"
-        )
-
-    def _publish(self, record: dict[str, Any], last: bool) -> None:
-        """Records are written one step late, when their loss is there; the last one of a stage at once."""
-        waiting, self._waiting = self._waiting, record
-        if waiting is not None:
-            self._write_step(waiting)
-        if last:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._check()
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            self._write_step(waiting)
-
-    def _write_step(self, record: dict[str, Any]) -> None:
-        if self.world.is_main and (record["step"] % self.config.run.log_every == 0 or record["step"] == record["steps"]):
-            self._record(record | {"eta": self._left(record)})
+        norm, stage, step = float(pending.norm), pending.record["stage"], pending.record["step"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            ids = sorted({f"{source}:{line}" for some in self.world.gather(pending.sample_ids) for source, line in some})
+            shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+            raise TrainingError(
+                f"stage {stage} step {step}: loss {loss}, gradient norm {norm}. Samples of the step: {shown}. "
+                "The last checkpoint is from before; lower stages.*.lr, or look at these rows with eagle show"
+            )
+        if self.world.is_main and (step % self.config.run.log_every == 0 or step == pending.record["steps"]):
+            self._record(pending.record | {"loss": loss, "grad_norm": norm, "eta": self._left(pending.record)})
 
     def _left(self, record: dict[str, Any]) -> float:
         """Seconds to the end of the run: what is left in tokens of capacity, at the pace of the last steps."""
@@ -342,29 +442,9 @@ class Trainer:
         return shard_model(nn.Module.to(model, self.world.device), self.world, self.config.parallel)
 
     def _reading(self) -> Reading:
-        limits = self.config.data.limits
-        return Reading(
-            str(tokenizer_folder(self.config)),
-            model_facts(self.described),
-            self.config.tiling.thumbnail,
-            Limits(max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, max_frames=limits.max_frames),
-            Share(self.world.context.rank, self.world.context.size),
-        )
+        share = Share(self.world.context.rank, self.world.context.size)
+        return Reading(str(tokenizer_folder(self.config)), self.schedules[0].spec, media_limits(self.config.data.limits), share)
 
-    def _tasks(self, stage: int, step: int) -> Iterator[Task]:
-        """This rank's packs from a step on, through all stages."""
-        for number in range(stage, len(self.schedules)):
-            for current in range(step if number == stage else 0, self.schedules[number].steps):
-                yield from self._tasks_of(number, current)
-
-    def _tasks_of(self, number: int, step: int) -> Iterator[Task]:
-        """This rank's packs of one step."""
-        plan, place_in_epoch = self.schedules[number].locate(step)
-        for place, pack in enumerate(plan.packs_of(place_in_epoch, self.world.data_rank, self.world.data)):
-            planned = tuple(Planned(address_of(self.facts, sample.row), sample) for sample in plan.samples(pack))
-            yield Task((number, step, place), planned, self.config.stages[number].loss_weighting)
-
-    def _read_again(self, number: int, step: int, place: int, missing: dict[int, Entry]) -> Batch:
-        """A pack without some samples, here and now: rare, and the loader's processes are already ahead."""
-        task = next(itertools.islice(self._tasks_of(number, step), place, None))
-        return read(task, CachedEncoder(self.tokenizer), self._reading(), missing)
+    def _read_again(self, number: int, step: int, place: int, missing: dict[int, Entry]) -> LoadedPack:
+        """A pack without some samples, read in this process: rare, and the loader's processes are already ahead."""
+        return read(self.tasks.one(number, step, place), CachedEncoder(self.tokenizer), self._reading(), missing)

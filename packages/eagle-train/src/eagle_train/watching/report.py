@@ -1,4 +1,4 @@
-"""A run in one picture and a few lines: loss, accuracy beside the blind answer, and speed."""
+"""A run in one picture and a few lines: loss, accuracy next to the text-only baseline, and speed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import Metrics, duration
+from eagle_train.training.metrics import Metrics, duration
 
 
 def write_report(folder: str | Path) -> Path:
@@ -39,7 +39,7 @@ def summary(folder: str | Path) -> str:
         for source, score in record["scores"].items():
             lines.append(
                 f"{source}: {score['accuracy']:.3f} right of {score['questions']} questions at step {record['total_step']}, "
-                f"{score['blind']:.3f} without looking"
+                f"{score['text_only']:.3f} text-only"
             )
     logged = sum(record["seconds"] for record in steps)
     lines.append(f"{steps[-1]['seen_tokens']:,} tokens; {duration(logged)} in logged steps")
@@ -78,7 +78,7 @@ def _draw(records: list[dict[str, Any]], path: Path) -> None:
         colour = f"C{index + 2}"
         score_axes.plot([r["total_step"] for r in mine], [r["scores"][source]["accuracy"] for r in mine], "o-", color=colour, label=source)
         score_axes.axhline(
-            mine[-1]["scores"][source]["blind"], color=colour, linestyle="--", linewidth=0.8, label=f"{source}, without looking"
+            mine[-1]["scores"][source]["text_only"], color=colour, linestyle="--", linewidth=0.8, label=f"{source}, text-only"
         )
     score_axes.set_ylim(0, 1)
     score_axes.set_ylabel("share of right answers")

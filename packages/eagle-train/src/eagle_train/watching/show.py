@@ -7,7 +7,7 @@ small pictures. `to_html` (one self-contained file) and `to_terminal` (a rich re
 import base64
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -19,12 +19,11 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text as RichText
 
-from eagle_model.prompt import IGNORE_INDEX, Context, Segment, Special, VideoSpan, encode, render
-from eagle_sampling import Limits, MediaError, open_image, read_frames
-from eagle_tiling import Grid, load_rgb, tile_count, tile_image
-from eagle_train.data.documents import render_pages
-from eagle_train.data.sample import Sample, VideoRef
-from eagle_train.planning.visual import ModelFacts, SamplePlan, VideoPlan
+from eagle_model.prompt import IGNORE_INDEX, Segment, Special, Text, encode
+from eagle_model.visual import MediaChanged, SamplePlan, VideoPlan, VideoRef, VisualSpec, read_image, read_video
+from eagle_sampling import Limits, MediaError
+from eagle_tiling import Grid, tile_count
+from eagle_train.data.sample import Sample
 
 PICTURE_SIDE = 112
 """Pixels of a tile's picture; as JPEG about 4 kB."""
@@ -75,15 +74,14 @@ class SampleView:
 def view_sample(
     sample: Sample,
     plan: SamplePlan,
-    model: ModelFacts,
+    spec: VisualSpec,
     tokenizer: Any,
     *,
     budget: int,
-    thumbnail: bool = True,
     limits: Limits | None = None,
     pictures: bool = True,
 ) -> SampleView:
-    """Render a planned sample as training would, and make small pictures of its tiles.
+    """The prompt and tiles of a planned sample, by the functions that training uses, the tiles reduced to small pictures.
 
     Args:
         tokenizer: a transformers tokenizer or a `TextEncoder`.
@@ -92,24 +90,17 @@ def view_sample(
 
     Media that can't be read become notes, not errors: this is for looking at problems.
     """
-    k = model.tokens_per_tile
-    images = [tile_count(grid, thumbnail=thumbnail) * k for grid in plan.grids]
-    videos = [
-        VideoSpan(video.shown.tolist(), video.fps, k) if video.shown is not None else VideoSpan(None, video.fps, k, video.count)
-        for video in plan.videos
-    ]
-    segments = render(sample.messages, images=images, videos=videos)
+    segments = plan.render(sample.messages, spec)
     encoded = encode(segments, tokenizer)
     notes: list[str] = []
     image_pictures: list[tuple[Picture, ...]] = [()] * len(plan.grids)
     frame_pictures: list[dict[int, str | None]] = [{}] * len(plan.videos)
     if pictures:
-        limits = limits or Limits()
         image_pictures = [
-            _image_pictures(ref, grid, model.tile_size, thumbnail, limits, notes) for ref, grid in zip(sample.images, plan.grids)
+            _image_pictures(ref, grid, size, spec, limits, notes) for ref, grid, size in zip(sample.images, plan.grids, plan.sizes)
         ]
         share = max(1, MOST_PICTURES // max(1, len(plan.videos)))
-        frame_pictures = [_frame_pictures(ref, video, share, limits, notes) for ref, video in zip(sample.videos, plan.videos)]
+        frame_pictures = [_frame_pictures(ref, video, share, spec, limits, notes) for ref, video in zip(sample.videos, plan.videos)]
     pieces = tuple(_pieces(segments, plan, image_pictures, frame_pictures))
     by_kind = {kind: sum(piece.tokens for piece in pieces if piece.kind == kind) for kind in ("image", "frame")}
     length = len(encoded.input_ids)
@@ -134,7 +125,7 @@ def _pieces(
     for segment in segments:
         if isinstance(segment, Special):
             yield Piece("special", segment.token, segment.labelled)
-        elif not isinstance(segment, Context):
+        elif isinstance(segment, Text):
             yield Piece("text", segment.text, segment.labelled)
         elif segment.media == "image":
             grid = plan.grids[segment.index - 1]
@@ -150,51 +141,48 @@ def _pieces(
 def _frame_caption(video: VideoPlan, number: int) -> str:
     if video.shown is not None:
         return f"{video.shown[number]:.2f} s"
-    return f"page {int(video.pages[number]) + 1}" if video.pages is not None else f"frame {number + 1}"
+    return f"page {int(video.indices[number]) + 1}" if video.indices is not None else f"frame {number + 1}"
 
 
-def _image_pictures(ref: Any, grid: Grid, side: int, thumbnail: bool, limits: Limits, notes: list[str]) -> tuple[Picture, ...]:
+def _image_pictures(
+    ref: Any, grid: Grid, size: tuple[int, int], spec: VisualSpec, limits: Limits | None, notes: list[str]
+) -> tuple[Picture, ...]:
+    tiles = np.empty((tile_count(grid, thumbnail=spec.thumbnail), spec.tile_size, spec.tile_size, 3), np.uint8)
     try:
-        with open_image(ref, limits=limits) as image:
-            tiles = tile_image(image, grid, tile_size=side, thumbnail=thumbnail)
-    except (MediaError, OSError) as error:
+        read_image(tiles, ref, grid, size, spec, limits=limits)
+    except (MediaError, MediaChanged, OSError) as error:
         notes.append(str(error))
         return ()
     captions = [f"tile {row + 1}, {column + 1}" for row in range(grid.rows) for column in range(grid.cols)]
     captions += ["thumbnail"] * (len(tiles) - len(captions))
-    return tuple(Picture(caption, _jpeg(tile)) for caption, tile in zip(captions, tiles))
+    return tuple(Picture(caption, picture_of(tile)) for caption, tile in zip(captions, tiles))
 
 
-def _frame_pictures(ref: VideoRef, plan: VideoPlan, most: int, limits: Limits, notes: list[str]) -> dict[int, str | None]:
+def _frame_pictures(
+    ref: VideoRef, plan: VideoPlan, most: int, spec: VisualSpec, limits: Limits | None, notes: list[str]
+) -> dict[int, str | None]:
     """Pictures by frame number (0-based), of at most `most` frames."""
-    if plan.count <= most:
-        chosen = np.arange(plan.count)
-    else:
+    chosen = np.arange(plan.count)
+    if plan.count > most:
         chosen = np.unique(np.round(np.linspace(0, plan.count - 1, most)).astype(int))
         notes.append(f"{len(chosen)} of {plan.count} frames are pictured")
+    some = replace(
+        plan,
+        count=len(chosen),
+        times=None if plan.times is None else plan.times[chosen],
+        indices=None if plan.indices is None else plan.indices[chosen],
+    )
+    tiles = np.empty((len(chosen), spec.tile_size, spec.tile_size, 3), np.uint8)
     try:
-        if plan.times is not None:
-            assert ref.path is not None
-            tiles = read_frames(ref.path, plan.times[chosen], PICTURE_SIDE, limits=limits).pixels
-        elif ref.pages:
-            assert plan.pages is not None
-            tiles = np.stack([_page(ref.pages[page], limits) for page in plan.pages[chosen].tolist()])
-        else:
-            assert ref.path is not None
-            assert plan.pages is not None
-            tiles = render_pages(ref.path, plan.pages[chosen], PICTURE_SIDE)
-    except (MediaError, OSError) as error:
+        read_video(tiles, ref, some, limits=limits)
+    except (MediaError, MediaChanged, OSError) as error:
         notes.append(str(error))
         return {}
-    return {int(number): _jpeg(tile) for number, tile in zip(chosen, tiles)}
+    return {int(number): picture_of(tile) for number, tile in zip(chosen, tiles)}
 
 
-def _page(ref: Any, limits: Limits) -> np.ndarray:
-    with open_image(ref, limits=limits) as image:
-        return np.asarray(load_rgb(image).resize((PICTURE_SIDE, PICTURE_SIDE)))
-
-
-def _jpeg(tile: np.ndarray) -> str:
+def picture_of(tile: np.ndarray) -> str:
+    """A tile, uint8 [s, s, 3], as a small JPEG in a `data:` address."""
     buffer = io.BytesIO()
     image = Image.fromarray(np.asarray(tile))
     if image.width > PICTURE_SIDE:

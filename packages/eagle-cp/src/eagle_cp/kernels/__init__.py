@@ -1,0 +1,1 @@
+"""Attention kernels over packed segments, one file each. `eagle_cp.backends` lists them and chooses."""

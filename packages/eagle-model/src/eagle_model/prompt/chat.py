@@ -1,0 +1,145 @@
+"""Messages in the forms that people have them: content blocks with media inside, ChatML strings, or plain questions.
+
+All become the one shape that `eagle_model.prompt.render` takes: text with `<image-N>` and `<video-N>`, and the media in lists.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from eagle_model.prompt.render import DEFAULT_SYSTEM, IM_END, IM_START, ROLES, PromptError, check_messages
+
+_TURN = re.compile(rf"{re.escape(IM_START)}(\w+)\n(.*?)(?:({re.escape(IM_END)})\n?|\Z)", re.DOTALL)
+
+
+class Conversation(NamedTuple):
+    """messages: role and text with placeholders. images, videos: what the placeholders stand for, number 1 first.
+
+    answer_next: whether the text already ends with the assistant's header.
+    """
+
+    messages: list[dict[str, str]]
+    images: list[Any]
+    videos: list[Any]
+    answer_next: bool = False
+
+
+def flatten(messages: Sequence[Mapping[str, Any]]) -> Conversation:
+    """Messages whose content is text or a list of blocks (`{"type": "text" | "image" | "image_url" | "video", ...}`).
+
+    A medium becomes a placeholder where it stands, unless a text of the same kind of message mentions its number already. Placeholders
+    without a number are the media of their own message, in order.
+    Raises PromptError for a block of unknown type or without its content, media in an assistant's message, and placeholders without a
+    number that aren't as many as the media of their message.
+    """
+    parsed = [(message.get("role"), _blocks(position, message.get("content"))) for position, message in enumerate(messages)]
+    said = "".join(_text(blocks) for role, blocks in parsed if role != "assistant")
+    media: dict[str, list[Any]] = {"image": [], "video": []}
+    foreign: list[tuple[int, str]] = []
+    result = []
+    for position, (role, blocks) in enumerate(parsed):
+        lone = {}
+        for kind in media:
+            own = sum(of == kind for of, _ in blocks)
+            if own and role == "assistant":
+                raise PromptError(f"message {position} is the assistant's, which can only be text: put its {kind} into a user message")
+            lone[kind] = _text(blocks).count(f"<{kind}>") if role != "assistant" else 0
+            if lone[kind] and own and lone[kind] != own:
+                raise PromptError(
+                    f"message {position} has {own} blocks with {kind}s and {lone[kind]} placeholders <{kind}>: write as many as blocks, "
+                    f"or none, or number them as <{kind}-1>, ..."
+                )
+            if lone[kind] and not own:
+                foreign.append((position, kind))
+        text, waiting = "", []
+        for kind, content in blocks:
+            if kind == "text":
+                text += content
+                continue
+            media[kind].append(content)
+            placeholder = f"<{kind}-{len(media[kind])}>"
+            if lone[kind]:
+                waiting.append((f"<{kind}>", placeholder))
+            elif placeholder not in said:
+                text += placeholder
+        for unnumbered, placeholder in waiting:
+            text = text.replace(unnumbered, placeholder, 1)
+        result.append({"role": role, "content": text})
+    for position, kind in foreign:
+        if media[kind]:
+            raise PromptError(f"message {position} says <{kind}>, but the {kind}s are in other messages: number it as <{kind}-1>, ...")
+    return Conversation(result, media["image"], media["video"])
+
+
+def _text(blocks: Sequence[tuple[str, Any]]) -> str:
+    return "".join(content for kind, content in blocks if kind == "text")
+
+
+def _blocks(position: int, content: Any) -> list[tuple[str, Any]]:
+    if isinstance(content, str):
+        return [("text", content)]
+    if not isinstance(content, list | tuple):
+        raise PromptError(f"message {position} has content of type {type(content).__name__}; it must be text or a list of blocks")
+    return [_block(block) for block in content]
+
+
+def _block(block: Any) -> tuple[str, Any]:
+    """Kind (text, image or video) and content of a block; a video with all that its block says about it."""
+    if isinstance(block, str):
+        return "text", block
+    if not isinstance(block, Mapping):
+        raise PromptError(f"a content block is of type {type(block).__name__}; it must be text or a mapping")
+    kind = block.get("type") or next((name for name in ("text", "image", "image_url", "video") if name in block), None)
+    if kind not in ("text", "image", "image_url", "video"):
+        raise PromptError(f"a content block has the type {kind!r}; known are text, image, image_url and video")
+    names = (kind,) if kind == "text" else (kind.removesuffix("_url"), kind, "path", "url")
+    name = next((name for name in names if block.get(name) is not None), None)
+    if name is None:
+        raise PromptError(f"a content block of type {kind} has no {kind} in it")
+    if kind == "video":
+        rest = {key: value for key, value in block.items() if key not in ("type", name)}
+        return "video", {"video": block[name], **rest} if rest else block[name]
+    content = block[name]
+    # OpenAI's form wraps the address once more.
+    content = content["url"] if isinstance(content, Mapping) and "url" in content else content
+    if kind == "image" and block.get("max_tiles") is not None:
+        return "image", {"image": content, "max_tiles": block["max_tiles"]}
+    return kind.removesuffix("_url"), content
+
+
+def chatml(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
+    """Messages as a ChatML string, placeholders as they are. Prefer messages where you can: a string can't tell data from structure.
+
+    Raises PromptError for messages that aren't (`check_messages`).
+    """
+    turns = check_messages(messages)
+    text = "" if turns[0][0] == "system" else f"{IM_START}system\n{DEFAULT_SYSTEM}{IM_END}\n"
+    text += "".join(f"{IM_START}{role}\n{content}{IM_END}\n" for role, content in turns)
+    return text + (f"{IM_START}assistant\n" if add_generation_prompt else "")
+
+
+def parse_chatml(text: str) -> Conversation:
+    """A ChatML string, or a plain question (then one user message that wants an answer).
+
+    Raises PromptError for a broken string, and for one whose last turn isn't closed: an answer that has begun can't be continued.
+    """
+    if IM_START not in text:
+        return Conversation([{"role": "user", "content": text}], [], [], True)
+    messages = []
+    answer_next = False
+    place = 0
+    for turn in _TURN.finditer(text):
+        if text[place : turn.start()].strip() or turn[1] not in ROLES:
+            raise PromptError(f"the prompt isn't ChatML at character {place}: {text[place : place + 40]!r}")
+        answer_next = turn[3] is None and (turn[1], turn[2]) == ("assistant", "")
+        if turn[3] is None and not answer_next:
+            raise PromptError(
+                f"the last turn ({turn[1]}) isn't closed with {IM_END}; close it, and end the string with {IM_START}assistant and a new "
+                "line if an answer is wanted (one that has begun can't be continued)"
+            )
+        if not answer_next:
+            messages.append({"role": turn[1], "content": turn[2]})
+        place = turn.end()
+    if text[place:].strip():
+        raise PromptError(f"the prompt isn't ChatML at character {place}: {text[place : place + 40]!r}")
+    return Conversation(messages, [], [], answer_next)

@@ -1,0 +1,105 @@
+"""The vision tower: embeddings and layers of transformers' SigLIP, without the pooling head.
+
+Shapes: N tiles of s x s pixels, P patches of p x p pixels a tile, d vision width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+
+from eagle_model.fused import is_plain
+
+
+def patches_of(pixels: Tensor, side: int) -> Tensor:
+    """Pixels cut into flat patches, values normalised with mean = std = 0.5: float [N, P, 3 * side * side], channels first in a patch.
+
+    pixels: uint8 [N, s, s, 3], or float [N, 3, s, s] that is normalised already. What is left of s after whole patches is cut off, as by
+    the convolution that this stands for.
+    """
+    channels_last = pixels.dtype == torch.uint8
+    height, width = (size // side * side for size in (pixels.shape[1:3] if channels_last else pixels.shape[2:]))
+    if channels_last:
+        cut = pixels[:, :height, :width].unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(0, 1, 3, 5, 2, 4)
+        return cut.reshape(len(pixels), -1, 3 * side * side).float().div_(127.5).sub_(1.0)
+    cut = pixels[..., :height, :width].unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(len(pixels), -1, 3 * side * side)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Pixels [N, 3, s, s] with mean = std = 0.5, float32, from uint8 [N, s, s, 3]; floats are normalised already and stay as they are."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0) if pixels.dtype == torch.uint8 else pixels
+
+
+class Encoder(nn.Module):
+    """Holds the layers under the name that SigLIP's weights have."""
+
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class VisionTower(nn.Module):
+    """SigLIP's embeddings and layers: pixels -> hidden states of the selected layer, [N, P, d]."""
+
+    def __init__(self, config: SiglipVisionConfig, select_layer: int) -> None:
+        super().__init__()
+        layers = config.num_hidden_layers
+        # Hidden state i is what i layers make; -1 stands for the last one after the post-layernorm.
+        self.depth = layers + 1 + select_layer if select_layer < 0 else select_layer
+        if not 0 <= self.depth <= layers:
+            raise ValueError(f"select_layer is {select_layer}, but the vision tower has {layers} layers")
+        self.normed = select_layer == -1
+        if config.attention_dropout:
+            raise ValueError(f"vision_config.attention_dropout is {config.attention_dropout}; dropout isn't supported, set it to 0")
+        if config._attn_implementation is None:
+            # SigLIP's attention reads this field; transformers sets it for its own models only.
+            config._attn_implementation = "sdpa"
+        self.patch_size = config.patch_size
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.checkpoint: Callable[..., Tensor] | None = None
+        self.checkpoint_every = 1
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Linear):
+                module.xavier = True  # type: ignore[assignment] # SigLIP's own initialisation, for whoever starts from random weights
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: uint8 [N, s, s, 3] or normalised float [N, 3, s, s] -> [N, P, d]."""
+        hidden = self.embed(pixels)
+        rebuild = self.checkpoint if torch.is_grad_enabled() else None
+        for index, layer in enumerate(self.encoder.layers[: self.depth]):
+            kept = rebuild is None or index % self.checkpoint_every
+            hidden = layer(hidden, None) if kept else rebuild(layer, hidden, None)
+        return self.post_layernorm(hidden) if self.normed else hidden
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Patch and position embeddings: pixels as in `forward` -> [N, P, d]. Raises ValueError for tiles of another size."""
+        patch, table = self.embeddings.patch_embedding, self.embeddings.position_embedding
+        height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:]
+        count = (height // self.patch_size) * (width // self.patch_size)
+        if count != self.embeddings.num_positions:
+            raise ValueError(
+                f"tiles of {tuple(pixels.shape[1:])} give {count} patches; the tower has {self.embeddings.num_positions} positions"
+            )
+        if is_plain(patch, nn.Conv2d) and is_plain(table, nn.Embedding):
+            # A convolution with stride = kernel is a matrix product over patches.
+            patches = patches_of(pixels, self.patch_size).to(patch.weight.dtype)
+            return F.linear(patches, patch.weight.flatten(1), patch.bias) + table.weight
+        positions = table(torch.arange(count, device=pixels.device))
+        return patch(normalised(pixels).to(positions.dtype)).flatten(2).transpose(1, 2) + positions
+
+
+class VisionModel(nn.Module):
+    """Gives the tower the prefix `vision_model.vision_model` of the released weights."""
+
+    def __init__(self, config: SiglipVisionConfig, select_layer: int) -> None:
+        super().__init__()
+        self.vision_model = VisionTower(config, select_layer)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vision_model(pixels)

@@ -1,0 +1,76 @@
+"""References to images: a path, bytes, or a key in an LMDB; what an error calls them, and their encoded bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from ..limits import DEFAULT_LIMITS, Limits, MediaError, path_text, printable, unreadable
+from ..lmdb import store
+
+ImageRef: TypeAlias = "str | os.PathLike[str] | bytes | dict[str, Any]"
+
+_ACCEPTED = 'the path of an image, its bytes, or {"lmdb_file": ..., "lmdb_key": ...}'
+
+
+def describe(ref: ImageRef) -> str:
+    """The name of an image in messages: text that any stream can print. Raises TypeError for what is not a reference."""
+    if isinstance(ref, (bytes, bytearray, memoryview)):
+        return f"<{len(ref)} bytes>"
+    if isinstance(ref, dict):
+        return printable(f"{ref.get('lmdb_file')}[{ref.get('lmdb_key')!r}]")
+    return printable(path_text(ref, _ACCEPTED))
+
+
+def resolve(path: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> str:
+    """`path`, below `root` when it is relative and there is a root. Raises TypeError for what is not a path."""
+    text = path_text(path, _ACCEPTED)
+    return text if root is None else os.path.join(root, text)
+
+
+def read_bytes(ref: ImageRef, *, root: str | os.PathLike[str] | None = None, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """The encoded image.
+
+    Raises:
+        MediaError: it is missing, empty, unreadable, an address, or over `limits.max_bytes`.
+        TypeError: `ref` is not a reference, for example an open file.
+    """
+    if isinstance(ref, (bytes, bytearray, memoryview)):
+        data = bytes(ref)
+    elif isinstance(ref, dict):
+        data = _from_lmdb(ref, root, store.get)
+    else:
+        path = resolve(ref, root)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                limits.check_bytes(os.fstat(file.fileno()).st_size, printable(path))
+                data = file.readall()
+        except MediaError:
+            raise
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from error
+    limits.check_bytes(len(data), describe(ref))
+    return data
+
+
+def exists(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> bool:
+    """True for bytes, for a path where a file is, and for a key that its LMDB holds. Raises MediaError for an incomplete LMDB reference."""
+    if isinstance(ref, (bytes, bytearray, memoryview)):
+        return True
+    if isinstance(ref, dict):
+        return _from_lmdb(ref, root, store.has)
+    return os.path.isfile(resolve(ref, root))
+
+
+def _from_lmdb(ref: dict[str, Any], root: str | os.PathLike[str] | None, look: Callable[[str, str | bytes], Any]) -> Any:
+    if "lmdb_file" not in ref or "lmdb_key" not in ref:
+        raise MediaError(f"an LMDB image reference needs 'lmdb_file' and 'lmdb_key'; this one has {sorted(ref)}")
+    if not isinstance(ref["lmdb_file"], (str, os.PathLike)):
+        raise MediaError(f"{describe(ref)}: 'lmdb_file' must be a path")
+    try:
+        return look(resolve(ref["lmdb_file"], root), ref["lmdb_key"])
+    except MediaError:
+        raise
+    except ValueError as error:  # a path with a zero byte or a lone surrogate
+        raise MediaError(f"{describe(ref)}: can't be opened: {error}") from error

@@ -1,0 +1,1 @@
+"""Videos: what a file holds (`probe`) and frames by presentation time (`read`)."""

@@ -1,0 +1,138 @@
+"""Containers without a parser here (AVI, FLV, GIF, ...), and files that a parser does not support: one pass over libavformat's packets.
+
+Of MOV and Matroska one frame is decoded, because it carries the rotation; other containers have none. Where packets carry no presentation
+times, frames are known by their order only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.container import InputContainer
+
+from ...limits import Limits, MediaError
+from .cut_off import is_cut_off
+from .track import Track, orientation
+
+# libav's parsers of these report no picture types, and where they run (AVI, WTV, bare streams) every packet is marked as a keyframe.
+_KEYFRAMES_UNKNOWN = {"h261", "h263"}
+_TURNING = ("mov,", "matroska,")  # libavformat's names of the containers that can store a rotation
+_FIRST_FRAME_WITHIN = 64  # packets to decode at most to get one frame
+
+Turn = tuple[int, bool, bool]  # as `orientation` returns it
+
+
+def open_container(path: str) -> InputContainer:
+    """The file opened by libavformat, by its absolute path: "12:30.avi" would be read as a protocol."""
+    return av.open(os.path.abspath(path), metadata_errors="ignore")
+
+
+def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Track:
+    """The video track from the header fields of every packet. Raises MediaError when there is none, or the time is up."""
+    try:
+        with open_container(path) as container:
+            if not container.streams.video:
+                raise MediaError(f"{path}: has no video track")
+            stream = container.streams.video[0]
+            context = stream.codec_context
+            if context is None:
+                raise MediaError(f"{path}: no decoder is known for its video track")
+            context.thread_count = 1
+            context.thread_type = "NONE"
+            ticks: list[int] = []
+            sync: list[bool] = []
+            shown: list[bool] = []
+            turn: Turn | None = None if container.format.name.startswith(_TURNING) else (0, False, False)
+            last: av.Packet | None = None
+            timed = whole = True
+            for packet in container.demux(stream):
+                if turn is None and len(ticks) < _FIRST_FRAME_WITHIN:
+                    turn = _turn(packet)
+                if packet.size == 0:
+                    continue
+                if packet.pts is None:
+                    timed = whole = False
+                    break
+                last = packet
+                ticks.append(packet.pts)
+                sync.append(packet.is_keyframe)
+                shown.append(not packet.is_discard)
+                if len(ticks) & 1023 == 0:
+                    limits.check_frames(len(ticks), path)
+                    if deadline is not None and time.monotonic() > deadline:
+                        raise MediaError(f"{path}: reading its packets took longer than the time limit")
+            missing = 0
+            if not whole:
+                ticks = _decode_times(path, limits, deadline)
+            elif last is not None and is_cut_off(container, stream, last.pos):
+                if last.is_corrupt:
+                    del ticks[-1], sync[-1], shown[-1]
+                missing = max(1, stream.frames - len(ticks))
+            # Frames are reordered but times rise: the stored times are decoding times (H.264 in AVI, ASF and MXF, MPEG-2 in ASF, packed
+            # MPEG-4 in AVI). They are also the frames' times, in the order in which a decoder returns the frames.
+            if context.has_b_frames and not all(sync) and (np.diff(ticks) >= 0).all():
+                timed = False
+            if not timed:
+                ticks = sorted(tick for tick, seen in zip(ticks, shown) if seen) if whole else ticks
+                shown = []
+            if not timed or (context.name in _KEYFRAMES_UNKNOWN and all(sync)):
+                sync = [False] * len(ticks)  # only decoding from the start is known to be correct
+            if sync:
+                sync[0] = True  # decoding has to begin somewhere
+            unit = stream.time_base or Fraction(1, av.time_base)
+            duration = float(stream.duration * unit) if stream.duration else None
+            limits.check_size(context.width, context.height, path)
+            rotation, mirrored, odd = turn or (0, False, True)
+            return Track(
+                container=container.format.name,
+                codec=context.name,
+                width=context.width,
+                height=context.height,
+                unit=unit,
+                ticks=np.array(ticks, np.int64),
+                sync=np.array(sync, bool),
+                shown=None if all(shown) else np.array(shown, bool),
+                rotation=rotation,
+                mirrored=mirrored,
+                pixel_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
+                duration=duration,
+                missing=missing,
+                timed=timed,
+                whole=whole,
+                unknown=("rotation",) if odd else (),
+            )
+    except (av.FFmpegError, OSError) as error:
+        raise MediaError(f"{path}: can't be read as a video: {error}") from error
+
+
+def _turn(packet: av.Packet) -> Turn | None:
+    """Rotation of the first frame that `packet` gives; None when it gives none."""
+    try:
+        frames = packet.decode()
+    except av.FFmpegError:  # reported when this frame is wanted
+        return None
+    if not frames or not isinstance(frames[0], av.VideoFrame):
+        return None
+    matrix = frames[0].side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0, False, False
+    a, b, _, c, d = np.frombuffer(memoryview(matrix), np.int32, 5).tolist()  # type: ignore[arg-type]
+    return orientation((a, b, c, d))
+
+
+def _decode_times(path: str, limits: Limits, deadline: float | None) -> list[int]:
+    """Times by decoding, for containers in which only some packets have one (fields of H.264 in a transport stream)."""
+    ticks: list[int] = []
+    with open_container(path) as container:
+        for frame in container.decode(video=0):
+            if frame.pts is None:
+                raise MediaError(f"{path}: its frames have no presentation times; convert it to MP4 or Matroska")
+            ticks.append(frame.pts)
+            limits.check_frames(len(ticks), path)
+            if deadline is not None and time.monotonic() > deadline:
+                raise MediaError(f"{path}: decoding its times took longer than the time limit")
+    return sorted(ticks)

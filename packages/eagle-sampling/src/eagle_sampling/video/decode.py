@@ -1,0 +1,210 @@
+"""Decoding by one worker: groups of samples in, wanted frames out, each converted and resized once into its place of the output.
+
+A worker has its own decoder; libav releases the interpreter's lock while it works, so workers run in parallel threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import av
+import numpy as np
+from av.video.frame import PictureType
+from av.video.reformatter import Interpolation, VideoReformatter
+from numpy.typing import NDArray
+
+from ..limits import Limits
+from .av1 import join, needed_parts
+from .containers.source import Source
+from .containers.track import Track
+from .dependencies import Group, droppable_test, earlier_start
+
+_DECODERS = {"av1": "libdav1d"}
+_ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+_WINDOW = 1 << 18  # bytes per read; an hour of 360p has 5 kB a frame, so one read serves many
+
+
+class Painter:
+    """Converts a decoded frame to RGB at the output's size, turns it upright, and writes it to `out[i]` for the wanted places.
+
+    out: uint8 [n, h, w, 3].
+    """
+
+    def __init__(self, out: NDArray[np.uint8], rotation: int, mirrored: bool, stopped: Callable[[], bool]):
+        self.out, self.rotation, self.mirrored, self.stopped = out, rotation, mirrored, stopped
+        height, width = out.shape[1:3]
+        self.size = (height, width) if rotation in (90, 270) else (width, height)
+        self.resize, self.pack = VideoReformatter(), VideoReformatter()
+
+    def paint(self, frame: av.VideoFrame, places: list[int]) -> None:
+        width, height = self.size
+        if (frame.width, frame.height) == (width, height):
+            # The unscaled planar conversion leaves the last columns unwritten when the width isn't a multiple of 16 (libswscale 9.5).
+            rgb = self.resize.reformat(frame, width, height, "rgb24", interpolation=_ACCURATE, threads=1)
+        else:
+            # swscale's planar RGB interpolates chroma fully and rounds exactly; its packed rgb24 does neither by default (mean error
+            # 2.1 of 255) and takes 1.7x as long, packing included (640x360 to 448x448).
+            planar = self.resize.reformat(frame, width, height, "gbrp", interpolation=Interpolation.BICUBIC, threads=1)
+            rgb = self.pack.reformat(planar, width, height, "rgb24", threads=1)
+        plane = rgb.planes[0]
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)  # type: ignore[arg-type]
+        pixels = rows[:height, : 3 * width].reshape(height, width, 3)
+        if self.mirrored:
+            pixels = pixels[:, ::-1]
+        if self.rotation:
+            pixels = np.rot90(pixels, -self.rotation // 90)
+        if self.stopped():  # the caller has stopped waiting and may have reused the array
+            return
+        for place in places:
+            self.out[place] = pixels
+
+
+class PacketReader(Protocol):
+    """Returns encoded frames by sample number."""
+
+    context: av.VideoCodecContext
+
+    def begin(self, start: int, stop: int, wanted: set[int]) -> None:
+        """Begin a pass over samples start ... stop - 1 for the pictures of `wanted`."""
+        ...
+
+    def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
+        """Sample `sample` of a pass that ends before `stop`; None when it is not `wanted` and nothing wanted depends on it."""
+        ...
+
+
+class FileReader:
+    """Packets read at the offsets of the index, in windows that hold many, with a decoder created here."""
+
+    def __init__(self, source: Source, track: Track, limits: Limits):
+        self.source, self.track, self.limits = source, track, limits
+        self.droppable = droppable_test(track.codec, track.extradata)
+        self.window_start, self.window = 0, b""
+        self.parts: dict[int, list[tuple[int, int]]] | None = None  # what to decode of each sample, where the codec's headers state it
+        context = av.CodecContext.create(_DECODERS.get(track.codec, track.codec), "r")
+        assert isinstance(context, av.VideoCodecContext)
+        if track.extradata:
+            context.extradata = track.extradata
+        self.context = context
+
+    def begin(self, start: int, stop: int, wanted: set[int]) -> None:
+        self.parts = None
+        if self.track.codec == "av1" and 2 * len(wanted) < stop - start:  # reading the headers costs 56 us a sample
+            self.parts = needed_parts(lambda sample: self._read(sample, stop), range(start, stop), wanted, self.track.extradata)
+
+    def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
+        track = self.track
+        if self.parts is not None and sample not in self.parts:
+            return None
+        data = self._read(sample, stop)
+        if not wanted and self.droppable is not None and self.droppable(data):
+            return None
+        if self.parts is not None:
+            data = join(data, self.parts[sample])
+        packet = av.Packet(data)
+        packet.pts = int(track.ticks[sample])
+        packet.time_base = track.unit
+        return packet
+
+    def _read(self, sample: int, stop: int) -> bytes:
+        track = self.track
+        if track.scattered is not None:
+            return track.scattered(self.source, sample)
+        assert track.offsets is not None
+        assert track.sizes is not None
+        offset, size = int(track.offsets[sample]), int(track.sizes[sample])
+        at = offset - self.window_start
+        if at < 0 or at + size > len(self.window):
+            self.limits.check_bytes(size, f"{self.source.path}: the video packet at byte {offset}")
+            end = int(track.offsets[stop - 1] + track.sizes[stop - 1])
+            self.window_start, at = offset, 0
+            self.window = self.source.read(offset, max(size, min(_WINDOW, end - offset)))
+        return self.window[at : at + size]
+
+
+class Decoder:
+    """Decodes groups. `failures` maps a sample to the reason why its frame could not be read."""
+
+    def __init__(self, reader: PacketReader, track: Track, painter: Painter, check: Callable[[], None], threads: int = 1):
+        self.reader, self.track, self.painter, self.check = reader, track, painter, check
+        self.failures: dict[int, str] = {}
+        self.orderly = not len(track.doubled())
+        # H.264 may begin at a P-frame (periodic intra refresh) and reports a missing reference; older codecs use a grey picture instead.
+        self.reports_types = track.codec != "h264"
+        context = reader.context
+        # explode: report damage instead of painting over it. strict: assume the deepest reordering where the stream states none.
+        context.options = {"err_detect": "explode", **({"strict": "1"} if track.codec == "h264" else {}), **track.colour}
+        context.thread_count = threads
+        context.thread_type = "FRAME" if threads > 1 else "NONE"
+
+    def run(self, group: Group, places: dict[int, list[int]]) -> None:
+        """Paint the group's targets to `places[sample]`, or note why not."""
+        left = set(group.targets)
+        start: int | None = group.start
+        reason = None
+        for attempt in range(4):
+            reason = self._decode(start, max(left) + 1, left, places)
+            # An apparent damage may be a reference to before an open GOP's keyframe: decoding from one keyframe earlier decides.
+            start = earlier_start(self.track, start, attempt) if left and (reason is None or attempt == 0) else None
+            if start is None:
+                break
+        for sample in left:
+            self.failures[sample] = reason or "the decoder gives no frame of that time"
+
+    def _decode(self, start: int, stop: int, left: set[int], places: dict[int, list[int]]) -> str | None:
+        """One pass over samples start ... stop - 1; removes the frames it reads from `left`. Returns a reason when the data are damaged."""
+        ticks = self.track.ticks[start:stop].tolist()
+        number = {ticks[sample - start]: sample for sample in left}
+        painted: list[int] = []
+        damaged = stop  # the first sample whose picture is incomplete; what is decoded after it may refer to it
+        is_keyframe = True  # `start`, as far as is known
+        read, context = self.reader.packet, self.reader.context
+
+        def take(frame: av.VideoFrame) -> None:
+            nonlocal damaged, is_keyframe
+            if frame.is_corrupt and frame.pts in ticks:
+                damaged = min(damaged, start + ticks.index(frame.pts))
+            if (
+                start
+                and self.reports_types
+                and frame.pts == ticks[0]
+                and not frame.key_frame
+                and frame.pict_type in (PictureType.P, PictureType.B)
+            ):
+                is_keyframe = False
+            sample = number.pop(frame.pts, None) if frame.pts is not None else None
+            if sample is not None and sample < damaged:
+                self.painter.paint(frame, places[sample])
+                painted.append(sample)
+
+        sent, reason = start, None
+        try:
+            self.reader.begin(start, stop, left)
+            for sample in range(start, stop):
+                tick = ticks[sample - start]
+                wanted = sample in left
+                if tick < ticks[0] and not wanted and self.orderly:
+                    continue  # a leading picture of an open GOP: it refers to frames before `start`, and no wanted frame refers to it
+                sent = sample
+                packet = read(sample, stop, wanted)
+                if packet is None:
+                    continue
+                self.check()
+                for frame in context.decode(packet):
+                    take(frame)
+        except av.FFmpegError as error:
+            damaged, reason = min(damaged, sent), error.strerror or str(error)
+        try:
+            for frame in context.decode(None):
+                take(frame)
+        except av.FFmpegError as error:
+            reason = reason or error.strerror or str(error)
+        context.flush_buffers()
+        if not is_keyframe:
+            return None
+        left.difference_update(sample for sample in painted if sample < damaged)
+        if damaged == stop and reason is None:
+            return None
+        at = float(self.track.seconds(np.array([min(damaged, stop - 1)]))[0])
+        return f"the data of the frame at {at:.3f} s are damaged ({reason or 'the picture is incomplete'})"

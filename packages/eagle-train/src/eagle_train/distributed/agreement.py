@@ -1,0 +1,64 @@
+"""The packs of a step, with the same samples on every rank of a context parallel group, and the sums of the step.
+
+Each rank of a group reads its share of a pack's tiles. A sample that one of them can't read must be missing for all, and then every share
+of the pack's tiles is another one. The sums that a step needs anyway also count new missing samples; only if there are any do the ranks
+compare and read that pack again without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from eagle_train.data.ledger import Entry
+from eagle_train.loading.pack import LoadedPack
+
+from .world import World
+
+
+class Totals(NamedTuple):
+    """Sums over all packs of a step, on every rank the same."""
+
+    label_weight: float
+    tokens: int
+    tiles: int
+    samples: int
+    missing: int
+    labels: int
+    #: How many ranks got SIGINT and SIGTERM, and whether the main rank asks for a checkpoint after this step.
+    interrupts: int = 0
+    terminations: int = 0
+    saves: int = 0
+
+
+def agree(
+    packs: Sequence[LoadedPack],
+    world: World,
+    read_again: Callable[[int, dict[int, Entry]], LoadedPack],
+    requests: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[list[LoadedPack], Totals]:
+    """The packs of a step with the same samples on every rank of their context group, and the step's sums; a collective of all ranks.
+
+    read_again(place, missing): pack `place` of the step once more, without the samples `missing` (by place in the pack).
+    requests: this rank's part of `interrupts`, `terminations` and `saves`, which need no collective of their own.
+    """
+    packs = list(packs)
+    agreed: list[dict[int, Entry]] = [{} for _ in packs]
+    group = slice(world.rank - world.context.rank, world.rank - world.context.rank + world.context.size)
+    while True:
+        numbers = [[p.batch.label_weight, p.tokens, p.tile_count, len(p.sample_ids), len(p.missing), p.batch.num_kept] for p in packs]
+        # float64 on the CPU (gloo): known before the first forward, and no device waits for it.
+        # The ranks of a context group hold the same packs: the first of them counts.
+        mine = torch.tensor(numbers, dtype=torch.float64).sum(0) * (world.context.rank == 0)
+        changed = sum(pack.missing.keys() != known.keys() for pack, known in zip(packs, agreed)) if world.context.size > 1 else 0
+        weight, *counts, changed = world.sum(torch.cat([mine, torch.tensor([*requests, changed], dtype=torch.float64)])).tolist()
+        if not changed:
+            return packs, Totals(weight, *map(int, counts))
+        everyone = world.gather([pack.missing for pack in packs])[group]
+        for place, known in enumerate(agreed):
+            union = {number: entry for missing in reversed(everyone) for number, entry in missing[place].items()}
+            if union.keys() != known.keys():
+                agreed[place] = dict(sorted(union.items()))
+                packs[place] = read_again(place, agreed[place])

@@ -1,0 +1,47 @@
+"""Parameters sharded over ranks with FSDP2. The loss of every rank is divided by the global denominator, so gradients are summed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from eagle_train.config import ConfigError, ParallelConfig
+
+from .world import World
+
+
+def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
+    """FSDP2 over all ranks: a unit for every layer, one for the rest; master weights float32, computation in `config.dtype`.
+
+    Ranks of a context group see the same parameters and other tokens, so for parameters they are data ranks too.
+    With `config.fsdp` false parameters are replicated and only gradients are summed. A single float32 rank stays as it is. Raises
+    ConfigError when `config.dtype` isn't the precision that `world` was started for.
+    """
+    if config.dtype == "auto":
+        raise ConfigError("parallel.dtype is auto; resolve it first (eagle_train.runs.folder.resolve_dtype)")
+    if world.mesh is None and config.dtype == "bfloat16":
+        raise ConfigError("the ranks were started for float32 and the run computes in bfloat16: call resolve_dtype before start_world")
+    if world.mesh is None:
+        return model
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
+    shape = (1, world.size) if config.fsdp else (world.size, 1)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = mesh["shard"] if config.fsdp else mesh
+    for block in model.blocks():  # type: ignore[operator]
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        # A single rank sums what it alone has: a factor would only cost a copy of every gradient.
+        if world.size > 1 and hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+            module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 holds the parameters."""
+    return hasattr(model, "set_requires_gradient_sync")

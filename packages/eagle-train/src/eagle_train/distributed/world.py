@@ -1,0 +1,190 @@
+"""The ranks of a run and how they share it: data parallel groups, each of one or more context parallel ranks."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from eagle_cp import ContextMesh
+from eagle_train.config import ConfigError, ParallelConfig
+from eagle_train.errors import TrainError
+
+from .precision import auto_dtype
+
+TIMEOUT = datetime.timedelta(minutes=30)
+"""How long a collective may wait: a rank may be reading a long video meanwhile."""
+PATIENCE = datetime.timedelta(days=7)
+"""How long ranks wait for what only the first one does: it may be measuring a hundred million rows."""
+
+T = TypeVar("T")
+
+
+FAILED_PATIENCE = datetime.timedelta(seconds=60)
+"""How long a rank that failed waits for the others: one that waits for it inside a collective of the model never comes."""
+
+
+class RankError(TrainError, RuntimeError):
+    """A rank can't continue, and without it no rank can."""
+
+
+@dataclass
+class World:
+    """This process among the others. `data_rank` of `data` groups reads its own packs; a group's `context` ranks share each pack."""
+
+    rank: int
+    size: int
+    device: torch.device
+    data_rank: int
+    data: int
+    context: ContextMesh
+    mesh: DeviceMesh | None
+    owns_group: bool = field(default=False, repr=False)
+    patient: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """Let the main rank do `work` while the others wait, for days if need be. Returns its result there and None elsewhere.
+
+        What `work` raises is raised on the main rank, and RankError with the same message on the others; a main rank that is killed
+        ends them too.
+        """
+        if self.size == 1:
+            return work()
+        told: list[str | None] = [None]
+        if not self.is_main:
+            dist.broadcast_object_list(told, src=0, group=self.patient)
+            if told[0] is not None:
+                raise RankError(f"rank 0 stopped: {told[0]}")
+            return None
+        try:
+            result = work()
+        except Exception as error:
+            dist.broadcast_object_list([str(error) or type(error).__name__], src=0, group=self.patient)
+            raise
+        dist.broadcast_object_list(told, src=0, group=self.patient)
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """The (small, picklable) values of all ranks, on all ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def failures(self, mine: str | None) -> list[str]:
+        """Failures as `rank N: ...`, on all ranks the same; empty when `mine` is None everywhere. A collective of all ranks.
+
+        Raises RankError on a rank that failed when the others don't come within `FAILED_PATIENCE`: they wait for it in another collective
+        (for example in a layer of a sharded model), and the process group can't be used again.
+        """
+        if self.size == 1:
+            return [] if mine is None else [mine]
+        failed = torch.zeros(self.size, dtype=torch.int32)
+        failed[self.rank] = mine is not None
+        # On a group of its own, so that it never meets a collective of the model.
+        work = dist.all_reduce(failed, group=self.patient, async_op=True)
+        assert work is not None
+        try:
+            work.wait(PATIENCE if mine is None else FAILED_PATIENCE)
+        except RuntimeError as error:
+            if mine is None:
+                raise RankError(f"rank {self.rank} lost another rank ({error}); the message of that rank says why") from error
+            raise RankError(
+                f"rank {self.rank} failed while the others waited for it in a collective: {mine}. The run ends here; "
+                "the same command continues from the newest checkpoint"
+            ) from error
+        if not failed.any():
+            return []
+        return [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(mine)) if text is not None]
+
+    def close(self) -> None:
+        """Leave the process group, if it was made here."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+            self.owns_group = False
+
+
+def device_kind(device: str | None) -> str:
+    """`cpu` or `cuda`: the one that is asked for, or a GPU when there is one. Raises ConfigError for another name, or without a GPU."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r}: expected cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda': torch finds no GPU here; eagle doctor says what it finds")
+    return device
+
+
+def alone(device: str | None = None) -> World:
+    """This process by itself, whatever runs beside it: for what needs a model and no other rank. Raises ConfigError for another device."""
+    return World(0, 1, torch.device(device_kind(device)), 0, 1, ContextMesh.single(), None)
+
+
+def for_evaluation(config: ParallelConfig) -> ParallelConfig:
+    """How ranks evaluate a trained model, whatever it was trained on: the whole model on every rank, in float32."""
+    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": 1, "all_gather": 1})
+
+
+def start_world(config: ParallelConfig, device: str | None = None) -> World:
+    """Join the ranks that torchrun started (or be the only one).
+
+    device: `cpu` or `cuda`; None takes a GPU when there is one. Raises ConfigError for another device, and when `config` doesn't fit the
+    number of ranks.
+    """
+    size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    kind = device_kind(device)
+    context = config.context
+    if size % context:
+        raise ConfigError(
+            f"parallel: ulysses {config.ulysses} x all_gather {config.all_gather} = {context} ranks don't divide the {size} that run"
+        )
+    data = size // context
+    if config.data is not None and config.data != data:
+        raise ConfigError(
+            f"parallel.data is {config.data}, but {size} ranks in groups of {context} make {data}; start {config.data * context} ranks"
+        )
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ConfigError(f"local rank {local} finds no GPU of its own, there are {torch.cuda.device_count()}; start fewer ranks here")
+        torch.cuda.set_device(local)
+    here = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+    owns = False
+    dtype = auto_dtype(kind) if config.dtype == "auto" else config.dtype
+    sharded = size > 1 or dtype == "bfloat16"
+    if sharded and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        if size > 1:
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=here if kind == "cuda" else None)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        owns = True
+    patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+    mesh = None
+    context_mesh = ContextMesh.single()
+    if sharded:
+        mesh = init_device_mesh(kind, (data, config.all_gather, config.ulysses), mesh_dim_names=("data", "all_gather", "ulysses"))
+        if context > 1:
+            context_mesh = ContextMesh.from_device_mesh(mesh["all_gather", "ulysses"])
+    return World(rank, size, here, rank // context, data, context_mesh, mesh, owns, patient)

@@ -1,0 +1,29 @@
+"""The base of the errors that eagle_train raises on purpose. Their messages are written for users; `exit_code` is that of the command.
+
+Exit codes: 0 success; 1 the run failed; 2 the command line or the configuration is wrong; 3 the data: too many bad rows, damaged media, or
+facts are missing; 4 an evaluation failed (after `train`: training is complete); 130 SIGINT; 143 SIGTERM.
+"""
+
+import traceback
+from pathlib import Path
+
+RUN_FAILED, WRONG_USE, BAD_DATA, EVALUATION_FAILED, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
+
+
+class TrainError(Exception):
+    """The base class."""
+
+    exit_code = RUN_FAILED
+
+
+class EvaluationError(TrainError, RuntimeError):
+    """The model can't answer, on at least one rank; raised on every rank with the same message."""
+
+    exit_code = EVALUATION_FAILED
+
+
+def describe(error: BaseException) -> str:
+    """Kind and message of an error, and the last line of code that it passed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"

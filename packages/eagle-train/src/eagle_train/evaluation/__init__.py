@@ -1,0 +1,1 @@
+"""Answers to held-out questions, their scores, and the text-only baseline."""

@@ -1,0 +1,90 @@
+"""The text-only baseline: the score of the best answer from the question alone.
+
+The answer of a question is the most frequent training answer to the same text, else the most frequent training answer of all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from eagle_train.data.facts import Facts
+from eagle_train.data.sample import normalise, parse_row
+from eagle_train.distributed.world import World
+
+from .metrics import Evaluation
+
+_PLACEHOLDER = re.compile(r"\s*<(?:image|video|document)(?:-\d+)?>\s*")
+
+
+def question_text(content: str) -> str:
+    """A user turn without its placeholders."""
+    return _PLACEHOLDER.sub(" ", content).strip()
+
+
+def last_question(messages: Sequence[dict[str, str]]) -> str:
+    """The last user turn, without placeholders."""
+    return next((question_text(message["content"]) for message in reversed(messages) if message["role"] == "user"), "")
+
+
+class Frequencies(NamedTuple):
+    """best: most frequent answer of each question text. overall: most frequent answer of all."""
+
+    best: dict[str, str]
+    overall: str
+
+    @classmethod
+    def count(cls, pairs: Iterable[tuple[str, str]], questions: set[str]) -> Frequencies:
+        """From (question, answer) pairs; only the answers to `questions` are kept apart."""
+        counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        every: Counter[str] = Counter()
+        for question, answer in pairs:
+            if question in questions:
+                counts[question][answer] += 1
+            every[answer] += 1
+        best = {question: counter.most_common(1)[0][0] for question, counter in counts.items()}
+        return cls(best, every.most_common(1)[0][0] if every else "")
+
+    def answer(self, question: str) -> str:
+        """The text-only answer."""
+        return self.best.get(question, self.overall)
+
+
+class TextOnlyBaseline:
+    """The baseline of a run. The training rows are read once, by the main rank, for the questions that are evaluated first."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self._known: set[str] = set()
+        self._frequencies: Frequencies | None = None
+
+    def fill(self, evaluation: Evaluation, world: World) -> Evaluation:
+        """The evaluation with the baseline's answers on the main rank, unchanged on the others; a collective of all ranks."""
+        return world.first(lambda: self._filled(evaluation)) or evaluation
+
+    def _filled(self, evaluation: Evaluation) -> Evaluation:
+        questions = {answer.question for answer in evaluation.answers}
+        if self._frequencies is None or not questions <= self._known:
+            self._known |= questions
+            self._frequencies = Frequencies.count(training_pairs(self.facts), self._known)
+        frequencies = self._frequencies
+        return replace(
+            evaluation, answers=tuple(answer._replace(text_only=frequencies.answer(answer.question)) for answer in evaluation.answers)
+        )
+
+
+def training_pairs(facts: Facts) -> Iterator[tuple[str, str]]:
+    """(question, answer) of every assistant turn of the rows of the facts, the question as `evaluate` poses it."""
+    columns = [facts.column(name) for name in ("line", "offset", "size")]
+    for source in facts.sources:
+        with open(source.annotation, "rb") as file:
+            rows = slice(source.first, source.first + source.rows)
+            for line, offset, size in zip(*(column[rows].tolist() for column in columns)):
+                file.seek(offset)
+                sample = normalise(parse_row(file.read(size)), source.name, root=source.root, line=line, system=facts.system)
+                for index, message in enumerate(sample.messages):
+                    if message["role"] == "assistant":
+                        yield last_question(sample.messages[:index]), message["content"]

@@ -1,0 +1,371 @@
+"""Packs read ahead of the step by worker processes, in order, within a bound of bytes; a stuck file costs its sample and nothing more.
+
+Each worker is a process with a pipe. It gets the tasks of some packs, says which sample it begins, and sends back finished batches.
+The parent (one thread) hands out tasks while the bytes of what was asked for and not yet used stay below the bound, hands batches on in
+the order of the tasks, and watches the clock: a worker that sits on one sample for longer than `stuck_after` is killed, a new one does
+the pack again without that sample, and the sample goes to the ledger. So does a sample whose decoder takes its process down.
+Order and content never depend on timing (except for what a time limit cut).
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+from eagle_model.prompt import CachedEncoder
+from eagle_model.visual import VisualSpec
+from eagle_sampling import Limits
+from eagle_train.data.ledger import Entry
+from eagle_train.data.sample import Address
+from eagle_train.errors import TrainError
+from eagle_train.planning.stages import Planned
+
+from .pack import WHOLE, LoadedPack, Share, Weighting, load_pack
+
+logger = logging.getLogger(__name__)
+
+STUCK_AFTER = 600.0
+"""Seconds that one sample may take. The media readers have shorter limits of their own; this one is for a process that doesn't return."""
+SLOW_SAMPLE = 30.0
+"""Seconds after which a sample's source is named in the log."""
+
+
+class Reading(NamedTuple):
+    """What a worker must know next to its tasks. tokenizer: its folder."""
+
+    tokenizer: str
+    spec: VisualSpec
+    limits: Limits
+    share: Share = WHOLE
+
+
+class Task(NamedTuple):
+    """One pack to read; `key` identifies it for the caller (stage, step, place), `weighting` is the stage's."""
+
+    key: Any
+    pack: tuple[Planned, ...]
+    weighting: Weighting
+
+    def nbytes(self, spec: VisualSpec, share: Share = WHOLE) -> int:
+        """Bytes of the batch for a process that reads `share` of its tiles, from the plan alone."""
+        tokens = sum(planned.plan.tokens for planned in self.pack)
+        tiles = sum(planned.plan.tile_count(spec) for planned in self.pack)
+        return tokens * 36 + -(-tiles // share.ranks) * 3 * spec.tile_size**2
+
+
+class LoaderError(TrainError, RuntimeError):
+    """The loader can't go on; the message has the worker's own traceback."""
+
+
+def make_encoder(tokenizer: str) -> CachedEncoder:
+    """The tokenizer of a folder, as the batches need it. Loads transformers, but not torch."""
+    from eagle_model.tokenizer import load_tokenizer
+
+    return CachedEncoder(load_tokenizer(tokenizer))
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    place: Any  # shared int: the sample (place in the pack) that is being read, -1 for none
+    number: int | None = None  # the task it has
+    seen: int = -1
+    since: float = 0.0
+    named: bool = False
+
+
+@dataclass
+class _Slot:
+    task: Task
+    nbytes: int
+    skip: dict[int, Entry] = field(default_factory=dict)
+    batch: LoadedPack | None = None
+
+
+class Loader:
+    """Iterate over `(key, LoadedPack)` in the order of `tasks`; use as a context manager, or call `close`.
+
+    workers: processes; 0 reads in the calling thread when a batch is asked for. prefetch: bytes of batches that may be on their way or
+    waiting (one batch is always allowed). `waited` is the time that the consumer spent waiting; `seconds_by_source` where reading went.
+    """
+
+    def __init__(
+        self,
+        tasks: Iterable[Task],
+        reading: Reading,
+        *,
+        workers: int = 2,
+        prefetch: int = 1 << 30,
+        stuck_after: float = STUCK_AFTER,
+        encoder: CachedEncoder | None = None,
+    ) -> None:
+        self._tasks = iter(tasks)
+        self._reading = reading
+        self._prefetch = prefetch
+        self._stuck_after = stuck_after
+        self._encoder = encoder
+        self._count = workers
+        self.waited = 0.0
+        self.seconds_by_source: Counter[str] = Counter()
+        self._slots: dict[int, _Slot] = {}
+        self._next_task = 0
+        self._next_out = 0
+        self._exhausted = False
+        self._bytes = 0
+        self._failures = 0
+        self._error: BaseException | None = None
+        self._closed = False
+        self._condition = threading.Condition()
+        self._workers: list[_Worker] = []
+        self._thread: threading.Thread | None = None
+        if workers:
+            self._context = multiprocessing.get_context("spawn")
+            self._workers = [self._start() for _ in range(workers)]
+            self._wake_read, self._wake_write = self._context.Pipe(duplex=False)
+            self._thread = threading.Thread(target=self._serve, name="eagle-loader", daemon=True)
+            self._thread.start()
+
+    # The consumer's side
+
+    @property
+    def bytes_ahead(self) -> int:
+        """Bytes of the batches that are on their way (as their plans estimate them) or waiting; at most `prefetch` and one batch more."""
+        return self._bytes
+
+    def __iter__(self) -> Iterator[tuple[Any, LoadedPack]]:
+        while (item := self.get()) is not None:
+            yield item
+
+    def get(self) -> tuple[Any, LoadedPack] | None:
+        """The next batch, or None at the end. Raises LoaderError (or what `tasks` raised)."""
+        begin = time.monotonic()
+        try:
+            return self._get_here() if not self._count else self._get_from_workers()
+        finally:
+            self.waited += time.monotonic() - begin
+
+    def _get_here(self) -> tuple[Any, LoadedPack] | None:
+        task = next(self._tasks, None)
+        if task is None:
+            return None
+        if self._encoder is None:
+            self._encoder = make_encoder(self._reading.tokenizer)
+        batch = read(task, self._encoder, self._reading)
+        self.seconds_by_source.update(batch.seconds_by_source)
+        return task.key, batch
+
+    def _get_from_workers(self) -> tuple[Any, LoadedPack] | None:
+        with self._condition:
+            while True:
+                slot = self._slots.get(self._next_out)
+                if slot is not None and slot.batch is not None:
+                    del self._slots[self._next_out]
+                    self._next_out += 1
+                    self._bytes -= slot.nbytes
+                    self._wake()
+                    return slot.task.key, slot.batch
+                if self._error is not None:
+                    raise self._error
+                if self._exhausted and not self._slots:
+                    return None
+                if self._closed:
+                    raise LoaderError("the loader is closed")
+                self._condition.wait()
+
+    def close(self) -> None:
+        """Stop the workers; what they were reading is lost."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+            self._wake()
+        if self._thread is not None:
+            self._thread.join()
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.join()
+            worker.pipe.close()
+        self._workers = []
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The serving thread
+
+    def _wake(self) -> None:
+        if (self._thread is not None and not self._closed) or (self._thread is not None and self._thread.is_alive()):
+            try:
+                self._wake_write.send_bytes(b"1")
+            except OSError:  # the thread is gone, nobody needs waking
+                return
+
+    def _start(self) -> _Worker:
+        here, there = self._context.Pipe()
+        place = self._context.RawValue("q", -1)
+        process = self._context.Process(target=work, args=(there, place, self._reading), name="eagle-reader", daemon=True)
+        with _without_signals():
+            process.start()
+        there.close()
+        return _Worker(process, here, place)
+
+    def _serve(self) -> None:
+        try:
+            while not self._closed:
+                self._hand_out()
+                pipes: dict[Any, _Worker] = {worker.pipe: worker for worker in self._workers}
+                for pipe in wait([*pipes, self._wake_read], timeout=min(1.0, self._stuck_after / 4)):
+                    if pipe is self._wake_read:
+                        self._wake_read.recv_bytes()
+                    else:
+                        self._receive(pipes[pipe])
+                self._watch()
+        except BaseException as error:  # whatever it is, the consumer must hear of it instead of waiting for ever
+            with self._condition:
+                self._error = error
+                self._condition.notify_all()
+
+    def _hand_out(self) -> None:
+        # One task a process: a process that has one may be writing its batch, and would not read.
+        for worker in self._workers:
+            if worker.number is not None or self._exhausted or (self._slots and self._bytes >= self._prefetch):
+                continue
+            task = next(self._tasks, None)
+            with self._condition:
+                if task is None:
+                    self._exhausted = True
+                    self._condition.notify_all()
+                    return
+                slot = _Slot(task, task.nbytes(self._reading.spec, self._reading.share))
+                worker.number = self._next_task
+                self._slots[self._next_task] = slot
+                self._next_task += 1
+                self._bytes += slot.nbytes
+            self._send(worker)
+
+    def _send(self, worker: _Worker) -> None:
+        assert worker.number is not None
+        slot = self._slots[worker.number]
+        worker.seen, worker.since = -1, time.monotonic()
+        try:
+            worker.pipe.send((slot.task, slot.skip))
+        except OSError:  # the process died; _receive sees the closed pipe and starts another
+            return
+
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            batch = worker.pipe.recv()
+        except (EOFError, OSError):
+            worker.process.join()
+            self._restart(worker, "died", f"the reading process ended with exit code {worker.process.exitcode}")
+            return
+        if not isinstance(batch, LoadedPack):
+            raise LoaderError(f"a reading process failed:\n{batch}")
+        assert worker.number is not None
+        with self._condition:
+            slot = self._slots[worker.number]
+            self._bytes += batch.batch.nbytes - slot.nbytes
+            slot.nbytes, slot.batch = batch.batch.nbytes, batch
+            self.seconds_by_source.update(batch.seconds_by_source)
+            self._condition.notify_all()
+        worker.number = None
+
+    def _watch(self) -> None:
+        """Name slow samples, and give up on stuck ones."""
+        now = time.monotonic()
+        for worker in list(self._workers):
+            place = worker.place.value
+            if worker.number is None or place < 0 or place != worker.seen:
+                worker.seen, worker.since, worker.named = place, now, False
+                continue
+            elapsed = now - worker.since
+            if elapsed > SLOW_SAMPLE and not worker.named:
+                worker.named = True
+                address = self._slots[worker.number].task.pack[place].address
+                logger.warning("%s:%d (source %s) is slow: %.0f s so far", address.annotation, address.line, address.source, elapsed)
+            if elapsed > self._stuck_after:
+                worker.process.kill()
+                worker.process.join()
+                self._restart(worker, "stuck", f"reading took longer than {self._stuck_after:.0f} s")
+
+    def _restart(self, worker: _Worker, reason: str, detail: str) -> None:
+        """A new process for one that is gone: its sample is skipped, its pack is read again."""
+        worker.pipe.close()
+        place = worker.place.value
+        if worker.number is None or place < 0:
+            self._failures += 1
+            if self._failures > 2 * self._count:
+                raise LoaderError(f"reading processes can't start: {detail}; with loader.workers=0 the reason is shown directly")
+        fresh = self._start()
+        fresh.number = worker.number
+        self._workers[self._workers.index(worker)] = fresh
+        if worker.number is None:
+            return
+        if place >= 0:
+            slot = self._slots[worker.number]
+            address = slot.task.pack[place].address
+            logger.warning("%s:%d (source %s) is left out: %s", address.annotation, address.line, address.source, detail)
+            slot.skip[place] = Entry(address.source, address.line, reason, detail, "train")
+        self._send(fresh)
+
+
+@contextmanager
+def _without_signals() -> Iterator[None]:
+    """Processes that start here ignore SIGINT and SIGTERM: a terminal sends Ctrl-C to them too, and the running step needs them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def read(task: Task, encoder: CachedEncoder, reading: Reading, skip: dict[int, Entry] | None = None, on_sample: Any = None) -> LoadedPack:
+    """One pack, in this process."""
+    return load_pack(
+        task.pack,
+        encoder,
+        reading.spec,
+        weighting=task.weighting,
+        limits=reading.limits,
+        share=reading.share,
+        skip=skip,
+        on_sample=on_sample,
+        clock=time.monotonic,
+    )
+
+
+def work(pipe: Connection, place: Any, reading: Reading) -> None:
+    """The body of a worker process: tasks in, batches out, until the pipe closes. `place` tells which sample is being read."""
+
+    def begins(number: int, _: Address) -> None:
+        place.value = number
+
+    try:
+        encoder = make_encoder(reading.tokenizer)
+        while True:
+            try:
+                task, skip = pipe.recv()
+            except EOFError:
+                return
+            batch = read(task, encoder, reading, skip, begins)
+            place.value = -1
+            pipe.send(batch)
+    except (BrokenPipeError, KeyboardInterrupt):
+        return
+    except BaseException:
+        pipe.send(traceback.format_exc())

@@ -1,0 +1,198 @@
+"""A pack of planned samples becomes a packed batch: ids, targets, positions, loss weights and tiles. Pixels are read here, once.
+
+Nothing is substituted. A sample whose media can't be read any more is left out of the pack and its reason is kept in `missing`; because
+loss denominators are summed from the batches that were made (`label_weight`), they stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from eagle_model.batch import PackedBatch
+from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, CachedEncoder, Encoded, PromptError, encode
+from eagle_model.visual import MediaChanged, VisualSpec, read_tiles_into
+from eagle_sampling import Limits, MediaError
+from eagle_train.data.ledger import Entry
+from eagle_train.data.sample import Address, RowError, Sample, load_sample
+from eagle_train.planning.stages import Planned
+
+Weighting = Literal["token", "sample", "sqrt"]
+
+
+class Share(NamedTuple):
+    """The part of each pack's tiles that a process reads: those of rank `rank` of `ranks`, as `eagle_cp.plan_tiles` spreads them."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, tiles: int) -> tuple[int, int]:
+        """First of this rank's tiles and the one after its last, of `tiles`."""
+        return self.rank * tiles // self.ranks, (self.rank + 1) * tiles // self.ranks
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True)
+class LoadedPack:
+    """A packed batch and where it comes from.
+
+    batch: numpy arrays of the whole pack; its tiles are this process's share. sample_ids: (source, line) of each sample. tile_count: tiles
+    of the whole pack. planned_tokens: what the plan expected (an upper bound). missing: place in the pack -> why it isn't here.
+    seconds_by_source: where reading went.
+    """
+
+    batch: PackedBatch
+    sample_ids: tuple[tuple[str, int], ...] = ()
+    tile_count: int = 0
+    planned_tokens: int = 0
+    missing: dict[int, Entry] = field(default_factory=dict)
+    seconds_by_source: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of samples (an empty pack has one token of padding, which belongs to no sample)."""
+        return self.batch.cu_seqlens[-1] if self.sample_ids else 0
+
+    @property
+    def failed(self) -> tuple[Entry, ...]:
+        """Why samples are missing."""
+        return tuple(self.missing.values())
+
+
+def token_weight(labels: int, weighting: Weighting) -> float:
+    """Loss weight of each label token of a sample with `labels` of them (spec section 6)."""
+    return {"token": 1.0, "sample": 1.0 / max(labels, 1), "sqrt": max(labels, 1) ** -0.5}[weighting]
+
+
+def load_pack(
+    pack: Sequence[Planned],
+    encoder: CachedEncoder,
+    spec: VisualSpec,
+    *,
+    weighting: Weighting = "sqrt",
+    limits: Limits | None = None,
+    share: Share = WHOLE,
+    skip: dict[int, Entry] | None = None,
+    on_sample: Callable[[int, Address], None] | None = None,
+    clock: Callable[[], float] | None = None,
+) -> LoadedPack:
+    """Read the samples of a pack: the text of all, and the tiles of this process's share.
+
+    skip: samples (by place in the pack) that are already known not to work, with their ledger entries.
+    on_sample: called before each sample, for whoever watches the time. clock: seconds, to account reading to sources.
+    With more than one rank a sample that can't be read moves the shares of all: see `eagle_train.distributed.agreement`.
+    """
+    limits, skip = limits or Limits(), skip or {}
+    missing: dict[int, Entry] = {}
+    seconds: dict[str, float] = {}
+
+    def attempt(place: int, work: Callable[[], Any]) -> Any:
+        """What `work` returns, or None when the sample is bad."""
+        address = pack[place].address
+        if on_sample is not None:
+            on_sample(place, address)
+        begin = clock() if clock else 0.0
+        try:
+            return work()
+        except RowError as error:
+            missing[place] = Entry(address.source, address.line, error.reason, error.detail, "train")
+        except MediaChanged as error:
+            missing[place] = Entry(address.source, address.line, error.reason, str(error), "train")
+        except (MediaError, PromptError, OSError) as error:
+            missing[place] = Entry(address.source, address.line, "unreadable", str(error), "train")
+        finally:
+            if clock:
+                seconds[address.source] = seconds.get(address.source, 0.0) + clock() - begin
+        return None
+
+    def read_text(planned: Planned) -> tuple[Sample, Encoded]:
+        sample = load_sample(planned.address)
+        tokens = encode(planned.plan.render(sample.messages, spec), encoder)
+        if len(tokens.input_ids) > planned.plan.tokens:
+            raise MediaChanged(f"the row has {len(tokens.input_ids)} tokens, prepare counted {planned.plan.tokens}")
+        return sample, tokens
+
+    rows: dict[int, tuple[Sample, Encoded]] = {}
+    for place, planned in enumerate(pack):
+        if place in skip:
+            missing[place] = skip[place]
+        elif (row := attempt(place, partial(read_text, planned))) is not None:
+            rows[place] = row
+
+    counts = {place: pack[place].plan.tile_count(spec) for place in rows}
+    first, last = share.of(sum(counts.values()))
+    tiles = np.empty((last - first, spec.tile_size, spec.tile_size, 3), np.uint8)
+    filled, start = 0, 0  # start: the sample's first tile in the pack
+    for place, count in counts.items():
+        begin, end = max(first - start, 0), min(last - start, count)
+        start += count
+        if begin >= end:
+            continue
+        part, sample = tiles[filled : filled + end - begin], rows[place][0]
+        read = partial(
+            read_tiles_into, part, sample.messages, sample.images, sample.videos, pack[place].plan, spec, first=begin, limits=limits
+        )
+        attempt(place, read)
+        if place in missing:
+            del rows[place]  # the next sample's tiles take the room
+        else:
+            filled += end - begin
+    # A share of a pack that lost a sample is another share: such a batch is read again.
+    whole = share.ranks == 1 or len(rows) == len(counts)
+    samples = [tokens for _, tokens in rows.values()]
+    batch, tile_count = join_samples(samples, tiles[:filled], encoder, spec, weighting=weighting, share=share if whole else None)
+    return LoadedPack(
+        batch,
+        tuple((pack[place].address.source, pack[place].address.line) for place in rows),
+        tile_count,
+        sum(planned.plan.tokens for planned in pack),
+        dict(sorted(missing.items())),
+        seconds,
+    )
+
+
+def join_samples(
+    samples: Sequence[Encoded],
+    tiles: np.ndarray,
+    encoder: CachedEncoder,
+    spec: VisualSpec,
+    *,
+    weighting: Weighting,
+    share: Share | None = WHOLE,
+) -> tuple[PackedBatch, int]:
+    """One batch of tokenised samples, and the number of their tiles, of which `tiles` are this share (None: what could be read of it, and
+    the batch is to be read again).
+
+    Without any sample: one ignored token, so that every rank has something to run. Raises ValueError when ids and tiles disagree.
+    """
+    if not samples:
+        nothing = np.full(1, IGNORE_INDEX, np.int64)
+        zero = np.zeros(1, np.int64)
+        return PackedBatch(zero, nothing, zero, np.zeros(1, np.float32), (0, 1), tiles[:0], zero[:0], 0, 0.0), 0
+    ids = np.concatenate([tokens.input_ids for tokens in samples])
+    targets = np.full(len(ids), IGNORE_INDEX, np.int64)
+    weights = np.zeros(len(ids), np.float32)
+    positions = np.empty(len(ids), np.int64)
+    offsets = [0]
+    kept, total = 0, 0.0
+    for tokens in samples:
+        start, stop = offsets[-1], offsets[-1] + len(tokens.input_ids)
+        offsets.append(stop)
+        targets[start : stop - 1] = tokens.labels[1:]
+        labels = int(np.count_nonzero(tokens.labels[1:] != IGNORE_INDEX))
+        weight = token_weight(labels, weighting)
+        weights[start:stop] = np.where(targets[start:stop] != IGNORE_INDEX, np.float32(weight), np.float32(0))
+        positions[start:stop] = np.arange(stop - start)
+        kept += labels
+        total += labels * float(np.float32(weight))
+    visual = np.flatnonzero(ids == encoder.token_id(IMG_CONTEXT))
+    count, rest = divmod(len(visual), spec.tokens_per_tile)
+    if rest or (share is not None and len(tiles) != np.diff(share.of(count))):
+        raise ValueError(f"{len(visual)} visual tokens for {len(tiles)} tiles of {spec.tokens_per_tile}: prompt and tiles disagree")
+    return PackedBatch(ids, targets, positions, weights, tuple(offsets), tiles, visual, kept, total), count

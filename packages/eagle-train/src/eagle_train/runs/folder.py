@@ -1,0 +1,113 @@
+"""The run folder: which run it holds, and what it keeps of where the run came from, so that it can be moved.
+
+`config.yaml` is complete. `origin/` holds the tokenizer and, for a run that starts from a checkpoint, that checkpoint's config.json: with
+them and a checkpoint of its own the run can be evaluated and exported wherever the folder is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from eagle_train.config import Config, ConfigError, dump_config, load_config
+from eagle_train.config.load import free_keys, map_paths
+
+from eagle_train.distributed.precision import auto_dtype
+from eagle_train.training import checkpoint
+
+from .lock import locked
+
+def claim_folder(config: Config, tokenizer: Any = None) -> None:
+    """Write config.yaml and origin/, or make sure that the run that is there is the same one; raises ConfigError naming what differs."""
+    folder = config.run.folder
+    path = folder / "config.yaml"
+    if path.is_file() and checkpoint.latest(folder / "checkpoints") is not None:
+        there = load_config(path)  # complete: a setting that is newer than the run has its default
+        mine = config.model_dump(mode="json")
+        # A folder that was moved with what lies beside it is still the same run.
+        moved = set(_differences(_moved(there, folder).model_dump(mode="json"), mine))
+        differing = [name for name in _differences(there.model_dump(mode="json"), mine) if name in moved]
+        if differing:
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({', '.join(sorted(differing)[:6])}): "
+                "give this one another run.name, or remove that folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        _keep_origin(config, tokenizer)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    temporary.replace(path)
+
+
+def open_run(folder: str | Path) -> Config:
+    """The configuration of a run folder, wherever it is now; raises ConfigError when it is not one."""
+    folder = Path(folder).resolve()
+    path = folder / "config.yaml"
+    if not path.is_file():
+        what = "it holds the weights of a model" if (folder / "config.json").is_file() else "it has no config.yaml"
+        raise ConfigError(f"{folder} is not a run folder: {what}; give the folder of a run of eagle train, for example runs/quickstart")
+    config = _moved(load_config(path), folder, missing_only=True)
+    model, origin = config.model, folder / "origin"
+    if origin.is_dir():
+        model = model.replaced(tokenizer=str(origin), path=str(origin) if model.path is not None else None)
+    return config.replaced(run=config.run.replaced(dir=folder.parent, name=folder.name), model=model)
+
+
+def remove_run(folder: Path) -> None:
+    """Delete a run folder. Raises ConfigError when it holds something else, or is in use."""
+    names = {path.name for path in folder.iterdir()}
+    begun = names <= {"facts", "ledger.jsonl", ".lock"}  # and ended before it was claimed
+    if not begun and not ("config.yaml" in names and names & {"origin", "checkpoints"}):
+        raise ConfigError(f"{folder} is not removed: it holds no run of eagle train; give this run another run.name")
+    with locked(folder):
+        shutil.rmtree(folder)
+
+
+def _moved(config: Config, folder: Path, *, missing_only: bool = False) -> Config:
+    """A copy whose paths lie to `folder` as they lay to its run folder; with `missing_only` those that lead nowhere as they are."""
+    before = config.run.folder
+
+    def move(path: Path) -> Path:
+        moved = Path(os.path.normpath(folder / os.path.relpath(path, before)))
+        return path if missing_only and (path.exists() or not moved.exists()) else moved
+
+    return map_paths(config, move)
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Dotted names of the values that differ and may not change when a run is resumed."""
+    if path in free_keys():
+        return []
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [name for key in {**a, **b} for name in _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))]
+    return [] if a == b else [path]
+
+
+def _keep_origin(config: Config, tokenizer: Any) -> None:
+    """Whole or not there: made under another name. It is small, and what an earlier start kept may be another tokenizer."""
+    origin = config.run.folder / "origin"
+    temporary = origin.with_name(".origin")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)
+    if config.model.path is not None:
+        shutil.copyfile(Path(config.model.path) / "config.json", temporary / "config.json")
+    shutil.rmtree(origin, ignore_errors=True)
+    temporary.rename(origin)
+
+
+def resolve_dtype(config: Config, device: str) -> Config:
+    """The configuration with `parallel.dtype` resolved: that of the run in the folder, else `auto_dtype`.
+
+    Call it before `start_world`. device: `cpu` or `cuda`.
+    """
+    if config.parallel.dtype != "auto":
+        return config
+    stored = config.run.folder / "config.yaml"
+    dtype = "auto"
+    if stored.is_file() and checkpoint.latest(config.run.folder / "checkpoints") is not None:
+        dtype = load_config(stored).parallel.dtype
+    dtype = auto_dtype(device) if dtype == "auto" else dtype
+    return config.replaced(parallel=config.parallel.replaced(dtype=dtype))

@@ -1,0 +1,63 @@
+"""What a row or pack looks like to the model: the views of `eagle show`. No model is made."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from eagle_train.config import Config, ConfigError
+from eagle_train.data.facts import Facts
+from eagle_train.data.measure import media_limits
+from eagle_train.data.prepare import load_facts
+from eagle_train.data.sample import load_sample
+from eagle_train.planning.stages import Planned, StageSchedule
+from eagle_train.planning.visual import plan_visual, sample_plan, visual_spec
+from eagle_train.training.model import load_run_tokenizer, model_config
+
+from .show import SampleView, view_sample
+
+
+class View(NamedTuple):
+    """The samples of a pack, or one row (capacity None)."""
+
+    views: list[SampleView]
+    title: str
+    capacity: int | None
+
+
+def view(config: Config, *, row: str | None, stage: str | None, pack: int, evaluation: bool) -> View:
+    """One row (`source:line`), or a pack of a stage's first epoch. Raises ConfigError for a name or number that isn't there."""
+    tokenizer = load_run_tokenizer(config)
+    facts = load_facts(config, tokenizer, evaluation=evaluation)
+    names = [one.name for one in config.stages]
+    if stage is not None and stage not in names:
+        raise ConfigError(f"no stage is called {stage!r}; they are {', '.join(names)}")
+    chosen = config.stages[names.index(stage) if stage is not None else (-1 if evaluation else 0)]
+    spec = visual_spec(config, model_config(config, tokenizer))
+    if row is None and evaluation:
+        raise ConfigError("held-out rows aren't packed; name one with --row source:line")
+    if row is None:
+        plan = StageSchedule(facts, config, chosen, spec).plan(0)
+        if not 0 <= pack < plan.packs:
+            raise ConfigError(f"stage {chosen.name} has packs 0 ... {plan.packs - 1}, there is no {pack}")
+        plans, title, capacity = plan.samples(pack), f"stage {chosen.name}, pack {pack} of {plan.packs}", chosen.max_tokens
+    else:
+        number = find_row(facts, row)
+        visual = plan_visual(facts, chosen.max_tokens, spec)
+        plans = [Planned(facts.address(number), sample_plan(facts, visual, number, spec))]
+        title, capacity = f"{row} in stage {chosen.name}", None
+    limits = media_limits(config.data.limits)
+    views = [view_sample(load_sample(one.address), one.plan, spec, tokenizer, budget=chosen.max_tokens, limits=limits) for one in plans]
+    return View(views, title, capacity)
+
+
+def find_row(facts: Facts, name: str) -> int:
+    """The row `source:line`; raises ConfigError when there is none (it may be in the ledger)."""
+    source_name, _, line = name.rpartition(":")
+    for source in facts.sources:
+        if source.name == source_name and line.isdigit():
+            lines = facts.column("line")[source.first : source.first + source.rows]
+            found = (lines == int(line)).nonzero()[0]
+            if len(found):
+                return source.first + int(found[0])
+            raise ConfigError(f"source {source_name} has no usable row in line {line}; if the line exists, the ledger says why")
+    raise ConfigError(f"{name!r}: expected source:line with a source of {', '.join(source.name for source in facts.sources)}")

@@ -1,0 +1,29 @@
+"""Packed batches of tensors for tests of the model."""
+
+from itertools import accumulate
+
+import torch
+
+from eagle_model import PackedBatch
+
+
+def make_pack(input_ids, lengths=None, *, tiles=None, image=100, targets=None, token_weights=None, denominator=None):
+    """A `PackedBatch` of flat ids [T] (a tensor) of samples of these lengths (default: one sample).
+
+    image: the id of visual tokens. targets: [T], or None for logits. token_weights: default 1. denominator: a number or None.
+    """
+    lengths = lengths or [len(input_ids)]
+    weights = torch.ones(len(input_ids)) if token_weights is None else token_weights
+    kept = torch.zeros(len(input_ids), dtype=torch.bool) if targets is None else (targets != -100) & (weights != 0)
+    return PackedBatch(
+        input_ids=input_ids,
+        targets=targets,
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        token_weights=weights,
+        cu_seqlens=(0, *accumulate(lengths)),
+        tiles=tiles,
+        visual_index=(input_ids == image).nonzero().squeeze(1),
+        num_kept=int(kept.sum()),
+        label_weight=float(weights[kept].sum()),
+        denominator=None if denominator is None else torch.as_tensor(denominator),
+    )

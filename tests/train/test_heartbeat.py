@@ -1,0 +1,46 @@
+"""A long step is reported with what it does; short ones are not."""
+
+import re
+import time
+
+import torch
+
+from eagle_train.distributed.world import start_world
+from eagle_train.runs.ready import get_ready
+from eagle_train.runs.train import train
+from eagle_train.training import heartbeat
+from eagle_train.training.heartbeat import Heartbeat
+from eagle_train.training.trainer import Trainer
+
+
+def test_only_what_takes_long_is_reported():
+    said = []
+    with Heartbeat(said.append, every=0.2) as beat:
+        for number in range(8):
+            beat.begin(f"step {number}")
+            time.sleep(0.05)
+        assert said == []
+        beat.begin("step 8")
+        beat.at("forward/backward of pack 3 of 32")
+        time.sleep(0.55)
+    assert said == ["step 8: 0 s, now in forward/backward of pack 3 of 32"] * 2
+    time.sleep(0.3)
+    assert len(said) == 2  # nothing after the end
+
+
+def test_a_slow_step_of_a_run(colour_run, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(heartbeat, "EVERY", 0.4)
+    forward, waited = Trainer._forward_backward, []
+
+    def slow(self, batch):
+        if not waited or len(waited) == 1:
+            waited.append(batch)
+            time.sleep(0.6 * (len(waited) == 2))
+        return forward(self, batch)
+
+    monkeypatch.setattr(Trainer, "_forward_backward", slow)
+    said = []
+    config = colour_run()
+    train(get_ready(config), start_world(config.parallel, "cpu"), on_slow=said.append)
+    assert any(re.fullmatch(r"step 1 of stage one: \d s, now in forward/backward of pack 2 of 2", line) for line in said), said
