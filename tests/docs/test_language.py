@@ -49,7 +49,6 @@ PHRASES = {
 NOT_YET_CLEAN: set[str] = {
     "packages/eagle-cp/CHANGELOG.md",
     "packages/eagle-cp/README.md",
-    "packages/eagle-kernels/benchmarks",
     "packages/eagle-model/src",
     "packages/eagle-sampling/CHANGELOG.md",
     "packages/eagle-sampling/README.md",
