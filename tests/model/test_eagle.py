@@ -93,6 +93,20 @@ def test_packed_equals_padded(make_model, pack, side):
     torch.testing.assert_close(model(ids, attention_mask=mask, pixel_values=floats).logits, answer.logits, atol=1e-5, rtol=1e-5)
 
 
+def test_parts_and_blocks(make_model):
+    """Every parameter is in exactly one part, and the blocks are the repeated layers in the order in which forward runs them."""
+    model = make_model()
+    names = [f"{part}: {id(p)}" for part, module in model.parts().items() for p in module.parameters()]
+    assert sorted(name.split()[1] for name in names) == sorted(str(id(p)) for p in model.parameters())
+    ran = []
+    for block in model.blocks():
+        block.register_forward_pre_hook(lambda module, _: ran.append(module))
+    model(make_pack(torch.arange(5), tiles=torch.zeros(0, 32, 32, 3, dtype=torch.uint8)))
+    assert ran == model.blocks() == model.blocks("vision") + model.blocks("connector") + model.blocks("language")
+    assert len(model.blocks("vision")) == model.config.vision_config.num_hidden_layers
+    assert len(model.blocks("language")) == model.config.text_config.num_hidden_layers
+
+
 def test_tile_features_stand_where_their_tokens_are(make_model, pack):
     model = make_model()
     features = model.image_features(pack["tiles"])

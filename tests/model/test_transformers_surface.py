@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen
 
 from eagle_model import EagleConfig, EagleForConditionalGeneration, preset
 from eagle_model.checkpoint import save_checkpoint
-from eagle_model.decoder import Head, Norm
 from eagle_model.eagle import CACHE_FIELD
 from eagle_model.fused import is_plain, is_plain_linear
+from eagle_model.language.attention import Norm
+from eagle_model.language.head import Head
 from tests.support.packs import make_pack
 
 IMAGE = 100

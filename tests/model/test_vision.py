@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from eagle_model.vision import VisionModel, make_connector, patches_of, pixel_shuffle
+from eagle_model.vision.connector import make_connector, pixel_shuffle
+from eagle_model.vision.siglip import VisionModel, patches_of
 
 SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 

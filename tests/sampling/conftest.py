@@ -1,4 +1,4 @@
-"""Small real encodes, made when a test asks for them, and the truth about them: libav's own decode from the first frame to the last."""
+"""Small encodes, made on demand, and the reference for them: libav's decode from the first frame to the last."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def encode_video(
 
 
 def decode_all(path: Path, size: tuple[int, int] | None = None, rotation: int = 0, mirrored: bool = False) -> dict[int, np.ndarray]:
-    """Presentation tick -> picture, for every frame that a plain decode of the whole file gives, converted as `read_frames` does."""
+    """Presentation tick -> picture, for every frame of a plain decode of the whole file, converted as `read_frames` does."""
     from eagle_sampling.video.decode import Painter
 
     pictures = {}
@@ -71,7 +71,7 @@ def decode_all(path: Path, size: tuple[int, int] | None = None, rotation: int = 
                 packet = next(packets, None)
                 frames = [] if packet is None else packet.decode()
             except av.FFmpegError:
-                continue  # a damaged file: ffmpeg goes on with the next packet
+                continue  # a damaged file: ffmpeg continues with the next packet
             for frame in frames:
                 width, height = size or (frame.width, frame.height)
                 if rotation in (90, 270) and size is None:
@@ -86,7 +86,7 @@ def decode_all(path: Path, size: tuple[int, int] | None = None, rotation: int = 
 
 @pytest.fixture(scope="session")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """media(name, **how) encodes once a session and gives the path."""
+    """media(name, **how) encodes once per session and returns the path."""
     folder = tmp_path_factory.mktemp("media")
     made: dict[str, Path] = {}
 
@@ -111,5 +111,5 @@ def truth() -> Callable[..., dict[int, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def small_mp4(media: Callable[..., Path]) -> Path:
-    """60 frames of 96 x 64 at 30 a second, H.264 with B-frames, keyframes at 0, 24, 48."""
+    """60 frames of 96 x 64 at 30 per second, H.264 with B-frames, keyframes at 0, 24, 48."""
     return media("small.mp4")

@@ -1,4 +1,4 @@
-"""ADS on one sample: the whole of Eq. (2) against search over all answers, on cases small enough to search."""
+"""ADS on one sample: Eq. (2) against a search over all plans, on cases small enough to search."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def allotments(requests, room):
 
 
 def share(requests, room):
-    """The rule of `plan`, from its words: the real x by bisection over the points where someone leaves the minimum, then single frames."""
+    """The rule of `ads` from its docstring: the real x between the points at which a video leaves its minimum, then single frames."""
     total = lambda x: sum(v.frame_tokens * max(Fraction(v.minimum), x * v.wanted) for v in requests)
     points = sorted({Fraction(v.minimum, v.wanted) for v in requests} | {Fraction(0), Fraction(1)})
     start = max(point for point in points if total(point) <= room)
@@ -77,7 +77,7 @@ def test_ads_is_eq_2(text, images, videos, max_tokens):
     if len({v.frame_tokens for v in videos}) <= 1:
         assert sum(result.frames) == max(map(sum, possible)), "n* is the most frames that fit"
     assert result.frames == (share(videos, room) if videos else ())
-    # Phase 2: the largest cap that fits beside the frames.
+    # Phase 2: the largest cap that fits next to the frames.
     spent = text + sum(n * v.frame_tokens for n, v in zip(result.frames, videos))
     at = {cap: spent + sum(row[c] for row in images) for c, cap in enumerate(SMALL_CAPS)}
     assert result.cap == max(cap for cap in SMALL_CAPS if at[cap] <= max_tokens)
@@ -94,7 +94,7 @@ def test_equal_frames_are_shared_in_proportion(requests, data):
     result = plan(0, [], requests, max_tokens=room)
     assert isinstance(result, VisualPlan)
     assert sum(result.frames) == room // 7
-    # Among those above their minimum, nobody could give a frame to another and be closer to proportion.
+    # Among videos above their minimum, no move of one frame to another video is closer to proportion.
     for i, j in product(range(len(requests)), repeat=2):
         a, b = requests[i], requests[j]
         if result.frames[i] > a.minimum and result.frames[j] < b.wanted:
@@ -122,7 +122,7 @@ def test_fill_raises_until_nothing_fits(text, images, videos, max_tokens):
             assert gain == 0 or filled.tokens + gain > max_tokens, "a further raise fits"
 
 
-def test_fill_takes_the_dearest_raise_first():
+def test_fill_takes_the_most_expensive_raise_first():
     costs = [[9, 5, 1], [7, 5, 1], [4, 2, 1]]
     assert plan(0, costs, [], max_tokens=11, caps=SMALL_CAPS, strategy="ads") == VisualPlan(1, (1, 1, 1), (), 3, ("tiles 4->1",))
     filled = plan(0, costs, [], max_tokens=11, caps=SMALL_CAPS, strategy="ads-fill")
@@ -164,7 +164,7 @@ def iap_costs(most):
         (300, [], [(600, 8, 272)], VisualPlan(12, (), (212,), 300 + 212 * 272, ("frames 600->212",))),
         # All fits: nothing is given up.
         (100, [iap_costs(12)], [(8, 8, 272)], VisualPlan(12, (12,), (8,), 100 + 13 * K + 6 + 8 * 272, ())),
-        # A document of 30 pages and its figure: pages first, the figure gets what is left.
+        # A document of 30 pages and its figure: pages first, the figure gets the rest.
         (100, [iap_costs(12)] * 15, [(30, 8, 260)], None),
         # Text alone.
         (58000, [], [], VisualPlan(12, (), (), 58000, ())),
@@ -186,7 +186,7 @@ def test_images_give_tiles_before_a_video_gives_frames():
     assert result == VisualPlan(2, (2, 2), (40,), 3500 + 40 * 272 + 2 * 774, ("tiles 12->2",))
 
 
-def test_a_lower_cap_that_costs_nothing_is_no_degradation():
+def test_a_lower_cap_that_costs_nothing_is_not_a_degradation():
     result = plan(0, [iap_costs(1), iap_costs(2)], [], max_tokens=262 + 774)
     assert isinstance(result, VisualPlan)
     assert result.degradations == ()
@@ -195,7 +195,7 @@ def test_a_lower_cap_that_costs_nothing_is_no_degradation():
     assert result.degradations == ("tiles 12->1",)
 
 
-def test_several_videos_say_which():
+def test_degradations_name_the_video():
     result = plan(0, [], [VideoRequest(60, 8, 10), VideoRequest(20, 8, 10), VideoRequest(3, 3, 10)], max_tokens=400)
     assert isinstance(result, VisualPlan)
     assert result.frames == (28, 9, 3)
@@ -210,7 +210,7 @@ def test_several_videos_say_which():
         (500, [[100] * 6], [(20, 8, 60)], "too_few_frames", ["8", "480", "the images 100", "500 of 1000"]),
     ],
 )
-def test_drops_say_the_numbers(text, images, videos, reason, numbers):
+def test_details_of_drops_have_the_numbers(text, images, videos, reason, numbers):
     result = plan(text, images, [VideoRequest(*v) for v in videos], max_tokens=1000)
     assert isinstance(result, Dropped)
     assert result.reason == reason
@@ -218,7 +218,7 @@ def test_drops_say_the_numbers(text, images, videos, reason, numbers):
         assert number in result.detail
 
 
-def test_the_edges_fit():
+def test_exact_fits():
     assert isinstance(plan(1000, [], [], max_tokens=1000), VisualPlan)
     assert isinstance(plan(0, [[500] * 6] * 2, [], max_tokens=1000), VisualPlan)
     assert isinstance(plan(40, [[160] * 6], [VideoRequest(20, 8, 100)], max_tokens=1000), VisualPlan)

@@ -1,4 +1,4 @@
-"""The budget over columns is the budget of every row, word for word."""
+"""The plan of columns is the plan of every row; strategies can be registered."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_arrays_of_the_result():
         result.row(4)
 
 
-def test_nothing_at_all():
+def test_no_rows():
     for strategy in STRATEGIES:
         result = plan_many(PlanColumns.from_rows([]), max_tokens=10, strategy=strategy)
         assert len(result.status) == len(result.tokens) == 0

@@ -1,4 +1,4 @@
-"""Which frames: laws of the choice, and a time table that is exact whatever the ticks."""
+"""Frame and page selection: laws of the choice; a time table is exact for all ticks."""
 
 from fractions import Fraction
 
@@ -49,18 +49,18 @@ def test_constant_rate_by_hand():
 
 
 def test_even_in_time_not_in_frame_number():
-    """Two seconds at 50 a second, then 100 s at 1: half of the frames belong to the dense part, one of eight choices does."""
+    """Two seconds at 50 per second, then 100 s at 1: half of the frames are in the dense part, and one of eight chosen ones."""
     times = np.concatenate([np.arange(100) / 50, 2 + np.arange(100)])
     assert (choose_times(times, 8) < 2).sum() == 1
 
 
-@pytest.mark.parametrize(("count", "message"), [(0, "at least 1"), (11, "ask for at most 10")])
-def test_impossible_counts(count, message):
+@pytest.mark.parametrize(("count", "message"), [(0, "at least 1"), (11, "choose at most 10")])
+def test_invalid_counts(count, message):
     with pytest.raises(ValueError, match=message):
         choose_times(np.arange(10.0), count)
 
 
-def test_impossible_clips():
+def test_invalid_clips():
     for start, end in ((5, 5), (6, 5), (50, 60), (None, -1)):
         with pytest.raises(ValueError, match="clip"):
             choose_times(np.arange(10.0), 1, start=start, end=end)
@@ -149,7 +149,7 @@ def test_chapters():
     chapters = choose_chapters(times, [(0, 10), (10, 90), (90, 90.1)])
     assert [len(chapter) for chapter in chapters] == [20, 50, 1]
     assert chapters[0].max() < 10 <= chapters[1].min()
-    beyond = choose_chapters(times[:300], [(0, 100), (9, 60), (-5, 1)])  # ten seconds: what lies outside has no frames to give
+    beyond = choose_chapters(times[:300], [(0, 100), (9, 60), (-5, 1)])  # ten seconds: the part outside has no frames
     assert [len(chapter) for chapter in beyond] == [20, 2, 2]
 
 
@@ -178,7 +178,7 @@ def test_a_constant_rate_is_one_run_however_it_is_rounded(rate):
             assert table.ticks().tolist() == ticks
 
 
-def test_tables_that_make_no_sense():
+def test_invalid_tables():
     with pytest.raises(ValueError, match="in order"):
         TimeTable.from_ticks([3, 2], Fraction(1))
     with pytest.raises(ValueError, match="positive"):

@@ -121,7 +121,7 @@ def test_multi_page_tiff(sheets, tmp_path):
     assert [page.getpixel((5, 5)) for page in read_pages(path, [1, 2])] == [(80, 40, 200), (160, 40, 200)]
 
 
-def test_animations_are_films(tmp_path):
+def test_animations_are_read_as_videos(tmp_path):
     pictures = [Image.new("RGB", (40, 30), (0, 80 * i, 0)) for i in range(4)]
     for suffix in ("gif", "webp"):
         path = tmp_path / f"a.{suffix}"
@@ -137,7 +137,7 @@ def test_animations_are_films(tmp_path):
 
 
 def test_damaged_pictures_are_media_errors(sheets, tmp_path):
-    """Cut, or a byte turned over, at 50 places each: Pillow raises TypeError, KeyError, IndexError, SyntaxError and OSError."""
+    """Cut, or one byte inverted, at 50 places each: Pillow raises TypeError, KeyError, IndexError, SyntaxError and OSError."""
     for suffix in ("tiff", "gif"):
         whole = tmp_path / f"whole.{suffix}"
         sheets[0].resize((10, 14)).save(whole, save_all=True, append_images=[sheet.resize((10, 14)) for sheet in sheets[1:]])
@@ -152,7 +152,7 @@ def test_damaged_pictures_are_media_errors(sheets, tmp_path):
                         call(path)
 
 
-def test_what_is_no_document(tmp_path):
+def test_other_files(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     for name in ("a.txt", "missing.pdf"):
         with pytest.raises(MediaError, match=name):

@@ -1,4 +1,4 @@
-"""Sizes come from headers and agree with Pillow; pixels come within limits or not at all."""
+"""Sizes from headers agree with Pillow; pixels are read within limits, or an error is raised."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ FORMATS = {
     "tiff-lzw": ("TIFF", "L", {"compression": "tiff_lzw"}),
     "tiff-big": ("TIFF", "RGB", {"big_tiff": True}),
     "avif": ("AVIF", "RGB", {}),
-    "ppm": ("PPM", "RGB", {}),  # no parser of ours: Pillow's lazy open
+    "ppm": ("PPM", "RGB", {}),  # not parsed here: Pillow's lazy open
 }
 
 
@@ -67,7 +67,7 @@ def test_size_is_that_of_the_displayed_image(name, orientation):
     assert image_size(data) == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
 
 
-def test_a_jpeg_whose_header_lies_behind_long_segments(tmp_path):
+def test_a_jpeg_whose_header_follows_long_segments(tmp_path):
     plain = encoded("jpeg", (33, 21), 6)
     filler = b"".join(b"\xff\xe2" + struct.pack(">H", 65535) + bytes(65533) for _ in range(3))
     data = plain[:2] + filler + plain[2:]
@@ -76,7 +76,7 @@ def test_a_jpeg_whose_header_lies_behind_long_segments(tmp_path):
     assert image_size(data) == image_size(path) == (21, 33)
 
 
-def test_sizes_of_what_decoders_put_up_with(tmp_path):
+def test_sizes_of_jpegs_that_decoders_accept(tmp_path):
     jpeg = encoded("jpeg", (33, 21), 6)
     behind = 4 + struct.unpack_from(">H", jpeg, 4)[0]  # the first segment
     assert jpeg[behind] == 0xFF
@@ -164,7 +164,7 @@ def test_a_png_that_unpacks_to_gigabytes_of_text_is_refused(tmp_path):
 
 def test_missing_empty_and_foreign_files(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_bytes(b"this is no image" * 10)
+    (tmp_path / "text.jpg").write_bytes(b"this is not an image" * 10)
     for name in ("missing.jpg", "empty.jpg", "text.jpg"):
         for call in (image_size, open_image):
             with pytest.raises(MediaError, match=name.replace(".", r"\.")):
@@ -176,8 +176,8 @@ def test_missing_empty_and_foreign_files(tmp_path):
 @pytest.mark.parametrize(
     "ref", ["a\0b.jpg", "\ud800.jpg", "iVBORw0KGgo" * 1000, {"lmdb_file": "\0", "lmdb_key": "a"}, {"lmdb_file": 5, "lmdb_key": "a"}]
 )
-def test_what_can_be_no_file(ref, tmp_path):
-    """Legal JSON, all of it; the errors can be printed and are no longer than a few lines."""
+def test_invalid_references(ref, tmp_path):
+    """All of these are valid JSON; the errors can be printed and have less than 1000 bytes."""
     for call in (image_size, open_image, read_bytes):
         for root in (None, tmp_path):
             with pytest.raises(MediaError) as caught:
@@ -214,7 +214,7 @@ def test_other_types_are_refused_by_name():
             call(7)
 
 
-def test_whatever_a_decoder_raises_is_a_media_error():
+def test_every_exception_of_a_decoder_is_a_media_error():
     dds = io.BytesIO()
     Image.new("RGB", (8, 8)).save(dds, "DDS")
     foreign = dds.getvalue()[:80] + b"\4\0\0\0WHAT" + dds.getvalue()[88:]  # NotImplementedError
@@ -227,14 +227,14 @@ def test_whatever_a_decoder_raises_is_a_media_error():
     if features.check("avif"):
         avif = encoded("avif", (64, 48))
         for at in range(200, len(avif) - 30, 29):
-            with contextlib.suppress(MediaError):  # libavif: RuntimeError here and there
+            with contextlib.suppress(MediaError):  # libavif: RuntimeError at some of these
                 open_image(avif[:at] + bytes(30) + avif[at + 30 :])
-    huge = struct.pack("<2sHHHQ", b"II", 43, 8, 0, (1 << 64) - 8)  # a BigTIFF directory beyond any file: no OverflowError
+    huge = struct.pack("<2sHHHQ", b"II", 43, 8, 0, (1 << 64) - 8)  # a BigTIFF directory beyond any file, not an OverflowError
     with pytest.raises(MediaError, match="no size in its header"):
         image_size(huge)
 
 
-def test_draft_decodes_a_smaller_jpeg_that_still_suffices():
+def test_draft_decodes_a_smaller_jpeg_that_is_large_enough():
     data = encoded("jpeg", (1600, 1200))
     assert open_image(data).size == (1600, 1200)
     assert open_image(data, at_least=(448, 336)).size == (800, 600)
@@ -243,7 +243,7 @@ def test_draft_decodes_a_smaller_jpeg_that_still_suffices():
     assert open_image(encoded("png", (64, 64)), at_least=(4, 4)).size == (64, 64)
 
 
-def test_the_orientation_is_left_to_the_tiler():
+def test_the_orientation_is_not_applied():
     assert open_image(encoded("jpeg", (40, 24), 6)).size == (40, 24)
 
 
@@ -253,8 +253,8 @@ def test_bytes_are_what_the_file_holds(tmp_path):
     assert read_bytes("a.png", root=tmp_path) == read_bytes(data) == data
 
 
-def test_sizes_come_fast(tmp_path):
-    """20 000 a second on a free core (see benchmarks); a tenth of it must hold on a busy machine."""
+def test_sizes_are_read_fast(tmp_path):
+    """20 000 per second on a free core (see benchmarks); a tenth of it is required here, on a busy machine."""
     path = tmp_path / "a.jpg"
     path.write_bytes(encoded("jpeg", (640, 480), 6))
     began = time.process_time()

@@ -1,4 +1,4 @@
-"""LMDB: one environment per process and path under threads and forks; builds that survive being killed."""
+"""LMDB: one environment per process and path under threads and forks; builds that continue after a kill."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def folder(tmp_path):
     (path / "deep").mkdir(parents=True)
     for i in range(40):
         (path / ("deep" if i % 2 else "") / f"{i:03d}.png").write_bytes(picture(i))
-    (path / "notes.txt").write_text("no image")
+    (path / "notes.txt").write_text("not an image")
     return path
 
 
@@ -60,9 +60,9 @@ def test_missing_key_and_file_are_named(store, tmp_path):
         lmdb_store.get(tmp_path / "text", "a")
 
 
-def test_what_can_be_no_key_or_path_is_a_media_error(store):
+def test_an_invalid_key_or_path_is_a_media_error(store):
     for key in ("", "half \ud800", 7):
-        with pytest.raises(MediaError, match="1 to 511 bytes in UTF-8"):
+        with pytest.raises(MediaError, match="not an LMDB key: a key is text of 1 to 511 bytes in UTF-8"):
             lmdb_store.get(store, key)
     for path in ("a\0b", "/half \ud800", "/a\0b"):
         with pytest.raises(MediaError, match="no such LMDB"):
@@ -70,8 +70,8 @@ def test_what_can_be_no_key_or_path_is_a_media_error(store):
     assert not exists({"lmdb_file": "a\0b", "lmdb_key": "a"})
 
 
-def test_a_file_that_was_cut_off_is_an_error_and_no_bus_error(store):
-    """In a process of its own, which the kernel would kill."""
+def test_a_file_that_was_cut_off_is_an_error_and_not_a_bus_error(store):
+    """In its own process, which a bus error would end."""
     code = """
 import os, sys
 from eagle_sampling import MediaError, check_lmdb
@@ -102,11 +102,11 @@ def test_a_relative_path_means_the_file_below_the_working_directory(folder, tmp_
     assert len(lmdb_store._by_real_path[os.path.realpath("store")].transactions) == 1
 
 
-def test_a_read_that_was_interrupted_is_not_waited_for(store):
+def test_an_interrupted_read_does_not_block_closing(store):
     class Interrupted(list):
         def pop(self):
             super().pop()
-            raise KeyboardInterrupt  # Ctrl-C between borrowing the transaction and the read
+            raise KeyboardInterrupt  # Ctrl-C between taking the transaction and the read
 
     lmdb_store.get(store, "000.png")
     entry = lmdb_store._by_name[store]
@@ -126,7 +126,7 @@ def test_one_environment_for_all_names_of_a_path(store, tmp_path):
     link.symlink_to(store)
     for name in (str(store), store, str(link), str(store) + "/"):
         assert lmdb_store.get(name, "000.png") == picture(0)
-    if int(lmdb.__version__.split(".")[0]) >= 2:  # older ones open a path twice without a word
+    if int(lmdb.__version__.split(".")[0]) >= 2:  # older ones open a path twice without an error
         with pytest.raises(lmdb.Error, match="already open"):
             lmdb.open(str(store), readonly=True, lock=False)
     lmdb_store.close_all()
@@ -152,8 +152,8 @@ def test_threads_read_together_while_others_close(store):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forked_workers_read_and_the_parent_goes_on(store):
-    """In a process of its own, so that no other library's threads are forked with it; readers run while it forks."""
+def test_forked_workers_read_and_the_parent_continues(store):
+    """In its own process, so that no other library's threads are forked with it; readers run while it forks."""
     code = """
 import os, sys, threading
 from eagle_sampling.lmdb import store as lmdb_store
@@ -207,7 +207,7 @@ def test_bad_images_doubles_and_bad_keys_are_listed_not_stored(folder, tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     (other / "000.png").write_bytes(picture(99))
-    (other / "002.png").write_bytes(picture(2))  # the same again: no problem
+    (other / "002.png").write_bytes(picture(2))  # the same value again: not a problem
     result = build_lmdb(tmp_path / "store", [folder, other])
     assert result.written == 40
     assert [key for key, _ in result.problems] == ["cut.png", "000.png"]
@@ -267,7 +267,7 @@ def test_a_damaged_tar_is_refused_whole(tmp_path):
         (data[: third + 600], "can't be read as a tar file"),
         (data[:third], "can't be read as a tar file|ends at byte"),
         (data[:end], f"ends at byte {end} without an end mark"),
-        (data + data, "tars put one after another"),
+        (data + data, "several tars in one file"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(MediaError, match=why):
@@ -285,12 +285,12 @@ def test_links_in_a_tar(tmp_path):
     assert [key for key, _ in result.problems] == ["gone.png", "itself.png"]
 
 
-def test_links_in_a_folder_and_names_that_are_no_text(folder, tmp_path):
+def test_links_in_a_folder_and_names_that_are_not_text(folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "far.png").write_bytes(picture(3))
     (folder / "linked").symlink_to(other)
-    (folder / "deep" / "back").symlink_to(folder)  # leads nowhere new
+    (folder / "deep" / "back").symlink_to(folder)  # a loop
     (folder / "gone.png").symlink_to("nothing")
     (folder / "itself.png").symlink_to("itself.png")
     (Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))).write_bytes(picture(4))
@@ -301,7 +301,7 @@ def test_links_in_a_folder_and_names_that_are_no_text(folder, tmp_path):
     assert "UTF-8" in result.problems[0][1]
 
 
-def test_a_source_without_images_is_said(folder, tmp_path):
+def test_a_source_without_images_is_reported(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     result = build_lmdb(tmp_path / "store", [tmp_path / "empty", folder])
     assert result.written == 40
@@ -315,7 +315,7 @@ def test_a_source_without_images_is_said(folder, tmp_path):
             build_lmdb(tmp_path / "more", [tmp_path / name])
 
 
-def test_an_interrupted_build_goes_on(folder, tmp_path):
+def test_an_interrupted_build_continues(folder, tmp_path):
     class Killed(Exception):
         pass
 
@@ -384,7 +384,7 @@ def test_sources_that_changed_since_an_interruption_lose_nothing(folder, tmp_pat
 
 
 @pytest.mark.parametrize(("module", "step"), [(lmdb_build, "_digest"), (os, "fsync"), (os, "replace")])
-def test_an_interruption_at_the_end_goes_on(folder, tmp_path, monkeypatch, module, step):
+def test_an_interruption_at_the_end_continues(folder, tmp_path, monkeypatch, module, step):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Every returned frame is the picture encoded for that time, as libav's own decode of the whole file shows it, or an error says why not."""
+"""Every returned frame is the picture encoded for that time, as in libav's decode of the whole file, or an error gives the reason."""
 
 import contextlib
 import struct
@@ -30,7 +30,7 @@ MATRIX = {
     "h264-b.mkv": {},
     "h264-b.ts": {},
     "h264-b.flv": {},
-    # Packets with times of decoding only: libav calls them times of presentation, and numbers its frames wrongly.
+    # Packets with decoding times only: libav reports them as presentation times and numbers its frames incorrectly.
     "h264-b.avi": {},
     "h264-b.wmv": {},
     "h264-b.mxf": {"fps": 25},
@@ -42,7 +42,7 @@ MATRIX = {
     "interlaced.mp4": {"options": {"preset": "veryfast", "x264-params": "interlaced=1:bframes=2"}},
     "fragmented.mp4": {"mux": {"movflags": "frag_keyframe+empty_moov+default_base_moof"}},
     "fragmented-delayed.mp4": {"mux": {"movflags": "frag_keyframe+empty_moov+delay_moov"}},
-    "fragmented-half.mp4": {"mux": {"movflags": "frag_keyframe", "frag_duration": "300000"}},  # samples in moov, too
+    "fragmented-half.mp4": {"mux": {"movflags": "frag_keyframe", "frag_duration": "300000"}},  # samples also in moov
     "moov-first.mp4": {"mux": {"movflags": "faststart"}},
     "no-edit-list.mp4": {"mux": {"use_editlist": "0"}},
     "negative-offsets.mp4": {"mux": {"movflags": "negative_cts_offsets"}},
@@ -73,7 +73,7 @@ MATRIX = {
     "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12", "g": "20"}, "count": 40},
     "av1.webm": {"codec": "libsvtav1", "options": {"preset": "12", "g": "20"}, "count": 40},
     "av1-pyramid.mp4": {"codec": "libsvtav1", "options": {"preset": "10", "g": "60"}, "count": 70},
-    "colours-outside.mkv": {  # VP8 itself can't say them
+    "colours-outside.mkv": {  # VP8 itself does not store them
         "codec": "libvpx",
         "options": {**REALTIME, "colorspace": "bt709", "chroma_sample_location": "topleft"},
         "count": 10,
@@ -81,8 +81,8 @@ MATRIX = {
     "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
     "mpeg2.ts": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}},
     "mpeg2-no-b.avi": {"codec": "mpeg2video", "options": {"g": "12"}, "count": 30},
-    "h263.avi": {"codec": "h263", "options": {"g": "12"}, "size": (176, 144), "count": 30},  # every packet is called a keyframe
-    "flv1.swf": {"codec": "flv", "options": {"g": "12"}, "count": 30},  # no packet is
+    "h263.avi": {"codec": "h263", "options": {"g": "12"}, "size": (176, 144), "count": 30},  # every packet is marked as a keyframe
+    "flv1.swf": {"codec": "flv", "options": {"g": "12"}, "count": 30},  # no packet is marked
     "odd-444.mp4": {"pixel_format": "yuv444p", "size": (97, 65)},
     "odd.mkv": {"size": (98, 66)},
     "one.mp4": {"count": 1},
@@ -94,13 +94,13 @@ MATRIX = {
 
 
 def numbers(pixels, originals):
-    """Which of the encoded pictures each frame is: the nearest one."""
+    """Index of the nearest encoded picture for each frame."""
     few, all_of_them = (np.asarray(stack)[:, ::3, ::3].reshape(len(stack), -1).astype(np.float32) for stack in (pixels, originals))
     return [int(np.abs(all_of_them - frame).mean(1).argmin()) for frame in few]
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_every_frame_is_the_one_asked_for(name, media, truth, pictures):
+def test_every_frame_is_the_requested_one(name, media, truth, pictures):
     how = MATRIX[name]
     if how.get("codec", "libx264") not in av.codecs_available:
         pytest.skip(f"this build of libav has no {how['codec']}")
@@ -115,7 +115,7 @@ def test_every_frame_is_the_one_asked_for(name, media, truth, pictures):
     everything = read_frames(path, times)
     assert (everything.times == times).all()
     assert numbers(everything.pixels, pictures(len(times), info.width, info.height)) == list(range(len(times)))
-    expected = dict(zip(ticks.tolist(), expected.values()))  # the n-th that comes out is the n-th, whatever libav calls its time
+    expected = dict(zip(ticks.tolist(), expected.values()))  # by order of output; libav's times are not used
     for i, tick in enumerate(ticks.tolist()):
         assert (everything.pixels[i] == expected[tick]).all(), f"frame {i} at {times[i]} s"
 
@@ -126,8 +126,8 @@ def test_every_frame_is_the_one_asked_for(name, media, truth, pictures):
         assert (some.pixels[i] == expected[ticks[chosen]]).all(), f"frame {chosen} at {times[chosen]} s"
 
 
-def test_a_packet_without_a_picture_moves_no_other(media, pictures, monkeypatch):
-    """Frames known by their order only: after a packet that a decoder passes over in silence nobody can say which is which."""
+def test_a_packet_without_a_picture_shifts_no_other(media, pictures, monkeypatch):
+    """Frames known by their order only: after a packet that a decoder skips silently, their numbers are not known."""
     from eagle_sampling.video import sequential
 
     path = media("h264-b.avi")
@@ -157,7 +157,7 @@ def test_a_packet_without_a_picture_moves_no_other(media, pictures, monkeypatch)
 
 
 def test_packed_b_frames(media, pictures, tmp_path):
-    """As DivX and XviD wrote them: a B-frame lies in the chunk of the frame before it, and its own holds an empty one."""
+    """As DivX and XviD wrote them: a B-frame is in the chunk of the frame before it, and its own chunk holds an empty frame."""
     path, mark = tmp_path / "packed.avi", b"\0\0\1\xb6"
     with av.open(str(media("mpeg4-b.avi", codec="mpeg4", options={"g": "12", "bf": "1", "b_strategy": "0"}, count=40))) as container:
         plain = [(bytes(packet), packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
@@ -181,8 +181,8 @@ def test_packed_b_frames(media, pictures, tmp_path):
     assert numbers(frames.pixels, pictures(40, 96, 64)) == list(range(40))
 
 
-def test_a_false_keyframe_is_not_believed(media, pictures, tmp_path):
-    """An AVI whose index calls every frame a keyframe, of a codec that takes a grey picture for a reference that it never saw."""
+def test_a_false_keyframe_is_detected(media, pictures, tmp_path):
+    """An AVI whose index marks every frame as a keyframe, with a codec that uses a grey picture for a missing reference."""
     path = media("msmpeg4.avi", codec="msmpeg4v2", options={"g": "20"}, count=40)
     data = bytearray(path.read_bytes())
     index = data.rfind(b"idx1")
@@ -196,7 +196,7 @@ def test_a_false_keyframe_is_not_believed(media, pictures, tmp_path):
     assert numbers(frames.pixels, pictures(40, 96, 64)) == wanted
 
 
-def test_times_between_frames_mean_the_frame_on_the_screen(small_mp4):
+def test_times_between_frames_denote_the_frame_on_the_screen(small_mp4):
     exact = read_frames(small_mp4, [0.5, 1.0])
     between = read_frames(small_mp4, [0.5 + 0.02, 1.0 + 1e-7])
     assert (between.times == exact.times).all()
@@ -224,7 +224,7 @@ def test_colours_are_those_of_the_pictures(media, pictures, size):
 
 
 def test_only_what_is_needed_is_decoded(small_mp4, monkeypatch):
-    """Of three B-frames in H.264 one is a reference; the other two are left out, and nothing after the last target is read."""
+    """Of three B-frames in H.264 one is a reference; the other two are skipped, and nothing after the last target is read."""
     track = read_track(str(small_mp4))
     droppable = droppable_test(track.codec, track.extradata)
     assert droppable is not None
@@ -235,8 +235,8 @@ def test_only_what_is_needed_is_decoded(small_mp4, monkeypatch):
     assert [(group.start, group.targets) for group in groups] == [(0, (0, 5)), (24, (30,)), (48, (59,))]
 
 
-def test_av1_frames_that_nothing_wanted_is_made_from_are_left_out(media, monkeypatch):
-    """A pyramid of 16: the last frame of 60 needs a branch of it, and its neighbour for the most part the same one."""
+def test_av1_frames_that_no_wanted_frame_depends_on_are_skipped(media, monkeypatch):
+    """A pyramid of 16: the last frame of 60 needs one branch, and its neighbour mostly the same one."""
     if "libsvtav1" not in av.codecs_available:
         pytest.skip("this build of libav has no libsvtav1")
     path = media("av1-pyramid.mp4", **MATRIX["av1-pyramid.mp4"])
@@ -253,7 +253,7 @@ def test_av1_frames_that_nothing_wanted_is_made_from_are_left_out(media, monkeyp
     assert None not in sent
 
 
-def test_headers_that_do_not_tell_mean_decode_everything(media):
+def test_unsupported_headers_mean_that_everything_is_decoded(media):
     if "libsvtav1" not in av.codecs_available:
         pytest.skip("this build of libav has no libsvtav1")
     path = media("av1-pyramid.mp4", **MATRIX["av1-pyramid.mp4"])
@@ -284,14 +284,14 @@ def test_colours_that_only_the_container_names(small_mp4, truth, tmp_path):
     assert (read_frames(small_mp4, [0.0]).pixels[0] != expected).any()
 
 
-def test_tolerance_lets_a_keyframe_stand_in(small_mp4):
+def test_tolerance_allows_a_keyframe(small_mp4):
     frames = read_frames(small_mp4, [0.7, 0.2, 1.58], tolerance=0.15)
     assert frames.times.tolist() == pytest.approx([0.8, 0.2, 1.6])
     assert read_frames(small_mp4, [0.7]).times.tolist() == pytest.approx([0.7])
 
 
 def test_tolerance_where_no_keyframe_is_shown(small_mp4, tmp_path):
-    """A copy from 1.7 s on: its only keyframe lies before the edit list's beginning."""
+    """A copy from 1.7 s on: its only keyframe is before the beginning of the edit list."""
     path = tmp_path / "cut.mp4"
     with av.open(str(small_mp4)) as source, av.open(str(path), "w") as out:
         stream = source.streams.video[0]
@@ -306,13 +306,13 @@ def test_tolerance_where_no_keyframe_is_shown(small_mp4, tmp_path):
     assert (read_frames(path, [0.1], tolerance=0.2).pixels == read_frames(small_mp4, [1.8]).pixels).all()
 
 
-@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])  # by our parser, by libavformat
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])  # read by the parser here, by libavformat
 @pytest.mark.parametrize(
     ("matrix", "turns", "mirror"),
     [((0, 1, -1, 0), 1, False), ((-1, 0, 0, -1), 2, False), ((0, -1, 1, 0), 3, False), ((-1, 0, 0, 1), 0, True)],
 )
 def test_rotation_is_applied(media, tmp_path, codec, matrix, turns, mirror):
-    """The display matrix of `tkhd`, written by hand; the picture turns clockwise as a player shows it."""
+    """The display matrix of `tkhd`, written by hand; the picture is rotated clockwise, as a player shows it."""
     straight = media(f"{codec}.mp4", codec=codec, options={"g": "12"}, count=20)
     data = bytearray(straight.read_bytes())
     at = data.find(struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), data.find(b"tkhd"))
@@ -401,7 +401,7 @@ def test_a_corrupt_group_costs_its_own_frames_only(suffix, media, truth, tmp_pat
         assert len(frames.times) >= 72
 
 
-def test_a_hanging_decoder_is_left_behind(small_mp4, monkeypatch):
+def test_a_hanging_decoder_ends_with_an_error(small_mp4, monkeypatch):
     import time
 
     from eagle_sampling.video import decode
@@ -413,12 +413,12 @@ def test_a_hanging_decoder_is_left_behind(small_mp4, monkeypatch):
     assert time.monotonic() - began < 1.5
 
 
-def test_a_time_limit_that_is_kept_changes_nothing(small_mp4):
+def test_a_time_limit_that_is_met_changes_nothing(small_mp4):
     assert (read_frames(small_mp4, [0.5, 1.5], timeout=60).pixels == read_frames(small_mp4, [0.5, 1.5]).pixels).all()
 
 
-def test_memory_is_the_output_and_a_little(media):
-    """No list of full-size frames: 60 frames of 640 x 480 (55 MB as RGB) come out at 16 x 16 within a few megabytes."""
+def test_memory_is_little_more_than_the_output(media):
+    """No list of full-size frames: 60 frames of 640 x 480 (55 MB as RGB) are returned at 16 x 16 with less than 16 MiB."""
     import subprocess
     import sys
 

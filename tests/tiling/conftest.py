@@ -1,4 +1,4 @@
-"""Eq. (1) the slow way, as the truth to compare with, and pictures to cut."""
+"""A slow reference of Eq. (1), and images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def exact_grid(width: int, height: int, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448) -> tuple[int, int]:
-    """Every grid in turn, scores as fractions; ties: fewer tiles, then more columns."""
+    """The best of all grids, with scores as fractions; ties: fewer tiles, then more columns."""
     best, best_score = (0, 0), Fraction(-1)
     for tiles in range(min_tiles, max_tiles + 1):
         for cols in range(tiles, 0, -1):
@@ -57,7 +57,7 @@ def _exact_grids() -> Callable[..., np.ndarray]:
 
 
 def noise(width: int, height: int, bands: int = 3, seed: int = 0) -> np.ndarray:
-    """uint8 [height, width, bands]: half smooth, half noise, so that a shift, a swap and a clip all show."""
+    """uint8 [height, width, bands]: half smooth, half noise, so that a shift, a swap or a clip changes it."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     smooth = np.stack([(x * (b + 1) + y * (3 - b)) % 256 for b in range(bands)], axis=2)
@@ -71,7 +71,7 @@ def _noise() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def pillow_tiles() -> Callable[..., np.ndarray]:
-    """Tiles by Pillow alone: resize, crop, stack."""
+    """Tiles by Pillow only: resize, crop, stack."""
 
     def cut(image: Image.Image, cols: int, rows: int, s: int, thumbnail: bool = True) -> np.ndarray:
         whole = image.resize((cols * s, rows * s), Image.Resampling.BICUBIC)

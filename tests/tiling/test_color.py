@@ -1,4 +1,4 @@
-"""Every mode and orientation that a file may have ends as the upright RGB that one would see."""
+"""Every mode and orientation of a file is converted to upright RGB as displayed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eagle_tiling import load_rgb, tile_image
 
 
 def saved(image: Image.Image, kind: str, **options) -> Image.Image:
-    """Through a file and back, as in real use."""
+    """The image saved to a file and opened again."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     buffer.seek(0)

@@ -1,4 +1,4 @@
-"""Cutting: Pillow's own pixels in the right order, whatever comes in."""
+"""Tiles are Pillow's pixels in the right order, for every type of input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_order_is_row_by_row_and_thumbnail_last():
 
 
 def test_many_large_tiles_are_an_ordinary_array(noise, pillow_tiles):
-    """Results of megabytes have memory of another kind (huge pages): it must not show."""
+    """Large results are mapped with huge pages; they behave like other arrays."""
     image = Image.fromarray(noise(300, 200))
     tiles = tile_image(image, (4, 3))
     expected = pillow_tiles(image, 4, 3, 448, True)
@@ -49,7 +49,7 @@ def test_many_large_tiles_are_an_ordinary_array(noise, pillow_tiles):
     assert np.array_equal(tiles, expected)
     view = tiles[2:4]
     del tiles
-    other = tile_image(image, (3, 4))  # takes memory of the same size: nobody may still look at it
+    other = tile_image(image, (3, 4))  # may reuse memory of the same size, which no array may still refer to
     assert np.array_equal(view, expected[2:4])
     assert np.array_equal(pickle.loads(pickle.dumps(other)), pillow_tiles(image, 3, 4, 448, True))
     other[:] = 1
@@ -82,7 +82,7 @@ def test_array_forms(noise):
     assert np.array_equal(tile_image(torch.from_numpy(colour), (2, 1), tile_size=16).numpy(), expected)
 
 
-def test_absurd_shapes_tile(pillow_tiles):
+def test_extreme_shapes(pillow_tiles):
     for size in ((1, 20000), (20000, 1), (1, 1)):
         image = Image.new("RGB", size, (9, 99, 199))
         grid = select_grid(*size)
@@ -91,12 +91,12 @@ def test_absurd_shapes_tile(pillow_tiles):
         assert (tiles == (9, 99, 199)).all()
 
 
-def test_input_is_left_alone(noise):
+def test_input_is_not_modified(noise):
     image = Image.fromarray(noise(50, 40))
     before = image.tobytes()
     tiles = tile_image(image, (1, 1), tile_size=40)
     tiles[:] = 0
-    same = tile_image(Image.fromarray(noise(40, 40)), (1, 1), tile_size=40)  # no resize is needed: still no view of the image
+    same = tile_image(Image.fromarray(noise(40, 40)), (1, 1), tile_size=40)  # no resize, but the result is not a view of the image
     assert image.tobytes() == before
     assert same.flags.writeable
     assert same.flags.owndata
@@ -109,13 +109,13 @@ def test_input_is_left_alone(noise):
         (np.zeros((4, 4, 3)), TypeError, "float64"),
         (np.zeros((4, 4, 2), np.uint8), ValueError, r"\(4, 4, 2\)"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "4 x 0"),
-        (np.zeros((1, 2, 3, 4), np.uint8), ValueError, "no image"),
+        (np.zeros((1, 2, 3, 4), np.uint8), ValueError, "not an image"),
         (torch.zeros(3, 4, 4), TypeError, "float32"),
         (torch.zeros(2, 5, 5, dtype=torch.uint8), ValueError, r"\(2, 5, 5\)"),
         (torch.zeros(3, 0, 4, dtype=torch.uint8), ValueError, "4 x 0"),
     ],
 )
-def test_refuses_what_is_no_image(image, error, words):
+def test_refuses_other_inputs(image, error, words):
     with pytest.raises(error, match=words):
         tile_image(image, (1, 1))
 
@@ -138,5 +138,5 @@ def test_into_a_batch(noise):
     for wrong in (batch[:2], batch[1:4, :10], batch[1:4].astype(float), batch.tolist()):
         with pytest.raises(ValueError, match="out is"):
             tile_image(array, (2, 1), tile_size=20, out=wrong)
-    with pytest.raises(TypeError, match="out is for"):
+    with pytest.raises(TypeError, match="out is only for"):
         tile_image(torch.from_numpy(array), (2, 1), tile_size=20, out=part)

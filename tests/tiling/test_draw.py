@@ -1,4 +1,4 @@
-"""The picture of the choice shows every tile where it belongs, and the thumbnail."""
+"""The picture of a grid shows every tile in its place, and the thumbnail."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from eagle_tiling import draw_grid, select_grid
 COLOURS = np.array([[[250, 0, 0], [0, 250, 0], [0, 0, 250]], [[250, 250, 0], [0, 250, 250], [120, 120, 120]]], np.uint8)
 
 
-def test_tiles_are_apart_and_in_order():
+def test_tiles_are_separated_and_in_order():
     image = Image.fromarray(COLOURS.repeat(100, axis=0).repeat(100, axis=1))
     drawn = np.asarray(draw_grid(image, (3, 2), tile_size=100, longest=300)).astype(int)
     places = []
     for colour in COLOURS.reshape(-1, 3):
         y, x = np.nonzero(np.abs(drawn - colour).max(axis=2) <= 2)
-        tile = x < 340  # the thumbnail stands to the right
+        tile = x < 340  # the thumbnail is on the right
         assert tile.sum() > 0.6 * 100 * 100
         assert (~tile).sum() > 100
         places.append((y[tile].max(), x[tile].max()))

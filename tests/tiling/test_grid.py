@@ -1,4 +1,4 @@
-"""The grid of Eq. (1): scalar, vector and exact arithmetic say the same, ties included."""
+"""The grid of Eq. (1): scalars, arrays and exact arithmetic agree, ties included."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_ties_of_aspect(exact_grid, a, b, scale, limits, tile_size):
 
 @pytest.mark.parametrize(("max_tiles", "tile_size"), [(12, 5), (12, 15), (12, 30), (6, 20), (9, 448), (40, 25)])
 def test_every_small_size(exact_grids, max_tiles, tile_size):
-    # Small tiles put every kind of tie into 300 x 300 sizes: n s^2 = 0.6 W H, equal aspects, transposed grids.
+    # With small tiles, 300 x 300 sizes contain every kind of tie: n s^2 = 0.6 W H, equal aspects, transposed grids.
     heights, widths = (axis.reshape(-1) + 1 for axis in np.mgrid[0:300, 0:300])
     expected = exact_grids(widths, heights, max_tiles, tile_size)
     assert np.array_equal(select_grids(widths, heights, max_tiles=max_tiles, tile_size=tile_size), expected)
@@ -50,8 +50,8 @@ def test_every_small_size(exact_grids, max_tiles, tile_size):
         assert grid == tuple(expected[i].tolist())
 
 
-def test_small_sizes_do_hold_ties():
-    # Otherwise the test above would prove little: n s^2 = 0.6 W H exactly, and two grids of one score.
+def test_small_sizes_contain_ties():
+    # Without ties the test above would be weak: n s^2 = 0.6 W H exactly, and two grids with equal scores.
     heights, widths = (axis.reshape(-1) + 1 for axis in np.mgrid[0:300, 0:300])
     assert sum(int((5 * n * 15 * 15 == 3 * widths * heights).sum()) for n in range(1, 13)) > 100
     assert select_grid(30, 30, min_tiles=2, max_tiles=2, tile_size=30) == (2, 1)
@@ -64,7 +64,7 @@ def test_large_sizes(exact_grids):
 
 
 def test_beyond_float(exact_grid):
-    # Sides past 2^19 leave the table of floats; a size one pixel off a tie must still be seen.
+    # Sides beyond 2^19 are not looked up in the table of floats; a size one pixel off a tie is still distinguished.
     for width, height in [(10**9, 10**9 + 1), (10**9 + 1, 10**9), (3 * 10**12, 2 * 10**12), (2**31, 2**29), (1 << 19, (1 << 19) + 1)]:
         truth = exact_grid(width, height, 1, 24, 448)
         assert select_grid(width, height, max_tiles=24) == truth
@@ -85,7 +85,7 @@ def test_beyond_float(exact_grid):
         ((4000, 700), (6, 1)),
     ],
 )
-def test_known_choices(size, grid):
+def test_known_grids(size, grid):
     assert select_grid(*size) == grid
 
 
@@ -94,7 +94,7 @@ def test_known_choices(size, grid):
 def test_laws(width, height, tile_size, factor, max_tiles):
     grid = select_grid(width, height, tile_size=tile_size, max_tiles=max_tiles)
     assert grid == select_grid(width * factor, height * factor, tile_size=tile_size * factor, max_tiles=max_tiles)
-    # Turned by 90 degrees: the turned grid, or one that scores the same.
+    # Rotated by 90 degrees: the rotated grid, or one with the same score.
     turned = select_grid(height, width, tile_size=tile_size, max_tiles=max_tiles)
     assert turned.cols * turned.rows == grid.cols * grid.rows
     # A higher cap never gives fewer tiles: ADS relies on it.
@@ -136,7 +136,7 @@ def test_array_kinds():
         (lambda: select_grid(10, 10, max_tiles=65), ValueError, "64"),
         (lambda: select_grid(10, 10, tile_size=0), ValueError, "tile_size = 0"),
         (lambda: select_grids([1, 2, 0], [1, 2, 3]), ValueError, "image 2 is 0 x 3"),
-        (lambda: select_grids([1, 2], [1]), ValueError, "one length"),
+        (lambda: select_grids([1, 2], [1]), ValueError, "same length"),
         (lambda: select_grids([1.0], [2.0]), TypeError, "float64"),
         (lambda: tile_count((0, 3)), ValueError, "0 x 3"),
         (lambda: tile_tokens((1, 1), 0), ValueError, "k = 0"),
@@ -147,6 +147,6 @@ def test_refusals(call, error, words):
         call()
 
 
-def test_brings_no_torch():
+def test_does_not_import_torch():
     code = "import sys, eagle_tiling; assert not {'torch', 'torchvision', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Tiles made by tensor methods alone: within 2 of 255 of Pillow's, on the CPU here and on the GPU where there is one."""
+"""Tiles made by tensor methods: within 2 of 255 of Pillow's, on the CPU and, where there is one, on a GPU."""
 
 from __future__ import annotations
 

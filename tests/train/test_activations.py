@@ -10,7 +10,7 @@ from eagle_train.distributed.world import start_world
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
 from eagle_train.training import activations
-from eagle_train.training.activations import activation_mode, decoder_shape, host_bytes, make_engine, vision_shape
+from eagle_train.training.activations import activation_mode, host_bytes, make_engine
 from eagle_train.training.metrics import Metrics, same_run
 
 MODES = ("keep", "recompute", "offload")
@@ -114,19 +114,6 @@ def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colou
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"94.\d\d GiB for the 4 on the host of rank 0, which can spare 60.00 GiB"):
         make_engine(config, described, world, available=60 * GIB)
-
-
-def test_shapes_have_the_models_parameters():
-    from eagle_model.presets import preset
-
-    described = preset("8b")
-    vision = vision_shape(described, 32768)
-    assert (vision.patches, vision.merge, vision.positions, vision.patch_values) == (128 * 1024, 4, 1024, 588)
-    decoder = decoder_shape(described)
-    # language_model, vision_model and mlp1 of the real model, counted on the meta device
-    assert decoder.parameters == 7_615_616_512
-    assert vision.parameters == 413_327_088
-    assert vision.connector_parameters(decoder.hidden) == 29_376_512
 
 
 def test_auto_recomputes_on_a_gpu_and_keeps_on_a_cpu(colour_run):

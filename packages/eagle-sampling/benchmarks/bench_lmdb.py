@@ -2,9 +2,9 @@
 
     python bench_lmdb.py [--reads 4000] [--rounds 7]       writes results/lmdb.json and .md
 
-Values of 100 kB (a photograph) and 4 kB in random order, warm. Raw: one environment a process, `with environment.begin()` around each
-read, as its documentation shows. Raw, held: one read transaction kept for all reads of a thread, the least that py-lmdb can do (nothing
-could be closed or forked then). Ratios are medians over rounds of neighbouring measurements: reads per second of wall time, and of CPU.
+Values of 100 kB (a photograph) and 4 kB in random order, warm. Raw: one environment per process, `with environment.begin()` around each
+read, as its documentation shows. Raw, held: one read transaction kept for all reads of a thread, the minimum of py-lmdb (which forbids
+closing and forking). Ratios are medians over rounds of neighbouring measurements: reads per second of wall time, and of CPU.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _environments: dict[str, lmdb.Environment] = {}
 
 
 def _environment(path: str) -> lmdb.Environment:
-    # A path can be open once in a process: the store's own environment makes way.
+    # A path can be opened once per process, so the store's own environment is closed.
     if path not in _environments:
         lmdb_store.close_all()
         _environments[path] = lmdb.open(path, readonly=True, lock=False, readahead=False)
@@ -94,13 +94,13 @@ def in_threads(reader: str, path: str, threads: int, reads: int) -> tuple[float,
 
 
 def serve(pipe: Connection, path: str, reads: int) -> None:
-    """A worker process: a reader's name in, (wall, CPU) seconds out."""
+    """A worker process: receives a reader's name, sends (wall, CPU) seconds."""
     while (reader := pipe.recv()) is not None:
         pipe.send(in_threads(reader, path, 1, reads))
 
 
 def measure(path: str, reads: int, rounds: int) -> dict[str, dict[str, float]]:
-    """ "threads 4 eagle" and the like -> reads a second, of wall time and of CPU; with the ratios to raw."""
+    """Keys such as "threads 4 eagle" -> reads per second of wall time and of CPU, with the ratios to raw."""
     found: dict[str, dict[str, float]] = {}
     context = multiprocessing.get_context("spawn")
     for kind, number in (("thread", 1), ("thread", 2), ("thread", 4), ("process", 2), ("process", 4)):

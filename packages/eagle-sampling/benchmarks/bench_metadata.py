@@ -26,7 +26,7 @@ from eagle_sampling import image_size, probe
 
 
 def best(work: Callable[[], object], turns: int) -> float:
-    """CPU milliseconds of the quickest of `turns` calls (wall time on a shared machine says more about the neighbours)."""
+    """CPU milliseconds of the fastest of `turns` calls (wall time on a shared machine depends on other programs)."""
     times = []
     for _ in range(turns):
         began = time.process_time()
@@ -64,7 +64,7 @@ def videos(folder: Path) -> list[tuple[str, float]]:
 
 
 def images(folder: Path) -> list[tuple[str, float]]:
-    """Files a second: 640 x 480 pictures, JPEG with EXIF orientation."""
+    """Files per second: 640 x 480 pictures, JPEG with EXIF orientation."""
     rows = []
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480))
     exif = Image.Exif()

@@ -1,12 +1,12 @@
-"""Frames of long videos against the public readers: wall time, CPU time and memory, each cell in a process of its own.
+"""Frames of long videos against the public readers: wall time, CPU time and memory, each cell in its own process.
 
     python bench_video.py run [--videos FOLDER] [--names 360p-10min,...] [--frames 8,64,512] [--readers eagle,...] [--repeat 2]
-    python bench_video.py series [--budget SECONDS] [--fresh]     # the whole table, most telling cells first; goes on where it stopped
+    python bench_video.py series [--budget SECONDS] [--fresh]   # the whole table, most informative cells first; resumable
     python bench_video.py table
 
-Every reader gives uint8 RGB at 448 x 448 on two cores; rivals that aren't installed are left out. eagle and torchcodec are measured in
-turn, several times; the others once. Every run is kept in `results/video.json` with what else the machine did meanwhile (`others`: the
-share of its cores that went to other programs); `table` takes medians and writes `results/video.md` and `.png`.
+Every reader returns uint8 RGB at 448 x 448 on two cores; rivals that are not installed are skipped. eagle and torchcodec are measured
+alternately, several times; the others once. Every run is stored in `results/video.json` with the load of the machine (`others`: the share
+of its cores that other programs used); `table` takes medians and writes `results/video.md` and `.png`.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def measure(reader: str, path: str, count: int) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The cells that the arguments name; what was known of them is replaced."""
+    """The cells that the arguments name; their earlier results are replaced."""
     results = Results(Path(arguments.results))
     readers = arguments.readers.split(",")
     for name in arguments.names.split(","):
@@ -176,13 +176,13 @@ SLOWER = {"eagle": 1, "torchcodec": 2, "torchcodec-exact": 3, "decord2": 3.5, "o
 
 
 def series(arguments: argparse.Namespace) -> None:
-    """The cells of SERIES that are not there yet, until the budget would be overrun."""
+    """The missing cells of SERIES, until the budget would be exceeded."""
     file = Path(arguments.results) / "video.json"
     if arguments.fresh:
         file.unlink(missing_ok=True)
     results = Results(Path(arguments.results))
     end = time.monotonic() + arguments.budget
-    took: dict[tuple[str, int], float] = {}  # eagle's own time for a cell says what the others' will be
+    took: dict[tuple[str, int], float] = {}  # eagle's time for a cell predicts that of the others
     for name, count, readers, runs in SERIES:
         if arguments.names and name not in arguments.names.split(","):
             continue
@@ -201,7 +201,7 @@ def series(arguments: argparse.Namespace) -> None:
 
 
 def guess(name: str, count: int) -> float:
-    """Seconds of eagle's cell, from the frames to decode (half a keyframe interval each, no more than there are)."""
+    """Seconds of eagle's cell, from the frames to decode (half a keyframe interval each, at most all)."""
     frames = min(125 * count, 1800 * int(name.split("-")[1].removesuffix("min")))
     return frames * (0.0028 if name.startswith("1080p") else 0.0003)
 
@@ -215,7 +215,7 @@ class Results:
         self.warm: set[str] = set()
 
     def measure(self, videos: str, name: str, count: int, reader: str) -> None:
-        """One run in a process of its own, kept at once."""
+        """One run in its own process, stored immediately."""
         path = str(Path(videos) / (name if "." in name else f"{name}.mp4"))
         if path not in self.warm:
             with open(path, "rb") as file:

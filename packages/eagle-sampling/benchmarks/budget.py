@@ -1,9 +1,9 @@
-"""Rows a second of `plan_many` on one core, over a mix like that of a training set; prints a table and writes it under results/.
+"""Rows per second of `plan_many` on one core, over a mix like that of a training set; prints a table and writes it under results/.
 
     python packages/eagle-sampling/benchmarks/budget.py [--rows 1000000] [--no-write]
 
 The mix: 60 % single images, 15 % of 2-8 images, 20 % one video (8 s to 1 h, log-uniform), 3 % of 2-4 videos, 2 % text only.
-Costs: 256 tokens a tile, 1 to 12 tiles an image, 270 to 274 tokens a frame.
+Costs: 256 tokens per tile, 1 to 12 tiles per image, 270 to 274 tokens per frame.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def mixed_columns(rows: int, seed: int = 0) -> PlanColumns:
     images = np.select([kind == 0, kind == 1], [1, rng.integers(2, 9, rows)], 0)
     videos = np.select([kind == 2, kind == 3], [1, rng.integers(2, 5, rows)], 0)
     m, v = int(images.sum()), int(videos.sum())
-    most = rng.integers(1, 13, m)  # tiles at the highest cap; a lower cap gives at most itself
+    most = rng.integers(1, 13, m)  # tiles at the highest cap; a lower cap gives at most that many
     tiles = np.minimum(most[:, None], np.array(CAPS)[None, :])
     wanted = np.maximum(1, (2 * np.exp(rng.uniform(np.log(8), np.log(3600), v))).astype(np.int64))
     return PlanColumns(
@@ -64,7 +64,7 @@ def measure(columns: PlanColumns, strategy: str, max_tokens: int, repeats: int =
 
 
 def measure_scalar(columns: PlanColumns, strategy: str, max_tokens: int, rows: int = 5000) -> float:
-    """Microseconds a row of `plan`, inputs ready-made."""
+    """Microseconds per row of `plan`, without the time to make its inputs."""
     inputs = []
     for i in range(rows):
         images = columns.image_tokens[columns.image_offsets[i] : columns.image_offsets[i + 1]]

@@ -60,7 +60,7 @@ def encode(path: Path, seconds: int, width: int, height: int) -> None:
 
 
 def repeat(segment: Path, path: Path, times: int, options: dict[str, str] | None = None) -> None:
-    """`segment` `times` times over, packets copied; the container is the one that the suffix names."""
+    """`segment` repeated `times` times, packets copied; the suffix names the container."""
     partial = path.with_name("partial-" + path.name)
     with av.open(str(segment)) as source, av.open(str(partial), "w", options=options or {}) as out:
         video = source.streams.video[0]
@@ -79,7 +79,7 @@ def repeat(segment: Path, path: Path, times: int, options: dict[str, str] | None
 
 
 def make(folder: Path = FOLDER, only: Sequence[str] | None = None) -> Path:
-    """The benchmark videos (all, or those named in `only`) that aren't there yet; returns the folder."""
+    """The benchmark videos (all, or those named in `only`) that are missing are made; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, width, height, seconds in (("360p", 640, 360, 100), ("1080p", 1920, 1080, 50)):
         if only is not None and not any(file.startswith(name) for file in only):

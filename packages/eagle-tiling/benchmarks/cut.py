@@ -1,8 +1,8 @@
-"""What cutting adds to the resizing that it must do: `tile_image` against Pillow's own two resizes (tiles and thumbnail), in turn.
+"""Cost of `tile_image` over Pillow's own two resizes (tiles and thumbnail), measured in turn.
 
     python packages/eagle-tiling/benchmarks/cut.py [--pairs 25] [--no-write]
 
-Each round runs all once, in turning order; a ratio is the median of the rounds' ratios. `out=` cuts into memory that is there already.
+Each round runs all once, in turning order; a ratio is the median of the rounds' ratios. `out=` writes into an existing array.
 Writes results/cut.{json,md}.
 """
 

@@ -1,4 +1,4 @@
-"""How fast a grid is chosen, one core: `select_grid` for new and remembered sizes, `select_grids` for sizes that all differ.
+"""Speed of grid selection on one core: `select_grid` for new and cached sizes, `select_grids` for sizes that all differ.
 
     python packages/eagle-tiling/benchmarks/grid.py [--no-write]
 
@@ -18,7 +18,7 @@ from eagle_tiling.grid import _select
 
 
 def scalar(max_tiles: int, sizes: list[tuple[int, int]]) -> tuple[float, float]:
-    """Microseconds for a new size and for a remembered one."""
+    """Microseconds for a new size and for a cached one."""
     select_grid(1, 1, max_tiles=max_tiles)  # builds the table
     _select.cache_clear()
     took = []
@@ -31,7 +31,7 @@ def scalar(max_tiles: int, sizes: list[tuple[int, int]]) -> tuple[float, float]:
 
 
 def vector(max_tiles: int, widths: np.ndarray, heights: np.ndarray, repeats: int = 7) -> float:
-    """Million images a second, median."""
+    """Million images per second, median."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -52,14 +52,12 @@ def main() -> None:
     sizes = list(zip(widths[:50_000].tolist(), heights[:50_000].tolist()))
 
     figures = []
-    lines = ["| max_tiles | new size (us) | remembered (us) | arrays, all sizes different (million/s) |", "|---|---|---|---|"]
+    lines = ["| max_tiles | new size (us) | cached (us) | arrays, all sizes different (million/s) |", "|---|---|---|---|"]
     for max_tiles in (6, 12, 24, 40, 64):
-        new, remembered = scalar(max_tiles, sizes)
+        new, cached = scalar(max_tiles, sizes)
         rate = vector(max_tiles, widths, heights)
-        figures.append(
-            {"max_tiles": max_tiles, "new_us": round(new, 2), "remembered_us": round(remembered, 2), "million_per_s": round(rate, 2)}
-        )
-        lines.append(f"| {max_tiles} | {new:.1f} | {remembered:.2f} | {rate:.1f} |")
+        figures.append({"max_tiles": max_tiles, "new_us": round(new, 2), "cached_us": round(cached, 2), "million_per_s": round(rate, 2)})
+        lines.append(f"| {max_tiles} | {new:.1f} | {cached:.2f} | {rate:.1f} |")
     write("grid", "Choosing grids", "\n".join(lines), figures, save=not options.no_write)
 
 

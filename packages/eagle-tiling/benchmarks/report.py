@@ -1,4 +1,4 @@
-"""Prints a table and keeps it, with date and versions, under results/."""
+"""Prints a table and stores it, with date and versions, in results/."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eagle_cp import Layout
 from eagle_kernels import MemoryPlan, OffloadEngine, plan_memory
-from eagle_model import EagleForConditionalGeneration, preset
+from eagle_model import EagleForConditionalGeneration, PackedBatch, preset
+from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import ParallelConfig, StageConfig
-from eagle_train.distributed.world import shard_model, start_world
-from eagle_train.training.activations import decoder_shape, vision_shape
+from eagle_train.distributed.sharding import shard_model
+from eagle_train.distributed.world import start_world
 from eagle_train.training.optim import make_optimizer, set_trainable
 
 GIB = 1 << 30
@@ -53,7 +53,7 @@ class Moments:
 
     def _watch(self, model: Any) -> None:
         """Marks where the parts of the model begin, forward and backward."""
-        layers = model.language_model.model.layers
+        layers = model.blocks("language")
 
         def at(tensor: torch.Tensor, name: str) -> None:
             if tensor.requires_grad:
@@ -70,7 +70,7 @@ class Moments:
             self.mark("loss")
             at(args[0], f"backward of layer {len(layers) - 1}")
 
-        model.mlp1.register_forward_hook(connector)
+        model.parts()["connector"].register_forward_hook(connector)
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(before_layer(index))
         model.language_model.model.norm.register_forward_pre_hook(before_norm)
@@ -94,7 +94,7 @@ def described(layers: int) -> Any:
     return preset("8b", image_token_index=151665, text_config={"num_hidden_layers": layers})
 
 
-def batch(config: Any, tokens: int) -> dict[str, Any]:
+def batch(config: Any, tokens: int) -> PackedBatch:
     """One sequence: all image tokens but TEXT of text, and these are the labels."""
     size, vocab = config.tile_size, config.text_config.vocab_size
     tiles = (tokens - TEXT) // config.tokens_per_tile
@@ -103,25 +103,26 @@ def batch(config: Any, tokens: int) -> dict[str, Any]:
     ids[:images] = config.image_token_index
     targets = torch.full((tokens,), -100, device="cuda")
     targets[-TEXT:] = torch.randint(0, vocab, (TEXT,), device="cuda")
-    return {
-        "input_ids": ids,
-        "position_ids": torch.arange(tokens, device="cuda"),
-        "tiles": torch.randint(0, 256, (tiles, size, size, 3), device="cuda", dtype=torch.uint8),
-        "context_index": torch.arange(images, device="cuda"),
-        "targets": targets,
-        "token_weights": torch.ones(tokens, device="cuda"),
-        "denominator": torch.tensor(float(TEXT), device="cuda"),
-        "num_kept": TEXT,
-        "layout": Layout.single((0, tokens)),
-    }
+    return PackedBatch(
+        input_ids=ids,
+        targets=targets,
+        position_ids=torch.arange(tokens, device="cuda"),
+        token_weights=torch.ones(tokens, device="cuda"),
+        cu_seqlens=(0, tokens),
+        tiles=torch.randint(0, 256, (tiles, size, size, 3), device="cuda", dtype=torch.uint8),
+        visual_index=torch.arange(images, device="cuda"),
+        num_kept=TEXT,
+        label_weight=float(TEXT),
+        denominator=torch.tensor(float(TEXT), device="cuda"),
+    )
 
 
-def step(model: Any, moments: Moments, inputs: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
+def step(model: Any, moments: Moments, inputs: PackedBatch, optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
     """(milliseconds, loss) of one step; gradients are gone afterwards."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     moments.mark("vision forward")
-    loss = model(**inputs).loss
+    loss = model(inputs).loss
     moments.mark("backward of the head")
     loss.backward()
     moments.mark("optimizer")

@@ -39,7 +39,7 @@ def apply_to(model: nn.Module) -> dict[str, int]:
     return changed
 
 
-def _kind(name: str, module: nn.Module) -> str | None:
+def _kind(name: str, module: Any) -> str | None:
     """The kind of a module that can be changed, RMSNorm or MLP; None for other modules. Raises ValueError for a similar but unknown one."""
     cls = type(module)
     kind = next((kind for kind in ("RMSNorm", "MLP") if cls.__name__.endswith(kind)), None)

@@ -15,8 +15,8 @@ from eagle_model.visual import BudgetError, SamplePlan, VideoRef, VisualSpec
 if TYPE_CHECKING:
     from eagle_model.configuration import EagleConfig
     from eagle_model.eagle import EagleForConditionalGeneration, EagleOutput
-    from eagle_model.parts import assemble
     from eagle_model.presets import PRESETS, preset
+    from eagle_model.pretrained import from_pretrained_parts
     from eagle_model.processor import EagleProcessor
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ _HOMES = {
     "EagleForConditionalGeneration": "eagle",
     "EagleOutput": "eagle",
     "EagleProcessor": "processor",
-    "assemble": "parts",
+    "from_pretrained_parts": "pretrained",
     "preset": "presets",
 }
 
@@ -50,8 +50,8 @@ __all__ = [
     "VideoSpan",
     "VisualSpec",
     "VisualTokens",
-    "assemble",
     "encode",
+    "from_pretrained_parts",
     "preset",
     "register",
     "render",

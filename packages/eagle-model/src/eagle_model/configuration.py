@@ -7,22 +7,21 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, SiglipVisionConfig
 
+from eagle_model.language.spec import FAMILIES
+
 MODEL_TYPE = "eagle_2_5_vl"
 ARCHITECTURE = "Eagle2_5_VLForConditionalGeneration"
 
-#: Language models by the class that `text_config.architectures[0]` names. SmolLM2 is a Llama.
-LANGUAGE_MODELS = {
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "LlamaForCausalLM": "llama",
-}
+#: Language models by the class that `text_config.architectures[0]` names.
+LANGUAGE_MODELS = {family.architecture: model_type for model_type, family in FAMILIES.items()}
 
 
 class EagleConfig(PretrainedConfig):
     """Configuration of an Eagle 2.5 model.
 
-    vision_config: a `SiglipVisionConfig` or its dict. text_config: a `Qwen2Config`, `Qwen3Config` or `LlamaConfig`, or its dict with
-    `architectures` (or `model_type`); older files call it `llm_config`.
+    vision_config: a `SiglipVisionConfig` or its dict. text_config: the configuration of a family in `eagle_model.language.spec`
+    (`Qwen2Config`, `Qwen3Config`, `LlamaConfig`, `MistralConfig`), or its dict with `architectures` (or `model_type`); older files call it
+    `llm_config`.
     select_layer: -1 is the last layer after the post-layernorm; -2, -4, ... are the hidden states of an earlier layer, as they are.
     force_image_size: side of a tile in pixels; None means that of the vision tower.
     downsample_ratio: 0.5 joins 2x2 patches to one token. use_pixel_shuffle: False leaves every patch a token.
@@ -89,7 +88,7 @@ class EagleConfig(PretrainedConfig):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {found!r}, expected {MODEL_TYPE!r} (Eagle 2.5); "
                 "name the folder of an Eagle checkpoint, or build a new model from a vision tower and a language model with "
-                "eagle_model.assemble"
+                "eagle_model.from_pretrained_parts"
             )
         return values, kwargs
 

@@ -26,8 +26,11 @@ from eagle_kernels import offload_checkpoint
 from eagle_model.batch import PackedBatch
 from eagle_model.checkpoint import HEAD, finish_folder, lacks_head
 from eagle_model.configuration import EagleConfig
-from eagle_model.decoder import AttentionContext, DecoderLayer, Head, LanguageModel, Norm, head_loss
-from eagle_model.vision import VisionModel, VisionTower, make_connector, pixel_shuffle
+from eagle_model.language.attention import AttentionInputs, Norm
+from eagle_model.language.decoder import DecoderLayer, LanguageModel
+from eagle_model.language.head import Head, head_loss
+from eagle_model.vision.connector import make_connector, pixel_shuffle
+from eagle_model.vision.siglip import VisionModel, VisionTower
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +141,13 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The three parts that can be trained apart, by name; every parameter is in exactly one of them."""
         return {"vision": self.vision_model, "connector": self.mlp1, "language": self.language_model}
 
-    def blocks(self) -> list[nn.Module]:
-        """The repeated layers in the order in which forward runs them: those of the vision tower, then those of the decoder.
+    def blocks(self, part: str | None = None) -> list[nn.Module]:
+        """The repeated layers of a part (default: of all parts) in the order in which forward runs them.
 
         Each is a module that is called through `forward` and owns its parameters, so each can be a unit of FSDP or be recomputed.
         """
-        return [*self.vision_model.vision_model.encoder.layers, *self.language_model.model.layers]
+        vision, language = list(self.vision_model.vision_model.encoder.layers), list(self.language_model.model.layers)
+        return {None: vision + language, "vision": vision, "connector": [], "language": language}[part]
 
     @property
     def tokens_per_tile(self) -> int:
@@ -354,8 +358,8 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if batch.tile_plan is not None:
                 features = exchange_tiles(features, layout, batch.tile_plan)
             hidden = self._place(hidden, features, batch.visual_index)
-        context = AttentionContext(batch.position_ids, self._inv_freq(hidden), layout, backend=self.attention_backend)
-        hidden = self.language_model.model(hidden, context)
+        inputs = AttentionInputs(batch.position_ids, self._inv_freq(hidden), layout, backend=self.attention_backend)
+        hidden = self.language_model.model(hidden, inputs)
         head = self.language_model.lm_head
         if batch.targets is None:
             return EagleOutput(logits=head(hidden))
@@ -414,7 +418,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rows = torch.arange(batch * length, device=seen.device) if whole else seen.flatten().nonzero().squeeze(1)
         flat = tokens.flatten(0, 1)[rows]
         hidden = self.embed(flat, pixel_values) if inputs_embeds is None else self._fill_embeddings(flat, pixel_values)
-        context = AttentionContext(
+        inputs = AttentionInputs(
             position_ids.expand(batch, length).flatten()[rows], self._inv_freq(hidden), cache=cache, rows=rows, shape=(batch, length)
         )
         if whole:
@@ -422,13 +426,13 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # least itself, for a softmax over nothing isn't a number.
             order = torch.arange(past + length, device=seen.device)
             new = order[past:, None]
-            context.mask = ((seen[:, None, :] & (order <= new)) | (order == new))[:, None]
+            inputs.mask = ((seen[:, None, :] & (order <= new)) | (order == new))[:, None]
         else:
-            context.layout = Layout.single([0, *accumulate(counts)])
+            inputs.layout = Layout.single([0, *accumulate(counts)])
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         states: list[Tensor] | None = [] if output_hidden_states else None
-        hidden = self.language_model.model(hidden, context, states)
+        hidden = self.language_model.model(hidden, inputs, states)
         return _Batch(hidden, rows, (batch, length), cache if use_cache else None, states)
 
     def _fill_embeddings(self, embeddings: Tensor, tiles: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
-"""What fits the context (Automatic Degradation Sampling), which frames, and how to read them exactly.
+"""Token budgets (Automatic Degradation Sampling), frame selection, and exact reading of videos, images and documents.
 
-Names are imported when first used, so that planning over columns never loads the video libraries.
+Names are imported when first used, so that planning over columns does not load the video libraries.
 """
 
 from __future__ import annotations

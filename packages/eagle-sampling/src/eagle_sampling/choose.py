@@ -1,9 +1,9 @@
-"""Which frames: by rate, by count, per chapter. Only presentation times go in and come out; no file is touched."""
+"""Which frames and pages: by rate, by count, per chapter. Functions of presentation times and counts; no file is opened."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_chapters", "choose_pages", "choose_times", "clip_range", "wanted_frames"]
 
-# A time that was written with six decimals still means the frame it was taken from; frames are never this close together.
+# A time written with six decimals still denotes its frame; frames are never this close together.
 TIME_EPSILON = 1e-6
 
 
@@ -70,17 +70,18 @@ def wanted_frames(
 
 
 def clip_range(times: ArrayLike | TimeTable | VideoInfo, start: float | None = None, end: float | None = None) -> tuple[int, int]:
-    """Frames `first` ... `stop - 1` that are on the screen during [start, end) seconds; at least one.
+    """(first, stop): frames `first` ... `stop - 1` are on the screen during [start, end) seconds; at least one.
 
-    The frame that is already showing at `start` belongs to the clip; a frame that appears at `end` doesn't.
-    Raises ValueError when there are no frames, or the clip is empty or lies after the last frame by more than the video's length.
+    times: presentation times in seconds, sorted, a TimeTable or a VideoInfo. The frame that is on the screen at `start` belongs to the
+    clip; a frame that appears at `end` does not.
+    Raises ValueError when there are no frames, the clip is empty, ends before the first frame or starts after the video's end.
     """
     seconds = _seconds(times)
     n = len(seconds)
     if n == 0:
         raise ValueError("there are no frames to choose from")
     if start is not None and end is not None and end <= start:
-        raise ValueError(f"the clip from {start} to {end} s is empty: its end must lie after its start")
+        raise ValueError(f"the clip from {start} to {end} s is empty: its end must be after its start")
     if end is not None and end <= seconds[0]:
         raise ValueError(f"the clip ends at {end} s, before the first frame at {seconds[0]:.3f} s")
     if start is not None and start > _end(seconds) + TIME_EPSILON and n > 1:
@@ -98,12 +99,12 @@ def choose_times(
     end: float | None = None,
     placement: Literal["linspace", "center"] = "linspace",
 ) -> NDArray[np.float64]:
-    """`count` presentation times, float64 [count], strictly increasing and all different, out of `times` (sorted seconds or a TimeTable).
+    """`count` presentation times, float64 [count], strictly increasing, out of `times` (sorted seconds, a TimeTable or a VideoInfo).
 
-    "linspace": the first and the last frame of the clip and what lies evenly in time between them (nearest frame), as in the original.
-    "center": the clip is cut into `count` equal parts and the frame on the screen at the centre of each is taken.
-    Even in time, not in frame number, so a variable frame rate doesn't shift the choice towards its dense parts.
-    Raises ValueError when count is below 1 or above the number of frames in the clip.
+    "linspace": the first and the last frame of the clip and, evenly in time between them, the nearest frames, as in the original.
+    "center": the clip is divided into `count` equal parts, and the frame on the screen at the centre of each is chosen.
+    Even in time, not in frame number, so that a variable frame rate does not favour its dense parts.
+    Raises ValueError when `count` is below 1 or above the number of frames in the clip.
     """
     seconds = _seconds(times)
     first, stop = clip_range(seconds, start, end)
@@ -112,7 +113,7 @@ def choose_times(
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
     if count > n:
-        raise ValueError(f"{count} frames were asked of a clip that has {n}; ask for at most {n} (wanted_frames(..., max_frames={n}))")
+        raise ValueError(f"count = {count}, but the clip has {n} frames; choose at most {n} (wanted_frames(..., available={n}))")
     if placement == "linspace":
         wanted = np.linspace(clip[0], clip[-1], count) if count > 1 else clip[:1]
         right = np.clip(np.searchsorted(clip, wanted, side="left"), 1, max(n - 1, 1))
@@ -124,7 +125,7 @@ def choose_times(
         index = np.searchsorted(clip, wanted + TIME_EPSILON, side="right") - 1
     else:
         raise ValueError(f"placement must be 'linspace' or 'center', not {placement!r}")
-    # Where frames are sparse two targets may fall on one frame; move to the next ones so that all are different.
+    # Where frames are sparse, two targets may have the same nearest frame; the next ones are taken so that all are different.
     order = np.arange(count)
     index = np.maximum.accumulate(index - order) + order
     index = np.minimum(index, n - count + order)
@@ -144,9 +145,10 @@ def choose_pages(available: int, count: int) -> NDArray[np.int64]:
 def choose_chapters(
     times: ArrayLike | TimeTable | VideoInfo, chapters: Sequence[tuple[float, float]], *, fps: float = 2.0, max_frames: int | None = 50
 ) -> list[NDArray[np.float64]]:
-    """Presentation times per chapter (start, end) in seconds: `fps` a second, at most `max_frames` each.
+    """Presentation times per chapter (start, end) in seconds: `fps` frames a second, at most `max_frames` per chapter.
 
-    A chapter that reaches beyond the video counts with the part inside. The default of 50 is that of the top-down recipe of Eagle 2.5.
+    Of a chapter that extends beyond the video, the part inside counts. The default of 50 is that of the top-down recipe of Eagle 2.5.
+    Raises ValueError as `clip_range`.
     """
     seconds = _seconds(times)
     chosen = []
@@ -160,15 +162,16 @@ def choose_chapters(
 
 def _seconds(times: ArrayLike | TimeTable | VideoInfo) -> NDArray[np.float64]:
     if hasattr(times, "keyframe_times"):  # a VideoInfo: its class is not imported here, because that loads the video libraries
-        if times.times is None:
-            raise ValueError(f"{times.path}: the times of its frames are not known: probe it with exact=True")
-        times = times.times
-    seconds = times.times() if isinstance(times, TimeTable) else np.asarray(times, dtype=np.float64)
+        info = cast("VideoInfo", times)
+        if info.times is None:
+            raise ValueError(f"{info.path}: the times of its frames are not known: probe it with exact=True")
+        times = info.times
+    seconds = times.times() if isinstance(times, TimeTable) else np.asarray(cast(ArrayLike, times), dtype=np.float64)
     if seconds.ndim != 1:
         raise ValueError(f"times must be one-dimensional, not of shape {seconds.shape}")
     return seconds
 
 
 def _end(seconds: NDArray[np.float64]) -> float:
-    """When the last frame's time is over, if it lasts as long as the average one."""
+    """End of the last frame if it lasts as long as the average one."""
     return float(seconds[-1] + (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1))

@@ -20,7 +20,7 @@ from .images import decoding, open_lazily
 from .limits import DEFAULT_LIMITS, Limits, MediaError, path_text, unreadable
 
 LONGEST_SIDE = 8
-"""A page is rendered at most this many times as long as its tile: 8 * 448 * 448 pixels, 6 MB as RGB, whatever size the file states."""
+"""A page is rendered at most this many times as long as its tile: 8 * 448 * 448 pixels, 5 MB as RGB, for any size that the file states."""
 
 _pdfium_lock = threading.Lock()  # PDFium is not thread-safe
 
@@ -38,7 +38,7 @@ def pdf_size(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -
 
 
 def render_pages(path: str | os.PathLike[str], pages: npt.ArrayLike, side: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-    """Pages of a PDF as tiles, uint8 [n, side, side, 3]: each page is resized (bicubic) to one square tile, whatever its shape.
+    """Pages of a PDF as tiles, uint8 [n, side, side, 3]: each page is resized (bicubic) to one square tile.
 
     pages: 0-based numbers, int [n]. out: array of the result's shape to fill and return.
     Raises MediaError when the file cannot be read as a PDF or a page does not exist or cannot be drawn, ValueError for an `out` of another

@@ -1,7 +1,7 @@
-"""Exact presentation times of a whole video in a few integers: ticks on a straight line, rounded down, per run.
+"""Exact presentation times of a whole video in a few integers: runs of ticks on a straight line, rounded down.
 
 A constant frame rate is one run, also when the container rounds its times to milliseconds (Matroska: 0, 33, 67, 100, ...), because
-such ticks are `start + floor((i * step + phase) / den)` for some rational step; whether one exists is decided exactly, never by closeness.
+such ticks are `start + floor((i * step + phase) / den)` for some rational step. Whether such a step exists is decided exactly.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Frame rates in real use; a rounded table is tested against them before the rate that its own ends suggest.
+# Common frame rates, tried before the rate that the first and last tick suggest.
 _RATES = tuple(Fraction(n, 1001) for n in (24000, 30000, 60000, 120000)) + tuple(
     Fraction(n) for n in (10, 12, 15, 24, 25, 30, 48, 50, 60, 120)
 )
 
 
 class Run(NamedTuple):
-    """`count` ticks `start + (i * step + phase) // den` for i = 0 ... count - 1, with 0 <= phase < den."""
+    """`length` ticks `start + (i * step + phase) // den` for i = 0 ... length - 1, with 0 <= phase < den."""
 
     start: int
-    count: int
+    length: int
     step: int
     den: int
     phase: int
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeTable:
-    """Presentation times in order: `unit` seconds per tick (exact) and the runs that give the ticks."""
+    """Presentation times in order: `unit` seconds per tick (exact) and the runs of ticks."""
 
     unit: Fraction
     runs: tuple[Run, ...]
@@ -41,7 +41,7 @@ class TimeTable:
     def from_ticks(cls, ticks: Iterable[int] | NDArray[np.integer], unit: Fraction) -> TimeTable:
         """Compress sorted integer ticks. Exact: `from_ticks(t, u).ticks()` is `t`.
 
-        Raises ValueError when the ticks aren't in order or the unit isn't positive.
+        Raises ValueError when the ticks are not in order or the unit is not positive.
         """
         if unit <= 0:
             raise ValueError(f"the unit of time must be positive, not {unit}")
@@ -52,11 +52,11 @@ class TimeTable:
         return cls(Fraction(unit), tuple(_compress(values, deltas, Fraction(unit))))
 
     def __len__(self) -> int:
-        return sum(run.count for run in self.runs)
+        return sum(run.length for run in self.runs)
 
     def ticks(self) -> NDArray[np.int64]:
         """int64 [n], in units of `unit` seconds."""
-        parts = [run.start + (np.arange(run.count, dtype=np.int64) * run.step + run.phase) // run.den for run in self.runs]
+        parts = [run.start + (np.arange(run.length, dtype=np.int64) * run.step + run.phase) // run.den for run in self.runs]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def times(self) -> NDArray[np.float64]:
@@ -69,19 +69,19 @@ class TimeTable:
 
     @classmethod
     def from_list(cls, values: Iterable[int]) -> TimeTable:
-        """The inverse of `to_list`. Raises ValueError when the list can't have come from there."""
+        """The inverse of `to_list`. Raises ValueError when `to_list` cannot have made the list."""
         numbers = [int(value) for value in values]
         if len(numbers) < 2 or (len(numbers) - 2) % 5 or numbers[0] <= 0 or numbers[1] <= 0:
             raise ValueError(f"a time table is 2 + 5 * runs integers, beginning with a positive unit; got {len(numbers)}: {numbers[:8]}")
         runs = tuple(Run(*numbers[i : i + 5]) for i in range(2, len(numbers), 5))
         for run in runs:
-            if run.count < 1 or run.den < 1 or not 0 <= run.phase < run.den:
-                raise ValueError(f"a time table can't hold the run {run}: count and den must be positive and 0 <= phase < den")
+            if run.length < 1 or run.den < 1 or not 0 <= run.phase < run.den:
+                raise ValueError(f"a time table can't hold the run {run}: length and den must be positive and 0 <= phase < den")
         return cls(Fraction(numbers[0], numbers[1]), runs)
 
     @property
     def constant(self) -> bool:
-        """True when every frame lasts equally long, to within the rounding of the container."""
+        """True when all frames last equally long, up to the rounding of the container."""
         return len(self.runs) <= 1
 
 
@@ -97,7 +97,7 @@ def _compress(values: NDArray[np.int64], deltas: NDArray[np.int64], unit: Fracti
     # A gap or a cut between two rates ends a run; rounding moves a delta by one tick at most.
     middle = float(np.median(deltas))
     cuts = np.flatnonzero(np.abs(deltas - middle) > 1.0) + 1
-    if len(cuts) > 64:  # truly variable: a fit of each piece would cost more than it saves
+    if len(cuts) > 64:  # variable: fitting each piece costs more than it saves
         yield from _equal_deltas(values, deltas)
         return
     for first, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(values)]):
@@ -110,7 +110,7 @@ def _compress(values: NDArray[np.int64], deltas: NDArray[np.int64], unit: Fracti
 
 
 def _fit(piece: NDArray[np.int64], unit: Fraction) -> Run | None:
-    """One run for all of `piece`, if an exact one exists among the candidate steps."""
+    """One run for all of `piece`, if one of the candidate steps gives it exactly."""
     n = len(piece)
     start = int(piece[0])
     if n == 1:
@@ -118,7 +118,7 @@ def _fit(piece: NDArray[np.int64], unit: Fraction) -> Run | None:
     offsets = piece - start
     mean = Fraction(int(offsets[-1]), n - 1)
     candidates = [1 / (rate * unit) for rate in _RATES]
-    # |tick_i - i * step| < 1 bounds the true step to within 1 / (n - 1) ticks of the mean; all others are out before any array is touched.
+    # |tick_i - i * step| < 1 bounds the step to within 1 / (n - 1) ticks of the mean; others are excluded before any array work.
     near = [step for step in candidates if abs(step - mean) * (n - 1) <= 1]
     near += [mean.limit_denominator(bound) for bound in (1, 10, 100, 1001, 10_000)]
     index = np.arange(n, dtype=np.int64)
@@ -135,7 +135,7 @@ def _fit(piece: NDArray[np.int64], unit: Fraction) -> Run | None:
 
 
 def _equal_deltas(values: NDArray[np.int64], deltas: NDArray[np.int64]) -> Iterator[Run]:
-    """Greedy runs of equal deltas, the first frame of each run being the one after the last run's end."""
+    """Greedy runs of equal deltas; each begins at the frame after the end of the previous one."""
     n = len(values)
     if n == 1:
         yield Run(int(values[0]), 1, 0, 1, 0)

@@ -1,4 +1,4 @@
-"""Which grid of tiles an image gets (Image Area Preservation), and the tiles: numpy and Pillow only."""
+"""Tile grid selection (Image Area Preservation) and tile extraction for images, with numpy and Pillow only."""
 
 from eagle_tiling.color import load_rgb
 from eagle_tiling.cut import tile_image

@@ -1,11 +1,12 @@
-"""Any picture that Pillow can open becomes upright RGB of 8 bits: orientation, transparency on white, palettes, deep and foreign modes."""
+"""Conversion of any Pillow image to upright 8-bit RGB: orientation, transparency on white, palettes, 16 bits, other color spaces."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-_TURN = {
+_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -18,38 +19,38 @@ _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 
 
 def load_rgb(image: Image.Image) -> Image.Image:
-    """`image` as upright RGB: EXIF orientation applied, transparency composited on white, every mode brought to 8 bits.
+    """`image` as upright RGB: EXIF orientation applied, transparency composited on white, every mode converted to 8 bits.
 
-    The orientation is that of the EXIF block in the format's own place (`image.info["exif"]`), as in browsers. XMP's, and one kept as
-    text in a PNG, don't count: few programs follow them, and planners that read headers only never see them.
+    The orientation is that of the EXIF block in the format's own place (`image.info["exif"]`), as in browsers. The orientation of XMP, or
+    of EXIF stored as PNG text, is not used: few programs follow it, and planners that read headers do not see it.
 
-    16-bit grey is scaled (not clipped) to 8 bits. Modes `I` and `F` say nothing about their range, so their values decide: within
-    0..255 they are taken as they are (`F` within 0..1 as fractions of white), within 0..65535 as 16 bits, and anything else is
-    stretched from its least to its greatest value. An image that is upright RGB already is returned itself, not a copy.
+    16-bit grey is scaled (not clipped) to 8 bits. Modes `I` and `F` have no defined range, so it is inferred from the values: within 0..255
+    they are used unchanged (`F` within 0..1 as fractions of white), within 0..65535 as 16 bits, and other values are scaled from their
+    minimum to their maximum. An image that is already upright RGB is returned itself, not a copy.
 
     Raises:
         TypeError: not a Pillow image.
-        ValueError: an image without pixels, or a mode that can't become RGB.
-        OSError: the file behind the image is damaged (Pillow's own message).
+        ValueError: an image without pixels, or a mode that cannot be converted to RGB.
+        OSError: the image's file is damaged (Pillow's own message).
     """
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"load_rgb takes a Pillow image, not {type(image).__name__}; arrays can go to tile_image directly")
+    if not isinstance(image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"load_rgb takes a Pillow image, not {type(image).__name__}; pass arrays to tile_image directly")
     if image.width < 1 or image.height < 1:
         raise ValueError(f"image is {image.width} x {image.height} pixels: both sides must be at least 1")
     image.load()  # before the orientation is read: a TIFF applies it while loading and then has none
-    turn = _TURN.get(exif_orientation(image.info.get("exif", b"")))
+    transpose = _TRANSPOSE.get(exif_orientation(image.info.get("exif", b"")))
     rgb = _to_rgb(image)
-    if turn is not None:
-        rgb = rgb.transpose(turn)
-        rgb.info = {}  # the orientation lives there too and must not be applied a second time
+    if transpose is not None:
+        rgb = rgb.transpose(transpose)
+        rgb.info = {}  # it holds the orientation, which must not be applied a second time
     return rgb
 
 
 def exif_orientation(exif: bytes) -> int:
     """The orientation (1-8) that an EXIF block states, with or without its prefix; 1 when it states none.
 
-    Tag 274 of the first directory, one value of type SHORT (as EXIF says) or LONG (as some write). `eagle_sampling.image_size` reads it
-    with the same few lines, so that the size planned for is that of the picture cut; `tests/system` compares the two byte by byte.
+    Tag 274 of the first directory, one value of type SHORT (as EXIF requires) or LONG (as some programs write). `eagle_sampling.images`
+    has the same function, so that the planned size is the size of the tiled picture; `tests/system` compares the two.
     """
     exif = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
     if exif[:4] == b"II*\0":
@@ -81,7 +82,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise ValueError(f"an image of mode {mode} can't become RGB: {error}") from error
+        raise ValueError(f"an image of mode {mode} can't be converted to RGB: {error}") from error
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -94,11 +95,11 @@ def _on_white(image: Image.Image) -> Image.Image:
     return white
 
 
-def _to_grey(image: Image.Image) -> np.ndarray:
+def _to_grey(image: Image.Image) -> NDArray[np.uint8]:
     """Modes I;16*, I and F -> uint8 [H, W]."""
     values = np.asarray(image)
     if image.mode.startswith("I;16"):
-        clear = image.info.get("transparency")  # a PNG's one transparent grey, of 16 bits
+        clear = image.info.get("transparency")  # the transparent 16-bit grey of a PNG
         return scale_16_bit(values if clear is None else np.where(values == clear, 65535, values))
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
@@ -111,6 +112,6 @@ def _to_grey(image: Image.Image) -> np.ndarray:
     return np.rint(values).astype(np.uint8)
 
 
-def scale_16_bit(values: np.ndarray) -> np.ndarray:
+def scale_16_bit(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     """uint16 of any shape -> uint8, 65535 to 255, rounded to nearest."""
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -1,6 +1,6 @@
-"""An image in, its tiles out: resize once (bicubic, Pillow's), cut row by row, the thumbnail last.
+"""Tiles of an image: resized once (Pillow's bicubic), cut row by row, the thumbnail last.
 
-Pillow images, numpy arrays and tensors on the CPU all go through Pillow, so they give the same bytes. A tensor on another device stays
+Pillow images, numpy arrays and tensors on the CPU are resized by Pillow, so they give the same bytes. A tensor on another device stays
 there (`tensor.py`).
 """
 
@@ -10,25 +10,30 @@ import contextlib
 import math
 import mmap
 import sys
-from typing import IO, Any, cast, overload
+from typing import IO, Any, TypeAlias, cast, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from eagle_tiling.color import load_rgb, scale_16_bit
 from eagle_tiling.grid import tile_count
 from eagle_tiling.tensor import tile_tensor
 
+Tiles: TypeAlias = NDArray[np.uint8]
+"""uint8 [tiles, s, s, 3]."""
+_Array: TypeAlias = NDArray[Any]
+
 
 @overload
 def tile_image(
-    image: Image.Image | np.ndarray,
+    image: Image.Image | _Array,
     grid: tuple[int, int],
     *,
     tile_size: int = 448,
     thumbnail: bool = True,
-    out: np.ndarray | None = None,
-) -> np.ndarray: ...
+    out: Tiles | None = None,
+) -> Tiles: ...
 @overload
 def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True, out: Any = None) -> Any: ...
 def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True, out: Any = None) -> Any:
@@ -39,61 +44,66 @@ def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumb
     device. A shape that fits both ways is read as [C, H, W]. The whole image is resized to `(columns * s, rows * s)`, bicubic; the
     thumbnail, `s x s`, comes last and only when there is more than one tile.
 
-    `out`, a numpy array of the result's shape, is filled and returned instead of a new one (not for tensors), so that the tiles of many
-    images can be cut into one batch without a copy.
+    `out`, a numpy array of the result's shape and dtype, is filled and returned (not for tensors), so that the tiles of many images are
+    written into one batch without a copy.
 
     Raises:
         TypeError: an image of another type or dtype, or `out` with a tensor.
-        ValueError: no pixels, a shape that is no image, a grid or `tile_size` below 1, a mode that can't become RGB, or an `out` of
-            another shape or dtype.
+        ValueError: no pixels, another shape, a grid or `tile_size` below 1, a mode that cannot be converted to RGB, or an `out` of another
+            shape or dtype.
     """
     tiles = tile_count(grid, thumbnail=thumbnail)
     cols, rows = grid
     if tile_size < 1:
-        raise ValueError(f"tile_size = {tile_size}: a tile is at least one pixel wide")
+        raise ValueError(f"tile_size = {tile_size}: need at least 1")
     shape = (tiles, tile_size, tile_size, 3)
-    torch = sys.modules.get("torch")  # if torch was never imported, nothing can be a tensor
+    torch = sys.modules.get("torch")  # if torch is not imported, `image` is not a tensor
     if torch is not None and isinstance(image, torch.Tensor):
         if out is not None:
-            raise TypeError("out is for Pillow images and numpy arrays; tiles of a tensor are a new tensor")
+            raise TypeError("out is only for Pillow images and numpy arrays; the tiles of a tensor are a new tensor")
         pixels = _tensor_pixels(image, torch)
         if pixels.device.type != "cpu":
             return tile_tensor(pixels, cols, rows, tiles, tile_size)
         picture = _from_array(pixels.permute(1, 2, 0).contiguous().numpy())
         return torch.from_numpy(_cut(picture, cols, rows, new_tiles(shape)))
-    if out is None:
-        out = new_tiles(shape)
-    elif not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != np.uint8:
-        what = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
-        raise ValueError(f"out is {what}: need a numpy array, uint8 {shape}, for {tiles} tiles of grid {cols} x {rows}")
+    target = new_tiles(shape) if out is None else _checked_out(out, shape)
     if isinstance(image, Image.Image):
         picture = load_rgb(image)
     elif isinstance(image, np.ndarray):
-        picture = _from_array(image)
+        picture = _from_array(cast(_Array, image))
     else:
         raise TypeError(f"tile_image takes a Pillow image, a numpy array or a torch tensor, not {type(image).__name__}")
-    return _cut(picture, cols, rows, out)
+    return _cut(picture, cols, rows, target)
+
+
+def _checked_out(out: object, shape: tuple[int, ...]) -> Tiles:
+    if not isinstance(out, np.ndarray):
+        raise ValueError(f"out is {type(out).__name__}: need a numpy array, uint8 {shape}")
+    array = cast(_Array, out)
+    if array.shape != shape or array.dtype != np.uint8:
+        raise ValueError(f"out is {array.dtype} {array.shape}: need a numpy array, uint8 {shape}")
+    return array
 
 
 _HUGE_PAGE = 2 << 20
 
 
-def new_tiles(shape: tuple[int, ...]) -> np.ndarray:
-    """An uninitialised uint8 array; a large one has huge pages of its own where the system lends them (Linux, up to 2 MiB unused).
+def new_tiles(shape: tuple[int, ...]) -> Tiles:
+    """An uninitialised uint8 array; a large one is mapped with huge pages where the system has them (Linux; up to 2 MiB unused).
 
-    malloc's memory for 13 tiles is handed back and taken again, page by page, at every call, and Pillow's with it: 12 ms of 73 for
-    640 x 480 to 12 tiles, against 0.6 ms here (Linux 6.18, transparent huge pages on madvise).
+    Memory of malloc for 13 tiles is returned to the system and faulted in again at every call: 12 ms of 73 for 640 x 480 to 12 tiles,
+    0.6 ms here (Linux 6.18, transparent huge pages on madvise).
     """
     size = math.prod(shape)
     if size < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(shape, np.uint8)
     memory = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones do
+    with contextlib.suppress(OSError):  # a kernel without huge pages uses ordinary ones
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8, size).reshape(shape)
 
 
-def _cut(picture: Image.Image, cols: int, rows: int, out: np.ndarray) -> np.ndarray:
+def _cut(picture: Image.Image, cols: int, rows: int, out: Tiles) -> Tiles:
     """picture: RGB -> out: uint8 [tiles, s, s, 3], filled."""
     s = out.shape[1]
     _save_tiles(picture.resize((cols * s, rows * s), Image.Resampling.BICUBIC), cols, rows, out[: cols * rows])
@@ -102,18 +112,18 @@ def _cut(picture: Image.Image, cols: int, rows: int, out: np.ndarray) -> np.ndar
     return out
 
 
-def _save_tiles(picture: Image.Image, cols: int, rows: int, tiles: np.ndarray) -> None:
-    picture.save(cast(IO[bytes], _TileFile(picture.size, cols, rows, tiles)), "PPM")  # it writes and asks for no more
+def _save_tiles(picture: Image.Image, cols: int, rows: int, tiles: Tiles) -> None:
+    picture.save(cast(IO[bytes], _TileFile(picture.size, cols, rows, tiles)), "PPM")  # which only calls write
 
 
 class _TileFile:
-    """A file to save a PPM into, which lays its pixels down as tiles.
+    """A file to save a PPM into, which stores its pixels as tiles.
 
-    Pillow hands a file 64 KiB at a time, still in the cache: 4.4 ms for 1792 x 1344, where crops take 11.5 and one array of the whole
-    longer still (measured on a busy core; the resize before it took 107).
+    Pillow writes 64 KiB at a time, still in the cache: 4.4 ms for 1792 x 1344, where crops take 11.5 ms and one array of the whole takes
+    longer (measured on a busy core; the resize before it took 107 ms).
     """
 
-    def __init__(self, size: tuple[int, int], cols: int, rows: int, tiles: np.ndarray) -> None:
+    def __init__(self, size: tuple[int, int], cols: int, rows: int, tiles: Tiles) -> None:
         s = tiles.shape[1]
         self.tiles = tiles.reshape(rows, cols, s, s, 3)
         self.header = len(b"P6\n%d %d\n255\n" % size)
@@ -134,11 +144,11 @@ class _TileFile:
             self.line += now
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: _Array) -> Image.Image:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        raise ValueError(f"an array of shape {array.shape} is no image: need [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]")
+        raise ValueError(f"an array of shape {array.shape} is not an image: need [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]")
     if array.size == 0:
         raise ValueError(f"image is {array.shape[1]} x {array.shape[0]} pixels: both sides must be at least 1")
     if array.dtype == np.bool_:
@@ -162,7 +172,7 @@ def _tensor_pixels(image: Any, torch: Any) -> Any:
     elif image.ndim == 3 and shape[2] in (1, 3, 4):
         pixels = image.permute(2, 0, 1)
     else:
-        raise ValueError(f"a tensor of shape {shape} is no image: need [C, H, W] or [H, W, C] with C = 1, 3 or 4")
+        raise ValueError(f"a tensor of shape {shape} is not an image: need [C, H, W] or [H, W, C] with C = 1, 3 or 4")
     if pixels.numel() == 0:
         raise ValueError(f"image is {pixels.shape[2]} x {pixels.shape[1]} pixels: both sides must be at least 1")
     return pixels.detach()

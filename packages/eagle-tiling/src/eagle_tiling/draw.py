@@ -1,4 +1,4 @@
-"""A picture of the choice: the tiles as the model gets them, apart and numbered, the thumbnail beside, the figures below."""
+"""A picture of a grid: the tiles as the model gets them, separated and numbered, the thumbnail next to them, the numbers below."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PAPER, _INK, _FAINT, _FRAME, _BADGE = (255, 255, 255), (33, 37, 41), (108, 117,
 def draw_grid(
     image: Image.Image, grid: tuple[int, int], *, tile_size: int = 448, thumbnail: bool = True, longest: int = 1024
 ) -> Image.Image:
-    """Draws how `image` is cut by `grid` = (columns, rows): an RGB picture whose tiled part is at most `longest` pixels on its longer side.
+    """Draws the tiles of `image` for `grid` = (columns, rows) as an RGB picture, whose tiled part has at most `longest` pixels a side.
 
-    Tiles carry their number in the order of `tile_image` (the thumbnail the last one). The caption gives the grid, the number of tiles,
-    the sizes before and after, how much of the image's area is kept (columns x rows x s^2 / (W x H)) and how far its aspect is bent.
+    Tiles are numbered in the order of `tile_image` (the thumbnail is last). The caption gives the grid, the number of tiles, the sizes
+    before and after, the share of the image's area that is kept (columns x rows x s^2 / (W x H)) and the change of its aspect.
 
     Raises:
         ValueError: a grid, `tile_size` or `longest` too small to be drawn, or an image that `load_rgb` refuses.
@@ -26,10 +26,10 @@ def draw_grid(
     tiles = tile_count(grid, thumbnail=thumbnail)
     cols, rows = grid
     if tile_size < 1:
-        raise ValueError(f"tile_size = {tile_size}: a tile is at least one pixel wide")
+        raise ValueError(f"tile_size = {tile_size}: need at least 1")
     side = min(tile_size, longest // max(cols, rows))
     if side < 8:
-        raise ValueError(f"longest = {longest}: {max(cols, rows)} tiles need at least {8 * max(cols, rows)} pixels to be seen")
+        raise ValueError(f"longest = {longest}: {max(cols, rows)} tiles need at least {8 * max(cols, rows)} pixels, 8 each")
     picture = load_rgb(image)
     gap, margin = max(3, side // 40), max(16, side // 12)
     title, body = ImageFont.load_default(22), ImageFont.load_default(16)
@@ -38,9 +38,9 @@ def draw_grid(
 
     headline, lines = _caption(picture.size, cols, rows, tiles, tile_size, has_thumbnail)
     tiled = (cols * side + (cols - 1) * gap, rows * side + (rows - 1) * gap)
-    beside = shown + 2 * margin if has_thumbnail else 0
+    thumbnail_width = shown + 2 * margin if has_thumbnail else 0
     wide = max([title.getlength(headline), *(body.getlength(line) for line in lines)])
-    width = 2 * margin + max(tiled[0] + beside, math.ceil(wide))
+    width = 2 * margin + max(tiled[0] + thumbnail_width, math.ceil(wide))
     high = max(tiled[1], shown + 28)
     height = margin + high + margin + 30 + 22 * len(lines) + margin // 2
     canvas = Image.new("RGB", (width, height), _PAPER)
@@ -79,13 +79,13 @@ def _place(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Image.Image, x:
 def _caption(size: tuple[int, int], cols: int, rows: int, tiles: int, s: int, has_thumbnail: bool) -> tuple[str, list[str]]:
     width, height = size
     area = cols * rows * s * s / (width * height)
-    bent = (cols * height) / (rows * width)
-    bent = min(bent, 1 / bent)
+    aspect = (cols * height) / (rows * width)
+    aspect = min(aspect, 1 / aspect)
     count = f"{cols * rows} tile{'s' if cols * rows > 1 else ''}"
     headline = f"grid {cols} x {rows}: {count}{' + thumbnail = ' + str(tiles) if has_thumbnail else ''}"
     kept = f"area kept {100 * min(area, 1):.0f} %" + (f" (enlarged {area:.1f} times)" if area > 1.05 else "")
-    score = min(area, 0.6) * bent
+    score = min(area, 0.6) * aspect
     return headline, [
         f"{width} x {height} -> {cols * s} x {rows * s} pixels, tile side {s}",
-        f"{kept}, aspect kept {100 * bent:.0f} %, score of Eq. (1) {score:.3f}",
+        f"{kept}, aspect kept {100 * aspect:.0f} %, score of Eq. (1) {score:.3f}",
     ]

@@ -1,12 +1,12 @@
-"""Which grid an image gets: Image Area Preservation, Eq. (1), exact for one size and for millions.
+"""Tile grid selection: Image Area Preservation, Eq. (1) of Eagle 2.5, exact for one size and for arrays of sizes.
 
-Over all grids with `min_tiles <= c*r <= max_tiles` the one is chosen that maximises
+Of all grids with `min_tiles <= c*r <= max_tiles` the one is chosen that maximises
 
     min(c*r*s^2 / (W*H), 0.6) * min(t/o, o/t)      t = c/r,  o = W/H
 
-The one idea: with `n0` the fewest tiles that reach the 0.6, the best grid below `n0` and the best one from `n0` on each depend on
-the aspect alone, and both change only where `(W/H)^2` passes a small fraction. So a table, built once with integers, answers with one
-search and one comparison, for a scalar and for arrays alike, and ties are ties: floats of distinct fractions this small are distinct.
+With `n0` the fewest tiles that reach the 0.6, the best grid with fewer than `n0` tiles and the best with `n0` or more each depend on the
+aspect alone, and both change only where `(W/H)^2` passes a small fraction. So a table, built once with integers, gives the grid with one
+search and one comparison, for scalars and arrays. Ties are exact: distinct fractions this small are distinct as floats.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 
 MOST_TILES = 64  # products in _build stay below 2^63 up to here
-_EXACT_SIDE = 1 << 19  # up to here float64 tells (W/H)^2 from every cut of a 64-tile table
+_EXACT_SIDE = 1 << 19  # up to here float64 distinguishes (W/H)^2 from every cut of a 64-tile table
 _CHUNK = 1 << 14  # 20 temporaries of 128 KiB stay in the second-level cache
 
 
@@ -33,33 +34,38 @@ class Grid(NamedTuple):
 
 class _Table(NamedTuple):
     grids: list[Grid]  # G grids in order of preference among equals: fewer tiles, then more columns
-    cuts: np.ndarray  # float64 [B]: values of (W/H)^2 at which a choice changes
+    cuts: NDArray[np.float64]  # float64 [B]: values of (W/H)^2 at which a choice changes
     cuts_list: list[float]
     cells: int  # 2B + 1: cell 2i is the open interval below cut i, cell 2i + 1 the cut itself
-    small: np.ndarray  # int16 [(max - min + 2) * cells]: best grid with fewer than n0 tiles
-    large: np.ndarray  # int16, likewise: best grid with n0 tiles or more
-    cols: np.ndarray  # int64 [G]
-    rows: np.ndarray  # int64 [G]
-    aspect: np.ndarray  # float64 [G]: c/r
-    tiles: np.ndarray  # float64 [G]: c*r
+    small: NDArray[np.int16]  # int16 [(max - min + 2) * cells]: best grid with fewer than n0 tiles
+    large: NDArray[np.int16]  # int16, likewise: best grid with n0 tiles or more
+    small_list: list[int]
+    large_list: list[int]
+    cols: NDArray[np.int64]  # int64 [G]
+    rows: NDArray[np.int64]  # int64 [G]
+    aspect: NDArray[np.float64]  # float64 [G]: c/r
+    tiles: NDArray[np.float64]  # float64 [G]: c*r
 
 
 def select_grid(width: int, height: int, *, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448) -> Grid:
-    """The grid of Image Area Preservation (Eagle 2.5, Eq. 1) for an image of `width` x `height` pixels.
+    """The grid of Image Area Preservation (Eagle 2.5, Eq. 1) for an image of `width` x `height` pixels, as displayed.
 
-    Ties go to fewer tiles, then to more columns. The answer is that of exact rational arithmetic and is remembered per size.
+    Ties go to fewer tiles, then to more columns. The result is that of exact rational arithmetic and is cached per size.
+
+    Eq. (1) does not bound enlargement: an image of 10 x 15 pixels with `max_tiles=6` gets 2 x 3 tiles. To bound the enlarged area to `u`
+    times the image's, pass `max_tiles=max(1, min(max_tiles, int(u * width * height / tile_size**2)))`.
 
     Raises:
-        ValueError: a side or `tile_size` below 1, or not `1 <= min_tiles <= max_tiles <= 64`.
-        TypeError: a number that is not an integer.
+        ValueError: a side or `tile_size` below 1, or limits without 1 <= min_tiles <= max_tiles <= 64.
+        TypeError: an argument that is not an integer.
     """
     return _select(index(width), index(height), index(min_tiles), index(max_tiles), index(tile_size))
 
 
 def select_grids(
     widths: npt.ArrayLike, heights: npt.ArrayLike, *, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448
-) -> np.ndarray:
-    """`select_grid` for arrays: `widths` and `heights` [N] integers in pixels -> int64 [N, 2] of (columns, rows), the same grids.
+) -> NDArray[np.int64]:
+    """`select_grid` for arrays: `widths` and `heights` [N] in pixels, integers -> int64 [N, 2] of (columns, rows).
 
     Raises:
         ValueError: arrays of different lengths, a side below 1 (its position is named), or limits as in `select_grid`.
@@ -76,7 +82,7 @@ def select_grids(
 
 
 def tile_count(grid: tuple[int, int], *, thumbnail: bool = True) -> int:
-    """Tiles that `tile_image` makes for `grid`: columns x rows, and the thumbnail when there is more than one tile."""
+    """Tiles that `tile_image` makes for `grid`: columns x rows, plus the thumbnail when there is more than one tile. Raises ValueError."""
     cols, rows = grid
     tiles = cols * rows
     if cols < 1 or rows < 1:
@@ -92,7 +98,7 @@ def tile_counts(
     max_tiles: int = 12,
     tile_size: int = 448,
     thumbnail: bool = True,
-) -> np.ndarray:
+) -> NDArray[np.int64]:
     """`tile_count` of the selected grid of every size: `widths` and `heights` [N] in pixels -> int64 [N]. Raises as `select_grids`."""
     w, h = _sides(widths, heights)
     min_tiles, max_tiles, tile_size = _limits(min_tiles, max_tiles, tile_size)
@@ -102,7 +108,7 @@ def tile_counts(
 
 
 def tile_tokens(grid: tuple[int, int], k: int, *, thumbnail: bool = True) -> int:
-    """Visual tokens of an image cut by `grid` at `k` tokens a tile, thumbnail included."""
+    """Visual tokens of an image with this `grid` at `k` tokens per tile, thumbnail included. Raises ValueError."""
     if k < 1:
         raise ValueError(f"k = {k}: a tile has at least one token")
     return k * tile_count(grid, thumbnail=thumbnail)
@@ -113,18 +119,18 @@ def _limits(min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int, i
     if not 1 <= min_tiles <= max_tiles <= MOST_TILES:
         raise ValueError(f"min_tiles = {min_tiles}, max_tiles = {max_tiles}: need 1 <= min_tiles <= max_tiles <= {MOST_TILES}")
     if tile_size < 1:
-        raise ValueError(f"tile_size = {tile_size}: a tile is at least one pixel wide")
+        raise ValueError(f"tile_size = {tile_size}: need at least 1")
     return min_tiles, max_tiles, tile_size
 
 
-def _sides(widths: npt.ArrayLike, heights: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _sides(widths: npt.ArrayLike, heights: npt.ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     w, h = np.asarray(widths), np.asarray(heights)
     if w.ndim != 1 or w.shape != h.shape:
-        raise ValueError(f"widths {w.shape} and heights {h.shape}: need two arrays of one length")
+        raise ValueError(f"widths {w.shape} and heights {h.shape}: need two arrays of the same length")
     if w.size == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     if w.dtype.kind not in "iu" or h.dtype.kind not in "iu":
-        raise TypeError(f"widths are {w.dtype}, heights {h.dtype}: sizes are whole pixels, give integer arrays")
+        raise TypeError(f"widths are {w.dtype}, heights {h.dtype}: sizes are whole pixels; pass integer arrays")
     if w.min() < 1 or h.min() < 1:
         at = int(np.argmax((w < 1) | (h < 1)))
         raise ValueError(f"image {at} is {w[at]} x {h[at]} pixels: both sides must be at least 1")
@@ -144,7 +150,7 @@ def _select(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: 
         at = bisect_left(table.cuts_list, squared)
         cell = 2 * at + (at < len(table.cuts_list) and table.cuts_list[at] == squared)
         flat = row * table.cells + cell
-        small, large = table.grids[table.small[flat]], table.grids[table.large[flat]]
+        small, large = table.grids[table.small_list[flat]], table.grids[table.large_list[flat]]
         return large if _better(large, small, width, height, tile_size) else small
     best = table.grids[0]
     for grid in table.grids[1:]:
@@ -164,8 +170,10 @@ def _better(a: Grid, b: Grid, width: int, height: int, tile_size: int) -> bool:
     return left > right
 
 
-def _choose_many(w: np.ndarray, h: np.ndarray, table: _Table, min_tiles: int, max_tiles: int, tile_size: int) -> np.ndarray:
-    """w, h: int64 [N] -> intp [N], places in `table.grids`."""
+def _choose_many(
+    w: NDArray[np.int64], h: NDArray[np.int64], table: _Table, min_tiles: int, max_tiles: int, tile_size: int
+) -> NDArray[np.intp]:
+    """w, h: int64 [N] -> intp [N], indices into `table.grids`."""
     chosen = np.empty(len(w), np.intp)
     plain = tile_size <= _EXACT_SIDE and (len(w) == 0 or max(w.max(), h.max()) <= _EXACT_SIDE)
     if not plain:
@@ -179,7 +187,9 @@ def _choose_many(w: np.ndarray, h: np.ndarray, table: _Table, min_tiles: int, ma
     return chosen
 
 
-def _choose_chunk(w: np.ndarray, h: np.ndarray, table: _Table, min_tiles: int, max_tiles: int, tile_size: int) -> np.ndarray:
+def _choose_chunk(
+    w: NDArray[np.int64], h: NDArray[np.int64], table: _Table, min_tiles: int, max_tiles: int, tile_size: int
+) -> NDArray[np.intp]:
     wide, high = w.astype(np.float64), h.astype(np.float64)
     squared = (wide * wide) / (high * high)
     at = np.searchsorted(table.cuts[:-1], squared)  # the last cut is a sentinel (infinity), so that cuts[at] exists
@@ -194,21 +204,22 @@ def _choose_chunk(w: np.ndarray, h: np.ndarray, table: _Table, min_tiles: int, m
     score_small = (table.tiles[small] * area) * np.minimum(of_small, 1 / of_small)
     score_large = enough * np.minimum(of_large, 1 / of_large)
     chosen = np.where(score_large > score_small, large, small).astype(np.intp)
-    # With no small (or no large) grids at all, both tables name the same one. Floats within 1e-12 of each other decide nothing.
+    # Without small (or without large) grids both tables hold the same grid. Scores within 1e-12 are compared again, as integers.
     close = np.flatnonzero((np.abs(score_large - score_small) <= 1e-12 * score_large) & (small != large))
     for i in close.tolist():
-        grid = _better(table.grids[large[i]], table.grids[small[i]], int(w[i]), int(h[i]), tile_size)
+        grid = _better(table.grids[int(large[i])], table.grids[int(small[i])], int(w[i]), int(h[i]), tile_size)
         chosen[i] = large[i] if grid else small[i]
     return chosen
 
 
 @lru_cache(maxsize=64)
 def _table(min_tiles: int, max_tiles: int) -> _Table:
-    """The choices by aspect. Scores are compared squared, as fractions in int64: at (W/H)^2 = p/q a grid's aspect term squared is
-    min(a, b) / max(a, b) with a = p r^2, b = q c^2."""
+    """The best grids by aspect. Scores are compared squared, as fractions in int64: at (W/H)^2 = p/q a grid's aspect term squared is
+    min(a, b) / max(a, b) with a = p r^2, b = q c^2.
+    """
     grids = [Grid(n // r, r) for n in range(min_tiles, max_tiles + 1) for r in range(1, n + 1) if n % r == 0]
     p, q = _cuts(grids)
-    # Cells in order: interval, cut, interval, ..., interval. An interval is stood for by the mediant of its ends (0/1 and 1/0 outside).
+    # Cells in order: interval, cut, interval, ..., interval. An interval is represented by the mediant of its ends (0/1 and 1/0 outside).
     ends_p, ends_q = np.concatenate([[0], p, [1]]), np.concatenate([[1], q, [0]])
     cells_p, cells_q = np.empty(2 * len(p) + 1, np.int64), np.empty(2 * len(p) + 1, np.int64)
     cells_p[0::2], cells_q[0::2] = ends_p[:-1] + ends_p[1:], ends_q[:-1] + ends_q[1:]
@@ -232,13 +243,16 @@ def _table(min_tiles: int, max_tiles: int) -> _Table:
     keep = np.flatnonzero(differs.any(axis=0))
     kept_cells = np.concatenate([[0], np.stack([2 * keep + 1, 2 * keep + 2], axis=1).reshape(-1)]).astype(np.intp)
     cuts = np.concatenate([p[keep] / q[keep], [np.inf]])
+    small, large = (np.ascontiguousarray(best[:, kept_cells]).reshape(-1) for best in (small, large))
     return _Table(
         grids=grids,
         cuts=cuts,
         cuts_list=cuts[:-1].tolist(),
         cells=len(kept_cells),
-        small=np.ascontiguousarray(small[:, kept_cells]).reshape(-1),
-        large=np.ascontiguousarray(large[:, kept_cells]).reshape(-1),
+        small=small,
+        large=large,
+        small_list=small.tolist(),
+        large_list=large.tolist(),
         cols=np.array([grid.cols for grid in grids], np.int64),
         rows=np.array([grid.rows for grid in grids], np.int64),
         aspect=np.array([grid.cols / grid.rows for grid in grids]),
@@ -246,7 +260,7 @@ def _table(min_tiles: int, max_tiles: int) -> _Table:
     )
 
 
-def _cuts(grids: list[Grid]) -> tuple[np.ndarray, np.ndarray]:
+def _cuts(grids: list[Grid]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """All p/q in rising order at which two scores can cross: aspect terms alone at c c'/(r r'), weighted with c r at (c/r')^2."""
     shapes = np.array(grids, np.int64)
     cols, rows = shapes[:, 0], shapes[:, 1]
@@ -262,7 +276,7 @@ def _cuts(grids: list[Grid]) -> tuple[np.ndarray, np.ndarray]:
 class _Champion:
     """The best grid so far in every cell, scores as exact fractions."""
 
-    def __init__(self, p: np.ndarray, q: np.ndarray, *, by_area: bool) -> None:
+    def __init__(self, p: NDArray[np.int64], q: NDArray[np.int64], *, by_area: bool) -> None:
         self.p, self.q, self.by_area = p, q, by_area
         self.index = np.zeros(len(p), np.int16)
         self.above, self.below = np.full(len(p), -1, np.int64), np.ones(len(p), np.int64)

@@ -1,7 +1,7 @@
-"""Tiles of a tensor without leaving its device: Pillow's bicubic as two matrix products, with the tensor's own methods only.
+"""Tiles of a tensor on its own device: Pillow's bicubic as two matrix products, with methods of the tensor only (torch is not imported).
 
-Pillow resizes one axis, rounds to 8 bits, then the other, and widens the kernel when it shrinks (antialias). The same weights, the same
-order and the same rounding in between give its pixels to within 2 of 255, nearly all of them exactly. Nothing here imports torch.
+Pillow resizes one axis, rounds to 8 bits, then resizes the other, and widens the kernel when it shrinks (antialias). The same weights,
+order and rounding give its pixels to within 2 of 255, most of them exactly.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+from numpy.typing import NDArray
 
 _PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
 _A = -0.5  # Pillow's and Keys' bicubic parameter
@@ -18,10 +19,10 @@ _SUPPORT = 2.0
 
 
 @lru_cache(maxsize=64)
-def bicubic_taps(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pillow's antialiased bicubic along one axis: places int64 and weights float32, both [new_size, taps]; each row of weights sums to 1.
+def bicubic_taps(size: int, new_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Pillow's antialiased bicubic along one axis: indices int64 and weights float32, both [new_size, taps]; each row of weights sums to 1.
 
-    A row's places all differ and lie in 0..size-1; what Pillow would leave out has weight 0.
+    The indices of a row differ and are in 0..size-1; taps that Pillow does not use have weight 0.
     """
     scale = size / new_size
     stretch = max(scale, 1.0)
@@ -36,7 +37,7 @@ def bicubic_taps(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
     return place, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _bicubic(x: np.ndarray) -> np.ndarray:
+def _bicubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
     x = np.abs(x)
     near = ((_A + 2) * x - (_A + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * _A
@@ -84,14 +85,14 @@ def _down(rgb: Any, height: int) -> Any:
 
 
 def _matrix(like: Any, size: int, new_size: int) -> Any:
-    """The weights as a float matrix [new_size, size] on the device of `like`; only the taps travel there."""
+    """The weights as a float matrix [new_size, size] on the device of `like`; only the taps are copied there."""
     place, weights = bicubic_taps(size, new_size)
     places = like.new_zeros(()).long().new_tensor(place)
     return like.new_zeros((new_size, size)).scatter_(1, places, like.new_tensor(weights))
 
 
 def _vertical_first(width: int, height: int, new_width: int, new_height: int) -> bool:
-    """The order of Pillow's passes, which shows because overshoot is cut off between them (measured on 11.0, 12.1, 12.2 and 13.0)."""
+    """Order of Pillow's passes; it matters because overshoot is clipped between them (measured on 11.0, 12.1, 12.2 and 13.0)."""
     if _PILLOW >= (13, 0):
         return new_height < height and height - new_height > 2 * (width - new_width)
     if _PILLOW >= (12, 2):

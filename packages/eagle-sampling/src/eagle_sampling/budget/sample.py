@@ -67,9 +67,9 @@ def degradations(
 ) -> tuple[str, ...]:
     """What a plan gave up. A lower cap that costs no image a tile is not listed."""
     lost: list[str] = []
-    for i, (asked, given) in enumerate(zip(wanted, frames)):
-        if given < asked:
-            lost.append(f"frames {asked}->{given}" if len(frames) == 1 else f"video {i + 1} frames {asked}->{given}")
+    for i, (want, given) in enumerate(zip(wanted, frames)):
+        if given < want:
+            lost.append(f"frames {want}->{given}" if len(frames) == 1 else f"video {i + 1} frames {want}->{given}")
     if any(row[c] < row[0] for row, c in zip(costs, columns)):
         raised = sum(c < column for c in columns)
         higher = f" ({raised} of {len(columns)} images higher)" if raised else ""

@@ -41,7 +41,7 @@ class Choice(NamedTuple):
 
 
 StrategyFunction: TypeAlias = Callable[[PlanColumns, NDArray[np.int64], Options], Choice]
-"""(columns, room [N] = tokens left after the text, options) -> Choice. A row with negative room is dropped whatever is chosen."""
+"""(columns, room [N] = tokens left after the text, options) -> Choice. A row with negative room is dropped in any case."""
 
 
 class Strategy(NamedTuple):

@@ -1,8 +1,8 @@
 """Width and height of an image from the first bytes of its file, after EXIF orientation; nothing is decoded.
 
-`Reader` hands out bytes by offset, so that a file costs one read of 4 KiB unless its header lies further in.
+`Reader` returns bytes by offset, so that a file costs one read of 4 KiB unless its header is further in.
 Formats: JPEG (ITU T.81, EXIF 2.3), PNG, GIF, BMP, WebP (RFC 9649), TIFF 6.0 and BigTIFF, AVIF/HEIF (ISO 23008-12).
-The parsers are strict: what a lenient decoder would still take is a HeaderError here, and the caller asks the decoder.
+The parsers are strict: what a lenient decoder accepts may be a HeaderError here, and the caller falls back to the decoder.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ _BE16 = struct.Struct(">H").unpack_from
 _BE32 = struct.Struct(">I").unpack_from
 _PNG_SIZE = struct.Struct(">II").unpack_from
 _JPEG_SOF = frozenset((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
-_MAX_SEGMENTS = 4096  # a JPEG with more marker segments before its frame header is an attack, not a photo
-_MAX_CHUNKS = 1 << 16  # of a PNG (its data may come in chunks of 8 KiB), or blocks of a GIF before its first picture
+_MAX_SEGMENTS = 4096  # marker segments of a JPEG before its frame header; a photo has a few dozen
+_MAX_CHUNKS = 1 << 16  # of a PNG (its data may be chunks of 8 KiB), or blocks of a GIF before its first picture
 _MAX_IFD_ENTRIES = 4096
 _MAX_BOXES = 1024
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 class HeaderError(Exception):
-    """The bytes don't hold a size; the caller adds the file's name."""
+    """The bytes do not hold a size; the caller adds the file's name."""
 
 
 def parse_size(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[int, int] | None:
-    """(width, height) as displayed, or None when the format isn't one of those above.
+    """(width, height) as displayed, or None when the format is not one of those above.
 
-    `head`: the first bytes of the file (4 KiB, or all of a shorter one). Raises HeaderError when the header is damaged or says 0.
+    `head`: the first bytes of the file (4 KiB, or all of a shorter one). Raises HeaderError when the header is damaged or states 0.
     """
     size = _parse(head, read, file_size)
     if size is not None and (size[0] <= 0 or size[1] <= 0):
-        raise HeaderError(f"it says {size[0]} x {size[1]} pixels")
+        raise HeaderError(f"it states {size[0]} x {size[1]} pixels")
     return size
 
 
@@ -58,13 +58,13 @@ def _parse(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[int
     except (struct.error, IndexError) as error:
         raise HeaderError("the file ends inside its header") from error
     except (OverflowError, ValueError) as error:
-        raise HeaderError("it points outside of any file") from error
+        raise HeaderError("it points outside the file") from error
     return None
 
 
 def _jpeg(head: bytes, read: Reader) -> tuple[int, int]:
     base, data = 0, head  # `data` is the window of the file that begins at `base`
-    position, orientation = 2, 0  # 0: no EXIF block yet; further ones only continue the first
+    position, orientation = 2, 0  # 0: no EXIF block yet; later blocks only continue the first
     for _ in range(_MAX_SEGMENTS):
         at = position - base
         if at + 10 > len(data):
@@ -105,8 +105,8 @@ def _jpeg(head: bytes, read: Reader) -> tuple[int, int]:
 def exif_orientation(exif: bytes) -> int:
     """The orientation (1-8) that an EXIF block states, with or without its prefix; 1 when it states none.
 
-    Tag 274 of the first directory, one value of type SHORT (as EXIF says) or LONG (as some write). `eagle_tiling.load_rgb` reads it with
-    the same few lines, so that the size planned for is that of the picture cut; `tests/system` compares the two byte by byte.
+    Tag 274 of the first directory, one value of type SHORT (as EXIF requires) or LONG (as some programs write). `eagle_tiling.load_rgb`
+    has the same function, so that the planned size is the size of the tiled picture; `tests/system` compares the two.
     """
     exif = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
     if exif[:4] == b"II*\0":
@@ -133,7 +133,7 @@ def _png(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[int, 
     width, height = _PNG_SIZE(head, 16)
     position, data, base = 33, head, 0
     in_data = False
-    for _ in range(_MAX_CHUNKS):  # an eXIf chunk may stand before the image data or behind it
+    for _ in range(_MAX_CHUNKS):  # an eXIf chunk may precede or follow the image data
         at = position - base
         if at + 8 > len(data):
             base, data, at = position, read(position, 64), 0
@@ -145,17 +145,17 @@ def _png(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[int, 
         if kind == b"IEND" or (kind == b"fcTL" and in_data):  # fcTL: the next picture of an animation
             break
         if kind == b"IDAT" and not in_data and at + 20 + length > len(data):
-            position = _behind_idats(position, 12 + length, read, file_size())
+            position = _after_idats(position, 12 + length, read, file_size())
         else:
             position += 12 + length
         in_data = in_data or kind == b"IDAT"
     return width, height
 
 
-def _behind_idats(position: int, step: int, read: Reader, file_size: int) -> int:
-    """Where the chunk behind the last IDAT begins, or behind an earlier one; `position` and `step` are the first one's place and size.
+def _after_idats(position: int, step: int, read: Reader, file_size: int) -> int:
+    """Offset of the chunk after the last IDAT, or after an earlier one; `position` and `step` are offset and size of the first.
 
-    Encoders write all IDATs of one size but the last, so that one is found without visiting the others (a hundred in 1 MB of libpng's).
+    Encoders write IDATs of one size except the last, so that it is found without visiting the others (a hundred per MB from libpng).
     """
     last = position + (file_size - 8 - position) // step * step
     for target in (last, last - step):
@@ -167,8 +167,7 @@ def _behind_idats(position: int, step: int, read: Reader, file_size: int) -> int
 
 
 def _gif(head: bytes, read: Reader) -> tuple[int, int]:
-    """The logical screen, or what the first picture needs where that is larger, as decoders show it."""
-
+    """The logical screen, or the extent of the first picture where that is larger, as decoders show it."""
     width, height, flags = struct.unpack_from("<HHB", head, 6)
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     data, base, inside = head, 0, False  # inside: `position` is at a sub-block of an extension
@@ -234,7 +233,7 @@ def _tiff(read: Reader) -> tuple[int, int]:
     (start,) = struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4)
     (count,) = struct.unpack(order + ("Q" if big else "H"), read(start, 8 if big else 2))
     if count > _MAX_IFD_ENTRIES:
-        raise HeaderError(f"the TIFF directory claims {count} entries")
+        raise HeaderError(f"the TIFF directory states {count} entries")
     step = 20 if big else 12
     entries = read(start + (8 if big else 2), count * step)
     found = {256: 0, 257: 0, 274: 0}
@@ -252,7 +251,7 @@ def _tiff(read: Reader) -> tuple[int, int]:
     if not found[256] or not found[257]:
         raise HeaderError("the TIFF directory lacks the image's size")
     if not found[274] and (stated := _XMP_ORIENTATION.search(xmp)):
-        found[274] = int(stated[1])  # Pillow turns a TIFF by it while decoding, and nobody after it can tell
+        found[274] = int(stated[1])  # Pillow applies it to a TIFF while decoding
     return (found[257], found[256]) if 5 <= found[274] <= 8 else (found[256], found[257])
 
 

@@ -25,9 +25,12 @@ _HEAD_BYTES = 4096
 def image_size(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> tuple[int, int]:
     """(width, height) in pixels as displayed, from the header alone.
 
-    Formats without a parser of ours, and headers that ours don't understand, go through Pillow's lazy open, which decodes nothing either.
-    Sizes aren't held against any limit here, so that a planner can say what it refuses. Raises MediaError when the file is missing, or its
-    header is damaged or of no known format.
+    Formats that `header` does not parse, and headers that it cannot read, go through Pillow's lazy open, which decodes nothing either.
+    No limit applies here, so that a planner can report what it refuses.
+
+    Raises:
+        MediaError: the file is missing or an address, or its header is damaged or of no known format.
+        TypeError: `ref` is not a reference, for example an open file.
     """
     if isinstance(ref, (str, os.PathLike)):
         return _file_size(resolve(ref, root))
@@ -52,7 +55,7 @@ def _file_size(path: str) -> tuple[int, int]:
 
 
 def _parsed(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[tuple[int, int] | None, str]:
-    """The size, or None and why our parsers have none ("" for a format without one)."""
+    """The size, or None and the reason ("" for a format that is not parsed)."""
     if not head:
         return None, "is empty (0 bytes)"
     try:
@@ -79,11 +82,14 @@ def open_image(
     limits: Limits = DEFAULT_LIMITS,
     at_least: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """The decoded image, as the file stores it (EXIF orientation not applied, mode unchanged), closed to its file.
+    """The decoded image as the file stores it: EXIF orientation not applied, mode unchanged, independent of the file.
 
     at_least: (width, height) in the stored orientation; a JPEG is decoded at 1/2, 1/4 or 1/8 of its size when both sides stay at least
-    this large (libjpeg's scaled decoding), other formats ignore it.
-    Raises MediaError when the file is missing, truncated, damaged, of no known format, or over the limits (checked before decoding).
+    this large (libjpeg's scaled decoding); it has no effect on other formats.
+
+    Raises:
+        MediaError: the file is missing, an address, truncated, damaged, of no known format, or over the limits (checked before decoding).
+        TypeError: `ref` is not a reference, for example an open file.
     """
     name = describe(ref)
     data = read_bytes(ref, root=root, limits=limits)
@@ -98,10 +104,10 @@ def open_image(
 
 @contextmanager
 def decoding(problem: str) -> Iterator[None]:
-    """Whatever Pillow raises here becomes a MediaError that begins with `problem`.
+    """Turns any exception inside into a MediaError that begins with `problem`.
 
-    Its decoders raise OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, RuntimeError, NotImplementedError and
-    DecompressionBombError on damaged files, so far.
+    On damaged files Pillow's decoders were seen to raise OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError,
+    RuntimeError, NotImplementedError and DecompressionBombError.
     """
     try:
         yield
@@ -113,6 +119,7 @@ def decoding(problem: str) -> Iterator[None]:
 
 
 def open_lazily(source: Any, name: str) -> ImageFile.ImageFile:
+    """Pillow's image of a path or binary file, not decoded yet. Raises MediaError."""
     with decoding(f"{name}: can't be opened as an image"):
         try:
             return Image.open(source)

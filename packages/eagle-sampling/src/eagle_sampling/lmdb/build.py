@@ -212,14 +212,14 @@ def check_lmdb(
     if manifest_path.is_file():
         try:
             manifest = json.loads(manifest_path.read_text())
-            claims = {what: manifest[what] for what in ("keys", "bytes", "digest")}
+            stated = {what: manifest[what] for what in ("keys", "bytes", "digest")}
         except (OSError, ValueError, LookupError, TypeError) as error:
             result.problems.append(("", f"{manifest_path}: is damaged, so that missing values are not noticed: {error!r}"))
         else:
             found = {"keys": result.keys, "bytes": result.bytes, "digest": f"{total:016x}"}
-            for what, claim in claims.items():
-                if claim != found[what]:
-                    result.problems.append(("", f"the manifest says {what} = {claim}, the file has {found[what]}"))
+            for what, value in stated.items():
+                if value != found[what]:
+                    result.problems.append(("", f"the manifest states {what} = {value}, the file has {found[what]}"))
     return result
 
 

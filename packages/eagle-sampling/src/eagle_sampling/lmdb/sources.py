@@ -1,7 +1,7 @@
-"""What goes into an LMDB: the images of folders, tar and Parquet shards, under their keys, always in the same order.
+"""Images of folders, tar and Parquet shards under their keys, always in the same order.
 
-Nothing is passed over without a word: what looks like an image and can't be had comes as a MediaError in the value's place, and a shard
-that can't be read to its end raises one.
+Nothing is skipped silently: a file that is named like an image and cannot be read gives a MediaError in place of its value, and a shard
+that cannot be read to its end raises one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif",
 
 
 def read_sources(names: Iterable[str]) -> Iterator[tuple[str, str, Value]]:
-    """(source, key, encoded image or why there is none) of everything. Raises MediaError for a source that can't be read.
+    """(source, key, encoded image or the error in its place) of all images. Raises MediaError for a source that cannot be read.
 
-    A source without any image gives one MediaError under its own name: most likely it is the wrong folder.
+    A source without an image gives one MediaError under its own name: it is probably the wrong folder.
     """
     for name in names:
         nothing = True
@@ -43,7 +43,9 @@ def _source(path: Path) -> Iterator[tuple[str, Value]]:
         return _parquet(path)
     if _is_image(path.name) and path.is_file():
         return iter([(path.name, _file(str(path)))])
-    raise MediaError(f"{path}: " + ("is no folder, image, .tar or .parquet file" if path.exists() else "there is no such file or folder"))
+    raise MediaError(
+        f"{path}: " + ("is not a folder, image, .tar or .parquet file" if path.exists() else "there is no such file or folder")
+    )
 
 
 def _is_image(name: str) -> bool:
@@ -54,12 +56,12 @@ def _file(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except OSError as error:  # stops the build, which goes on from here once the disk or the permission is mended
+    except OSError as error:  # stops the build, which continues here once the disk or the permission is repaired
         raise MediaError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
 def _folder(path: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, Value]]:
-    """Files by name, links followed. above: device and inode of the folders that led here; a link back to one of them is not."""
+    """Files by name, links followed except those back to a parent folder. above: device and inode of the parent folders."""
     try:
         here = os.stat(path)
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
@@ -77,7 +79,7 @@ def _folder(path: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
         if is_folder:
             yield from _folder(entry.path, key + "/", above | {identity})
         elif _is_image(entry.name):
-            yield key, _file(entry.path) if is_file else MediaError("is a link to nothing, or no regular file")
+            yield key, _file(entry.path) if is_file else MediaError("is a link to nothing, or not a regular file")
 
 
 def _tar(path: Path) -> Iterator[tuple[str, Value]]:
@@ -90,7 +92,7 @@ def _tar(path: Path) -> Iterator[tuple[str, Value]]:
             _require_end(archive.fileobj, archive.offset, path)
     except MediaError:
         raise
-    except Exception as error:  # a damaged header makes tarfile raise whatever its fields lead to
+    except Exception as error:  # a damaged header makes tarfile raise various exceptions
         raise MediaError(f"{path}: can't be read as a tar file: {error}") from error
 
 
@@ -100,24 +102,24 @@ def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Value:
     except (KeyError, RecursionError):
         file = None
     if file is None:
-        return MediaError(f"is a link to {member.linkname!r}, which is no file in this tar")
+        return MediaError(f"is a link to {member.linkname!r}, which is not a file in this tar")
     return file.read()
 
 
 def _require_end(file: Any, offset: int, path: Path) -> None:
     """Raise MediaError unless zeros follow from `offset`, where listing ended, to the file's end.
 
-    tarfile ends its list without a word at a damaged header, at one that is cut off, and at the first end mark of concatenated tars.
+    tarfile ends its list without an error at a damaged header, at one that is cut off, and at the first end mark of concatenated tars.
     """
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         raise MediaError(f"{path}: ends at byte {offset} without an end mark (zeros), so it may be cut off; copy or pack it again")
     if any(block):
-        raise MediaError(f"{path}: the header at byte {offset} is damaged, and what follows can't be found; copy or pack it again")
+        raise MediaError(f"{path}: the header at byte {offset} is damaged, so that later members can't be found; copy or pack it again")
     while block:
         if block.count(0) < len(block):
-            raise MediaError(f"{path}: there is more after its end mark at byte {offset}: tars put one after another? Give them one by one")
+            raise MediaError(f"{path}: data follow its end mark at byte {offset}; if it is several tars in one file, give them one by one")
         block = file.read(1 << 20)
 
 
@@ -126,13 +128,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, Value]]:
         parquet = importlib.import_module("pyarrow.parquet")
         types = importlib.import_module("pyarrow").types
     except ImportError as error:
-        raise MediaError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+        raise MediaError(f"{path}: reading Parquet needs pyarrow; install it with: pip install pyarrow") from error
     try:
         with parquet.ParquetFile(path) as file:
             yield from _rows(file, types, path)
     except MediaError:
         raise
-    except Exception as error:  # ArrowInvalid, OSError, UnicodeDecodeError, ... depending on which bytes are damaged
+    except Exception as error:  # ArrowInvalid, OSError, UnicodeDecodeError and others, depending on which bytes are damaged
         raise MediaError(f"{path}: can't be read as a Parquet file: {error}") from error
 
 

@@ -1,9 +1,9 @@
-"""Reading values out of LMDB files: one environment per process and real path, shared by all threads, gone before a fork.
+"""Read values from LMDB files: one environment per process and real path, shared by all threads, closed before a fork.
 
-Since lmdb 2.0 opening a path twice in a process raises, so environments are cached; py-lmdb's are not valid in a forked child,
-so they are closed just before a fork and opened again by whoever reads next. Values are copied out of the map.
-A read borrows a read transaction from its file's idle ones and puts it back; lists append and pop atomically, so the usual read takes
-no lock, and a fork knows that no read is under way once it holds all transactions. Files must not be written while they are read.
+Since lmdb 2.0 opening a path twice in a process raises, so environments are cached. They are not valid in a forked child, so they are
+closed before a fork and opened again by the next read. Values are copied out of the map.
+A read takes a read transaction from the idle ones of its file and returns it; lists append and pop atomically, so the usual read takes no
+lock, and a fork waits until it holds all transactions. Files must not be written while they are read.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from ..limits import MediaError
 @dataclass(eq=False)
 class _Open:
     environment: Any
-    idle: list[Any] = field(default_factory=list)  # read transactions nobody uses now
-    # All of them, weakly: one that Ctrl-C took between being borrowed and put back is gone, and must not be waited for.
+    idle: list[Any] = field(default_factory=list)  # read transactions that are not in use
+    # All of them, weakly: one that Ctrl-C removed while it was in use does not come back, and must not be waited for.
     transactions: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
 
 _lock = threading.Lock()  # guards opening, new transactions, and closing
 _by_real_path: dict[str, _Open] = {}
-_by_name: dict[object, _Open] = {}  # absolute path as given -> the same, because realpath costs more than a read
+_by_name: dict[object, _Open] = {}  # absolute path as given -> the same object, because realpath costs more than a read
 _hooked = False
 
 
 def get(path: str | os.PathLike[str], key: str | bytes) -> bytes:
-    """The value of `key`, copied. Raises MediaError when the file can't be opened, is cut off, or lacks the key."""
+    """The value of `key`, copied. Raises MediaError when the file cannot be opened, is cut off, or has no such key."""
     try:
         entry = _by_name[path]
         transaction = entry.idle.pop()
     except (KeyError, IndexError):
-        entry, transaction = _borrow(path)
+        entry, transaction = _take(path)
     try:
         value = transaction.get(key.encode() if isinstance(key, str) else key)
     except (lmdb.BadValsizeError, UnicodeEncodeError, TypeError) as error:
-        raise MediaError(f"{path}[{key!r}]: no LMDB key: a key is text of 1 to 511 bytes in UTF-8") from error
+        raise MediaError(f"{path}[{key!r}]: not an LMDB key: a key is text of 1 to 511 bytes in UTF-8") from error
     except lmdb.Error as error:
         raise MediaError(f"{path}[{key!r}]: the LMDB can't be read: {error}; run `eagle lmdb check` on it") from error
     finally:
@@ -57,7 +57,7 @@ def get(path: str | os.PathLike[str], key: str | bytes) -> bytes:
 
 
 def has(path: str | os.PathLike[str], key: str | bytes) -> bool:
-    """True when the LMDB opens and holds `key`."""
+    """True when the LMDB can be opened and holds `key`."""
     try:
         get(path, key)
     except MediaError:
@@ -66,8 +66,8 @@ def has(path: str | os.PathLike[str], key: str | bytes) -> bool:
 
 
 def items(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, bytes]]:
-    """All (key, value) pairs in key order, copied. A fork in this thread waits for ever inside the loop: read first, fork then."""
-    entry, transaction = _borrow(path)
+    """All (key, value) pairs in key order, copied. Do not fork inside the loop: the fork would wait for the loop's own transaction."""
+    entry, transaction = _take(path)
     try:
         with transaction.cursor() as cursor:
             yield from cursor.iternext(keys=True, values=True)
@@ -78,30 +78,30 @@ def items(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def close_all() -> None:
-    """Close every environment of this process, once the reads under way have ended. Reading opens them again."""
+    """Close every environment of this process after the current reads. The next read opens them again."""
     with _lock:
         _close_when_idle()
 
 
 def require_whole(environment: Any, path: str) -> None:
-    """Raise MediaError when the file at `path` is shorter than its own header says: reading a page that isn't there kills the process."""
+    """Raise MediaError when the file at `path` is shorter than its header states: reading a missing page kills the process."""
     file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
     expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     found = os.path.getsize(file)
     if found < expected:
-        # Pages that a writer took and gave back in one transaction at the very end aren't written either; a compact copy has none.
+        # Pages that a writer allocated and freed in its last transaction are not written either; a compact copy has none.
         advice = "copy or build it again; if nothing is missing, `mdb_copy -c` makes a whole one"
         raise MediaError(f"{file}: is cut off: {found} of {expected} bytes are there; {advice}")
 
 
-def _borrow(path: str | os.PathLike[str]) -> tuple[_Open, Any]:
-    """The environment of `path` and a read transaction in it: an idle one of a relative path's, or else a new one."""
+def _take(path: str | os.PathLike[str]) -> tuple[_Open, Any]:
+    """The environment of `path` and a read transaction in it: an idle one, or a new one."""
     if os.path.isabs(path):
         return _begin(path)
     try:
-        absolute = os.path.join(os.getcwd(), path)  # a relative name means another file after a chdir, so it is no key of _by_name
+        absolute = os.path.join(os.getcwd(), path)  # a relative name is another file after a chdir, so it is not a key of _by_name
     except OSError as error:
-        raise MediaError(f"{path}: is relative to a working directory that is gone") from error
+        raise MediaError(f"{path}: is relative to a working directory that no longer exists") from error
     try:
         entry = _by_name[absolute]
         return entry, entry.idle.pop()
@@ -110,7 +110,7 @@ def _borrow(path: str | os.PathLike[str]) -> tuple[_Open, Any]:
 
 
 def _begin(path: str | os.PathLike[str]) -> tuple[_Open, Any]:
-    """The environment of the absolute `path`, opened if need be, and one more read transaction in it."""
+    """The environment of the absolute `path`, opened if necessary, and a new read transaction in it."""
     with _lock:
         name = os.fspath(path)
         try:
@@ -157,7 +157,7 @@ def _after_fork() -> None:
 
 def _close_when_idle() -> None:
     """Call with the lock held, so that no new transaction begins."""
-    _by_name.clear()  # first: who reads in a loop now comes to wait for the lock instead of borrowing the transaction again
+    _by_name.clear()  # first: a thread that reads in a loop then waits for the lock instead of taking the transaction again
     while _by_real_path:
         _, entry = _by_real_path.popitem()
         held: list[Any] = []
@@ -165,7 +165,7 @@ def _close_when_idle() -> None:
             try:
                 held.append(entry.idle.pop())
             except IndexError:
-                time.sleep(0.0002)  # a read is under way; it puts its transaction back within microseconds
+                time.sleep(0.0002)  # a read is running; it returns its transaction within microseconds
         for transaction in held:
             with contextlib.suppress(lmdb.Error):
                 transaction.abort()

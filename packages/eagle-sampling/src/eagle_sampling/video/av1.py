@@ -1,10 +1,11 @@
-"""Which AV1 frames a wanted frame depends on, read from the frame headers alone; all others are left out of what the decoder gets.
+"""AV1 frames that a wanted frame depends on, read from the frame headers alone; all others are not decoded.
 
 An AV1 frame names the slots that it may use: `ref_frame_idx` lists them, and everything else that it inherits (probabilities, segments,
-motion fields, film grain) comes from the same slots (AV1 specification 5.9.2, 7.20, 7.21). So the graph is exact, and the pyramid of an
-encoder costs only its branch: a few frames of a mini-GOP of 16 or 32. VP9 offers no such cut: its frames also inherit motion vectors and
-segments from whatever was decoded before them, and nearly every frame updates the probabilities of all that follow. Nor do H.264 and HEVC
-headers, where lists name frames whether they are used or not; there only unreferenced frames are left out (`dependencies.droppable_test`).
+motion fields, film grain) comes from the same slots (AV1 specification 5.9.2, 7.20, 7.21). So the graph is exact, and of an encoder's
+pyramid only one branch is decoded: a few frames of a mini-GOP of 16 or 32. VP9 has no such graph: its frames also inherit motion vectors
+and segments from the frame decoded before them, and nearly every frame updates the probabilities of all that follow. The reference lists
+of H.264 and HEVC headers name frames whether they are used or not; there only unreferenced
+frames are skipped (`dependencies.droppable_test`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SLOTS = 8
 
 
 class Unclear(Exception):
-    """The headers use something that isn't followed here, or are damaged: decode everything."""
+    """The headers use a feature that is not supported here, or are damaged: everything has to be decoded."""
 
 
 class Bits:
@@ -36,22 +37,22 @@ class Bits:
 
 @dataclass(frozen=True)
 class SequenceHeader:
-    """What frame headers need of a sequence header."""
+    """Fields of a sequence header that frame headers need."""
 
     order_hint_bits: int
-    screen_content: int  # 2: each frame says
-    integer_mv: int  # 2: each frame says
+    screen_content: int  # 2: stated by each frame
+    integer_mv: int  # 2: stated by each frame
 
 
 @dataclass
 class CodedFrame:
-    """One frame of the stream: the sample that holds it, where its bytes lie in there, and what it is made from."""
+    """One frame of the stream: the sample that holds it, its byte spans in there, and the frames that it is predicted from."""
 
     sample: int
     spans: list[tuple[int, int]]
     shown: bool  # it appears at the sample's time
-    uses: set[int]  # numbers of the frames that it is made from
-    whole: bool = False  # nothing more belongs to it: it shows an earlier frame, or its tiles have come
+    uses: set[int]  # numbers of the frames that it depends on
+    whole: bool = False  # complete: it shows an earlier frame, or its tiles have been read
 
 
 def needed_parts(
@@ -59,7 +60,7 @@ def needed_parts(
 ) -> dict[int, list[tuple[int, int]]] | None:
     """For the samples (temporal units) of a pass beginning at a keyframe: sample -> byte spans that the `wanted` samples' pictures need.
 
-    read: the bytes of a sample. None when the headers don't tell, so that everything has to be decoded.
+    read: the bytes of a sample. None when the headers do not state it, so that everything has to be decoded.
     """
     try:
         sequence = _find_sequence(extradata[4:]) if len(extradata) > 4 else None
@@ -72,7 +73,7 @@ def needed_parts(
     except Unclear:
         return None
     needed = [frame.shown and frame.sample in wanted for frame in frames]
-    for number in range(len(frames) - 1, -1, -1):  # a frame is made from earlier ones
+    for number in range(len(frames) - 1, -1, -1):  # a frame depends on earlier ones only
         if needed[number]:
             for other in frames[number].uses:
                 needed[other] = True
@@ -157,7 +158,7 @@ def _read_sequence(payload: bytes) -> SequenceHeader:
 def _read_unit(
     data: bytes, sample: int, sequence: SequenceHeader | None, frames: list[CodedFrame], slots: list[int | None], keys: set[int]
 ) -> tuple[SequenceHeader | None, list[tuple[int, int]]]:
-    """Adds a temporal unit's frames to `frames` and follows the slots. Returns the sequence header, and the spans that are no frame's."""
+    """Adds a temporal unit's frames to `frames` and updates the slots. Returns the sequence header, and the spans of no frame."""
     common: list[tuple[int, int]] = []
     current: CodedFrame | None = None
     for kind, begin, payload, end in _units(data):
@@ -186,12 +187,12 @@ def _read_unit(
 
 
 def _read_frame(bits: Bits, sequence: SequenceHeader, number: int, slots: list[int | None], keys: set[int]) -> CodedFrame:
-    """5.9.2 up to the references. Updates `slots` (8 frame numbers) and `keys` (numbers of key frames) as 7.20 and 7.21 say."""
+    """5.9.2 up to the references. Updates `slots` (8 frame numbers) and `keys` (numbers of key frames) by 7.20 and 7.21."""
     if bits():  # show_existing_frame
         source = slots[bits(3)]
         if source is None:
             raise Unclear("a frame from before the keyframe")
-        if source in keys:  # it begins anew here: all slots hold it from now on
+        if source in keys:  # a key frame shown again: all slots hold it from now on
             keys.add(number)
             slots[:] = [number] * SLOTS
         return CodedFrame(0, [], True, {source}, True)

@@ -1,6 +1,6 @@
-"""One worker's decoding: groups of samples in, wanted frames out, each converted and resized once, straight to its place.
+"""Decoding by one worker: groups of samples in, wanted frames out, each converted and resized once into its place of the output.
 
-A worker has its own single-threaded decoder; libav releases the interpreter's lock while it works, so workers run side by side in threads.
+A worker has its own decoder; libav releases the interpreter's lock while it works, so workers run in parallel threads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Painter:
     def paint(self, frame: av.VideoFrame, places: list[int]) -> None:
         width, height = self.size
         if (frame.width, frame.height) == (width, height):
-            # Its unscaled planar conversion leaves the last columns unwritten when the width isn't a multiple of 16 (libswscale 9.5).
+            # The unscaled planar conversion leaves the last columns unwritten when the width isn't a multiple of 16 (libswscale 9.5).
             rgb = self.resize.reformat(frame, width, height, "rgb24", interpolation=_ACCURATE, threads=1)
         else:
             # swscale's planar RGB interpolates chroma fully and rounds exactly; its packed rgb24 does neither by default (mean error
@@ -54,34 +54,34 @@ class Painter:
             pixels = pixels[:, ::-1]
         if self.rotation:
             pixels = np.rot90(pixels, -self.rotation // 90)
-        if self.stopped():  # the caller gave up waiting and may have reused the array
+        if self.stopped():  # the caller has stopped waiting and may have reused the array
             return
         for place in places:
             self.out[place] = pixels
 
 
 class PacketReader(Protocol):
-    """Hands out encoded frames by sample number."""
+    """Returns encoded frames by sample number."""
 
     context: av.VideoCodecContext
 
     def begin(self, start: int, stop: int, wanted: set[int]) -> None:
-        """A pass over samples start ... stop - 1 begins, of which the pictures of `wanted` are."""
+        """Begin a pass over samples start ... stop - 1 for the pictures of `wanted`."""
         ...
 
     def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
-        """Sample `sample` of a pass that ends before `stop`; None when it isn't `wanted` and nothing depends on it."""
+        """Sample `sample` of a pass that ends before `stop`; None when it is not `wanted` and nothing wanted depends on it."""
         ...
 
 
 class FileReader:
-    """Packets read from where the index says, in windows that serve many, with a decoder of our own."""
+    """Packets read at the offsets of the index, in windows that hold many, with a decoder created here."""
 
     def __init__(self, source: Source, track: Track, limits: Limits):
         self.source, self.track, self.limits = source, track, limits
         self.droppable = droppable_test(track.codec, track.extradata)
         self.window_start, self.window = 0, b""
-        self.parts: dict[int, list[tuple[int, int]]] | None = None  # what to send of each sample, where the codec's headers tell
+        self.parts: dict[int, list[tuple[int, int]]] | None = None  # what to decode of each sample, where the codec's headers state it
         context = av.CodecContext.create(_DECODERS.get(track.codec, track.codec), "r")
         assert isinstance(context, av.VideoCodecContext)
         if track.extradata:
@@ -124,16 +124,16 @@ class FileReader:
 
 
 class Decoder:
-    """Decodes groups. `failures` maps a sample to the reason why its frame couldn't be had."""
+    """Decodes groups. `failures` maps a sample to the reason why its frame could not be read."""
 
     def __init__(self, reader: PacketReader, track: Track, painter: Painter, check: Callable[[], None], threads: int = 1):
         self.reader, self.track, self.painter, self.check = reader, track, painter, check
         self.failures: dict[int, str] = {}
         self.orderly = not len(track.doubled())
-        # H.264 may begin at a P-frame (periodic intra refresh) and reports a missing reference; older codecs take a grey picture for it.
-        self.told = track.codec != "h264"
+        # H.264 may begin at a P-frame (periodic intra refresh) and reports a missing reference; older codecs use a grey picture instead.
+        self.reports_types = track.codec != "h264"
         context = reader.context
-        # explode: report damage instead of painting over it. strict: assume the deepest reordering where the stream doesn't say.
+        # explode: report damage instead of painting over it. strict: assume the deepest reordering where the stream states none.
         context.options = {"err_detect": "explode", **({"strict": "1"} if track.codec == "h264" else {}), **track.colour}
         context.thread_count = threads
         context.thread_type = "FRAME" if threads > 1 else "NONE"
@@ -145,7 +145,7 @@ class Decoder:
         reason = None
         for attempt in range(4):
             reason = self._decode(start, max(left) + 1, left, places)
-            # What looks like damage may be a reference to before an open GOP's keyframe: one keyframe earlier tells.
+            # An apparent damage may be a reference to before an open GOP's keyframe: decoding from one keyframe earlier decides.
             start = earlier_start(self.track, start, attempt) if left and (reason is None or attempt == 0) else None
             if start is None:
                 break
@@ -153,20 +153,26 @@ class Decoder:
             self.failures[sample] = reason or "the decoder gives no frame of that time"
 
     def _decode(self, start: int, stop: int, left: set[int], places: dict[int, list[int]]) -> str | None:
-        """One pass over samples start ... stop - 1; takes what it finds out of `left`. Returns a reason when the data are damaged."""
+        """One pass over samples start ... stop - 1; removes the frames it reads from `left`. Returns a reason when the data are damaged."""
         ticks = self.track.ticks[start:stop].tolist()
         number = {ticks[sample - start]: sample for sample in left}
         painted: list[int] = []
-        damaged = stop  # the first sample whose picture isn't whole; what is decoded after it may refer to it
-        believed = True  # that `start` is a keyframe
+        damaged = stop  # the first sample whose picture is incomplete; what is decoded after it may refer to it
+        is_keyframe = True  # `start`, as far as is known
         read, context = self.reader.packet, self.reader.context
 
         def take(frame: av.VideoFrame) -> None:
-            nonlocal damaged, believed
+            nonlocal damaged, is_keyframe
             if frame.is_corrupt and frame.pts in ticks:
                 damaged = min(damaged, start + ticks.index(frame.pts))
-            if start and self.told and frame.pts == ticks[0] and not frame.key_frame and frame.pict_type in (PictureType.P, PictureType.B):
-                believed = False
+            if (
+                start
+                and self.reports_types
+                and frame.pts == ticks[0]
+                and not frame.key_frame
+                and frame.pict_type in (PictureType.P, PictureType.B)
+            ):
+                is_keyframe = False
             sample = number.pop(frame.pts, None) if frame.pts is not None else None
             if sample is not None and sample < damaged:
                 self.painter.paint(frame, places[sample])
@@ -179,7 +185,7 @@ class Decoder:
                 tick = ticks[sample - start]
                 wanted = sample in left
                 if tick < ticks[0] and not wanted and self.orderly:
-                    continue  # a leading picture of an open GOP: it refers to frames before `start`, and nothing that we want refers to it
+                    continue  # a leading picture of an open GOP: it refers to frames before `start`, and no wanted frame refers to it
                 sent = sample
                 packet = read(sample, stop, wanted)
                 if packet is None:
@@ -195,7 +201,7 @@ class Decoder:
         except av.FFmpegError as error:
             reason = reason or error.strerror or str(error)
         context.flush_buffers()
-        if not believed:
+        if not is_keyframe:
             return None
         left.difference_update(sample for sample in painted if sample < damaged)
         if damaged == stop and reason is None:

@@ -1,4 +1,4 @@
-"""Which samples have to be decoded to see the wanted frames: targets grouped by the keyframe that their decoding begins at."""
+"""Samples that have to be decoded to get the wanted frames: targets grouped by the keyframe at which their decoding begins."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Group:
 
     @property
     def cost(self) -> int:
-        """In samples to decode; a group costs about two more for starting and draining the decoder."""
+        """Samples to decode, and two for starting and draining the decoder."""
         return self.stop - self.start + 2
 
 
@@ -50,7 +50,7 @@ def group_targets(track: Track, samples: NDArray[np.int64]) -> list[Group]:
 
 
 def earlier_start(track: Track, start: int, attempt: int) -> int | None:
-    """Where to begin when decoding from `start` didn't give a frame: 1, then 4 keyframes earlier, then the front; None after that.
+    """Where to begin when decoding from `start` did not give a frame: 1, then 4 keyframes earlier, then the front; None after that.
 
     H.264 streams with periodic intra refresh mark frames as keyframes from which the picture only builds up.
     """
@@ -62,7 +62,7 @@ def earlier_start(track: Track, start: int, attempt: int) -> int | None:
 
 
 def droppable_test(codec: str, extradata: bytes) -> Droppable | None:
-    """A test whether no other frame refers to a sample, so that it need not be decoded; None when the codec offers no cheap one.
+    """A test whether no other frame refers to a sample, so that it need not be decoded; None when the codec has no cheap one.
 
     H.264 (ITU-T H.264, 7.4.1): nal_ref_idc 0. HEVC (ITU-T H.265, 7.4.2.2): a sub-layer non-reference picture of the highest temporal layer.
     """

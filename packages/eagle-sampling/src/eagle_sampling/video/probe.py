@@ -1,6 +1,6 @@
-"""What a video holds, from its container's headers: size, rotation, exact presentation times, keyframes.
+"""Facts about a video from its container's headers: size, rotation, exact presentation times, keyframes.
 
-Nothing is decoded, but for one frame of a MOV or Matroska file that libavformat reads: it says how a player turns it.
+Nothing is decoded, except one frame of a MOV or Matroska file that libavformat reads: it carries the rotation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .containers.matroska import read_matroska
 from .containers.mp4 import read_mp4
 from .containers.mpegts import looks_like_ts, read_mpegts
 from .containers.source import Damaged, Source
-from .containers.track import NotOurs, Track
+from .containers.track import Track, Unsupported
 
 _EBML = b"\x1a\x45\xdf\xa3"
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"pnot")
@@ -32,13 +32,13 @@ _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"m
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What `probe` knows of a video. What couldn't be known is None and named in `unknown`.
+    """Facts about a video. A fact that is not known is None and named in `unknown`.
 
     width, height: as displayed, after rotation, in stored pixels (multiply the width by `pixel_aspect_ratio` for its true shape).
     rotation: degrees clockwise already accounted for in width and height.
     fps: frames / duration, an average; duration: seconds from the first frame's appearance to the last one's end.
     times: exact presentation times on the file's own timeline (an MPEG-TS may begin at 1.4 s); keyframe_times: where decoding can begin.
-    variable_frame_rate: True when frames last unequally, beyond the container's rounding.
+    variable_frame_rate: True when frames last unequally by more than the container's rounding.
     """
 
     path: str
@@ -58,7 +58,7 @@ class VideoInfo:
 
     @classmethod
     def from_track(cls, path: str, track: Track) -> VideoInfo:
-        """All that an exact track says. Raises MediaError when it shows no frame."""
+        """Facts of an exact track. Raises MediaError when it shows no frame."""
         ticks = track.presentation_ticks()
         count = len(ticks)
         if not count:
@@ -70,7 +70,7 @@ class VideoInfo:
         elif table.constant:
             duration = last - first + (last - first) / (count - 1)
         else:
-            # The last frame's own length is anybody's guess: as long as the usual one, or what the header claims if that is longer.
+            # The length of the last frame is not stored: the median length, or what the header states if that is longer.
             usual = float(np.median(np.diff(ticks))) * float(track.unit)
             duration = max(last - first + usual, track.duration or 0.0)
         shown = track.sync if track.shown is None else track.sync & track.shown
@@ -88,7 +88,7 @@ class VideoInfo:
 
     @classmethod
     def from_header(cls, path: str, track: Track) -> VideoInfo:
-        """What a header claims, of a track whose times weren't read: `ticks` are those of the keyframes in its index, if it has one."""
+        """Facts of a header whose track's times were not read: `ticks` are those of the keyframes in its index, if it has one."""
         missing = {"times", "frame_count", "variable_frame_rate"}
         fps = 1 / track.frame_duration if track.frame_duration else None
         missing |= {name for name, value in (("fps", fps), ("duration", track.duration), ("keyframe_times", len(track.ticks))) if not value}
@@ -120,10 +120,16 @@ def _size(track: Track) -> dict[str, Any]:
 def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = DEFAULT_LIMITS, partial: bool = False) -> VideoInfo:
     """Facts about the first video track of `path`.
 
-    exact: give the presentation time of every frame. Without it a Matroska file is read in its header only (3 ms instead of a scan of all
-    blocks): fps and duration are then what the header claims, and the rest is None and named in `unknown`. MP4 is exact either way.
-    partial: accept a file that was cut off and describe the frames that it still holds.
-    Raises MediaError when the file is missing, no video, damaged, cut off (unless `partial`), or over the limits.
+    Args:
+        path: a video file.
+        exact: read the presentation time of every frame. False: only the header of a Matroska file is read (3 ms instead of a scan of all
+            blocks); fps and duration are then those of the header, and the rest is None and named in `unknown`. MP4 is exact either way.
+        limits: bounds on pixels and frames.
+        partial: accept a file that was cut off and describe the frames that it still holds.
+
+    Raises:
+        MediaError: the file is missing, an address, not a video, damaged, cut off (unless `partial`), or over the limits.
+        TypeError: `path` is not a path.
     """
     name = path_text(path, "the path of a video file")
     if not exact:
@@ -133,16 +139,16 @@ def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = 
     track = read_track(name, limits=limits, positions=False)
     if track.missing and not partial:
         raise MediaError(
-            f"{name}: is cut off: at least {track.missing} frames that its header promises aren't in the file, {len(track.ticks)} are; "
-            "copy it again, or use what is there with partial=True"
+            f"{name}: is cut off: at least {track.missing} frames of its header are not in the file, {len(track.ticks)} are; "
+            "copy it again, or use the frames that are there with partial=True"
         )
     return VideoInfo.from_track(name, track)
 
 
 def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | None = None, positions: bool = True) -> Track:
-    """The first video track of `path`, by our parser for its container, or else by libavformat.
+    """The first video track of `path`, by the parser of its container, otherwise by libavformat.
 
-    positions: byte offsets are wanted, not only times.
+    positions: False when only times are wanted, and no byte offsets.
     """
     with _opened(path) as source:
         track = damage = None
@@ -154,7 +160,7 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
                 track = read_matroska(source, limits)
             elif looks_like_ts(head):
                 track = read_mpegts(source, limits)
-        except NotOurs as reason:
+        except Unsupported as reason:
             logging.getLogger(__name__).debug("%s: %s; read by libavformat", path, reason)
         if track is None:
             try:
@@ -162,7 +168,7 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
             except MediaError:
                 if damage is None:
                     raise
-                raise Damaged(damage) from None  # our reason says more than libavformat's
+                raise Damaged(damage) from None  # more specific than the reason of libavformat
     limits.check_frames(len(track.ticks), path)
     limits.check_size(track.width, track.height, path)
     if not len(track.ticks):
@@ -171,7 +177,7 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
 
 
 def _tolerant_mp4(source: Source, limits: Limits, positions: bool) -> tuple[Track | None, str | None]:
-    """(track, None), or (None, what we stumbled over): old muxers leave oddities in `moov` that libavformat knows how to read."""
+    """(track, None), or (None, damage): old muxers write variants of `moov` that only libavformat reads."""
     try:
         return read_mp4(source, limits, positions=positions), None
     except MediaError:
@@ -183,13 +189,13 @@ def _tolerant_mp4(source: Source, limits: Limits, positions: bool) -> tuple[Trac
 
 
 def _header_track(path: str, limits: Limits) -> Track | None:
-    """The header alone, for containers where that is less than everything."""
+    """The track of the header alone, for Matroska; None for containers whose header holds everything."""
     with _opened(path) as source:
         if source.read(0, 4) != _EBML:
             return None
         try:
             track = read_matroska(source, limits, exact=False)
-        except NotOurs:
+        except Unsupported:
             return None
     limits.check_size(track.width, track.height, path)
     return track
@@ -197,7 +203,7 @@ def _header_track(path: str, limits: Limits) -> Track | None:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Source]:
-    """The file; whatever a parser stumbles over inside becomes a MediaError that names it."""
+    """The open file; an exception of a parser inside becomes a MediaError that names the file."""
     try:
         source = Source(path)
     except (OSError, ValueError) as error:
@@ -214,5 +220,5 @@ def _opened(path: str) -> Iterator[Source]:
     except MediaError:
         raise
     except (struct.error, IndexError, OverflowError, ValueError, MemoryError) as error:
-        # Parsers index and unpack without asking twice; only a damaged header makes that fail.
+        # Parsers index and unpack without checks; only a damaged header makes that fail.
         raise MediaError(f"{path}: its header is damaged: {error}") from error

@@ -1,7 +1,7 @@
-"""Exact frames by presentation time, straight into one array.
+"""Exact frames by presentation time, decoded into one array.
 
-Index first (presentation times and byte positions from the container's header), then a plan (which samples each wanted frame depends on),
-then workers that decode those and nothing else. Memory is the output, one decoder a worker, and a window of encoded bytes.
+Three steps: the index (presentation times and byte positions from the container's header), the samples that each wanted frame depends on,
+and workers that decode only those. Memory is the output, one decoder per worker, and a window of encoded bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..choose import TIME_EPSILON
 from ..limits import DEFAULT_LIMITS, FrameError, Limits, MediaError, path_text
 from .containers.demux import read_packets
 from .containers.source import Source
-from .containers.track import NotOurs, Track
+from .containers.track import Track, Unsupported
 from .decode import Decoder, FileReader, Painter
 from .dependencies import Group, group_targets
 from .probe import read_track
@@ -33,7 +33,7 @@ from .sequential import PacketStream, decode_linear
 
 @dataclass(frozen=True)
 class Frames:
-    """pixels: uint8 [n, h, w, 3] RGB; times: float64 [n], the true presentation times; errors: what was skipped, if asked to."""
+    """pixels: uint8 [n, h, w, 3] RGB; times: float64 [n], the true presentation times; errors: frames skipped under on_error="skip"."""
 
     pixels: NDArray[np.uint8]
     times: NDArray[np.float64]
@@ -54,35 +54,44 @@ def read_frames(
 ) -> Frames:
     """The frames on the screen at `times`, in that order: for each time the last frame that appears at or before it.
 
-    times: seconds on the file's own timeline, as `probe` gives them; any order, repeats allowed. A time before the first frame or after the
-    last one's end is an error of that frame.
-    size: side of a square, or (width, height), to which frames are resized (bicubic, in one step with the conversion to RGB);
-    None for the displayed size. Rotation is applied.
-    workers: decoders side by side, in threads; the work is split by what it costs. More than there are keyframes to begin at become
-    frame threads of one decoder.
-    tolerance: seconds by which a keyframe may stand in for a wanted frame; the times returned are those of the frames returned.
-    on_error: "raise" a MediaError that names the file and the time, or "skip" frames that can't be read and list them in `errors`.
-    timeout: seconds for the whole call. A decoder that hangs inside libav is left behind in its thread, and the call fails.
-    out: uint8 [n, h, w, 3] to write to (shared memory, say); after a skip its first rows hold the frames that were read.
-    Raises MediaError, or ValueError for arguments that make no sense.
+    Args:
+        path: a video file.
+        times: float [n], seconds on the file's own timeline, as `probe` gives them; any order, repeats allowed. `choose_times` chooses
+            them. A time before the first frame or after the end of the last one is an error of that frame.
+        size: side of a square, or (width, height), to which frames are resized (bicubic, in one step with the conversion to RGB).
+            None: the displayed size. Rotation is applied.
+        workers: decoders in parallel threads; work is split by its cost. Workers beyond the number of keyframes to begin at become
+            frame threads of the decoders.
+        tolerance: seconds by which a keyframe may replace a wanted frame; `Frames.times` are those of the frames returned.
+        on_error: "raise" a MediaError that names the file and the time, or "skip" frames that cannot be read and list them in `errors`.
+        timeout: seconds for the whole call. A decoder that hangs inside libav stays in its thread, and the call fails.
+        out: uint8 [n, h, w, 3] to write to, for example in shared memory; after a skip its first rows hold the frames that were read.
+
+    Raises:
+        MediaError: the file or a frame cannot be read, the time is up, or a limit is exceeded.
+        ValueError: `times` is a number, `out` has another shape or dtype, or an argument is out of range.
+        TypeError: `path` is not a path.
     """
     name = path_text(path, "the path of a video file")
-    asked = np.asarray(times, np.float64)
-    if asked.ndim != 1:
-        given = f"the number {times}" if asked.ndim == 0 else f"an array of shape {asked.shape}"
+    requested = np.asarray(times, np.float64)
+    if requested.ndim != 1:
+        given = f"the number {times}" if requested.ndim == 0 else f"an array of shape {requested.shape}"
         raise ValueError(
             f"{name}: times must be a list of seconds, not {given}; for a number of frames, choose their times first: "
             "read_frames(path, choose_times(probe(path), count))"
         )
     if workers < 1 or tolerance < 0 or on_error not in ("raise", "skip") or (timeout is not None and timeout <= 0):
-        raise ValueError(f"read_frames: workers={workers}, tolerance={tolerance}, on_error={on_error!r}, timeout={timeout} make no sense")
+        raise ValueError(
+            f"workers = {workers}, tolerance = {tolerance}, on_error = {on_error!r}, timeout = {timeout}: need workers >= 1, "
+            "tolerance >= 0, on_error 'raise' or 'skip', timeout > 0 or None"
+        )
     watch = _Watch(name, timeout)
     track = read_track(name, limits=limits, deadline=watch.deadline)
-    samples, errors = _find(track, asked, tolerance)
+    samples, errors = _find(track, requested, tolerance)
     width, height = _output_size(track, size)
     limits.check_size(width, height, name)
     limits.check_size(track.width, track.height, name)
-    shape = (len(asked), height, width, 3)
+    shape = (len(requested), height, width, 3)
     if out is None:
         out = np.empty(shape, np.uint8)
     elif out.shape != shape or out.dtype != np.uint8:
@@ -93,18 +102,18 @@ def read_frames(
     if places:
         try:
             failures = _decode(name, track, places, out, workers, watch, limits)
-        except NotOurs:  # a transport stream that turns out to be irregular inside
+        except Unsupported:  # a transport stream that turns out to be irregular inside
             track = dataclasses.replace(read_packets(name, limits, watch.deadline), rotation=track.rotation, mirrored=track.mirrored)
-            samples, errors = _find(track, asked, tolerance)
+            samples, errors = _find(track, requested, tolerance)
             places = _places(samples)
             failures = _decode(name, track, places, out, 1, watch, limits)
     for sample, reason in failures.items():
-        errors += [FrameError(i, float(asked[i]), reason) for i in places[sample]]
-    return _result(name, track, asked, samples, out, sorted(errors, key=lambda error: error.index), on_error)
+        errors += [FrameError(i, float(requested[i]), reason) for i in places[sample]]
+    return _result(name, track, requested, samples, out, sorted(errors, key=lambda error: error.index), on_error)
 
 
 class _Watch:
-    """The call's deadline, and the sign to its threads that nobody waits for them any more."""
+    """The deadline of a call, and a flag for its threads that the caller has stopped waiting."""
 
     def __init__(self, name: str, timeout: float | None):
         self.name, self.timeout = name, timeout
@@ -119,26 +128,26 @@ class _Watch:
         return MediaError(f"{self.name}: decoding took longer than the limit of {self.timeout} s")
 
 
-def _find(track: Track, asked: NDArray[np.float64], tolerance: float) -> tuple[NDArray[np.int64], list[FrameError]]:
-    """The sample on the screen at each time, -1 where there is none, and the errors that say so."""
+def _find(track: Track, requested: NDArray[np.float64], tolerance: float) -> tuple[NDArray[np.int64], list[FrameError]]:
+    """(sample on the screen at each time, -1 where there is none; the errors of those)."""
     order = track.presentation_order()
     seconds = track.seconds(order)
     last = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
     end = seconds[-1] + max(last, (track.duration or 0.0) - (seconds[-1] - seconds[0]), TIME_EPSILON)
-    bad = ~((asked >= seconds[0] - TIME_EPSILON) & (asked <= end + TIME_EPSILON))
-    at = np.clip(np.searchsorted(seconds, asked + TIME_EPSILON, side="right") - 1, 0, None)
+    bad = ~((requested >= seconds[0] - TIME_EPSILON) & (requested <= end + TIME_EPSILON))
+    at = np.clip(np.searchsorted(seconds, requested + TIME_EPSILON, side="right") - 1, 0, None)
     samples = order[at]
     keys = order[track.sync[order]]
     if tolerance > 0 and len(keys):  # an edit list may hide every keyframe
         key_seconds = track.seconds(keys)
-        right = np.clip(np.searchsorted(key_seconds, asked), 0, len(keys) - 1)
+        right = np.clip(np.searchsorted(key_seconds, requested), 0, len(keys) - 1)
         left = np.maximum(right - 1, 0)
-        near = np.where(np.abs(key_seconds[left] - asked) <= np.abs(key_seconds[right] - asked), left, right)
-        samples = np.where(np.abs(key_seconds[near] - asked) <= tolerance, keys[near], samples)
+        near = np.where(np.abs(key_seconds[left] - requested) <= np.abs(key_seconds[right] - requested), left, right)
+        samples = np.where(np.abs(key_seconds[near] - requested) <= tolerance, keys[near], samples)
     reason = f"the video shows frames from {seconds[0]:.6f} to {end:.6f} s"
-    errors = [FrameError(int(i), float(asked[i]), reason) for i in np.flatnonzero(bad)]
+    errors = [FrameError(int(i), float(requested[i]), reason) for i in np.flatnonzero(bad)]
     twice = np.isin(track.ticks[samples], track.doubled()) & ~bad
-    errors += [FrameError(int(i), float(asked[i]), "two frames of the file claim this time") for i in np.flatnonzero(twice)]
+    errors += [FrameError(int(i), float(requested[i]), "two frames of the file have this time") for i in np.flatnonzero(twice)]
     return np.where(bad | twice, -1, samples), errors
 
 
@@ -173,10 +182,10 @@ def _decode(
 
     groups = group_targets(track, np.fromiter(places, np.int64))
     indexed = track.offsets is not None or track.scattered is not None
-    crew = min(workers, len(groups)) if indexed else 1
+    count = min(workers, len(groups)) if indexed else 1
     todo: queue.SimpleQueue[Group] = queue.SimpleQueue()
-    # Dearest first: the last to finish are then cheap ones, and the workers end together. One worker goes from front to back.
-    for group in sorted(groups, key=lambda group: -group.cost) if crew > 1 else groups:
+    # Most expensive first: the last to finish are then cheap, and the workers end together. One worker goes from front to back.
+    for group in sorted(groups, key=lambda group: -group.cost) if count > 1 else groups:
         todo.put(group)
     try:
         source = Source(name)
@@ -192,14 +201,14 @@ def _decode(
                 decoder.run(group, places)
             failures.update(decoder.failures)
 
-        _in_threads([work] * crew, watch, problems)
+        _in_threads([work] * count, watch, problems)
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{name}: can't be read: {error.strerror or error}") from error
     return failures
 
 
 def _in_threads(jobs: list[Callable[[], None]], watch: _Watch, problems: list[BaseException]) -> None:
-    """Run the jobs side by side (one without a time limit runs right here) and raise the first problem."""
+    """Run the jobs in threads (a single one without a time limit in the calling thread) and raise the first problem."""
     if len(jobs) == 1 and watch.deadline is None:
         jobs[0]()
         return
@@ -211,12 +220,12 @@ def _in_threads(jobs: list[Callable[[], None]], watch: _Watch, problems: list[Ba
             problems.append(error)
 
     # Daemons: a thread that hangs in a decoder must not keep the process from ending.
-    crew = [threading.Thread(target=guarded, args=(job,), daemon=True, name=f"decode {watch.name}") for job in jobs]
-    for thread in crew:
+    threads = [threading.Thread(target=guarded, args=(job,), daemon=True, name=f"decode {watch.name}") for job in jobs]
+    for thread in threads:
         thread.start()
-    for thread in crew:
+    for thread in threads:
         thread.join(None if watch.deadline is None else max(0.0, watch.deadline - time.monotonic()) + 0.05)
-    if any(thread.is_alive() for thread in crew):
+    if any(thread.is_alive() for thread in threads):
         watch.stopped = True
         raise watch.error()
     if problems:
@@ -224,7 +233,7 @@ def _in_threads(jobs: list[Callable[[], None]], watch: _Watch, problems: list[Ba
 
 
 def _from_front(name: str, track: Track, places: dict[int, list[int]], painter: Painter, watch: _Watch, threads: int) -> dict[int, str]:
-    """The whole way, for packets that don't tell which frame they hold."""
+    """Decode from the front, for packets that do not state which frame they hold."""
     failed, reason = decode_linear(name, track, set(places), lambda frame, i: painter.paint(frame, places[i]), watch.check, threads)
     return dict.fromkeys(failed, reason)
 
@@ -232,7 +241,7 @@ def _from_front(name: str, track: Track, places: dict[int, list[int]], painter: 
 def _result(
     name: str,
     track: Track,
-    asked: NDArray[np.float64],
+    requested: NDArray[np.float64],
     samples: NDArray[np.int64],
     out: NDArray[np.uint8],
     errors: list[FrameError],
@@ -243,7 +252,7 @@ def _result(
     if on_error == "raise":
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise MediaError(f"{name}: the frame at {errors[0].time:.3f} s can't be read: {errors[0].reason}{more}")
-    keep = np.setdiff1d(np.arange(len(asked)), [error.index for error in errors])
+    keep = np.setdiff1d(np.arange(len(requested)), [error.index for error in errors])
     for row, i in enumerate(keep.tolist()):  # close the gaps in place: the output is the largest thing here
         if row != i:
             out[row] = out[i]

@@ -1,4 +1,4 @@
-"""Packets and frames through libavformat, for containers whose bytes we can't find ourselves (AVI, FLV, GIF, damaged transport streams)."""
+"""Packets and frames through libavformat, for containers without a parser here (AVI, FLV, GIF, damaged transport streams)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import av
 from .containers.demux import open_container
 from .containers.track import Track
 
-_REORDERED = 16  # frames that a decoder of H.264 or HEVC holds at most: none is shown further before its place in the file
+_REORDERED = 16  # most frames that a decoder of H.264 or HEVC holds: none is shown further before its place in the file
 
 
 class PacketStream:
-    """The video packets of a file by number, in one pass from the front; going back opens the file again."""
+    """The video packets of a file by number, in one pass from the front; to go back, the file is opened again."""
 
     def __init__(self, path: str):
         self.path = path
@@ -29,7 +29,7 @@ class PacketStream:
     def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
         """Packet number `sample`. Raises av.InvalidDataError when the container marks it as damaged."""
         if sample < self.next:
-            context = self.context  # goes on decoding; only the packets start over
+            context = self.context  # keeps decoding; only the packets start over
             self.container.close()
             self.__init__(self.path)
             self.context = context
@@ -45,18 +45,18 @@ class PacketStream:
 def decode_linear(
     path: str, track: Track, wanted: set[int], paint: Callable[[av.VideoFrame, int], None], check: Callable[[], None], threads: int = 1
 ) -> tuple[set[int], str]:
-    """Call `paint(frame, i)` for the i-th frame that the file shows, for i in `wanted`: for packets that don't say which frame they hold.
+    """Call `paint(frame, i)` for the i-th frame of the file, for i in `wanted`: for packets that do not state which frame they hold.
 
-    check: called once per packet; raises when the time is up. Returns those of `wanted` that can't be had, painted or not, and the reason.
+    check: called once per packet; raises when the time is up. Returns those of `wanted` that are not known to be right, and the reason.
 
-    A packet that gives no frame, unnoticed, would give all later frames the wrong number. So packets are followed through the decoder, and
-    it goes on after the last wanted frame until no packet is left that could have been shown before it.
+    A packet without a frame would shift the numbers of all later frames if it went unnoticed. So packets are followed through the decoder,
+    and decoding continues after the last wanted frame until no packet is left that could have been shown before it.
     """
     last = max(wanted)
     painted: set[int] = set()
     pending: dict[int, None] = {}  # packets whose frames are still to come, in file order
     sent = shown = 0
-    reason = "some packets before it give no frame, so that it isn't known which one it is"
+    reason = "some packets before it give no frame, so that its number is not known"
     try:
         with open_container(path) as container:
             stream = container.streams.video[0]

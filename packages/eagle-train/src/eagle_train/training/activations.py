@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 
-from eagle_kernels import DecoderShape, MemoryPlan, OffloadEngine, VisionShape, plan_memory
+from eagle_kernels import MemoryPlan, OffloadEngine, plan_memory
 from eagle_kernels.offload import ALIGNMENT, GIB, available_host_bytes
+from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, ConfigError
 from eagle_train.distributed.world import World
 
@@ -26,38 +27,6 @@ def activation_mode(config: Config, device: torch.device) -> Mode:
         wanted = "recompute" if device.type == "cuda" else "keep"
     modes: dict[str, Mode] = {"keep": "none", "recompute": "full", "offload": "offload"}
     return modes[wanted]
-
-
-def decoder_shape(described: Any) -> DecoderShape:
-    """Sizes of the decoder of an EagleConfig, for `plan_memory`."""
-    text = described.text_config
-    heads = text.num_attention_heads
-    return DecoderShape(
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        heads=heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocab=text.vocab_size,
-        tied=bool(described.tie_word_embeddings),
-    )
-
-
-def vision_shape(described: Any, tokens: int, *, frozen: bool = False) -> VisionShape:
-    """Sizes of the tower of an EagleConfig, with the tiles of a pack of `tokens` tokens that are all image tokens."""
-    vision = described.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return VisionShape(
-        width=vision.hidden_size,
-        intermediate=vision.intermediate_size,
-        layers=vision.num_hidden_layers,
-        patches=max(1, tokens // described.tokens_per_tile) * patches,
-        frozen=frozen,
-        merge=patches // described.tokens_per_tile,
-        positions=patches,
-        patch_values=3 * vision.patch_size**2,
-    )
 
 
 def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:

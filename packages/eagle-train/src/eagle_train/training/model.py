@@ -141,7 +141,7 @@ def attention_backend(config: Config, described: Any, device: torch.device) -> s
     import torch
 
     from eagle_cp.backends import choose
-    from eagle_model.rope import head_dim
+    from eagle_model.language.spec import head_dim
 
     try:
         dtype = auto_dtype(device.type) if config.parallel.dtype == "auto" else config.parallel.dtype

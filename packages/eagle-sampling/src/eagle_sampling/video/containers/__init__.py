@@ -1,1 +1,1 @@
-"""Parsers of video containers: one file each, all giving a `Track`. libavformat (`demux`) reads what they pass on."""
+"""Parsers of video containers: one file each, all returning a `Track`. libavformat (`demux`) reads what they do not support."""

@@ -1,6 +1,7 @@
-"""Whether a file ends before its container says so, for those that libavformat reads to wherever they end without a word.
+"""Whether a file ends before its container does, for AVI, FLV and MOV, which libavformat reads up to any end without an error.
 
-Only what a header or the last packet tells: a few reads, whatever the file's length. Others (MPEG-PS, ASF, Ogg) aren't recognised.
+Decided from headers and the last packet: a few reads, independent of the file's length. Other containers (MPEG-PS, ASF, Ogg) are not
+recognised.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _FLV_TAGS = (8, 9, 18)  # audio, video, script data
 
 
 def is_cut_off(container: InputContainer, stream: VideoStream, last: int | None) -> bool:
-    """last: where the last video packet lies in the file."""
+    """last: byte offset of the last video packet."""
     kind = container.format.name
     with Source(container.name) as source:
         if kind == "avi":
@@ -28,12 +29,12 @@ def is_cut_off(container: InputContainer, stream: VideoStream, last: int | None)
 
 
 def _avi(source: Source) -> bool:
-    """A `movi` list, of any RIFF chunk (files over 1 GB have several), reaches beyond the file's end."""
+    """A `movi` list of any RIFF chunk (files over 1 GB have several) extends beyond the file's end."""
     at, end = 0, 0
     for _ in range(_MAX_CHUNKS):
         head = source.read(at, 12)
         size = int.from_bytes(head[4:8], "little")
-        if len(head) < 12 or size == 0:  # a recorder that was stopped leaves zeros
+        if len(head) < 12 or size == 0:  # an interrupted recorder leaves zeros
             return False
         if head[:4] == b"RIFF":
             end = at + 8 + size
@@ -48,7 +49,7 @@ def _avi(source: Source) -> bool:
 
 
 def _flv(source: Source, at: int) -> bool:
-    """The last tag, found by following them from the one at byte `at`, reaches beyond the file's end."""
+    """The last tag, found by following them from the one at byte `at`, extends beyond the file's end."""
     for _ in range(_MAX_CHUNKS):
         head = source.read(at, 11)
         if not head or head[0] not in _FLV_TAGS:

@@ -1,7 +1,7 @@
-"""Any container that libavformat reads (AVI, FLV, GIF, ...), and whatever our parsers pass on: one pass over the packets.
+"""Containers without a parser here (AVI, FLV, GIF, ...), and files that a parser does not support: one pass over libavformat's packets.
 
-Of MOV and Matroska one frame is decoded, for what it says of rotation; others can't say. Where packets carry no times of presentation,
-frames are known by their order only.
+Of MOV and Matroska one frame is decoded, because it carries the rotation; other containers have none. Where packets carry no presentation
+times, frames are known by their order only.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from ...limits import Limits, MediaError
 from .cut_off import is_cut_off
 from .track import Track, orientation
 
-# libav's parsers of these tell no picture types, and where they run (AVI, WTV, bare streams) every packet is called a keyframe.
-_KEYFRAMES_UNTOLD = {"h261", "h263"}
-_TURNING = ("mov,", "matroska,")  # libavformat's names of the containers that can tell a player to turn the picture
-_FIRST_FRAME_WITHIN = 64  # packets that are given to a decoder to see one frame
+# libav's parsers of these report no picture types, and where they run (AVI, WTV, bare streams) every packet is marked as a keyframe.
+_KEYFRAMES_UNKNOWN = {"h261", "h263"}
+_TURNING = ("mov,", "matroska,")  # libavformat's names of the containers that can store a rotation
+_FIRST_FRAME_WITHIN = 64  # packets to decode at most to get one frame
 
-Turn = tuple[int, bool, bool]  # what `orientation` gives
+Turn = tuple[int, bool, bool]  # as `orientation` returns it
 
 
 def open_container(path: str) -> InputContainer:
-    """The file as libavformat sees it. Its absolute path: "12:30.avi" would be taken for a protocol."""
+    """The file opened by libavformat, by its absolute path: "12:30.avi" would be read as a protocol."""
     return av.open(os.path.abspath(path), metadata_errors="ignore")
 
 
 def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Track:
-    """The video track by reading every packet's header fields. Raises MediaError when there is none, or the time is up."""
+    """The video track from the header fields of every packet. Raises MediaError when there is none, or the time is up."""
     try:
         with open_container(path) as container:
             if not container.streams.video:
@@ -72,15 +72,15 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
                 if last.is_corrupt:
                     del ticks[-1], sync[-1], shown[-1]
                 missing = max(1, stream.frames - len(ticks))
-            # Frames change places, yet the times don't: what is stored are times of decoding (H.264 in AVI, ASF and MXF, MPEG-2 in ASF,
-            # packed MPEG-4 in AVI). They are the times of the frames all the same, in the order in which a decoder gives these.
+            # Frames are reordered but times rise: the stored times are decoding times (H.264 in AVI, ASF and MXF, MPEG-2 in ASF, packed
+            # MPEG-4 in AVI). They are also the frames' times, in the order in which a decoder returns the frames.
             if context.has_b_frames and not all(sync) and (np.diff(ticks) >= 0).all():
                 timed = False
             if not timed:
                 ticks = sorted(tick for tick, seen in zip(ticks, shown) if seen) if whole else ticks
                 shown = []
-            if not timed or (context.name in _KEYFRAMES_UNTOLD and all(sync)):
-                sync = [False] * len(ticks)  # only a decode from the start is known to be right
+            if not timed or (context.name in _KEYFRAMES_UNKNOWN and all(sync)):
+                sync = [False] * len(ticks)  # only decoding from the start is known to be correct
             if sync:
                 sync[0] = True  # decoding has to begin somewhere
             unit = stream.time_base or Fraction(1, av.time_base)
@@ -110,10 +110,10 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
 
 
 def _turn(packet: av.Packet) -> Turn | None:
-    """How a player turns the first frame that `packet` gives; None when it gives none."""
+    """Rotation of the first frame that `packet` gives; None when it gives none."""
     try:
         frames = packet.decode()
-    except av.FFmpegError:  # damage is for whoever wants this frame
+    except av.FFmpegError:  # reported when this frame is wanted
         return None
     if not frames or not isinstance(frames[0], av.VideoFrame):
         return None
@@ -125,7 +125,7 @@ def _turn(packet: av.Packet) -> Turn | None:
 
 
 def _decode_times(path: str, limits: Limits, deadline: float | None) -> list[int]:
-    """Times of a container that gives them to some of its packets only (fields of H.264 in a transport stream): decoding tells."""
+    """Times by decoding, for containers in which only some packets have one (fields of H.264 in a transport stream)."""
     ticks: list[int] = []
     with open_container(path) as container:
         for frame in container.decode(video=0):

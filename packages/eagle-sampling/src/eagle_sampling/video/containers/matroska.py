@@ -1,4 +1,4 @@
-"""Matroska and WebM (RFC 9559): facts from the header; exact times come from the header of every block (`matroska_blocks`)."""
+"""Matroska and WebM (RFC 9559): facts from the header; exact times from the header of every block (`matroska_blocks`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...limits import Limits
 from .matroska_blocks import scan_blocks
 from .source import Damaged, Source
-from .track import NotOurs, Track, colour_options
+from .track import Track, Unsupported, colour_options
 
 _CODECS = {
     b"V_MPEG4/ISO/AVC": "h264",
@@ -48,7 +48,7 @@ class _Header:
 def read_matroska(source: Source, limits: Limits, *, exact: bool = True) -> Track:
     """The first video track; without `exact` no cluster is opened, and `ticks` are those of the keyframes in the cues.
 
-    Raises NotOurs for what libavformat has to read, Damaged for what can't be read.
+    Raises Unsupported for what libavformat has to read, Damaged for what cannot be read.
     """
     header = _read_header(source, walk=exact)
     if not exact:
@@ -137,7 +137,7 @@ def _read_header(source: Source, walk: bool) -> _Header:
         raise Damaged("it has no EBML header")
     kind, at, size = _element(source, body + size)
     if kind != _SEGMENT:
-        raise NotOurs("no segment after the EBML header")
+        raise Unsupported("no segment after the EBML header")
     first = at
     end = source.size if size < 0 else at + size
     header.cut = end > source.size
@@ -147,18 +147,18 @@ def _read_header(source: Source, walk: bool) -> _Header:
         try:
             kind, body, size = _element(source, at)
         except Damaged:
-            if header.clusters:  # rubbish after clusters: what came before stands, but the file isn't whole
+            if header.clusters:  # invalid bytes after clusters: those before are used, but the file is incomplete
                 header.cut = True
                 break
             raise
         if kind == _CLUSTER:
             if size < 0:
-                raise NotOurs("clusters of unknown size")
+                raise Unsupported("clusters of unknown size")
             if not walk and header.codec:
                 break
             header.clusters.append((body, body + size))
         elif size < 0:
-            raise NotOurs("an element of unknown size")
+            raise Unsupported("an element of unknown size")
         elif kind in (_INFO, _TRACKS, _CUES, _SEEK_HEAD) and kind not in seen:
             if body + size > source.size or size > _MAX_HEADER:
                 raise Damaged("its header is cut off or over 64 MiB")
@@ -182,7 +182,7 @@ def _read_header(source: Source, walk: bool) -> _Header:
     if _TRACKS not in seen:
         raise Damaged("it names no tracks")
     if not header.codec:
-        raise NotOurs("no video track that we can see")
+        raise Unsupported("no video track that is supported")
     if header.duration is not None:
         header.duration *= header.scale / 1e9
     return header
@@ -212,17 +212,17 @@ def _read_tracks(data: bytes, header: _Header) -> None:
             continue
         codec = parts.get(0x86, b"").rstrip(b"\0")
         if codec not in _CODECS:
-            raise NotOurs(f"codec {codec!r}")
+            raise Unsupported(f"codec {codec!r}")
         if 0x6D80 in parts or 0x56AA in parts or (0x23314F in parts and _float(parts[0x23314F]) != 1.0):
-            raise NotOurs("compressed, delayed or stretched blocks")
+            raise Unsupported("compressed, delayed or stretched blocks")
         header.codec = _CODECS[codec]
         header.number = int.from_bytes(parts.get(0xD7, b""), "big")
         header.extradata = parts.get(0x63A2, b"")
         header.frame_duration = int.from_bytes(parts.get(0x23E383, b""), "big")
         if header.codec in ("h264", "hevc") and not header.extradata:
-            raise NotOurs("no codec configuration")
+            raise Unsupported("no codec configuration")
         if not 0 < header.number < 127:
-            raise NotOurs(f"track number {header.number}")
+            raise Unsupported(f"track number {header.number}")
         _read_video(dict(_children(parts.get(0xE0, b""))), header)
         return
 
@@ -231,7 +231,7 @@ def _read_video(video: dict[int, bytes], header: _Header) -> None:
     numbers = {kind: int.from_bytes(body, "big") for kind, body in video.items() if len(body) <= 8}
     header.width, header.height = numbers.get(0xB0, 0), numbers.get(0xBA, 0)
     if any(numbers.get(kind) for kind in (0x54AA, 0x54BB, 0x54CC, 0x54DD)):
-        raise NotOurs("cropped")
+        raise Unsupported("cropped")
     across, down = numbers.get(0x54B0, header.width), numbers.get(0x54BA, header.height)
     if numbers.get(0x54B2, 0) in (0, 3) and across and down and header.width and header.height:
         header.aspect = Fraction(across * header.height, down * header.width)
@@ -251,7 +251,7 @@ def _read_cues(data: bytes, header: _Header) -> None:
     number, end = header.number, len(data)
     at = 6 if data[:2] == b"\xbf\x84" else 0  # a CRC-32
     found: list[int] = []
-    while at + 9 < end:  # as muxers write them: point, time, positions, track, all with sizes of one byte
+    while at + 9 < end:  # as muxers write them: point, time, positions, track, all with one-byte sizes
         time_end = at + 4 + (data[at + 3] & 0x7F)
         if data[at] != 0xBB or data[at + 2] != 0xB3 or not data[at + 1] & data[at + 3] & 0x80 or time_end + 4 >= end:
             break
@@ -260,7 +260,7 @@ def _read_cues(data: bytes, header: _Header) -> None:
         if not number or data[time_end + 4] == number:
             found.append(int.from_bytes(data[at + 4 : time_end], "big"))
         at += 2 + (data[at + 1] & 0x7F)
-    for kind, point in _children(data[at:]):  # whatever is written differently
+    for kind, point in _children(data[at:]):  # points that are written differently
         if kind == 0xBB:
             parts = _children(point)
             tracks = [int.from_bytes(dict(_children(body)).get(0xF7, b""), "big") for inner, body in parts if inner == 0xB7]

@@ -1,7 +1,7 @@
-"""Every block of a Matroska track: nothing lists them, so a scan hops from block to block.
+"""Every block of a Matroska track. The file has no list of them, so a scan goes from block to block.
 
-Clusters are independent, so all of them are walked side by side, one numpy step for the j-th element of every cluster: an hour of video
-takes a hundred steps instead of a hundred thousand.
+Clusters are independent, so all are scanned in parallel, one numpy step for the j-th element of every cluster: an hour of video takes a
+hundred steps instead of a hundred thousand.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from ...limits import Limits
 from .source import Damaged, Source
-from .track import NotOurs
+from .track import Unsupported
 
 # Length in bytes of a variable-size integer by its first byte; 9 is not a length.
 _LENGTH = np.array([9 - value.bit_length() if value else 9 for value in range(256)], np.uint64)
 _ONE, _TOP = np.uint64(1), np.uint64(56)
 _TIME, _SIMPLE_BLOCK, _GROUP, _BLOCK, _REFERENCE = (np.uint64(kind) for kind in (0xE7, 0xA3, 0xA0, 0xA1, 0xFB))
-# Below this many clusters left, a numpy step costs more than the same work element by element would; give up on absurd files instead.
+# Elements per cluster; a damaged file could otherwise take arbitrarily many steps.
 _MAX_STEPS = 1_000_000
 
 Blocks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], int]
@@ -28,8 +28,8 @@ Blocks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[
 def scan_blocks(source: Source, clusters: list[tuple[int, int]], number: int, limits: Limits) -> Blocks:
     """(offsets, sizes, ticks, keyframe, lost) of track `number`'s blocks in file order.
 
-    clusters: (start of the body, end). lost: clusters and blocks that the file's end cuts off.
-    Raises Damaged when an element can't be followed, NotOurs for laced blocks.
+    clusters: (start of the body, end). lost: clusters and blocks that extend beyond the file's end.
+    Raises Damaged when an element has no valid size, Unsupported for laced blocks.
     """
     empty = np.zeros(0, np.int64)
     if not clusters:
@@ -50,7 +50,7 @@ def scan_blocks(source: Source, clusters: list[tuple[int, int]], number: int, li
 
 
 class _Walk:
-    """State of the side-by-side walk. `words[p]` is the big-endian 64-bit number at byte p of the file, for any p."""
+    """State of the parallel scan. `words[p]` is the big-endian 64-bit number at byte p of the file, for any p."""
 
     def __init__(self, mapped: mmap.mmap, size: int, clusters: list[tuple[int, int]], number: int, limits: Limits):
         self.size = size
@@ -85,16 +85,16 @@ class _Walk:
             if not len(positions):
                 return
             positions = self._step(positions, rows, ends)
-        raise Damaged("a cluster holds more elements than any video needs")
+        raise Damaged(f"a cluster holds more than {_MAX_STEPS} elements")
 
     def _step(self, positions: NDArray[np.int64], rows: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """One element of each cluster; returns where the next ones begin."""
         word = self.gather(positions)
         kind = word >> _TOP
         id_length = _LENGTH[kind]
-        if int(id_length.max()) > 1:  # two-byte ids inside block groups: nothing that we need
+        if int(id_length.max()) > 1:  # two-byte ids inside block groups: not needed here
             if int(id_length.max()) > 4:
-                raise Damaged("a cluster holds bytes that are no element")
+                raise Damaged("a cluster holds bytes that are not an element")
             kind = np.where(id_length > 1, np.uint64(0), kind)
         sized = self.gather(positions + id_length.astype(np.int64))
         length = _LENGTH[sized >> _TOP]
@@ -119,18 +119,18 @@ class _Walk:
             self.times[rows[timed]] = (value >> (np.uint64(64) - width)).astype(np.int64)
         if (kind == _REFERENCE).any():
             self.references.append(positions[kind == _REFERENCE])
-        return np.where(kind == _GROUP, body, body + size)  # a block group is entered, everything else is stepped over
+        return np.where(kind == _GROUP, body, body + size)  # a block group is entered, other elements are skipped
 
     def _take(self, body: NDArray[np.int64], size: NDArray[np.int64], rows: NDArray[np.int64], simple: NDArray[np.bool_]) -> None:
         head = self.gather(body)
-        ours = head >> _TOP == self.number
-        if not ours.all():
-            if not ours.any():
+        selected = head >> _TOP == self.number
+        if not selected.all():
+            if not selected.any():
                 return
-            head, body, size, rows, simple = head[ours], body[ours], size[ours], rows[ours], simple[ours]
+            head, body, size, rows, simple = head[selected], body[selected], size[selected], rows[selected], simple[selected]
         flags = (head >> np.uint64(32)).astype(np.int64) & 0xFF
         if (flags & 0x06).any():
-            raise NotOurs("laced video blocks")
+            raise Unsupported("laced video blocks")
         relative = ((head >> np.uint64(40)).astype(np.int64) & 0xFFFF ^ 0x8000) - 0x8000
         rank = self.filled[rows]
         self.filled[rows] = rank + 1
@@ -152,6 +152,6 @@ class _Walk:
             values[place] = column
             ordered.append(values)
         offsets, sizes, ticks, keys = ordered
-        if self.references:  # a block followed by its group's ReferenceBlock depends on others
+        if self.references:  # a block that its group's ReferenceBlock follows depends on others
             keys[np.searchsorted(offsets, np.concatenate(self.references)) - 1] = False
         return offsets, sizes, ticks, keys

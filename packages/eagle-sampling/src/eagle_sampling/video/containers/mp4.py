@@ -1,7 +1,7 @@
-"""MP4 and MOV (ISO/IEC 14496-12): the sample tables of `moov`, wherever it lies, and of every `moof` of a fragmented file.
+"""MP4 and MOV (ISO/IEC 14496-12): the sample tables of `moov`, anywhere in the file, and of every `moof` of a fragmented file.
 
-Presentation times follow libavformat's reading of edit lists, which is what players show: empty edits delay the start, one ordinary
-edit hides the frames outside of it, and the first frame shown appears when the edit begins.
+Edit lists are applied as libavformat and players do: empty edits delay the start, one ordinary edit hides the frames outside it, and the
+first frame shown appears when the edit begins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...limits import Limits
 from .mp4_fragments import Fragments, read_fragment
 from .source import Damaged, Source, boxes
-from .track import NotOurs, Track, colour_options, orientation
+from .track import Track, Unsupported, colour_options, orientation
 
 MAX_HEADER = 1 << 28  # a `moov` of 256 MiB describes about 20 million frames
 _CODECS = {
@@ -32,7 +32,7 @@ _CODECS = {
 
 @dataclass
 class _Header:
-    """What `moov` says of the first video track."""
+    """Fields of `moov` about the first video track."""
 
     movie_scale: int = 0
     track_id: int = 0
@@ -46,9 +46,10 @@ class _Header:
 
 
 def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track:
-    """The first video track; without `positions` its offsets are left out unless they are needed to see that the file is cut off.
+    """The first video track; without `positions` its offsets are read only when they are needed to see that the file is cut off.
 
-    Raises NotOurs for what libavformat has to read, Damaged for what can't be read."""
+    Raises Unsupported for what libavformat has to read, Damaged for what cannot be read.
+    """
     moov, fragments, cut = _top_level(source)
     if moov is None:
         raise Damaged("its index (the moov box) is missing; the recording or the copy was cut off" if cut else "it has no moov box")
@@ -57,7 +58,7 @@ def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track
     samples = _tables(header, limits, None if positions else source.size)
     if fragments:
         if len(samples[0]):
-            raise NotOurs("samples both in moov and in fragments")
+            raise Unsupported("samples both in moov and in fragments")
         found = Fragments(header.track_id, header.defaults.get(header.track_id, (0, 0, 0)), limits.max_frames)
         for offset, size in fragments:
             read_fragment(source.read(offset, size), offset, found)
@@ -70,7 +71,7 @@ def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track
     if offsets is not None and sizes is not None:
         present = offsets + sizes <= source.size
         missing = int(len(present) - np.count_nonzero(present))
-        present &= sizes > 0  # no bytes, no frame: the one before stays on the screen, as libavformat has it
+        present &= sizes > 0  # a sample without bytes has no frame: the one before stays on the screen, as in libavformat
         if not present.all():
             composition, sync, offsets, sizes = composition[present], sync[present], offsets[present], sizes[present]
             shown = None if shown is None else shown[present]
@@ -116,7 +117,7 @@ def _top_level(source: Source) -> tuple[memoryview | None, list[tuple[int, int]]
             return moov, fragments, True
         if kind == b"moov" and moov is None:
             if size > MAX_HEADER:
-                raise Damaged(f"its index claims {size} bytes, over the limit of {MAX_HEADER}")
+                raise Damaged(f"its index has {size} bytes, over the limit of {MAX_HEADER}")
             moov = memoryview(source.read(at + skip, size - skip))
         elif kind == b"moof":
             fragments.append((at, size))
@@ -142,9 +143,9 @@ def _read_moov(moov: memoryview) -> _Header:
                     numbers = np.frombuffer(trex, ">u4", 5, 4)
                     header.defaults[int(numbers[0])] = (int(numbers[2]), int(numbers[3]), int(numbers[4]))
         elif kind == b"cmov":
-            raise NotOurs("a compressed header")
+            raise Unsupported("a compressed header")
     if found is None:
-        raise NotOurs("no video track that we can see")
+        raise Unsupported("no video track that is supported")
     found.movie_scale, found.defaults, found.fragmented = header.movie_scale, header.defaults, header.fragmented
     if found.scale <= 0 or (found.edits and found.movie_scale <= 0):
         raise Damaged("its time scale is zero")
@@ -196,22 +197,22 @@ def _description(stsd: memoryview | None) -> tuple[str, int, int, Fraction, byte
         raise Damaged("its video track has no sample description")
     entries = list(boxes(stsd[8:]))
     if len(entries) != 1:
-        raise NotOurs(f"{len(entries)} sample descriptions")
+        raise Unsupported(f"{len(entries)} sample descriptions")
     kind, body = entries[0]
     if kind not in _CODECS:
-        raise NotOurs(f"codec {kind!r}")
+        raise Unsupported(f"codec {kind!r}")
     codec, wanted = _CODECS[kind]
     width, height = int.from_bytes(body[24:26], "big"), int.from_bytes(body[26:28], "big")
     inner = list(boxes(body[78:])) if len(body) >= 78 else []
     parts = dict(inner)
     if wanted and wanted not in parts:
-        raise NotOurs(f"no {wanted.decode()} box")
+        raise Unsupported(f"no {wanted.decode()} box")
     aspect = Fraction(1)
     if len(parts.get(b"pasp", b"")) >= 8:
         across, down = int.from_bytes(parts[b"pasp"][:4], "big"), int.from_bytes(parts[b"pasp"][4:8], "big")
         aspect = Fraction(across, down) if across and down else aspect
     if b"dvcC" in parts or b"sinf" in parts:
-        raise NotOurs("Dolby Vision or encrypted")
+        raise Unsupported("Dolby Vision or encrypted")
     colour = {}
     for name, part in inner:
         if name == b"colr" and bytes(part[:4]) in (b"nclx", b"nclc") and len(part) >= 10:
@@ -220,23 +221,23 @@ def _description(stsd: memoryview | None) -> tuple[str, int, int, Fraction, byte
     return codec, width, height, aspect, bytes(parts[wanted]) if wanted else b"", colour
 
 
-# An hour of video has 100 000 frames, and an array of that length costs more to get from the system than to fill: there are few, and they
-# are worked on in place. glibc gives freed memory back beyond twice the largest block freed so far; after this it keeps what a file needs.
+# An hour of video has 100 000 frames. Allocating an array of that length takes longer than filling it, so arrays are few and used in place.
+# glibc returns freed memory to the system above twice the largest block freed so far; after this line it keeps what a file needs.
 np.empty(4 << 20, np.uint8)
 
 
 def _entries(table: memoryview | None, fields: int, start: int = 4) -> NDArray[np.uint32]:
-    """The [n, fields] 32-bit entries of a counted table as they lie in the file; count at byte `start`."""
+    """The [n, fields] 32-bit entries of a counted table, big-endian as in the file; the count is at byte `start`."""
     if table is None:
         return np.zeros((0, fields), np.uint32)
     count = int.from_bytes(table[start : start + 4], "big")
     if start + 4 + count * 4 * fields > len(table):
-        raise Damaged("a sample table is shorter than it says")
+        raise Damaged("a sample table is shorter than its count")
     return np.frombuffer(table, ">u4", count * fields, start + 4).reshape(count, fields)
 
 
 def _column(table: memoryview | None, fields: int, start: int = 4) -> NDArray[np.int64]:
-    """The same as numbers that can be computed with."""
+    """The same as int64."""
     return _entries(table, fields, start).astype(np.int64)
 
 
@@ -245,12 +246,13 @@ def _tables(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None, NDArray[np.int64] | None]:
     """(composition times, sync, offsets, sizes), each [n] in decode order, from the tables of `stbl`.
 
-    within: the file's size, if offsets and sizes are wanted only when samples lie beyond it or are empty (None: always); else they're None.
+    within: the file's size, if offsets and sizes are wanted only when samples lie beyond it or are empty (otherwise they are None).
+    None: always.
     """
     tables = header.tables
     stsz = tables.get(b"stsz")
     if stsz is None:
-        raise NotOurs("no stsz table")
+        raise Unsupported("no stsz table")
     n = int.from_bytes(stsz[8:12], "big")
     fixed = int.from_bytes(stsz[4:8], "big")
     limits.check_frames(n, "its video track")
@@ -280,9 +282,9 @@ def _tables(
     sizes = np.full(n, fixed, np.int64) if fixed else _entries(stsz, 1, 8)[:, 0]
     runs = _column(tables.get(b"stsc"), 3)
     if not len(runs) or not len(chunks) or runs[0, 0] != 1 or (runs[:, 2] != 1).any() or (np.diff(runs[:, 0]) <= 0).any():
-        raise NotOurs("chunks that we can't follow")
+        raise Unsupported("an irregular chunk table")
     ends_inside = within is not None and int(chunks.max()) == chunks[-1] and chunks[-1] + int(sizes[-int(runs[-1, 1]) :].sum()) <= within
-    if ends_inside and sizes.all():  # even a full last chunk does, and there are no empty samples to leave out
+    if ends_inside and sizes.all():  # even a full last chunk ends inside, and no sample is empty
         return decode, sync, None, None
     sizes = sizes.astype(np.int64)
     if len(runs) == 1 and runs[0, 1] == 1 and len(chunks) >= n:
@@ -298,9 +300,9 @@ def _tables(
 
 
 def _repeated(counts: NDArray[Any], values: NDArray[Any], n: int, name: str) -> NDArray[Any]:
-    """`np.repeat(values, counts)`, several times as fast where runs are short; n long, or NotOurs."""
+    """`np.repeat(values, counts)` of length n, several times as fast where runs are short. Raises Unsupported for another length."""
     if int(counts.sum()) != n:
-        raise NotOurs(f"{name} covers {int(counts.sum())} of {n} samples")
+        raise Unsupported(f"{name} covers {int(counts.sum())} of {n} samples")
     if 4 * len(counts) < n or int(counts.min()) == 0:
         return np.repeat(values, counts)
     out = np.zeros(n, values.dtype)
@@ -311,7 +313,7 @@ def _repeated(counts: NDArray[Any], values: NDArray[Any], n: int, name: str) -> 
 
 
 def _apply_edits(header: _Header, composition: NDArray[np.int64], fragmented: bool) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
-    """Ticks on the presentation's timeline, and which frames are shown (None: all)."""
+    """(ticks on the presentation's timeline, which frames are shown; None: all)."""
     edits = header.edits
     empty = 0
     while edits and edits[0][1] == -1:
@@ -320,9 +322,9 @@ def _apply_edits(header: _Header, composition: NDArray[np.int64], fragmented: bo
     if not edits:
         return composition + empty, None
     if len(edits) > 1 or edits[0][1] < 0 or edits[0][2] not in (65536, 0):
-        raise NotOurs("an edit list of several parts")
+        raise Unsupported("an edit list of several parts")
     start = edits[0][1]
-    if fragmented:  # libavformat shifts, and hides nothing
+    if fragmented:  # as in libavformat, frames are shifted, and none is hidden
         return composition - start + empty, None
     length = _rescale(edits[0][0], header.scale, header.movie_scale)
     lowest, highest = int(composition.min()), int(composition.max())
@@ -333,7 +335,7 @@ def _apply_edits(header: _Header, composition: NDArray[np.int64], fragmented: bo
     if length:
         shown &= composition < start + length
     if not shown.any():
-        raise NotOurs("an edit list that shows nothing")
+        raise Unsupported("an edit list that shows nothing")
     composition = composition - int(composition[shown].min()) + empty
     return composition, None if shown.all() else shown
 

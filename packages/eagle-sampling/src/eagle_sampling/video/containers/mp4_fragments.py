@@ -1,4 +1,4 @@
-"""The `moof` boxes of a fragmented MP4: samples in runs, with defaults inherited from run to fragment to track (ISO/IEC 14496-12, 8.8)."""
+"""The `moof` boxes of a fragmented MP4: samples in runs, with defaults from the fragment and the track (ISO/IEC 14496-12, 8.8)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .source import Damaged, boxes
-from .track import NotOurs
+from .track import Unsupported
 
 _NOT_SYNC = 0x10000 | 0x1000000  # sample_is_non_sync_sample, or it depends on others
 
 
 @dataclass
 class Fragments:
-    """Samples gathered so far. defaults: (duration, size, flags) of `trex`."""
+    """Samples read so far. defaults: (duration, size, flags) of `trex`."""
 
     track_id: int
     defaults: tuple[int, int, int]
@@ -35,7 +35,7 @@ class Fragments:
 
 
 def read_fragment(moof: bytes, offset: int, found: Fragments) -> None:
-    """Add the samples of one `moof` (header included) that begins at `offset`."""
+    """Add the samples of one `moof` (bytes with its header) that begins at `offset`."""
     implicit = offset  # without a base, data follows the previous track fragment's
     for kind, traf in boxes(memoryview(moof)[8:]):
         if kind == b"traf":
@@ -46,7 +46,7 @@ def _read_traf(parts: list[tuple[bytes, memoryview]], moof: int, implicit: int, 
     tfhd = next((body for kind, body in parts if kind == b"tfhd"), None)
     if tfhd is None or len(tfhd) < 8:
         raise Damaged("a fragment has no header")
-    ours = int.from_bytes(tfhd[4:8], "big") == found.track_id
+    selected = int.from_bytes(tfhd[4:8], "big") == found.track_id
     flags = int.from_bytes(tfhd[1:4], "big")
     at = 8
     base = moof if flags & 0x20000 else implicit
@@ -63,17 +63,17 @@ def _read_traf(parts: list[tuple[bytes, memoryview]], moof: int, implicit: int, 
         sample_flags = int.from_bytes(tfhd[at : at + 4], "big")
     position = base
     for kind, body in parts:
-        if kind == b"tfdt" and ours:
+        if kind == b"tfdt" and selected:
             found.next_time = int.from_bytes(body[4:12] if body[0] == 1 else body[4:8], "big")
         elif kind == b"trun":
-            position = _read_trun(body, base, position, (duration, size, sample_flags), found if ours else None)
-        elif kind == b"senc" and ours:
-            raise NotOurs("encrypted")
+            position = _read_trun(body, base, position, (duration, size, sample_flags), found if selected else None)
+        elif kind == b"senc" and selected:
+            raise Unsupported("encrypted")
     return position
 
 
 def _read_trun(trun: memoryview, base: int, position: int, defaults: tuple[int, int, int], found: Fragments | None) -> int:
-    """One run of samples; returns where its data end."""
+    """Add one run of samples; returns the offset at which its data end."""
     flags, n = int.from_bytes(trun[1:4], "big"), int.from_bytes(trun[4:8], "big")
     at = 8
     if flags & 0x01:
@@ -83,7 +83,7 @@ def _read_trun(trun: memoryview, base: int, position: int, defaults: tuple[int, 
         first_flags, at = int.from_bytes(trun[at : at + 4], "big"), at + 4
     columns = [bit for bit in (0x100, 0x200, 0x400, 0x800) if flags & bit]
     if at + 4 * n * len(columns) > len(trun) or (not columns and n > 1 << 20):
-        raise Damaged("a run of samples is shorter than it says")
+        raise Damaged("a run of samples is shorter than its count")
     table = np.frombuffer(trun, ">u4", n * len(columns), at).reshape(n, len(columns)).astype(np.int64)
     values = {bit: table[:, i] for i, bit in enumerate(columns)}
     sizes = values.get(0x200, np.full(n, defaults[1], np.int64))

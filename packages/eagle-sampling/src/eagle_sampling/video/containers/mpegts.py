@@ -1,7 +1,7 @@
-"""MPEG transport streams (ISO/IEC 13818-1): a bounded pass over the 188-byte packets, some MiB at a time, finds each frame and its time.
+"""MPEG transport streams (ISO/IEC 13818-1): a pass over the 188-byte packets, 7.5 MB at a time, finds each frame and its time.
 
-Size and codec aren't in the transport's headers, so libavformat tells those from the file's beginning; its first packets are also what the
-scan is checked against. A stream that disagrees (two fields in two packets, frames without times, lost packets) is left to libavformat.
+Size and codec are not in the transport's headers, so libavformat reads them from the file's beginning; the scan is checked against its
+first packets. A stream that differs (two fields in two packets, frames without times, lost packets) is read by libavformat.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...limits import Limits
 from .demux import open_container
 from .source import Damaged, Source
-from .track import NotOurs, Track
+from .track import Track, Unsupported
 
 PACKET = 188
 _CHUNK = PACKET * 40_000  # 7.5 MB
@@ -30,7 +30,7 @@ def looks_like_ts(head: bytes) -> bool:
 
 
 def read_mpegts(source: Source, limits: Limits) -> Track:
-    """The first video track. Raises NotOurs for what libavformat has to read, Damaged for what can't be read."""
+    """The first video track. Raises Unsupported for what libavformat has to read, Damaged for what cannot be read."""
     try:
         with open_container(source.path) as container:
             if not container.streams.video:
@@ -45,19 +45,19 @@ def read_mpegts(source: Source, limits: Limits) -> Track:
     except (av.FFmpegError, OSError) as error:
         raise Damaged(f"can't be read as a video: {error}") from error
     if codec not in _DELIMITERS or unit != Fraction(1, 90_000):
-        raise NotOurs(f"codec {codec}")
+        raise Unsupported(f"codec {codec}")
     ticks, keys, offsets = _scan(source, pid, limits)
     if [(int(tick), bool(key)) for tick, key in zip(ticks[: len(expected)], keys)] != expected or not len(ticks) or not keys[0]:
-        raise NotOurs("packets that libavformat splits differently")
+        raise Unsupported("packets that libavformat splits differently")
     if len(ticks) > 1 and int(ticks.max() - ticks.min()) > 1 << 32:
-        raise NotOurs("times that wrap around")
+        raise Unsupported("times that wrap around")
     ends = np.append(offsets[1:], source.size // PACKET * PACKET)
     delimiter = _DELIMITERS[codec]
 
     def gather(source: Source, sample: int) -> bytes:
         payload = _payload(source.read(int(offsets[sample]), int(ends[sample] - offsets[sample])), pid)
         if payload.count(delimiter) != 1 or not payload[:5].endswith(delimiter):
-            raise NotOurs("a packet that isn't one access unit")
+            raise Unsupported("a packet that is not one access unit")
         return payload
 
     for sample in range(min(len(ticks), 8)):
@@ -86,19 +86,19 @@ def _scan(source: Source, pid: int, limits: Limits) -> tuple[NDArray[np.int64], 
     for base in range(0, source.size // PACKET * PACKET, _CHUNK):
         data = np.frombuffer(source.read(base, min(_CHUNK, source.size // PACKET * PACKET - base)), np.uint8).reshape(-1, PACKET)
         if (data[:, 0] != 0x47).any():
-            raise NotOurs("lost synchronisation")
+            raise Unsupported("lost synchronisation")
         ids = (data[:, 1].astype(np.int32) & 0x1F) << 8 | data[:, 2]
         rows = np.flatnonzero(ids == pid)
         if not len(rows):
             continue
         second, fourth = data[rows, 1], data[rows, 3]
         if (second & 0x80).any() or (fourth & 0xC0).any():
-            raise NotOurs("transport errors or scrambling")
+            raise Unsupported("transport errors or scrambling")
         paid = (fourth & 0x10) != 0
         counters = fourth[paid] & 0x0F
         expected = np.append(counters[:1] if counter is None else counter + 1 & 0x0F, counters[:-1] + 1 & 0x0F)
         if (counters != expected).any():
-            raise NotOurs("lost packets")
+            raise Unsupported("lost packets")
         if len(counters):
             counter = int(counters[-1])
         begins = rows[((second & 0x40) != 0) & paid]
@@ -107,16 +107,16 @@ def _scan(source: Source, pid: int, limits: Limits) -> tuple[NDArray[np.int64], 
         keys.append(adapted & (length > 1) & ((data[begins, 5] & 0x40) != 0))
         at = 4 + length
         if (at > PACKET - 14).any():
-            raise NotOurs("a PES header spread over packets")
+            raise Unsupported("a PES header spread over packets")
         head = data[begins[:, None], at[:, None] + np.arange(14)].astype(np.int64)
         if ((head[:, 0] != 0) | (head[:, 1] != 0) | (head[:, 2] != 1) | ((head[:, 7] & 0x80) == 0)).any():
-            raise NotOurs("packets without a time")
+            raise Unsupported("packets without a time")
         ticks.append(head[:, 9] >> 1 << 30 & 7 << 30 | head[:, 10] << 22 | head[:, 11] >> 1 << 15 | head[:, 12] << 7 | head[:, 13] >> 1)
         offsets.append(base + begins.astype(np.int64) * PACKET)
         count += len(begins)
         limits.check_frames(count, source.path)
     if not ticks:
-        raise NotOurs("no packets of the video track")
+        raise Unsupported("no packets of the video track")
     return np.concatenate(ticks), np.concatenate(keys), np.concatenate(offsets)
 
 

@@ -1,4 +1,4 @@
-"""Bytes of a file by offset, for parsers: bounded reads that never go past the end, and boxes as (type, body) pairs."""
+"""Bytes of a file by offset, for parsers: reads that end at the file's end, and ISO boxes as (type, body) pairs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 
 
 class Damaged(Exception):
-    """The header can't be what it says; the reader adds the file's name."""
+    """The file's headers contradict themselves; the caller adds the file's name."""
 
 
 class Source:
     """An open file. Reads are positional, so that threads may share it."""
 
-    descriptor = -1  # what `__del__` finds when opening failed
+    descriptor = -1  # for `__del__` when opening failed
 
     def __init__(self, path: str):
         self.path = path
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
-            raise OSError("it isn't a regular file but a folder, a pipe or a device")
+            raise OSError("it is not a regular file but a folder, a pipe or a device")
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.size = os.fstat(self.descriptor).st_size
 
@@ -51,7 +51,7 @@ class Source:
 
 
 def boxes(data: memoryview, limit: int = 100_000) -> Iterator[tuple[bytes, memoryview]]:
-    """Children of an ISO base media box, (type, body). A child that overruns its parent ends the walk with Damaged."""
+    """Children of an ISO base media box, (type, body). Raises Damaged for a child that overruns its parent."""
     at, end = 0, len(data)
     for _ in range(limit):
         if at + 8 > end:
@@ -63,7 +63,7 @@ def boxes(data: memoryview, limit: int = 100_000) -> Iterator[tuple[bytes, memor
         elif size == 0:
             size = end - at
         if size < head or at + size > end:
-            raise Damaged(f"box {kind!r} claims {size} bytes where {end - at} are left")
+            raise Damaged(f"box {kind!r} has {size} bytes where {end - at} are left")
         yield kind, data[at + head : at + size]
         at += size
-    raise Damaged(f"more than {limit} boxes side by side")
+    raise Damaged(f"more than {limit} boxes in one")

@@ -1,4 +1,4 @@
-"""What a container's header says of its video track, the same from every parser: which bytes are a frame, and when it is shown."""
+"""The video track of a container, as every parser returns it: the bytes of each frame, and when it is shown."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from .source import Source
 
 
-class NotOurs(Exception):
-    """A parser meets something legal that it doesn't handle; libavformat reads the file instead."""
+class Unsupported(Exception):
+    """A file uses a valid feature that its parser does not support; libavformat reads the file instead."""
 
 
 @dataclass
@@ -21,11 +21,11 @@ class Track:
     """One video track in decode order. `n` samples (coded frames); arrays have that length.
 
     ticks: presentation time of each sample, in `unit` seconds. sync: decoding may begin here.
-    shown: False where an edit list hides the frame. offsets, sizes: where its bytes lie (absent: only libavformat can find them).
-    width, height: stored pixels. rotation: degrees clockwise that a player turns it (0, 90, 180, 270), after mirroring it left to right
-    if `mirrored`.
-    colour: what the container says of matrix, range and chroma positions, as decoder options: they hold where the stream itself is silent.
-    missing: samples that the header promises but the file doesn't hold.
+    shown: False where an edit list hides the frame. offsets, sizes: byte positions (None: only libavformat can find them).
+    width, height: stored pixels. rotation: degrees clockwise by which a player rotates it (0, 90, 180, 270), after mirroring it left to
+    right if `mirrored`.
+    colour: matrix, range and chroma positions of the container, as decoder options: they apply where the stream itself states none.
+    missing: samples of the header that the file does not hold.
     """
 
     container: str
@@ -46,9 +46,9 @@ class Track:
     colour: dict[str, str] = field(default_factory=dict)
     missing: int = 0
     unknown: tuple[str, ...] = ()
-    timed: bool = True  # False: a packet's time isn't its frame's; sample i is the i-th frame that a decode from the front gives
-    whole: bool = True  # False (then `timed` is, too): some packets hold less than a frame
-    frame_duration: float | None = None  # seconds, what a header claims
+    timed: bool = True  # False: a packet's time is not its frame's; sample i is the i-th frame when decoding from the front
+    whole: bool = True  # False (then `timed` is False too): some packets hold less than a frame
+    frame_duration: float | None = None  # seconds, as the header states it
     # MPEG-TS: a frame's bytes are spread over transport packets; called with (source, sample) instead of reading offsets/sizes.
     scattered: Callable[[Source, int], bytes] | None = None
     _order: NDArray[np.int64] | None = field(default=None, repr=False)
@@ -65,7 +65,7 @@ class Track:
         return ordered(self.ticks if self.shown is None else self.ticks[self.shown])
 
     def doubled(self) -> NDArray[np.int64]:
-        """Ticks at which more than one frame claims to appear: a damaged index, or a muxer that rounded two frames to one time."""
+        """Ticks of more than one frame: the index is damaged, or a muxer rounded two frames to one time."""
         ticks = self.presentation_ticks()
         return np.unique(ticks[1:][np.diff(ticks) == 0])
 
@@ -74,14 +74,14 @@ class Track:
         return self.at(self.ticks[samples])
 
     def at(self, ticks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Seconds."""
+        """ticks in seconds."""
         return ticks * np.float64(self.unit.numerator) / np.float64(self.unit.denominator)
 
 
 def ordered(ticks: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`np.sort(ticks)`, in linear time where frames follow each other about evenly.
+    """`np.sort(ticks)`, in linear time where frames are about evenly spaced.
 
-    Then rounding each tick's share of the whole to a place gives every place one frame; as rounding keeps the order, that is all it takes.
+    Then rounding each tick's share of the whole to an index gives every index one frame; rounding keeps the order, so that is a sort.
     """
     n = len(ticks)
     if n > 2:
@@ -112,7 +112,7 @@ def orientation(matrix: tuple[int, int, int, int]) -> tuple[int, bool, bool]:
 
 
 def colour_options(matrix: int = 2, colour_range: int = 0, chroma: tuple[int, int] = (0, 0)) -> dict[str, str]:
-    """Decoder options for a matrix and range (ITU-T H.273; 2 and 0: not said) and Matroska's chroma siting (across, down).
+    """Decoder options for a matrix and range (ITU-T H.273; 2 and 0: unspecified) and Matroska's chroma siting (across, down).
 
     Siting: 1 at the luma sample, 2 half way to the next.
     """

@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from eagle_cp import Layout
 from eagle_model.configuration import EagleConfig
-from eagle_model.decoder import AttentionContext, LanguageModel
-from eagle_model.rope import inverse_frequencies
+from eagle_model.language.attention import AttentionInputs
+from eagle_model.language.decoder import LanguageModel
+from eagle_model.language.rope import inverse_frequencies
 
 SIZES = {
     "vocab_size": 60,
@@ -55,7 +56,7 @@ def theirs_and_ours(config):
 
 
 def run(model, ids, layout, positions):
-    context = AttentionContext(positions, model.model.inv_freq(ids.device), layout)
+    context = AttentionInputs(positions, model.model.inv_freq(ids.device), layout)
     return model.lm_head(model.model(model.model.embed_tokens(ids), context))
 
 

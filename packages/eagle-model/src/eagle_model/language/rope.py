@@ -5,13 +5,10 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-#: Scalings whose frequencies don't depend on the length of the sequence at hand.
+from eagle_model.language.spec import head_dim
+
+#: Scalings whose frequencies do not depend on the length of the sequence.
 STATIC_SCALINGS = ("default", "linear", "llama3", "yarn")
-
-
-def head_dim(config: Any) -> int:
-    """Width of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def inverse_frequencies(config: Any) -> tuple[torch.Tensor, float]:

@@ -1,29 +1,17 @@
-"""The vision side: transformers' SigLIP layers without the pooling head, pixel shuffle, and the connector to the language model.
+"""The vision tower: embeddings and layers of transformers' SigLIP, without the pooling head.
 
-Shapes: N tiles of s x s pixels, P patches of p x p pixels a tile, d vision width, k tokens a tile, H hidden size of the language model.
+Shapes: N tiles of s x s pixels, P patches of p x p pixels a tile, d vision width.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from eagle_model.fused import is_plain
-
-
-def pixel_shuffle(x: Tensor, factor: float) -> Tensor:
-    """Join neighbouring patches: [N, h, w, c] -> [N, h * factor, w * factor, c / factor^2]. factor: 1/n, n dividing h and w.
-
-    The channel order is that of InternVL's second version: each token holds the rows of its block one after the other.
-    """
-    n, h, w, c = x.shape
-    side = round(1 / factor)
-    x = x.reshape(n, h, w // side, c * side).permute(0, 2, 1, 3)
-    x = x.reshape(n, w // side, h // side, c * side**2)
-    return x.permute(0, 2, 1, 3)
 
 
 def patches_of(pixels: Tensor, side: int) -> Tensor:
@@ -49,7 +37,7 @@ def normalised(pixels: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Holds the layers under the name that SigLIP's weights have."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
 
@@ -57,7 +45,7 @@ class Encoder(nn.Module):
 class VisionTower(nn.Module):
     """SigLIP's embeddings and layers: pixels -> hidden states of the selected layer, [N, P, d]."""
 
-    def __init__(self, config: Any, select_layer: int) -> None:
+    def __init__(self, config: SiglipVisionConfig, select_layer: int) -> None:
         super().__init__()
         layers = config.num_hidden_layers
         # Hidden state i is what i layers make; -1 stands for the last one after the post-layernorm.
@@ -109,18 +97,9 @@ class VisionTower(nn.Module):
 class VisionModel(nn.Module):
     """Gives the tower the prefix `vision_model.vision_model` of the released weights."""
 
-    def __init__(self, config: Any, select_layer: int) -> None:
+    def __init__(self, config: SiglipVisionConfig, select_layer: int) -> None:
         super().__init__()
         self.vision_model = VisionTower(config, select_layer)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.vision_model(pixels)
-
-
-def make_connector(width: int, hidden_size: int, layers: int) -> nn.Sequential:
-    """`mlp1`: LayerNorm, Linear, exact GELU, Linear (2 layers), or one Linear."""
-    if layers == 2:
-        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
-    if layers == 1:
-        return nn.Sequential(nn.Linear(width, hidden_size))
-    raise ValueError(f"mlp_connector_layers is {layers}; it must be 1 or 2")

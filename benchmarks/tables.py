@@ -1,0 +1,37 @@
+"""A result as Markdown."""
+
+from benchmarks.results import Result
+
+
+def document(result: Result) -> str:
+    """Title, environment, ceilings, settings, one row per case and contender, and what was absent."""
+    lines = [f"# {result.benchmark}", "", str(result.environment)]
+    if result.ceilings:
+        lines.append("Ceilings of this run: " + ", ".join(f"{name} {number(value)}" for name, value in result.ceilings.items()) + ".")
+    if result.settings:
+        lines.append("Settings: " + ", ".join(f"{name} {value}" for name, value in result.settings.items()) + ".")
+    return "\n".join([*lines, "", table(result), *_absent(result)]) + "\n"
+
+
+def table(result: Result) -> str:
+    """One row per case and contender, one column per metric that occurs."""
+    names = [name for name in result.metrics if any(name in case.metrics for case in result.cases)]
+    units = (result.metrics[name].unit for name in names)
+    head = ["case", "contender", *(f"{name}, {unit}" if unit else name for name, unit in zip(names, units))]
+    rows = [[case.case, case.contender, *(number(case.metrics.get(name)) for name in names)] for case in result.cases]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, thousands separated; empty for None."""
+    if value is None:
+        return ""
+    if value == 0 or 0.001 <= abs(value) < 1000:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3e}"
+
+
+def _absent(result: Result) -> list[str]:
+    if not result.absent:
+        return []
+    return ["", "Absent:", "", *(f"- {absent.case}, {absent.contender}: {absent.reason}" for absent in result.absent)]

@@ -1,0 +1,1 @@
+"""The language model: one decoder for the dense families in `spec.py`, under their Hugging Face names."""

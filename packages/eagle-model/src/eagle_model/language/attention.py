@@ -1,0 +1,96 @@
+"""Attention of the decoder: over a packed sequence, or over a padded batch with a key/value cache.
+
+Only the core differs between the two, and `AttentionInputs` says which one runs.
+Shapes: T tokens, H hidden size, Hq query heads, Hk key/value heads, D head width, B sequences, L their padded length, K keys.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from eagle_cp import Layout, attention
+from eagle_kernels import rms_norm, rope
+from eagle_model.language.spec import DecoderSpec
+
+
+@dataclass
+class AttentionInputs:
+    """What attention needs in addition to the hidden states; the same for every layer.
+
+    positions: int [T]. inv_freq: float32 [D/2]. layout: the pack, for packed attention.
+    cache: keys and values of earlier tokens (a transformers `Cache`), or None. rows: [T], where each token stands in the padded batch
+    (flat index into B * L). mask: bool [B, 1, L, K], which keys each new token sees; None means packed attention. shape: (B, L).
+    backend: kernel of packed attention by its name in eagle-cp; None takes the fastest.
+    """
+
+    positions: Tensor
+    inv_freq: Tensor
+    layout: Layout | None = None
+    cache: Cache | None = None
+    rows: Tensor | None = None
+    mask: Tensor | None = None
+    shape: tuple[int, int] = (1, 0)
+    backend: str | None = None
+
+
+class Norm(nn.Module):
+    """RMSNorm weight; the operator is eagle-kernels'."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; biases and QK-norm by the spec. index: number of the layer, for the cache."""
+
+    def __init__(self, spec: DecoderSpec, index: int, scale_factor: float) -> None:
+        super().__init__()
+        self.index = index
+        self.heads, self.kv_heads, self.width = spec.heads, spec.kv_heads, spec.head_dim
+        # YaRN scales rotated queries and keys alike, which is the square of it on the logits.
+        self.scale = self.width**-0.5 * scale_factor**2
+        self.q_proj = nn.Linear(spec.hidden_size, self.heads * self.width, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(spec.hidden_size, self.kv_heads * self.width, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(spec.hidden_size, self.kv_heads * self.width, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * self.width, spec.hidden_size, bias=spec.out_bias)
+        self.q_norm = Norm(self.width, spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = Norm(self.width, spec.norm_eps) if spec.qk_norm else None
+
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        """x: [T, H] -> [T, H]."""
+        tokens = x.shape[0]
+        q = self.q_proj(x).view(tokens, self.heads, self.width)
+        k = self.k_proj(x).view(tokens, self.kv_heads, self.width)
+        v = self.v_proj(x).view(tokens, self.kv_heads, self.width)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope(q, k, inputs.positions, inputs.inv_freq)
+        if inputs.mask is None:
+            if inputs.cache is not None:
+                inputs.cache.update(self._pad(k, inputs), self._pad(v, inputs), self.index)
+            assert inputs.layout is not None
+            out = attention(q, k, v, inputs.layout, scale=self.scale, backend=inputs.backend)
+        else:
+            keys, values = inputs.cache.update(self._pad(k, inputs), self._pad(v, inputs), self.index)
+            padded = F.scaled_dot_product_attention(
+                self._pad(q, inputs), keys, values, attn_mask=inputs.mask, scale=self.scale, enable_gqa=self.heads != self.kv_heads
+            )
+            out = padded.transpose(1, 2).flatten(0, 1)[inputs.rows]
+        return self.o_proj(out.reshape(tokens, self.heads * self.width))
+
+    @staticmethod
+    def _pad(x: Tensor, inputs: AttentionInputs) -> Tensor:
+        """[T, heads, D] -> [B, heads, L, D], zeros where the batch is padded."""
+        batch, length = inputs.shape
+        if x.shape[0] != batch * length:
+            assert inputs.rows is not None
+            x = x.new_zeros(batch * length, *x.shape[1:]).index_copy(0, inputs.rows, x)
+        return x.view(batch, length, *x.shape[1:]).transpose(1, 2)

@@ -1,0 +1,42 @@
+"""The language head and its loss, which never holds the logits of a whole sequence."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eagle_kernels import linear_cross_entropy
+from eagle_model.fused import is_plain_weight
+
+
+class Head(nn.Linear):
+    """The language head: logits, or the loss without ever holding the logits of a whole sequence."""
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:  # type: ignore[override]
+        """hidden: [..., H] -> logits [..., V]; with targets [T] -> loss, `options` being those of `eagle_kernels.linear_cross_entropy`."""
+        if targets is None:
+            return F.linear(hidden, self.weight)
+        return linear_cross_entropy(hidden, self.weight, targets, **options)
+
+
+def head_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    denominator: Tensor | None = None,
+    num_kept: int | None = None,
+) -> Tensor:
+    """Loss of hidden states [T, H] and targets [T] through the head: `sum_i w_i l_i / denominator`, 0-dim float32.
+
+    Arguments are those of `eagle_kernels.linear_cross_entropy`, which computes it for the model's own `Head`. A head that something else
+    has replaced or wrapped (an adapter, a quantised layer) is called; the logits of all labelled tokens are then in memory at once.
+    """
+    if isinstance(head, Head) and "forward" not in head.__dict__ and is_plain_weight(head._parameters.get("weight")):
+        return head(hidden, targets, token_weights=token_weights, denominator=denominator, num_kept=num_kept)
+    kept = targets != -100
+    losses = F.cross_entropy(head(hidden[kept]).float(), targets[kept], reduction="none")
+    weights = torch.ones_like(losses) if token_weights is None else token_weights[kept].to(losses)
+    return (losses * weights).sum() / (weights.sum() if denominator is None else denominator)

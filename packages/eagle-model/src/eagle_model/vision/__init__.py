@@ -1,0 +1,1 @@
+"""The vision side: SigLIP tower, pixel shuffle and connector to the language model."""
