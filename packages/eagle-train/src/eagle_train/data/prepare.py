@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -358,6 +359,7 @@ _worker: Measurer | None = None
 
 def _start_worker(tokenizer: Any, limits: Any, verify: str, parent: int) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of their own would only take turns with the other workers
     _worker = Measurer(tokenizer, limits, verify)
 

@@ -1,0 +1,72 @@
+"""A run that is prepared and planned: what training, evaluation and the verbs start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from eagle_model.visual import VisualSpec
+from eagle_train.config import Config
+from eagle_train.data.facts import Facts
+from eagle_train.data.ledger import Ledger
+from eagle_train.data.prepare import Progress, load_facts, prepare
+from eagle_train.planning.stages import StageSchedule
+from eagle_train.planning.visual import visual_spec
+from eagle_train.training.model import load_run_tokenizer, model_config
+
+if TYPE_CHECKING:  # planning needs no torch
+    from eagle_train.distributed.world import World
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that is prepared: facts of its rows, and of the held-out ones (None when there are none)."""
+
+    config: Config
+    tokenizer: Any
+    facts: Facts
+    eval_facts: Facts | None
+
+    @cached_property
+    def spec(self) -> VisualSpec:
+        """How media become tiles in this run."""
+        return visual_spec(self.config, model_config(self.config, self.tokenizer))
+
+    @cached_property
+    def schedules(self) -> list[StageSchedule]:
+        """The plan of every stage; no model is made for it. Raises ValueError for a stage without a row that fits."""
+        return [StageSchedule(self.facts, self.config, stage, self.spec) for stage in self.config.stages]
+
+    def record_drops(self) -> None:
+        """Write the rows that a stage can't fit to the run's ledger, in place of what the stage wrote before."""
+        ledger = Ledger(self.config.run.folder / "ledger.jsonl")
+        for schedule in self.schedules:
+            ledger.replace(schedule.plan(0).drops(), where=f"stage {schedule.stage.name}")
+
+
+def has_evaluation(config: Config) -> bool:
+    """Whether held-out sources are configured."""
+    return config.data.eval_recipe is not None or bool(config.data.eval_sources)
+
+
+def get_ready(
+    config: Config, world: World | None = None, progress: Callable[[Progress], None] | None = None, *, held_out: bool = True
+) -> Ready:
+    """Load the tokenizer and prepare all sources; with several ranks the main rank prepares and the others load what it made.
+
+    held_out: False leaves the held-out sources aside.
+    """
+    tokenizer = load_run_tokenizer(config)
+
+    def ready(load: Callable[..., Facts]) -> Ready:
+        facts = load(config, tokenizer)
+        return Ready(config, tokenizer, facts, load(config, tokenizer, evaluation=True) if held_out and has_evaluation(config) else None)
+
+    def measured(*given: Any, **options: Any) -> Facts:
+        return prepare(*given, progress=progress, **options).facts
+
+    if world is None:
+        return ready(measured)
+    return world.first(lambda: ready(measured)) or ready(load_facts)

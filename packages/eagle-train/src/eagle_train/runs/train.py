@@ -1,0 +1,106 @@
+"""Training of a run from end to end: the folder is claimed, stages are planned, the model is built, trained and evaluated.
+
+The run folder holds everything: `config.yaml` (complete), `origin/` (its tokenizer), `facts/`, `checkpoints/`, `metrics.jsonl`, the
+ledgers, `answers.jsonl`, `plot.png`, and `model/`, the result in the layout of released checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from eagle_train.distributed.precision import warn_of_slow_bfloat16
+from eagle_train.distributed.world import World
+from eagle_train.errors import EvaluationError
+from eagle_train.evaluation.metrics import Evaluation
+from eagle_train.training.deterministic import deterministic
+from eagle_train.training.stop import StopSignals
+from eagle_train.training.trainer import Trainer
+
+from .evaluate import Evaluator
+from .folder import claim_folder, resolve_dtype
+from .lock import locked
+from .ready import Ready
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run whose stages are trained. evaluator: None without held-out sources."""
+
+    trainer: Trainer
+    evaluator: Evaluator | None
+
+    def final_evaluation(self, *, limit: int | None = None, progress: Callable[[int, int], None] | None = None) -> Evaluation | None:
+        """The evaluation of the trained model: the last one of training if that was the same, else a new one.
+
+        None when it fails, which is logged and recorded as during training, or without held-out sources; a collective of all ranks.
+        """
+        if (evaluator := self.evaluator) is None:
+            return None
+        trainer, last = self.trainer, self.trainer.total_steps
+        return trainer.attempt("final", last, lambda: evaluator.evaluate(trainer.model, last, limit=limit, progress=progress))
+
+    def check_evaluations(self) -> None:
+        """Raises EvaluationError, naming each, when evaluations failed."""
+        failed = self.trainer.failed_evaluations
+        if failed:
+            names = "\n  ".join(failed)
+            raise EvaluationError(
+                f"training is complete, but {len(failed)} of its evaluations failed:\n  {names}\n"
+                f"The weights are in {self.trainer.checkpoints}; eagle eval {self.trainer.folder} evaluates them again"
+            )
+
+
+def train(
+    ready: Ready,
+    world: World,
+    *,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+    on_start: Callable[[Trainer], None] | None = None,
+    stop: StopSignals | None = None,
+    on_slow: Callable[[str], None] | None = None,
+) -> Trained:
+    """Train what is left of the run, with evaluations on the way. Raises ConfigError when the folder holds, or is used by, another run.
+
+    stop: signals that are handled (default: none). The first one ends training with a checkpoint and `Interrupted`; an evaluation ends
+    after its running batch of questions. on_slow: called on the main rank with a line about a step that takes longer than a minute.
+    """
+    ready = replace(ready, config=resolve_dtype(ready.config, world.device.type))
+    config = ready.config
+    if world.is_main:
+        warn_of_slow_bfloat16(config, world.device.type)
+    evaluator = Evaluator(ready, world) if ready.eval_facts is not None else None
+
+    def on_evaluate(model: nn.Module, step: int) -> dict[str, Any]:
+        assert evaluator is not None
+        done = evaluator.evaluate(model, step, limit=config.eval.limit, progress=lambda *_: trainer.check_stop())
+        return {"scores": {name: score._asdict() for name, score in done.by_source().items()}, "accuracy": done.score().accuracy}
+
+    with contextlib.ExitStack() as until_the_end:
+
+        def claim() -> None:
+            until_the_end.enter_context(locked(config.run.folder))
+            claim_folder(config, ready.tokenizer)
+
+        world.first(claim)
+        until_the_end.enter_context(deterministic(config.run.deterministic))
+        trainer = Trainer(
+            config,
+            ready.schedules,
+            ready.tokenizer,
+            world,
+            on_record=on_record,
+            on_evaluate=on_evaluate if evaluator is not None else None,
+            stop=stop,
+            on_slow=on_slow,
+        )
+        if world.is_main:
+            ready.record_drops()
+        if on_start is not None:
+            on_start(trainer)
+        trainer.train()
+    return Trained(trainer, evaluator)
