@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen
 
 from eagle_model import EagleConfig, EagleForConditionalGeneration, preset
 from eagle_model.checkpoint import save_checkpoint
-from eagle_model.eagle import CACHE_FIELD
 from eagle_model.fused import is_plain, is_plain_linear
 from eagle_model.language.attention import Norm
 from eagle_model.language.head import Head
+from eagle_model.padded import CACHE_FIELD
 from tests.support.packs import make_pack
 
 IMAGE = 100
@@ -148,7 +148,7 @@ def test_gradient_checkpointing_changes_nothing(make_model, batch, options):
         calls.clear()
         model.zero_grad()
         model(**batch).loss.backward()
-        results.append(([p.grad.clone() for p in model.parameters()], len(calls), model.is_gradient_checkpointing))
+        results.append(([p.grad.clone() for p in model.parameters()], len(calls), getattr(model, f"is_{name}")))
     for handle in handles:
         handle.remove()
     layers = model.config.text_config.num_hidden_layers

@@ -19,6 +19,7 @@ from eagle_train.training import checkpoint
 
 from .lock import locked
 
+
 def claim_folder(config: Config, tokenizer: Any = None) -> None:
     """Write config.yaml and origin/, or make sure that the run that is there is the same one; raises ConfigError naming what differs."""
     folder = config.run.folder
