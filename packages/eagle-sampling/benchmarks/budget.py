@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from datetime import UTC, datetime
@@ -100,6 +101,7 @@ def main() -> None:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": f"{platform.machine()}, one core",
+        "load": round(os.getloadavg()[0], 1),
     }
     table = "\n".join(lines)
     print(table)
