@@ -13,7 +13,6 @@ from typing import Any
 
 from eagle_train.config import Config, ConfigError, dump_config, load_config
 from eagle_train.config.load import free_keys, map_paths
-
 from eagle_train.distributed.precision import auto_dtype
 from eagle_train.training import checkpoint
 
