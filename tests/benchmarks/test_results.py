@@ -105,7 +105,7 @@ def test_the_table_has_every_figure_and_what_was_absent(tmp_path, capsys):
     report(example(), tmp_path / "a.json")
     text = capsys.readouterr().out
     assert text.strip() == document(example()).strip() == (tmp_path / "a.md").read_text().strip()
-    assert "| case | contender | ms, ms | rate, rows/s | kept |" in text
+    assert "| case | contender | ms | rate, rows/s | kept |" in text
     assert "| small | ours | 1.5 |  | 1 |" in text
     assert "| large | ours |  | 123,456 |  |" in text
     assert "- large, rival: ModuleNotFoundError: no module" in text

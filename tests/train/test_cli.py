@@ -1,5 +1,6 @@
 """The command line: instant help that is up to date, exit codes that mean something, errors without traceback."""
 
+import json
 import os
 import re
 import resource
@@ -13,8 +14,11 @@ import yaml
 
 from eagle_train.cli import doctor, main
 from eagle_train.cli.pages import VERBS, rendered_page, stored_page
+from eagle_train.cli.run import report
 from eagle_train.cli.tested import TESTED
 from eagle_train.config import ConfigError, dump_config, load_config
+from eagle_train.distributed.world import DeviceError
+from eagle_train.errors import EvaluationError
 
 
 def eagle(*arguments, cwd=None):
@@ -175,6 +179,37 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_allocated(tmp_p
     assert "is not a folder" in eagle_here("chat", tmp_path / "nothing", "hi", "--device", "cpu").stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ConfigError("3 ranks don't fit"), False),
+        (EvaluationError("of two evaluations one failed"), False),
+        (DeviceError("local rank 1 finds no GPU"), True),
+        (ValueError("only here"), True),
+    ],
+)
+def test_ranks_report_an_error_once(monkeypatch, capsys, tmp_path, error, shown):
+    """The main rank prints it; another rank prints what only it knows, with its number. torchrun's summary has it in any case."""
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank))
+        report(error)
+        printed = capsys.readouterr().err
+        prefix = "" if rank == "0" else "rank 1: "
+        assert printed == (f"error: {prefix}{error}\n" if rank == "0" or shown else "")
+        message = json.loads((tmp_path / rank).read_text())["message"]
+        assert message["message"] == message["extraInfo"]["py_callstack"] == f"{prefix}{error}"
+
+
+def test_a_preset_that_does_not_exist_is_named_before_the_tokenizer(tmp_path, eagle_here):
+    (tmp_path / "run.yaml").write_text("model: {preset: smollm2}\ndata: {sources: {s: {annotation: rows.jsonl}}}\n")
+    done = eagle_here("plan", tmp_path / "run.yaml")
+    assert done.returncode == 2
+    assert "model.preset: there is no preset 'smollm2'; known: tiny" in done.stderr
+    (tmp_path / "run.yaml").write_text("model: {path: SmolLM2}\ndata: {sources: {s: {annotation: rows.jsonl}}}\n")
+    assert "model.path: " in eagle_here("plan", tmp_path / "run.yaml").stderr
+
+
 def test_too_many_bad_rows_end_with_3(colour_run, tmp_path):
     config = colour_run()
     for index in range(20):
@@ -210,10 +245,13 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     path = tmp_path / "run.yaml"
     config = colour_run()
     path.write_text(dump_config(config))
-    planned = eagle_here("plan", path, "--no-defaults")
+    planned = eagle_here("plan", path)
     assert planned.returncode == 0, planned.stderr
     assert [line.split()[0] for line in planned.stdout.splitlines()[:3]] == ["stage", "one", "two"]
     assert not (config.run.folder / "checkpoints").exists()
+    explained = eagle_here("plan", path, "--show-defaults", "--set", "sampling={fps: 2.0}").stdout
+    assert "default  sampling.min_frames = 8\n" in explained
+    assert "default  sampling.fps" not in explained
     shown = eagle_here("show", path, "--row", "rows:1", "--html", tmp_path / "row.html")
     assert shown.returncode == 0, shown.stderr
     assert "color?" in shown.stdout
@@ -223,6 +261,7 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     trained = eagle_here("train", path, "--device", "cpu")
     assert trained.returncode == 0, trained.stderr
     assert f"run folder: {config.run.folder}" in trained.stdout
+    assert "default  " not in trained.stdout
     assert (config.run.folder / "plot.png").stat().st_size > 5000
     reported = eagle_here("report", config.run.folder)
     assert "stage two: step 2 of 2" in reported.stdout
@@ -230,11 +269,34 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     written = config.run.folder / "config.yaml"
     assert "ulysses: 1" in written.read_text()
     written.write_text(written.read_text().replace("ulysses: 1", "ulysses: 2").replace("  data: null", "  data: 3"))
-    asked = eagle_here("eval", config.run.folder, "--data", tmp_path / "rows.jsonl", "--limit", 2, "--device", "cpu")
-    assert asked.returncode == 0, asked.stderr
-    assert len((config.run.folder / "answers.jsonl").read_text().splitlines()) == 2
+    # What the run wrote itself is never replaced by an evaluation.
+    (config.run.folder / "answers.jsonl").write_text("the run's own")
+    ledger = (config.run.folder / "ledger.jsonl").read_text() if (config.run.folder / "ledger.jsonl").exists() else None
+    evaluate = ("eval", config.run.folder, "--limit", 2, "--device", "cpu", "--data")
+    for out in ((), (), ("--out", tmp_path / "mine")):
+        asked = eagle_here(*evaluate, tmp_path / "rows.jsonl", *out)
+        assert asked.returncode == 0, asked.stderr
+    answers = [tmp_path / "mine" / "answers.jsonl", *(config.run.folder / "evaluations").glob("*/answers.jsonl")]
+    assert [len(path.read_text().splitlines()) for path in answers] == [2, 2, 2]
+    taken = eagle_here(*evaluate, tmp_path / "rows.jsonl", "--out", tmp_path / "mine")
+    assert taken.returncode == 2
+    assert "mine exists and is not an empty folder; name another one" in taken.stderr
+    (tmp_path / "bad.jsonl").write_text("{\n" * 20)
+    bad = eagle_here(*evaluate, tmp_path / "bad.jsonl", "--out", tmp_path / "bad")
+    assert bad.returncode == 3
+    assert (tmp_path / "bad" / "ledger.jsonl").read_text().count("broken-json") == 20
+    assert (config.run.folder / "answers.jsonl").read_text() == "the run's own"
+    assert ledger == ((config.run.folder / "ledger.jsonl").read_text() if ledger is not None else None)
     exported = eagle_here("export", config.run.folder, tmp_path / "model", "--dtype", "float32")
     assert exported.returncode == 0, exported.stderr
+    again = eagle_here("export", config.run.folder, tmp_path / "model")
+    assert again.returncode == 2
+    assert "model exists and is not an empty folder; name another one, or add --force" in again.stderr
+    earlier = eagle_here("export", config.run.folder, tmp_path / "model", "--checkpoint", "one-end", "--force")
+    assert "(stage one, step 4)" in earlier.stdout, earlier.stderr
+    missing = eagle_here("export", config.run.folder, tmp_path / "other", "--checkpoint", "one-finish")
+    assert "one-finish is neither a checkpoint of the run nor the folder of one" in missing.stderr
+    assert "holds: one-end, two-end" in missing.stderr.replace("one-00000003, ", "")
     answered = eagle_here(
         "chat", config.run.folder, "what color?", "--image", tmp_path / "1.png", "--max-new-tokens", "3", "--device", "cpu"
     )

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from eagle_train.training import checkpoint
 from eagle_train.training.metrics import Metrics, same_run
 from eagle_train.training.stop import Interrupted, StopSignals
 from eagle_train.training.trainer import Trainer
+from tests.support.ranks import start_processes
 
 STAGES = [
     {"name": "one", "max_tokens": 640, "steps": 60, "packs_per_step": 2, "lr": 1e-3},
@@ -27,23 +27,8 @@ STAGES = [
 
 def start(path, ranks=1, **environment):
     """`eagle train` as processes of their own, each the leader of its process group, as torchrun starts them."""
-    common = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment
-    if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
     command = [sys.executable, "-m", "eagle_train.cli", "train", str(path), "--device", "cpu"]
-    return [
-        subprocess.Popen(
-            command,
-            env=common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]
+    return start_processes(command, ranks, stderr=subprocess.PIPE, COLUMNS="200", **environment)
 
 
 def wait_for(condition, processes, seconds=120):

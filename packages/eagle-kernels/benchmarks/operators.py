@@ -1,34 +1,52 @@
-"""The measurements: every operator at the shapes of an 8B model, everyone in the same process on the same data."""
+"""Every operator against its rivals at the shapes of an 8B model, all in one process on the same data. Needs an NVIDIA GPU.
 
+python packages/eagle-kernels/benchmarks/operators.py [norms rope swiglu gelu head] [--out FILE.json]
+
+`of_ceiling`: the least possible time divided by the measured time. The least time is that of the bytes that must move at this run's copy
+bandwidth, or that of the operations at its rate of bf16 matmuls. Exits with 1 if one of our operators fails.
+"""
+
+import argparse
+import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+import rivals
+from shapes import BF16, HEAD_DIM, HIDDEN, INNER, K_HEADS, Q_HEADS, TOKENS, VOCAB, inverse_frequencies, random
+
 import eagle_kernels
-from benchmarks import rivals
-from benchmarks.timing import interleaved_ms, matmul, peak_extra_bytes
+from benchmarks.cuda import ceilings, interleaved_ms, matmul, peak_extra_bytes
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report
+from benchmarks.rivals import Absent, Rival, load, working
+from benchmarks.timing import medians
 
-TOKENS, HIDDEN, INNER, Q_HEADS, K_HEADS, HEAD_DIM, VOCAB = 32768, 3584, 18944, 28, 4, 128, 152064
-BF16 = torch.bfloat16
-Row = dict[str, Any]
+LIBRARIES = ("torch", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy")
+METRICS = {
+    "ms": Metric("ms", "lower"),
+    "of_ceiling": Metric("", "higher"),
+    "peak_extra_gib": Metric("GiB", "lower"),
+    "peak_beyond_fp32_weight_gradient_gib": Metric("GiB", "none"),
+    "matmul_tflops_in_turn": Metric("TFLOP/s", "none"),
+}
 
 
-def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape, device="cuda") * scale).to(BF16).requires_grad_()
+def contenders(result: Result, case: str, ours: Callable, others: list[Rival], trial: Callable[[Callable], object]) -> dict[str, Callable]:
+    """Ours and the rivals for which `trial` works here; the others are added to `result.absent`."""
 
+    def complete(function: Callable) -> None:
+        trial(function)
+        torch.cuda.synchronize()
 
-def ready(contenders: dict[str, Callable], failures: list[str], label: str, check: Callable[[Callable], object]) -> dict[str, Callable]:
-    """The contenders that run here; what doesn't is reported, not hidden."""
-    out = {}
-    for name, function in contenders.items():
-        try:
-            check(function)
-            torch.cuda.synchronize()
-            out[name] = function
-        except Exception as error:
-            failures.append(f"{label}: {name} doesn't run here: {type(error).__name__}: {str(error)[:200]}")
-    return out
+    loaded, missing = load(case, others)
+    found, failed = working(case, {"ours": ours} | loaded, complete)
+    result.absent += missing + failed
+    return found
 
 
 def backward_of(function: Callable, inputs: tuple) -> Callable[[], object]:
@@ -39,70 +57,58 @@ def backward_of(function: Callable, inputs: tuple) -> Callable[[], object]:
     return lambda: torch.autograd.grad(out, leaves, gradients, retain_graph=True)
 
 
-def rows(operator: str, times: dict[str, float], roof_ms: float) -> list[Row]:
-    return [{"operator": operator, "contender": name, "ms": ms, "of_roof": roof_ms / ms} for name, ms in times.items()]
+def add_times(result: Result, case: str, times: dict[str, float], ceiling_ms: float) -> None:
+    for name, ms in times.items():
+        result.add(case, name, ms=ms, of_ceiling=ceiling_ms / ms)
 
 
-def streamed(
-    operator: str, contenders: dict[str, Callable], inputs: tuple, forward_bytes: float, backward_bytes: float, bandwidth: float,
-    failures: list[str], with_backward: bool = True,
-) -> list[Row]:  # fmt: skip
-    """Forward and backward of a memory-bound operator; inputs that a contender may destroy (Liger's SwiGLU) come last in the order."""
+def streamed(result: Result, operator: str, ours: Callable, others: list[Rival], inputs: tuple, moved: tuple[float, float]) -> None:
+    """Forward and backward of an operator that is limited by memory. moved: bytes that forward and backward must move."""
 
     def trial(function: Callable) -> None:
         with torch.no_grad():
             function(*inputs)
-        if with_backward:
-            backward_of(function, inputs)()
+        backward_of(function, inputs)()
 
-    contenders = ready(contenders, failures, operator, trial)
-
-    def forward(function: Callable) -> Callable[[], object]:
-        return lambda: function(*inputs)
-
-    out = rows(f"{operator} forward", interleaved_ms({n: forward(f) for n, f in contenders.items()}), forward_bytes / bandwidth * 1e3)
-    if with_backward:
-        times = {}
-        for name, function in contenders.items():  # one at a time: every graph holds its own saved tensors
-            times[name] = interleaved_ms({name: backward_of(function, inputs)})[name]
-        out += rows(f"{operator} backward", times, backward_bytes / bandwidth * 1e3)
-    return out
+    found = contenders(result, operator, ours, others, trial)
+    least = [size / result.ceilings["copy_tb_per_s"] / 1e9 for size in moved]
+    forward = {name: lambda function=function: function(*inputs) for name, function in found.items()}
+    add_times(result, f"{operator} forward", medians(interleaved_ms(forward)), least[0])
+    times = {}
+    for name, function in found.items():  # one at a time, because every graph holds its own saved tensors
+        times |= medians(interleaved_ms({name: backward_of(function, inputs)}))
+    add_times(result, f"{operator} backward", times, least[1])
 
 
-def norms(bandwidth: float, failures: list[str]) -> list[Row]:
+def norms(result: Result) -> None:
     x, residual, weight = random(TOKENS, HIDDEN), random(TOKENS, HIDDEN), random(HIDDEN)
     size = x.nbytes
-    out = streamed("RMSNorm", {"ours": eagle_kernels.rms_norm} | rivals.rms_norms(), (x, weight), 2 * size, 3 * size, bandwidth, failures)
-    contenders = {"ours": eagle_kernels.add_rms_norm} | rivals.add_rms_norms()
-    return out + streamed("add+RMSNorm", contenders, (residual, x, weight), 4 * size, 4 * size, bandwidth, failures)
+    streamed(result, "RMSNorm", eagle_kernels.rms_norm, rivals.RMS_NORM, (x, weight), (2 * size, 3 * size))
+    streamed(result, "add+RMSNorm", eagle_kernels.add_rms_norm, rivals.ADD_RMS_NORM, (residual, x, weight), (4 * size, 4 * size))
 
 
-def rope(bandwidth: float, failures: list[str]) -> list[Row]:
+def rope(result: Result) -> None:
     q, k = random(TOKENS, Q_HEADS, HEAD_DIM), random(TOKENS, K_HEADS, HEAD_DIM)
-    positions = torch.arange(TOKENS, device="cuda")
-    inv_freq = 1e6 ** (-torch.arange(0, HEAD_DIM, 2, device="cuda", dtype=torch.float32) / HEAD_DIM)
+    positions, inv_freq = torch.arange(TOKENS, device="cuda"), inverse_frequencies()
     angles = positions.float()[:, None] * inv_freq
     cos, sin = (torch.cat((part, part), dim=-1).to(BF16) for part in (angles.cos(), angles.sin()))
     size = 2.0 * (q.nbytes + k.nbytes)
-    contenders = {"ours": lambda q, k, *_: eagle_kernels.rope(q, k, positions, inv_freq)} | rivals.ropes()
-    return streamed("RoPE", contenders, (q, k, cos, sin), size, size, bandwidth, failures)
+
+    def ours(q: torch.Tensor, k: torch.Tensor, *_: Any) -> object:
+        return eagle_kernels.rope(q, k, positions, inv_freq)
+
+    streamed(result, "RoPE", ours, rivals.ROPE, (q, k, cos, sin), (size, size))
 
 
-def swiglu(bandwidth: float, failures: list[str]) -> list[Row]:
+def swiglu(result: Result) -> None:
     gate, up = random(TOKENS, INNER), random(TOKENS, INNER)
-    size = gate.nbytes
-    return streamed("SwiGLU", {"ours": eagle_kernels.swiglu} | rivals.swiglus(), (gate, up), 3 * size, 5 * size, bandwidth, failures)
+    streamed(result, "SwiGLU", eagle_kernels.swiglu, rivals.SWIGLU, (gate, up), (3 * gate.nbytes, 5 * gate.nbytes))
 
 
-def gelu(_: float, failures: list[str]) -> list[Row]:
-    """The vision tower's fc1: 64 tiles of 1024 patches."""
+def gelu(result: Result) -> None:
+    """The first MLP projection of the vision tower: 64 tiles of 1024 patches."""
     x, weight, bias = random(65536, 1152), random(4304, 1152, scale=0.03), random(4304)
-    contenders = ready(
-        {"ours": lambda *a: eagle_kernels.gelu_linear(*a)} | rivals.gelus(),
-        failures,
-        "gelu_linear",
-        lambda function: function(x, weight, bias),
-    )
+    found = contenders(result, "gelu_linear", eagle_kernels.gelu_linear, rivals.GELU, lambda function: function(x, weight, bias))
     product, operations = matmul()
 
     def without_gradient(function: Callable) -> Callable[[], object]:
@@ -112,23 +118,22 @@ def gelu(_: float, failures: list[str]) -> list[Row]:
 
         return run
 
-    times = interleaved_ms({name: without_gradient(function) for name, function in contenders.items()} | {"8192^3": product})
+    times = medians(interleaved_ms({name: without_gradient(function) for name, function in found.items()} | {"8192^3": product}))
     rate = operations / times.pop("8192^3")
-    out = rows("gelu_linear forward, no gradient", times, 2.0 * 65536 * 1152 * 4304 / rate)
+    add_times(result, "gelu_linear forward, no gradient", times, 2.0 * 65536 * 1152 * 4304 / rate)
     dout = random(65536, 4304).detach()
 
     def both(function: Callable) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function(x, weight, bias), (x, weight, bias), dout)
 
-    contenders.pop("quack", None)
-    times = interleaved_ms({name: both(function) for name, function in contenders.items()})
-    return out + rows("gelu_linear forward + backward", times, 6.0 * 65536 * 1152 * 4304 / rate)
+    found.pop("quack", None)  # see rivals.GELU
+    times = medians(interleaved_ms({name: both(function) for name, function in found.items()}))
+    add_times(result, "gelu_linear forward + backward", times, 6.0 * 65536 * 1152 * 4304 / rate)
 
 
-def head(_: float, failures: list[str], fractions: tuple[float, ...] = (1.0, 0.5, 0.1)) -> list[Row]:
+def head(result: Result, fractions: tuple[float, ...] = (1.0, 0.5, 0.1)) -> None:
     hidden, weight = random(TOKENS, HIDDEN), random(VOCAB, HIDDEN, scale=0.02)
     product, operations = matmul()
-    out: list[Row] = []
     for fraction in fractions:
         labels = torch.randint(0, VOCAB, (TOKENS,), device="cuda")
         labels[torch.rand(TOKENS, device="cuda") >= fraction] = -100
@@ -141,22 +146,50 @@ def head(_: float, failures: list[str], fractions: tuple[float, ...] = (1.0, 0.5
         def both(function: Callable, labels=labels) -> Callable[[], object]:
             return lambda: torch.autograd.grad(function(hidden, weight, labels), (hidden, weight))
 
-        label = f"linear + cross-entropy, {fraction:.0%} labelled"
-        contenders = ready({"ours": ours} | rivals.heads(), failures, label, lambda function: both(function)())
-        runs = {name: both(function) for name, function in contenders.items()}
-        times = interleaved_ms(runs, rounds=7, batch=60.0)
-        # The clock sinks under load: the roof is the rate of plain products in turn with ours, equally long, at the same temperature.
-        pair = interleaved_ms({"ours": runs["ours"], "8192^3": product}, rounds=5, batch=max(60.0, times["ours"]), most=400)
-        rate = operations / pair["8192^3"]
-        found = rows(label, times, 6.0 * kept * VOCAB * HIDDEN / rate)
-        found[0]["of_roof"] = 6.0 * kept * VOCAB * HIDDEN / rate / pair["ours"]
-        for row in found:
-            peak = peak_extra_bytes(runs[row["contender"]])
-            row["matmul_tflops_of_run"] = rate / 1e9
-            row["peak_extra_gib"] = peak / 2**30
-            row["peak_extra_beyond_fp32_weight_gradient_gib"] = (peak - 4.0 * VOCAB * HIDDEN) / 2**30
-        out += found
-    return out
+        case = f"linear + cross-entropy, {fraction:.0%} labelled"
+        found = contenders(result, case, ours, rivals.HEAD, lambda function: both(function)())
+        runs = {name: both(function) for name, function in found.items()}
+        times = medians(interleaved_ms(runs, rounds=7, batch=60.0))
+        # The clock falls under load, so the ceiling is the rate of matmuls in turn with ours, in equally long batches at one temperature.
+        pair = {"ours": runs["ours"], "8192^3": product}
+        warm = medians(interleaved_ms(pair, rounds=5, batch=max(60.0, times["ours"]), most=400))
+        rate = operations / warm["8192^3"]
+        least = 6.0 * kept * VOCAB * HIDDEN / rate
+        for name, ms in times.items():
+            peak = peak_extra_bytes(runs[name])
+            result.add(
+                case, name, ms=ms, of_ceiling=least / (warm["ours"] if name == "ours" else ms), peak_extra_gib=peak / 2**30,
+                peak_beyond_fp32_weight_gradient_gib=(peak - 4.0 * VOCAB * HIDDEN) / 2**30, matmul_tflops_in_turn=rate / 1e9,
+            )  # fmt: skip
 
 
 GROUPS = {"norms": norms, "rope": rope, "swiglu": swiglu, "gelu": gelu, "head": head}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)} (default: all)")
+    add_out(parser)
+    options = parser.parse_args()
+    if unknown := set(options.groups) - set(GROUPS):
+        parser.error(f"unknown groups {', '.join(sorted(unknown))}; expected some of {', '.join(GROUPS)}")
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device is available")
+
+    torch.manual_seed(0)
+    result = Result("eagle-kernels/operators", environment(LIBRARIES), METRICS, ceilings=ceilings(), settings={"groups": options.groups})
+    failed = False
+    for name in options.groups:
+        try:
+            GROUPS[name](result)
+        except Exception as error:  # the other groups are still measured
+            traceback.print_exc()
+            result.absent.append(Absent(name, "ours", f"{type(error).__name__}: {str(error)[:200]}"))
+            failed = True
+        torch.cuda.empty_cache()
+    report(result, options.out)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The contenders of every operator: plain torch, the same compiled, and public libraries where they are installed."""
+"""The rivals of every operator: plain torch, the same compiled, and public libraries where they are installed."""
 
 import functools
 import importlib
@@ -9,23 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def optional(module: str, name: str) -> Any:
-    """An attribute of a module that may not be installed, or not fit what is, else None."""
-    try:
-        if module.startswith("quack."):
-            _let_quack_compile()
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:
-        if not isinstance(error, ModuleNotFoundError):
-            print(f"{module}.{name} can't be imported: {type(error).__name__}: {str(error)[:200]}")
-        return None
+from benchmarks.rivals import Rival
 
 
 @functools.cache
 def _let_quack_compile() -> None:
-    """quack 0.6.5 keys its compiled matmuls by everything that their epilogues refer to, and stops at what it doesn't know: the context
-    variables in which newer CuTe DSLs (4.8.1) keep source locations. Their names will do as keys, since no arithmetic depends on them."""
+    """Make quack 0.6.5 work with newer CuTe DSLs.
+
+    quack keys its compiled matmuls by everything that their epilogues refer to, and stops at unknown types: the context variables in which
+    CuTe DSL 4.8.1 keeps source locations. Their names are sufficient keys, because no arithmetic depends on them.
+    """
     identity = importlib.import_module("quack.gemm_runtime.identity")
     known = identity.semantic_value_key
 
@@ -36,6 +29,20 @@ def _let_quack_compile() -> None:
             return ("unknown", type(value).__qualname__, getattr(value, "name", ""))
 
     identity.semantic_value_key = key
+
+
+def quack(module: str, attribute: str, wrap: Callable[[Any], Callable], name: str = "quack") -> Rival:
+    """A rival made of `wrap(module.attribute)`."""
+
+    def make() -> Callable:
+        _let_quack_compile()
+        return wrap(getattr(importlib.import_module(module), attribute))
+
+    return Rival(name, make)
+
+
+def torch_rivals(function: Callable) -> list[Rival]:
+    return [Rival("torch", lambda: function), Rival("torch.compile", lambda: torch.compile(function))]
 
 
 def eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -72,76 +79,71 @@ def eager_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-def rms_norms() -> dict[str, Callable]:
-    liger = optional("liger_kernel.ops.rms_norm", "LigerRMSNormFunction")
-    quack = optional("quack.rmsnorm", "rmsnorm")
-    out: dict[str, Callable] = {"torch": eager_rms_norm, "torch.compile": torch.compile(eager_rms_norm)}
-    out["F.rms_norm"] = lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-6)
-    if liger is not None:
-        out["liger"] = lambda x, w: liger.apply(x, w, 1e-6, 0.0, "llama", False)
-    if quack is not None:
-        out["quack"] = lambda x, w: quack(x, w, eps=1e-6)
-    return out
+def quack_rope(apply: Callable) -> Callable:
+    """quack's tables hold one half, and queries and keys are two calls."""
+
+    def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        half = cos.shape[-1] // 2
+        return tuple(apply(x[None], cos[:, :half], sin[:, :half]) for x in (q, k))
+
+    return run
 
 
-def add_rms_norms() -> dict[str, Callable]:
-    liger = optional("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
-    out: dict[str, Callable] = {"torch": eager_add_rms_norm, "torch.compile": torch.compile(eager_add_rms_norm)}
-    if liger is not None:
-        out["liger"] = lambda residual, x, w: liger.apply(x, residual, w, 1e-6, 0.0, "llama", False)
-    if (quack := optional("quack.rmsnorm", "rmsnorm")) is not None:
-        out["quack"] = lambda residual, x, w: quack(x, w, residual=residual, eps=1e-6, prenorm=True)
-    return out
+def liger_head(function: Any) -> Callable:
+    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        result = function.apply(hidden, weight, labels)
+        return result[0] if isinstance(result, tuple) else result
+
+    return run
 
 
-def ropes() -> dict[str, Callable]:
-    liger = optional("liger_kernel.ops.rope", "LigerRopeFunction")
-    out: dict[str, Callable] = {"torch": eager_rope, "torch.compile": torch.compile(eager_rope)}
-    if liger is not None:
-        # It takes [B, heads, T, D] and makes the layout it wants by itself.
-        out["liger"] = lambda q, k, cos, sin: liger.apply(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])
-    if (quack := optional("quack.rotary", "apply_rotary_emb")) is not None:
-
-        def quack_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-            # Its tables hold one half; queries and keys are two calls.
-            half = cos.shape[-1] // 2
-            return tuple(quack(x[None], cos[:, :half], sin[:, :half]) for x in (q, k))
-
-        out["quack"] = quack_rope
-    return out
-
-
-def swiglus() -> dict[str, Callable]:
-    liger = optional("liger_kernel.ops.swiglu", "LigerSiLUMulFunction")
-    out: dict[str, Callable] = {"torch": eager_swiglu, "torch.compile": torch.compile(eager_swiglu)}
-    if liger is not None:
-        out["liger"] = liger.apply
-    return out
-
-
-def heads() -> dict[str, Callable]:
-    liger = optional("liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
-    cut = optional("cut_cross_entropy", "linear_cross_entropy")
-    out: dict[str, Callable] = {"torch": eager_head}
-    if liger is not None:
-
-        def liger_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-            result = liger.apply(hidden, weight, labels)
-            return result[0] if isinstance(result, tuple) else result
-
-        out["liger"] = liger_head
-    if cut is not None:
-        out["cut-cross-entropy"] = cut
-    if (quack := optional("quack.linear_cross_entropy", "chunked_linear_cross_entropy")) is not None:
-        out["quack"] = lambda hidden, weight, labels: quack(hidden, weight, labels, chunk_size=4096)
-    if (quack_loss := optional("quack.cross_entropy", "cross_entropy")) is not None:
-        out["quack's loss on torch's logits"] = lambda hidden, weight, labels: quack_loss(F.linear(hidden, weight), labels)
-    return out
-
-
-def gelus() -> dict[str, Callable]:
-    out: dict[str, Callable] = {"torch": eager_gelu, "torch.compile": torch.compile(eager_gelu)}
-    if (quack := optional("quack.linear", "linear_act_func")) is not None:
-        # For autograd its result is the pre-activation (the next layer's operator knows the rest): it races forward only.
-        out["quack"] = lambda x, weight, bias: quack(x, weight, "gelu_tanh_approx", bias=bias, store_preact=False, tuned=False)[1]
-    return out
+RMS_NORM = [
+    *torch_rivals(eager_rms_norm),
+    Rival("F.rms_norm", lambda: lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-6)),
+    Rival("liger", lambda f: lambda x, w: f.apply(x, w, 1e-6, 0.0, "llama", False), ("liger_kernel.ops.rms_norm:LigerRMSNormFunction",)),
+    quack("quack.rmsnorm", "rmsnorm", lambda f: lambda x, w: f(x, w, eps=1e-6)),
+]
+ADD_RMS_NORM = [
+    *torch_rivals(eager_add_rms_norm),
+    Rival(
+        "liger",
+        lambda f: lambda residual, x, w: f.apply(x, residual, w, 1e-6, 0.0, "llama", False),
+        ("liger_kernel.ops.fused_add_rms_norm:LigerFusedAddRMSNormFunction",),
+    ),
+    quack("quack.rmsnorm", "rmsnorm", lambda f: lambda residual, x, w: f(x, w, residual=residual, eps=1e-6, prenorm=True)),
+]
+ROPE = [
+    *torch_rivals(eager_rope),
+    # Liger takes [batch, heads, tokens, D] and changes the layout itself.
+    Rival(
+        "liger",
+        lambda f: lambda q, k, cos, sin: f.apply(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None]),
+        ("liger_kernel.ops.rope:LigerRopeFunction",),
+    ),
+    quack("quack.rotary", "apply_rotary_emb", quack_rope),
+]
+SWIGLU = [
+    *torch_rivals(eager_swiglu),
+    Rival("liger", lambda f: f.apply, ("liger_kernel.ops.swiglu:LigerSiLUMulFunction",)),  # overwrites its inputs: last
+]
+HEAD = [
+    Rival("torch", lambda: eager_head),
+    Rival("liger", liger_head, ("liger_kernel.ops.fused_linear_cross_entropy:LigerFusedLinearCrossEntropyFunction",)),
+    Rival("cut-cross-entropy", lambda f: f, ("cut_cross_entropy:linear_cross_entropy",)),
+    quack("quack.linear_cross_entropy", "chunked_linear_cross_entropy", lambda f: lambda h, w, labels: f(h, w, labels, chunk_size=4096)),
+    quack(
+        "quack.cross_entropy",
+        "cross_entropy",
+        lambda f: lambda h, w, labels: f(F.linear(h, w), labels),
+        name="quack's loss on torch's logits",
+    ),
+]
+GELU = [
+    *torch_rivals(eager_gelu),
+    # For autograd quack's result is the pre-activation (its next operator computes the rest): it is compared in forward only.
+    quack(
+        "quack.linear",
+        "linear_act_func",
+        lambda f: lambda x, w, bias: f(x, w, "gelu_tanh_approx", bias=bias, store_preact=False, tuned=False)[1],
+    ),
+]

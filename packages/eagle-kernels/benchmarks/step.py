@@ -1,12 +1,11 @@
-"""A training step (forward + backward, no optimiser) of a decoder at 8B shapes: what offloading costs, and whether `plan_memory` is right.
+"""A training step (forward and backward, no optimizer) of a decoder at 8B shapes: the cost of offload, and the accuracy of `plan_memory`.
 
-python -m benchmarks.step [--out FILE]
+python packages/eagle-kernels/benchmarks/step.py [--out FILE.json]
 """
 
 import argparse
-import datetime
-import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import batch_ms
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.cuda import batch_ms, ceilings
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report
 from eagle_kernels import (
     DecoderShape,
     LinearCrossEntropy,
@@ -28,6 +30,15 @@ from eagle_kernels import (
 from eagle_kernels.offload import ATTENTION_OPERATORS
 
 GIB = 1 << 30
+METRICS = {
+    "ms": Metric("ms", "lower"),
+    "over_gpu": Metric("", "none"),
+    "peak_gib": Metric("GiB", "lower"),
+    "planned_gib": Metric("GiB", "none"),
+    "plan_error": Metric("", "none"),
+    "planned_host_gib": Metric("GiB", "none"),
+    "loss": Metric("", "none"),
+}
 BACKENDS = [nn.attention.SDPBackend.CUDNN_ATTENTION, nn.attention.SDPBackend.FLASH_ATTENTION]
 
 
@@ -75,8 +86,8 @@ class Decoder(nn.Module):
         return self.head(self.norm(x), labels, denominator=denominator, num_kept=labels.shape[0])
 
 
-def measure(tokens: int, layers: int, rows: int | None, repeats: int) -> list[dict[str, Any]]:
-    """One row per policy: checkpoints on the GPU, on the host, on the host with attention outputs. Policies take turns."""
+def measure(result: Result, tokens: int, layers: int, rows: int | None, repeats: int) -> None:
+    """One case per policy, in turn: inputs of layers on the GPU, on the host, on the host with attention outputs."""
     shape = shape_of(layers)
     model = Decoder(shape, rows)
     ids = torch.randint(0, shape.vocab, (tokens,), device="cuda")
@@ -108,39 +119,29 @@ def measure(tokens: int, layers: int, rows: int | None, repeats: int) -> list[di
             times[name].append(batch_ms(step, 1))
             peaks[name] = torch.cuda.max_memory_allocated()
             losses[name] = out[0].item()
-    found = []
+    on_gpu = statistics.median(times["gpu"][1:])
     for name, (_, options) in policies.items():
         plan = plan_memory(shape, tokens, mlp_rows=rows, **options)
         ms = statistics.median(times[name][1:])
-        found.append(
-            {
-                "tokens": tokens, "layers": layers, "mlp_rows": rows, "checkpoints": name, "ms": ms,
-                "over_gpu": ms / statistics.median(times["gpu"][1:]) - 1, "peak_gib": peaks[name] / GIB, "planned_gib": plan.gpu / GIB,
-                "plan_error": plan.gpu / peaks[name] - 1, "planned_moment": plan.moment, "planned_host_gib": plan.host / GIB,
-                "loss": losses[name],
-            }
+        result.add(
+            f"{tokens} tokens, {layers} layers, MLP rows {rows or 'all'}, layer inputs on {name}",
+            details={"planned_moment": plan.moment, "all_ms": times[name]},
+            ms=ms, over_gpu=ms / on_gpu - 1, peak_gib=peaks[name] / GIB, planned_gib=plan.gpu / GIB, plan_error=plan.gpu / peaks[name] - 1,
+            planned_host_gib=plan.host / GIB, loss=losses[name],
         )  # fmt: skip
-    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_out(parser)
     options = parser.parse_args()
-    rows = []
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device is available")
+    result = Result("eagle-kernels/step", environment(("torch", "triton")), METRICS, ceilings=ceilings())
     for tokens, layers, mlp_rows, repeats in ((32768, 8, None, 5), (32768, 8, 8192, 3), (131072, 4, 16384, 2)):
-        found = measure(tokens, layers, mlp_rows, repeats)
-        rows += found
+        measure(result, tokens, layers, mlp_rows, repeats)
         torch.cuda.empty_cache()
-        for row in found:
-            print(
-                f"{row['tokens']} tokens, {row['layers']} layers, MLP rows {row['mlp_rows']}, checkpoints on {row['checkpoints']}: "
-                f"{row['ms']:.0f} ms ({row['over_gpu']:+.1%}), peak {row['peak_gib']:.2f} GiB, "
-                f"planned {row['planned_gib']:.2f} ({row['plan_error']:+.1%}, {row['planned_moment']}), loss {row['loss']:.5f}"
-            )
-    if options.out is not None:
-        result = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "gpu": torch.cuda.get_device_name(), "rows": rows}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    report(result, options.out)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,38 @@
 """Video headers and image sizes on one core, against PyAV, torchcodec and Pillow in the same run.
 
-python bench_metadata.py [--videos FOLDER]       writes results/metadata.json and .md
+python packages/eagle-sampling/benchmarks/bench_metadata.py [--videos FOLDER] [--out FILE.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
-import os
-import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
-from bench_video import RESULTS, versions
 from make_videos import FOLDER
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report
+from benchmarks.rivals import Rival, load
+from benchmarks.timing import interleaved_seconds
 from eagle_sampling import image_size, probe
+
+METRICS = {"cpu_ms": Metric("ms", "lower"), "files_per_s": Metric("files/s", "higher")}
+PACKAGES = ("av", "torch", "torchcodec", "numpy", "pillow")
 
 
 def best(work: Callable[[], object], turns: int) -> float:
     """CPU milliseconds of the fastest of `turns` calls (wall time on a shared machine depends on other programs)."""
-    times = []
-    for _ in range(turns):
-        began = time.process_time()
-        work()
-        times.append(time.process_time() - began)
-    return 1000 * min(times)
+    return 1000 * min(interleaved_seconds({"": work}, turns, warmup=0, clock=time.process_time)[""])
 
 
 def demux(path: str) -> None:
@@ -41,31 +41,34 @@ def demux(path: str) -> None:
             pass
 
 
-def open_only(path: str) -> None:
-    av.open(path).close()
+def torchcodec(mode: str) -> Rival:
+    def make(decoder: Any) -> Callable[[str], object]:
+        return lambda path: decoder(path, seek_mode=mode)
+
+    return Rival(f"torchcodec {mode}", make, ("torchcodec.decoders:VideoDecoder",))
 
 
-def videos(folder: Path) -> list[tuple[str, float]]:
-    rows = []
+def videos(result: Result, folder: Path) -> None:
     for suffix in ("mp4", "frag.mp4", "mkv", "ts"):
         path = str(folder / f"360p-60min.{suffix}")
-        rows.append((f"60 min {suffix}: eagle probe, exact times", best(lambda p=path: probe(p), 9)))
+        case = f"60 min {suffix}"
+        runs: list[tuple[str, str, Callable[[str], object], int]] = [
+            (f"{case}, exact times", "ours", probe, 9),
+            (f"{case}, exact times", "PyAV demux", demux, 1),
+            (f"{case}, header only", "PyAV open", lambda path: av.open(path).close(), 3),
+        ]
         if suffix == "mkv":
-            rows.append((f"60 min {suffix}: eagle probe, header only", best(lambda p=path: probe(p, exact=False), 9)))
-        rows.append((f"60 min {suffix}: PyAV open (no times)", best(lambda p=path: open_only(p), 3)))
-        rows.append((f"60 min {suffix}: PyAV demux (times)", best(lambda p=path: demux(p), 1)))
-        try:
-            from torchcodec.decoders import VideoDecoder
-        except ImportError:
-            continue
-        for mode in ("exact", "approximate") if suffix == "mp4" else ():
-            rows.append((f"60 min {suffix}: torchcodec {mode}", best(lambda p=path, m=mode: VideoDecoder(p, seek_mode=m), 2)))
-    return rows
+            runs.append((f"{case}, header only", "ours", lambda path: probe(path, exact=False), 9))
+        if suffix == "mp4":
+            found, absent = load(case, [torchcodec("exact"), torchcodec("approximate")])
+            result.absent += absent
+            runs += [(f"{case}, exact times", name, run, 2) for name, run in found.items()]
+        for label, contender, run, turns in runs:
+            result.add(label, contender, cpu_ms=best(lambda path=path, run=run: run(path), turns))
 
 
-def images(folder: Path) -> list[tuple[str, float]]:
+def images(result: Result, folder: Path) -> None:
     """Files per second: 640 x 480 pictures, JPEG with EXIF orientation."""
-    rows = []
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -75,36 +78,32 @@ def images(folder: Path) -> list[tuple[str, float]]:
         picture.save(out, form, **({"exif": exif} if form == "JPEG" else {}))
         for path in paths:
             Path(path).write_bytes(out.getvalue())
-        rows.append((f"{form}: eagle image_size, files/s", 500_000 / best(lambda paths=paths: [image_size(path) for path in paths], 7)))
+
+        def ours(paths: list[str] = paths) -> None:
+            for path in paths:
+                image_size(path)
 
         def pillow(paths: list[str] = paths) -> None:
             for path in paths:
                 with Image.open(path) as image:
                     image.getexif().get(0x0112)
 
-        rows.append((f"{form}: Pillow open + EXIF, files/s", 500_000 / best(pillow, 3)))
-    return rows
+        result.add(f"{form}, size", files_per_s=500_000 / best(ours, 7))
+        result.add(f"{form}, size", "Pillow open + EXIF", files_per_s=500_000 / best(pillow, 3))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--videos", default=str(FOLDER))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    folder = Path(given.videos)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=Path, default=FOLDER, help=f"folder of the videos of make_videos.py (default: {FOLDER})")
+    add_out(parser)
+    options = parser.parse_args()
+    if not options.videos.is_dir():
+        parser.error(f"--videos {options.videos} is not a folder; make the videos with make_videos.py")
+    result = Result("eagle-sampling/metadata", environment(PACKAGES), METRICS)
+    videos(result, options.videos)
     with tempfile.TemporaryDirectory() as scratch:
-        found = {"videos, CPU ms": videos(folder), "images": images(Path(scratch))}
-    about = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"one core of {platform.machine()}, load {os.getloadavg()[0]:.1f}",
-        "versions": versions(),
-    }
-    given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / "metadata.json").write_text(json.dumps({"about": about, "found": found}, indent=1) + "\n")
-    lines = [f"{about['date']}, {about['machine']}; " + ", ".join(f"{n} {v}" for n, v in about["versions"].items()) + ".", ""]
-    for title, rows in found.items():
-        lines += [f"| {title} | |", "|---|---|", *(f"| {name} | {value:,.2f} |" for name, value in rows), ""]
-    (given.results / "metadata.md").write_text("\n".join(lines))
+        images(result, Path(scratch))
+    report(result, options.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Frames of long videos against the public readers: wall time, CPU time and memory, each cell in its own process.
+"""Frames of long videos against the public readers: wall time, CPU time and memory, each run in its own process.
 
-    python bench_video.py run [--videos FOLDER] [--names 360p-10min,...] [--frames 8,64,512] [--readers eagle,...] [--repeat 2]
-    python bench_video.py series [--budget SECONDS] [--fresh]   # the whole table, most informative cells first; resumable
-    python bench_video.py table
+    python packages/eagle-sampling/benchmarks/bench_video.py run --out FILE.json [--names 360p-10min,...] [--frames 8,64,512]
+        [--readers ours,...] [--repeat 2] [--videos FOLDER]
+    python packages/eagle-sampling/benchmarks/bench_video.py series --out FILE.json [--budget SECONDS] [--fresh]
 
-Every reader returns uint8 RGB at 448 x 448 on two cores; rivals that are not installed are skipped. eagle and torchcodec are measured
-alternately, several times; the others once. Every run is stored in `results/video.json` with the load of the machine (`others`: the share
-of its cores that other programs used); `table` takes medians and writes `results/video.md` and `.png`.
+`run` measures the named cells and replaces their earlier results. `series` measures the whole table, the most informative cells first; the
+same command continues an unfinished one. Every reader returns uint8 RGB at 448 x 448 on two cores. Ours and torchcodec are measured
+alternately, several times, the others once. Every run is stored in FILE.json at once, with the share of the machine's cores that other
+programs used (`others`). Figures are medians; `of_ours` is the median over pairs of neighbouring runs.
 """
 
 from __future__ import annotations
@@ -14,67 +15,74 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from make_videos import FOLDER
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, ResultError, add_out, read, report, write
+from benchmarks.rivals import Absent, Rival, load
+
+BENCHMARK = "eagle-sampling/video"
+PACKAGES = ("av", "torch", "torchcodec", "decord2", "opencv-python-headless", "numpy", "pillow")
+METRICS = {
+    "wall_s": Metric("s", "lower"),
+    "cpu_s": Metric("s", "lower"),
+    "memory_mb": Metric("MB", "lower"),
+    "wall_of_ours": Metric("", "none"),
+    "cpu_of_ours": Metric("", "none"),
+    "most_used_by_others": Metric("share of cores", "none"),
+}
 SIDE = 448
+Reader = Callable[[str, int], tuple[int, ...]]
 
 
 def indices(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
-def eagle(path: str, count: int):
-    from eagle_sampling import choose_times, probe, read_frames
-
-    return lambda: read_frames(path, choose_times(probe(path).times, count), SIDE, workers=2).pixels.shape
-
-
-def torchcodec(path: str, count: int, mode: str = "approximate", threads: int = 2):
-    import torch
-    from torchcodec.decoders import VideoDecoder
-    from torchcodec.transforms import Resize
-
-    torch.set_num_threads(1)
-
-    def run():
-        decoder = VideoDecoder(path, seek_mode=mode, num_ffmpeg_threads=threads, transforms=[Resize((SIDE, SIDE))])
-        return decoder.get_frames_at(indices(decoder.metadata.num_frames, count)).data.shape
+def ours(sampling: Any) -> Reader:
+    def run(path: str, count: int) -> tuple[int, ...]:
+        return sampling.read_frames(path, sampling.choose_times(sampling.probe(path).times, count), SIDE, workers=2).pixels.shape
 
     return run
 
 
-def torchcodec_exact(path: str, count: int):
-    return torchcodec(path, count, "exact", 1)
+def torchcodec(mode: str, threads: int) -> Callable[..., Reader]:
+    def make(torch: Any, decoder: Any, resize: Any) -> Reader:
+        torch.set_num_threads(1)
+
+        def run(path: str, count: int) -> tuple[int, ...]:
+            video = decoder(path, seek_mode=mode, num_ffmpeg_threads=threads, transforms=[resize((SIDE, SIDE))])
+            return video.get_frames_at(indices(video.metadata.num_frames, count)).data.shape
+
+        return run
+
+    return make
 
 
-def decord(path: str, count: int):
-    import decord as library
-
-    def run():
+def decord(library: Any) -> Reader:
+    def run(path: str, count: int) -> tuple[int, ...]:
         reader = library.VideoReader(path, width=SIDE, height=SIDE, num_threads=2)
         return reader.get_batch(indices(len(reader), count)).asnumpy().shape
 
     return run
 
 
-def opencv(path: str, count: int):
-    import cv2
-
+def opencv(cv2: Any) -> Reader:
     cv2.setNumThreads(2)
 
-    def run():
+    def run(path: str, count: int) -> tuple[int, ...]:
         capture = cv2.VideoCapture(path)
         out = np.empty((count, SIDE, SIDE, 3), np.uint8)
         for row, index in enumerate(indices(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), count)):
@@ -86,10 +94,8 @@ def opencv(path: str, count: int):
     return run
 
 
-def pyav(path: str, count: int):
-    import av
-
-    def run():
+def pyav(av: Any) -> Reader:
+    def run(path: str, count: int) -> tuple[int, ...]:
         out = np.empty((count, SIDE, SIDE, 3), np.uint8)
         with av.open(path) as container:
             stream = container.streams.video[0]
@@ -106,13 +112,17 @@ def pyav(path: str, count: int):
     return run
 
 
+TORCHCODEC = ("torch", "torchcodec.decoders:VideoDecoder", "torchcodec.transforms:Resize")
 READERS = {
-    "eagle": eagle,
-    "torchcodec": torchcodec,
-    "torchcodec-exact": torchcodec_exact,
-    "decord2": decord,
-    "opencv": opencv,
-    "pyav": pyav,
+    rival.name: rival
+    for rival in (
+        Rival("ours", ours, ("eagle_sampling",)),
+        Rival("torchcodec", torchcodec("approximate", 2), TORCHCODEC),
+        Rival("torchcodec-exact", torchcodec("exact", 1), TORCHCODEC),
+        Rival("decord2", decord, ("decord",)),
+        Rival("opencv", opencv, ("cv2",)),
+        Rival("pyav", pyav, ("av",)),
+    )
 }
 
 
@@ -122,8 +132,11 @@ def rss() -> int:
 
 
 def measure(reader: str, path: str, count: int) -> None:
-    """One cell, printed as JSON. Memory: the highest resident size during the call, above that before it."""
-    run = READERS[reader](path, count)
+    """One run, printed as JSON. Memory: the highest resident size during the call, above that before it."""
+    found, absent = load("", [READERS[reader]])
+    if absent:
+        print(json.dumps({"absent": absent[0].reason}))
+        return
     before, peak, done = rss(), 0, False
 
     def watch() -> None:
@@ -135,7 +148,7 @@ def measure(reader: str, path: str, count: int) -> None:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-    shape = run()
+    shape = found[reader](path, count)
     wall = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_SELF)
     done = True
@@ -144,21 +157,8 @@ def measure(reader: str, path: str, count: int) -> None:
     print(json.dumps({"wall": wall, "cpu": cpu, "memory": max(peak, rss()) - before}))
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """The cells that the arguments name; their earlier results are replaced."""
-    results = Results(Path(arguments.results))
-    readers = arguments.readers.split(",")
-    for name in arguments.names.split(","):
-        for count in map(int, arguments.frames.split(",")):
-            for reader in readers:
-                results.cells.pop(f"{name} {count} {reader}", None)
-            for _ in range(arguments.repeat):
-                for reader in readers:
-                    results.measure(arguments.videos, name, count, reader)
-
-
-PAIR, RIVALS = ("eagle", "torchcodec"), ("torchcodec-exact", "decord2", "opencv", "pyav")
-# (video, frames, readers, runs of each), the most telling first.
+PAIR, RIVALS = ("ours", "torchcodec"), ("torchcodec-exact", "decord2", "opencv", "pyav")
+# (video, frames, readers, runs of each), the most informative first.
 SERIES = [
     *(
         (name, count, readers, runs)
@@ -172,194 +172,157 @@ SERIES = [
     *(("1080p-60min", count, readers, runs) for count, readers, runs in ((8, PAIR, 2), (8, RIVALS, 1), (64, PAIR, 1), (512, PAIR, 1))),
     *((name, count, RIVALS, 1) for name, count in (("1080p-60min", 64), ("1080p-10min", 512), ("1080p-60min", 512))),
 ]
-SLOWER = {"eagle": 1, "torchcodec": 2, "torchcodec-exact": 3, "decord2": 3.5, "opencv": 4, "pyav": 4}
+SLOWER = {"ours": 1, "torchcodec": 2, "torchcodec-exact": 3, "decord2": 3.5, "opencv": 4, "pyav": 4}
 
 
-def series(arguments: argparse.Namespace) -> None:
-    """The missing cells of SERIES, until the budget would be exceeded."""
-    file = Path(arguments.results) / "video.json"
-    if arguments.fresh:
-        file.unlink(missing_ok=True)
-    results = Results(Path(arguments.results))
-    end = time.monotonic() + arguments.budget
-    took: dict[tuple[str, int], float] = {}  # eagle's time for a cell predicts that of the others
-    for name, count, readers, runs in SERIES:
-        if arguments.names and name not in arguments.names.split(","):
-            continue
-        for turn in range(runs):
+def run(options: argparse.Namespace) -> None:
+    """The cells that the options name; their earlier results are replaced."""
+    runs = Runs(options.out)
+    readers = options.readers.split(",")
+    for name in options.names.split(","):
+        for count in map(int, options.frames.split(",")):
             for reader in readers:
-                known = results.cells.get(f"{name} {count} {reader}", [])
-                if (name, count) not in took and (ours := results.cells.get(f"{name} {count} eagle")):
-                    took[name, count] = min(cell["wall"] for cell in ours)
-                if len(known) > turn or known == "failed":
+                runs.known.pop((cell(name, count), reader), None)
+                runs.absent.pop((cell(name, count), reader), None)
+            for _ in range(options.repeat):
+                for reader in readers:
+                    runs.measure(options.videos, name, count, reader)
+    report(runs.result(), options.out)
+
+
+def series(options: argparse.Namespace) -> None:
+    """The missing cells of SERIES, until the budget would be exceeded."""
+    if options.fresh:
+        options.out.unlink(missing_ok=True)
+    runs = Runs(options.out)
+    end = time.monotonic() + options.budget
+    names = options.names.split(",") if options.names else None
+    for name, count, readers, times in SERIES:
+        if names is not None and name not in names:
+            continue
+        for turn in range(times):
+            for reader in readers:
+                key = cell(name, count), reader
+                if key in runs.absent or len(runs.known.get(key, [])) > turn:
                     continue
-                if time.monotonic() + took.get((name, count), guess(name, count)) * SLOWER[reader] + 4 > end:
-                    print("budget used; next:", name, count, reader)
+                # Our time for a cell predicts that of the others.
+                measured = [one["wall"] for one in runs.known.get((cell(name, count), "ours"), [])]
+                expected = min(measured) if measured else guess(name, count)
+                if time.monotonic() + expected * SLOWER[reader] + 4 > end:
+                    report(runs.result(), options.out)
+                    print(f"budget used; next: {key[0]}, {reader}")
                     return
-                results.measure(arguments.videos, name, count, reader)
-    print("complete")
+                runs.measure(options.videos, name, count, reader)
+    report(runs.result(), options.out)
+
+
+def cell(name: str, count: int) -> str:
+    return f"{name}, {count} frames"
 
 
 def guess(name: str, count: int) -> float:
-    """Seconds of eagle's cell, from the frames to decode (half a keyframe interval each, at most all)."""
+    """Seconds of our cell, from the frames to decode (half a keyframe interval each, at most all)."""
     frames = min(125 * count, 1800 * int(name.split("-")[1].removesuffix("min")))
     return frames * (0.0028 if name.startswith("1080p") else 0.0003)
 
 
-class Results:
-    """`video.json`: cells are "video frames reader" -> a list of runs, or "failed"."""
+class Runs:
+    """The runs of every cell and reader, stored in a result after each of them."""
 
-    def __init__(self, folder: Path):
-        self.file = folder / "video.json"
-        self.cells: dict[str, list[dict[str, float]] | str] = json.loads(self.file.read_text())["cells"] if self.file.exists() else {}
+    def __init__(self, out: Path) -> None:
+        """Continues with the runs in `out`, if it exists. Raises ResultError if that is another benchmark's result."""
+        self.out = out
+        self.known: dict[tuple[str, str], list[dict[str, float]]] = {}
+        self.absent: dict[tuple[str, str], str] = {}
         self.warm: set[str] = set()
+        if out.exists():
+            found = read(out)
+            if found.benchmark != BENCHMARK:
+                raise ResultError(f"{out}: a result of {found.benchmark}, expected one of {BENCHMARK}; choose another file")
+            self.known = {(case.case, case.contender): case.details["runs"] for case in found.cases}
+            self.absent = {(one.case, one.contender): one.reason for one in found.absent}
 
-    def measure(self, videos: str, name: str, count: int, reader: str) -> None:
+    def measure(self, videos: Path, name: str, count: int, reader: str) -> None:
         """One run in its own process, stored immediately."""
-        path = str(Path(videos) / (name if "." in name else f"{name}.mp4"))
+        path = str(videos / (name if "." in name else f"{name}.mp4"))
         if path not in self.warm:
             with open(path, "rb") as file:
                 while file.read(1 << 24):
                     pass
             self.warm.add(path)
+        key = cell(name, count), reader
         before, used, began = busy(), resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         done = subprocess.run([sys.executable, __file__, "cell", reader, path, str(count)], capture_output=True, text=True)
         after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
         own = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
-        key = f"{name} {count} {reader}"
         if done.returncode:
-            print(key, "failed:", done.stderr.strip().splitlines()[-1:])
-            self.cells[key] = "failed"
+            self.absent[key] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
+        elif "absent" in (answer := json.loads(done.stdout.splitlines()[-1])):
+            self.absent[key] = answer["absent"]
         else:
-            cell = json.loads(done.stdout.splitlines()[-1])
-            cell = {"wall": round(cell["wall"], 4), "cpu": round(cell["cpu"], 4), "memory": cell["memory"]}
-            cell["others"] = round(max(0.0, busy() - before - own) / (wall * (os.cpu_count() or 1)), 3)
-            print(key, cell, flush=True)
-            runs = self.cells.setdefault(key, [])
-            assert isinstance(runs, list)
-            runs.append(cell)
-        about = {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "python": platform.python_version(),
-            "versions": versions(),
-        }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps({"about": about, "cells": self.cells}, indent=1) + "\n")
+            answer["others"] = round(max(0.0, busy() - before - own) / (wall * (os.cpu_count() or 1)), 3)
+            self.known.setdefault(key, []).append(answer)
+        print(*key, self.absent.get(key) or self.known[key][-1], flush=True)
+        write(self.result(), self.out)
+
+    def result(self) -> Result:
+        result = Result(BENCHMARK, environment(PACKAGES), METRICS)
+        for (case, reader), runs in self.known.items():
+            figures = {
+                "wall_s": middle(run["wall"] for run in runs),
+                "cpu_s": middle(run["cpu"] for run in runs),
+                "memory_mb": middle(run["memory"] / 1e6 for run in runs),
+                "most_used_by_others": max(run["others"] for run in runs),
+            }
+            pairs = list(zip(runs, self.known.get((case, "ours"), [])))
+            if pairs and reader != "ours":
+                figures["wall_of_ours"] = middle(theirs["wall"] / our["wall"] for theirs, our in pairs)
+                figures["cpu_of_ours"] = middle(theirs["cpu"] / our["cpu"] for theirs, our in pairs)
+            result.add(case, reader, details={"runs": runs}, **figures)
+        result.absent = [Absent(case, reader, reason) for (case, reader), reason in self.absent.items()]
+        return result
+
+
+def middle(values: Any) -> float:
+    return statistics.median(values)
 
 
 def busy() -> float:
-    """Seconds that all cores together have worked since the start of the machine."""
+    """CPU seconds of all cores since the start of the machine."""
     with open("/proc/stat") as file:
         user, nice, system, _, _, irq, soft, steal = map(int, file.readline().split()[1:9])
     return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("av", "torch", "torchcodec", "decord2", "opencv-python-headless", "numpy", "pillow", "lmdb"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def table(folder: Path) -> None:
-    data = json.loads((folder / "video.json").read_text())
-    cells = {tuple(key.split(" ")): runs for key, runs in data["cells"].items() if runs != "failed"}
-    rows = sorted({(name, int(count)) for name, count, _ in cells}, key=lambda row: (row[0].split("-")[0] != "360p", row))
-    readers = [reader for reader in READERS if any(key[2] == reader for key in cells)]
-    about = data["about"]
-    others = [run["others"] for runs in cells.values() for run in runs if "others" in run]
-    lines = [
-        f"Frames to 448 x 448, medians; wall s / CPU s / extra memory MB. {about['date']}, {about['machine']}; "
-        + ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-        + (f". Other programs had at most {100 * max(others):.0f} % of the machine during any run" if others else "")
-        + ". Empty: not run. Ratios are medians over pairs of neighbouring runs, with the lowest and highest where there are several.",
-        "",
-        "| video | frames | "
-        + " | ".join(readers)
-        + " | torchcodec / eagle, wall | eagle / torchcodec, CPU | memory | fastest rival / eagle, wall |",
-        "|" + "---|" * (len(readers) + 6),
-    ]
-    for name, count in rows:
-        found = {reader: cells.get((name, str(count), reader), []) for reader in readers}
-        shown = [
-            f"{middle(runs, 'wall'):.2f} / {middle(runs, 'cpu'):.2f} / {middle(runs, 'memory') / 1e6:.0f}" if runs else ""
-            for runs in found.values()
-        ]
-        ours, theirs = found.get("eagle", []), found.get("torchcodec", [])
-        ratios = ["", "", "", ""]
-        if ours and theirs:
-            pairs = list(zip(ours, theirs))
-            ratios[0] = spread([b["wall"] / a["wall"] for a, b in pairs])
-            ratios[1] = spread([a["cpu"] / b["cpu"] for a, b in pairs])
-            ratios[2] = f"{middle(ours, 'memory') / max(middle(theirs, 'memory'), 1):.2f}"
-        rivals = [middle(runs, "wall") for reader, runs in found.items() if reader != "eagle" and runs]
-        if ours and rivals:
-            ratios[3] = f"{min(rivals) / middle(ours, 'wall'):.2f}"
-        lines.append(f"| {name} | {count} | " + " | ".join(shown + ratios) + " |")
-    (folder / "video.md").write_text("\n".join(lines) + "\n")
-    plot(folder, rows, readers, cells)
-
-
-def middle(runs: list[dict[str, float]], figure: str) -> float:
-    return statistics.median(run[figure] for run in runs)
-
-
-def spread(ratios: list[float]) -> str:
-    text = f"{statistics.median(ratios):.2f}"
-    return text if len(ratios) == 1 else f"{text} ({min(ratios):.2f}-{max(ratios):.2f})"
-
-
-def plot(folder, rows, readers, cells) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(name for name, _ in rows))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.4), squeeze=False)
-    for axis, name in zip(axes[0], names):
-        for reader in readers:
-            counts = [count for n, count in rows if n == name and (n, str(count), reader) in cells]
-            points = sorted((count, middle(cells[(name, str(count), reader)], "cpu")) for count in counts)
-            if points:
-                axis.plot(*zip(*points), marker="o", label=reader, linewidth=2.5 if reader == "eagle" else 1)
-        axis.set(title=name, xscale="log", yscale="log", xlabel="frames", ylabel="CPU s")
-        axis.set_xticks([8, 64, 512], ["8", "64", "512"])
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(folder / "video.png", dpi=90)
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["run", "series", "table"])
-    parser.add_argument("--videos", default=str(FOLDER))
-    parser.add_argument("--names", default="")
+    parser.add_argument("verb", choices=["run", "series"])
+    parser.add_argument("--videos", type=Path, default=FOLDER, help=f"folder of the videos of make_videos.py (default: {FOLDER})")
+    parser.add_argument("--names", default="", help="videos (default: 360p-10min,360p-60min,1080p-10min; of series: all)")
     parser.add_argument("--frames", default="8,64,512")
     parser.add_argument("--readers", default=",".join(READERS))
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
-    parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--results", default=str(RESULTS))
-    arguments = parser.parse_args()
-    if arguments.verb == "table":
-        table(Path(arguments.results))
-    elif arguments.verb == "series":
-        series(arguments)
-    else:
-        arguments.names = arguments.names or "360p-10min,360p-60min,1080p-10min"
-        run(arguments)
+    parser.add_argument("--fresh", action="store_true", help="delete FILE.json first")
+    add_out(parser)
+    options = parser.parse_args()
+    if options.out is None:
+        parser.error("--out FILE.json is required: every run is stored there")
+    if unknown := set(options.readers.split(",")) - set(READERS):
+        parser.error(f"unknown readers {', '.join(sorted(unknown))}; expected some of {', '.join(READERS)}")
+    try:
+        if options.verb == "series":
+            series(options)
+        else:
+            options.names = options.names or "360p-10min,360p-60min,1080p-10min"
+            run(options)
+    except ResultError as error:
+        parser.error(str(error))
+    return 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["cell"]:
         measure(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     else:
-        main()
+        sys.exit(main())

@@ -1,6 +1,6 @@
-"""Rows per second of `plan_many` on one core, over a mix like that of a training set; prints a table and writes it under results/.
+"""Rows per second of `plan_many` on one core, over a mix like that of a training set.
 
-    python packages/eagle-sampling/benchmarks/budget.py [--rows 1000000] [--no-write]
+    python packages/eagle-sampling/benchmarks/budget.py [--rows 1000000] [--out FILE.json]
 
 The mix: 60 % single images, 15 % of 2-8 images, 20 % one video (8 s to 1 h, log-uniform), 3 % of 2-4 videos, 2 % text only.
 Costs: 256 tokens per tile, 1 to 12 tiles per image, 270 to 274 tokens per frame.
@@ -9,16 +9,24 @@ Costs: 256 tokens per tile, 1 to 12 tiles per image, 270 to 274 tokens per frame
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report
+from benchmarks.timing import interleaved_seconds, medians
 from eagle_sampling.budget import CAPS, STATUS, STRATEGIES, PlanColumns, plan, plan_many
 
+METRICS = {
+    "million_rows_per_s": Metric("", "higher"),
+    "us_per_row": Metric("us", "lower"),
+    "kept": Metric("share of rows", "none"),
+    "fewer_frames": Metric("share of videos", "none"),
+}
 K = 256
 KINDS = (0.60, 0.15, 0.20, 0.03, 0.02)
 
@@ -43,24 +51,20 @@ def mixed_columns(rows: int, seed: int = 0) -> PlanColumns:
     )
 
 
-def measure(columns: PlanColumns, strategy: str, max_tokens: int, repeats: int = 5) -> dict:
-    times = []
-    result = plan_many(columns, max_tokens=max_tokens, strategy=strategy)
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = plan_many(columns, max_tokens=max_tokens, strategy=strategy)
-        times.append(time.perf_counter() - start)
-    seconds = float(np.median(times))
-    kept = result.status == 0
-    frames, wanted = (column[np.repeat(kept, np.diff(columns.video_offsets))] for column in (result.frames, columns.wanted))
-    return {
-        "strategy": strategy,
-        "max_tokens": max_tokens,
-        "rows_per_second": round(len(columns) / seconds),
-        "kept": round(float(kept.mean()), 4),
-        "fewer_frames": round(float((frames < wanted).sum()) / max(len(frames), 1), 4),
-        "dropped": {name: int((result.status == code).sum()) for code, name in enumerate(STATUS) if code and (result.status == code).any()},
-    }
+def measure(result: Result, columns: PlanColumns, strategy: str, max_tokens: int, rounds: int = 5) -> None:
+    run = {"ours": lambda: plan_many(columns, max_tokens=max_tokens, strategy=strategy)}
+    seconds = medians(interleaved_seconds(run, rounds))["ours"]
+    plans = run["ours"]()
+    kept = plans.status == 0
+    frames, wanted = (column[np.repeat(kept, np.diff(columns.video_offsets))] for column in (plans.frames, columns.wanted))
+    dropped = {name: int((plans.status == code).sum()) for code, name in enumerate(STATUS) if code and (plans.status == code).any()}
+    result.add(
+        f"plan_many, {strategy}, L_max {max_tokens}",
+        details={"dropped": dropped},
+        million_rows_per_s=len(columns) / seconds / 1e6,
+        kept=kept.mean(),
+        fewer_frames=(frames < wanted).sum() / max(len(frames), 1),
+    )
 
 
 def measure_scalar(columns: PlanColumns, strategy: str, max_tokens: int, rows: int = 5000) -> float:
@@ -78,37 +82,19 @@ def measure_scalar(columns: PlanColumns, strategy: str, max_tokens: int, rows: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--no-write", action="store_true")
+    add_out(parser)
     options = parser.parse_args()
     columns = mixed_columns(options.rows)
-    figures = [measure(columns, strategy, length) for strategy in STRATEGIES for length in (4096, 32768, 131072)]
-    scalar = {strategy: round(measure_scalar(columns, strategy, 32768), 1) for strategy in STRATEGIES}
-
-    lines = ["| strategy | L_max | million rows/s | kept | videos with fewer frames |", "|---|---|---|---|---|"]
-    for f in figures:
-        rate = f["rows_per_second"] / 1e6
-        lines.append(f"| {f['strategy']} | {f['max_tokens']} | {rate:.2f} | {100 * f['kept']:.1f} % | {100 * f['fewer_frames']:.1f} % |")
-    lines.append("")
-    lines.append("`plan`, one row at L_max 32768: " + ", ".join(f"{name} {micros} us" for name, micros in scalar.items()))
-    where = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "rows": options.rows,
-        "images": len(columns.image_tokens),
-        "videos": len(columns.wanted),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "machine": f"{platform.machine()}, one core",
-    }
-    table = "\n".join(lines)
-    print(table)
-    if not options.no_write:
-        folder = Path(__file__).parent / "results"
-        folder.mkdir(exist_ok=True)
-        (folder / "budget.json").write_text(json.dumps({**where, "figures": figures, "scalar_microseconds": scalar}, indent=1) + "\n")
-        head = ", ".join(f"{name} {value}" for name, value in where.items())
-        (folder / "budget.md").write_text(f"# plan_many on mixed rows\n\n{head}\n\n{table}\n")
+    settings = {"rows": options.rows, "images": len(columns.image_tokens), "videos": len(columns.wanted)}
+    result = Result("eagle-sampling/budget", environment(("numpy",)), METRICS, settings=settings)
+    for strategy in STRATEGIES:
+        for max_tokens in (4096, 32768, 131072):
+            measure(result, columns, strategy, max_tokens)
+    for strategy in STRATEGIES:
+        result.add(f"plan, one row, {strategy}, L_max 32768", us_per_row=measure_scalar(columns, strategy, 32768, min(5000, options.rows)))
+    report(result, options.out)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
 """Speed of grid selection on one core: `select_grid` for new and cached sizes, `select_grids` for sizes that all differ.
 
-    python packages/eagle-tiling/benchmarks/grid.py [--no-write]
-
-Writes results/grid.{json,md}.
+python packages/eagle-tiling/benchmarks/grid.py [--sizes 1000000] [--out FILE.json]
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
-from report import write
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report
+from benchmarks.timing import interleaved_seconds, medians
 from eagle_tiling import select_grid, select_grids
 from eagle_tiling.grid import _select
+
+METRICS = {"us": Metric("us per image", "lower"), "million_per_s": Metric("million images/s", "higher")}
 
 
 def scalar(max_tiles: int, sizes: list[tuple[int, int]]) -> tuple[float, float]:
@@ -30,35 +35,30 @@ def scalar(max_tiles: int, sizes: list[tuple[int, int]]) -> tuple[float, float]:
     return took[0], took[1]
 
 
-def vector(max_tiles: int, widths: np.ndarray, heights: np.ndarray, repeats: int = 7) -> float:
-    """Million images per second, median."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        select_grids(widths, heights, max_tiles=max_tiles)
-        times.append(time.perf_counter() - start)
-    return len(widths) / float(np.median(times)) / 1e6
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-write", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--sizes", type=int, default=1_000_000, help="different image sizes (default: 1000000), a twentieth for select_grid"
+    )
+    add_out(parser)
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    pairs = np.unique(rng.integers(0, 20000 * 20000, 1_100_000))  # sizes, no two the same
+    pairs = np.unique(rng.integers(0, 20000 * 20000, options.sizes + options.sizes // 10))  # no two sizes are the same
     rng.shuffle(pairs)
-    pairs = pairs[:1_000_000]
+    pairs = pairs[: options.sizes]
     widths, heights = pairs // 20000 + 1, pairs % 20000 + 1
-    sizes = list(zip(widths[:50_000].tolist(), heights[:50_000].tolist()))
+    few = max(1, options.sizes // 20)
+    sizes = list(zip(widths[:few].tolist(), heights[:few].tolist()))
 
-    figures = []
-    lines = ["| max_tiles | new size (us) | cached (us) | arrays, all sizes different (million/s) |", "|---|---|---|---|"]
+    result = Result("eagle-tiling/grid", environment(("numpy",)), METRICS, settings={"sizes": options.sizes})
     for max_tiles in (6, 12, 24, 40, 64):
         new, cached = scalar(max_tiles, sizes)
-        rate = vector(max_tiles, widths, heights)
-        figures.append({"max_tiles": max_tiles, "new_us": round(new, 2), "cached_us": round(cached, 2), "million_per_s": round(rate, 2)})
-        lines.append(f"| {max_tiles} | {new:.1f} | {cached:.2f} | {rate:.1f} |")
-    write("grid", "Choosing grids", "\n".join(lines), figures, save=not options.no_write)
+        result.add(f"select_grid, new size, max_tiles {max_tiles}", us=new)
+        result.add(f"select_grid, cached size, max_tiles {max_tiles}", us=cached)
+        run = {"ours": lambda max_tiles=max_tiles: select_grids(widths, heights, max_tiles=max_tiles)}
+        seconds = medians(interleaved_seconds(run, 7, warmup=0))["ours"]
+        result.add(f"select_grids, max_tiles {max_tiles}", million_per_s=len(widths) / seconds / 1e6)
+    report(result, options.out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""bf16 training on one GPU with activations kept, rebuilt and offloaded: the same run by the trainer itself, once for each turn.
+"""bf16 training on one GPU with activations kept, recomputed and offloaded: the same run by the trainer, once for each entry of `--order`.
 
-python benchmarks/activations.py [--steps 30] [--tokens 8192] [--order keep recompute offload keep] [--deterministic] [--out FILE]
+    python packages/eagle-train/benchmarks/activations.py [--steps 30] [--tokens 8192] [--order keep recompute offload keep]
+        [--deterministic] [--out FILE.json]
 
-Pictures of one shape in one colour are made, and their names are the answers; the model is a cut-down `1b` from random weights. Prints the
-losses of the runs side by side, and what each costs. Fails when a loss doesn't fall, or when runs with --deterministic differ in any bit.
-Without it attention's backward adds in any order: the first step's losses must be equal, what grows out of later ones is only shown.
+The data are generated images of one shape in one colour, with their names as answers; the model is a reduced `1b` with random weights.
+Prints the losses of the runs next to each other, and the time and memory of each. Fails if a loss does not fall, if the first step's losses
+differ, or, with --deterministic, if losses or gradient norms of two runs differ in any bit. Without --deterministic the backward of
+attention adds in any order, so later losses differ.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +24,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report
 from eagle_model.tokenizer import train_tokenizer
 from eagle_train.config import parse_config
 from eagle_train.distributed.world import start_world
@@ -30,10 +36,18 @@ from eagle_train.runs.train import train
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (220, 200, 40)}
 SHAPES = ("circle", "square")
 GIB = 1 << 30
+METRICS = {
+    "ms": Metric("ms per step", "lower"),
+    "peak_gib": Metric("GiB", "lower"),
+    "host_gib": Metric("GiB", "none"),
+    "tokens": Metric("per step", "none"),
+    "largest_difference": Metric("of a loss to the first run's", "none"),
+    "seconds": Metric("s", "none"),
+}
 
 
 def make_data(folder: Path, rows: int) -> None:
-    """Pictures of 640 x 480 with one shape in them, and what they show."""
+    """Images of 640 x 480 with one shape each, and its name as the answer."""
     lines = []
     for index in range(rows):
         colour, shape = list(COLOURS)[index % 4], SHAPES[index // 4 % 2]
@@ -74,7 +88,7 @@ def run(folder: Path, name: str, mode: str, steps: int, tokens: int, device: str
     trainer = train(get_ready(config), world, on_record=records.append)
     taken = time.perf_counter() - begin
     steps_made = [record for record in records if record["kind"] == "step"]
-    places = trainer.engine.arena.capacity if trainer.engine is not None else 0
+    host = trainer.engine.arena.capacity if trainer.engine is not None else 0
     dtypes = {str(parameter.dtype) for parameter in trainer.model.parameters()}
     world.close()
     return {
@@ -85,21 +99,21 @@ def run(folder: Path, name: str, mode: str, steps: int, tokens: int, device: str
         "ms": statistics.median(record["seconds"] for record in steps_made[3:]) * 1e3,
         "tokens": statistics.mean(record["tokens"] for record in steps_made),
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if cuda else 0.0,
-        "host_gib": places / GIB,
+        "host_gib": host / GIB,
         "master_weights": sorted(dtypes),
         "seconds": taken,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--order", nargs="+", default=["keep", "recompute", "offload", "keep"], choices=["keep", "recompute", "offload"])
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=None)
+    add_out(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -113,19 +127,18 @@ def main() -> None:
     print("step  " + "  ".join(f"{row['mode']:>10}" for row in found))
     for index, losses in enumerate(zip(*(row["losses"] for row in found))):
         print(f"{index + 1:4}  " + "  ".join(f"{loss:10.4f}" for loss in losses))
-    for row in found:
-        apart = max(abs(a / b - 1) for a, b in zip(row["losses"], found[0]["losses"]))
-        row["apart"] = apart
-        print(
-            f"{row['mode']}: {row['ms']:.0f} ms a step of {row['tokens']:.0f} tokens, peak {row['peak_gib']:.2f} GiB, "
-            f"host {row['host_gib']:.2f} GiB, losses differ from the first run's by {apart:.2%} at most, weights {row['master_weights']}"
-        )
-    if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    result = Result("eagle-train/activations", environment(("torch", "triton", "transformers", "flash-attn-4")), METRICS, settings=settings)
+    for turn, row in enumerate(found):
+        difference = max(abs(a / b - 1) for a, b in zip(row["losses"], found[0]["losses"]))
+        details = {name: row[name] for name in ("losses", "norms", "master_weights")}
+        metrics = {name: row[name] for name in ("ms", "peak_gib", "host_gib", "tokens", "seconds")}
+        result.add(f"run {turn + 1}, {row['mode']}", details=details, **metrics, largest_difference=difference)
+    report(result, options.out)
     for row in found:
         tail = statistics.mean(row["losses"][-3:])
         if not tail < 0.7 * row["losses"][0]:
-            raise SystemExit(f"{row['mode']}: the loss doesn't fall: {row['losses'][0]:.3f} to {tail:.3f}")
+            raise SystemExit(f"{row['mode']}: the loss does not fall: {row['losses'][0]:.3f} to {tail:.3f}")
         if row["losses"][0] != found[0]["losses"][0]:
             raise SystemExit(f"{row['mode']}: the first loss is {row['losses'][0]!r}, not {found[0]['losses'][0]!r}")
         if options.deterministic and (row["losses"], row["norms"]) != (found[0]["losses"], found[0]["norms"]):

@@ -1,13 +1,14 @@
-"""Does reading keep up with a GPU? The loader feeds a clock: each step sleeps as long as one H200 would compute.
+"""Does reading keep up with a GPU? The loader feeds a clock: each step sleeps as long as one H200 computes.
 
-Rate (shared facts of the project): at 32K one H200 takes about 27 tiles a second, which is 126 tiles of 448 px and 4.7 s a pack. Three
-workloads: `images` (JPEG photographs of 2 megapixels, 12 + 1 tiles each, nine to a pack), `videos` (120 frames of a ten-minute H.264
-video with B-frames, one to a pack) and `mixed` (a pack of each in turn). Says which share of the time the step waited for data, what
-reading cost in CPU seconds (so: how many cores one GPU needs), and the most bytes that were read ahead.
+At 32K tokens one H200 processes about 27 tiles per second: 126 tiles of 448 px and 4.7 s per pack. Workloads: `images` (JPEG photographs of
+2 megapixels, 12 + 1 tiles each, nine per pack), `videos` (120 frames of a ten-minute H.264 video with B-frames, one per pack) and `mixed`
+(packs of both in turn). Measures the share of the time in which the step waited for data (`data_wait`), the CPU seconds of reading per
+second (the cores that one GPU needs), and the largest number of bytes that were read ahead.
 
-    python benchmarks/loader.py [--workload mixed] [--workers 8] [--steps 40] [--speed 4] [--media FOLDER]
+    python packages/eagle-train/benchmarks/loader.py [--workload mixed] [--workers 8] [--steps 40] [--speed 4] [--media FOLDER]
+        [--out FILE.json]
 
-`--speed 4`: as if a consumer four times as fast had to be fed. Each run adds its line to `results/loader.jsonl`.
+`--speed 4`: a consumer that is four times as fast.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report
 from eagle_model.tokenizer import train_tokenizer
 from eagle_sampling import Limits
 from eagle_train.config import parse_config
@@ -41,11 +43,22 @@ from make_videos import FOLDER, make
 
 TILES_PER_SECOND = 27.0
 MODEL = ModelFacts(448, 256)
-RESULTS = Path(__file__).parent / "results" / "loader.jsonl"
+METRICS = {
+    "data_wait": Metric("share of the time", "lower"),
+    "longest_wait_s": Metric("s", "lower"),
+    "steps_that_waited_10ms": Metric("", "lower"),
+    "tiles_per_s": Metric("", "higher"),
+    "reader_cpu_per_s": Metric("", "lower"),
+    "parent_cpu_per_s": Metric("", "lower"),
+    "ahead_mib": Metric("MiB", "none"),
+    "tiles_per_step": Metric("", "none"),
+    "steps": Metric("", "none"),
+    "seconds": Metric("s", "none"),
+}
 
 
 def make_rows(folder: Path, media: Path, workload: str, count: int) -> None:
-    """`rows.jsonl` with `count` packs' worth of rows, and the photographs that they name."""
+    """`rows.jsonl` with the rows of `count` packs, and the photographs that they name."""
     rng = np.random.default_rng(0)
     talk = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "noise"}]
     rows = []
@@ -62,7 +75,7 @@ def make_rows(folder: Path, media: Path, workload: str, count: int) -> None:
 
 
 def cpu_seconds() -> tuple[float, float]:
-    """CPU seconds so far of this process, and of its reading processes (Linux; 0 elsewhere)."""
+    """CPU seconds so far of this process, and of its reading processes (Linux; 0 on other systems)."""
     readers = 0.0
     for child in multiprocessing.active_children():
         try:
@@ -73,8 +86,8 @@ def cpu_seconds() -> tuple[float, float]:
     return time.process_time(), readers
 
 
-def run(given: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """One run; the figures."""
+def run(given: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """The metrics of one run."""
     make_rows(folder, Path(given.media), given.workload, given.steps)
     tokenizer = train_tokenizer(["what? noise"], 512)
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -99,13 +112,13 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, object]:
 
     reading = Reading(str(folder / "tokenizer"), MODEL, True, Limits())
     with Loader(tasks(), reading, workers=given.workers, prefetch=given.prefetch << 20) as loader:
-        first = loader.get()  # starting the processes and reading the first pack are a run's, not a step's
+        first = loader.get()  # starts the processes and reads the first pack, once per run
         assert first is not None
         waited, begin, (parent, readers) = loader.waited, time.monotonic(), cpu_seconds()
         waits, tiles, most = [], 0, 0
         batch = first[1]
         while True:
-            for _ in range(20):  # the step: sleep, and look now and then at how much is read ahead
+            for _ in range(20):  # the step: sleep, and read the number of bytes ahead 20 times
                 time.sleep(len(batch.tiles) / (TILES_PER_SECOND * given.speed) / 20)
                 most = max(most, loader.bytes_ahead)
             tiles += len(batch.tiles)
@@ -119,45 +132,34 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, object]:
         after = cpu_seconds()
         waited = loader.waited - waited
     return {
-        "workload": given.workload,
-        "data_wait": round(waited / elapsed, 4),
-        "longest_wait_s": round(max(waits), 3),
+        "data_wait": waited / elapsed,
+        "longest_wait_s": max(waits),
         "steps_that_waited_10ms": sum(wait > 0.01 for wait in waits),
+        "tiles_per_s": tiles / elapsed,
+        "reader_cpu_per_s": (after[1] - readers) / elapsed,
+        "parent_cpu_per_s": (after[0] - parent) / elapsed,
+        "ahead_mib": most / 2**20,
+        "tiles_per_step": tiles / (len(waits) + 1),
         "steps": len(waits) + 1,
-        "tiles_per_second": round(tiles / elapsed, 1),
-        "tiles_per_step": round(tiles / (len(waits) + 1), 1),
-        "seconds": round(elapsed, 1),
-        "reader_cpu_per_s": round((after[1] - readers) / elapsed, 3),
-        "parent_cpu_per_s": round((after[0] - parent) / elapsed, 3),
-        "bytes_ahead_MiB": round(most / 2**20),
-        "bound_MiB": given.prefetch,
-        "workers": given.workers,
-        "speed": given.speed,
-        "cpus": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "machine": platform.machine(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "seconds": elapsed,
     }
 
 
 def main() -> None:
-    """Make data, run, print one JSON line and keep it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=["images", "videos", "mixed"], default="mixed")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--speed", type=float, default=1.0)
     parser.add_argument("--prefetch", type=int, default=1024, help="MiB")
-    parser.add_argument("--media", default=str(FOLDER), help="folder of the benchmark videos; made when they aren't there")
-    parser.add_argument("--dry", action="store_true", help="print the line without keeping it")
+    parser.add_argument("--media", default=str(FOLDER), help="folder of the benchmark videos, which are made if they are missing")
+    add_out(parser)
     given = parser.parse_args()
+    settings = {name: value for name, value in vars(given).items() if name not in ("out", "media")}
+    result = Result("eagle-train/loader", environment(("numpy", "pillow", "av", "pyarrow")), METRICS, settings=settings)
     with tempfile.TemporaryDirectory() as name:
-        line = json.dumps(run(given, Path(name)))
-    print(line)
-    if not given.dry:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(line + "\n")
+        result.add(f"{given.workload}, {given.workers} workers, speed {given.speed:g}", **run(given, Path(name)))
+    report(result, given.out)
 
 
 if __name__ == "__main__":

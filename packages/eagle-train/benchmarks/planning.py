@@ -1,12 +1,15 @@
-"""How full and how even packs are, beside the rules of other packers, and how fast columns become plans.
+"""Fill and balance of packs, compared with other packing rules, and the speed of planning.
 
-    python packages/eagle-train/benchmarks/planning.py [samples]
+    python packages/eagle-train/benchmarks/planning.py [SAMPLES] [--out FILE.json]
 
-Distributions at 16K tokens: short images (1-13 tiles of 256 tokens and a question), mixed (a tenth documents of 2-8K, a tenth
-anything up to 16K), video-heavy (85 % videos of 30-60 frames, most longer than half a pack). Rivals, in arrival order within a
-buffer: worst fit into the emptiest open pack (the original's rule), online best fit; and best fit decreasing over everything.
+Distributions at 16K tokens: short images (1-13 tiles of 256 tokens and a question), mixed (a tenth documents of 2-8K, a tenth of any length
+up to 16K), video-heavy (85 % videos of 30-60 frames, most longer than half a pack). Rivals, in order of arrival: worst fit into the
+emptiest open pack (the rule of the original code), online best fit; and best fit decreasing over all samples. `fill`: tokens of the samples
+over the capacity of the packs; `cost_spread`: standard deviation of the packs' costs over their mean; `costliest_of_step`: the cost of the
+costliest pack of a step over the mean of the step.
 """
 
+import argparse
 import heapq
 import sys
 import time
@@ -16,6 +19,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report
 from eagle_sampling import TimeTable
 from eagle_train.config import SamplingConfig, StageConfig, TilingConfig
 from eagle_train.data.facts import SCHEMA, Facts, FactsSource, FrameCosts
@@ -24,6 +30,13 @@ from eagle_train.planning.stages import plan_stage
 from eagle_train.planning.visual import ModelFacts, plan_visual
 
 CAPACITY = 16384
+METRICS = {
+    "fill": Metric("", "higher"),
+    "cost_spread": Metric("", "lower"),
+    "costliest_of_step": Metric("", "lower"),
+    "rows_per_cpu_s": Metric("", "higher"),
+    "packs": Metric("", "none"),
+}
 
 
 def short_images(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -42,45 +55,45 @@ def video_heavy(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def worst_fit(lengths: np.ndarray) -> np.ndarray:
-    """Pack of each sample: the emptiest pack if the sample fits there, else a new one."""
-    rooms: list[tuple[int, int]] = []
+    """Pack of each sample: the emptiest pack if the sample fits into it, else a new one."""
+    open_packs: list[tuple[int, int]] = []  # (minus the free tokens, pack)
     bins, count = [], 0
     for length in lengths.tolist():
-        if rooms and -rooms[0][0] >= length:
-            room, index = heapq.heappop(rooms)
+        if open_packs and -open_packs[0][0] >= length:
+            free, index = heapq.heappop(open_packs)
         else:
-            room, index = -CAPACITY, count
+            free, index = -CAPACITY, count
             count += 1
-        heapq.heappush(rooms, (room + length, index))
+        heapq.heappush(open_packs, (free + length, index))
         bins.append(index)
     return np.array(bins)
 
 
-def describe(name: str, lengths: np.ndarray, bins: np.ndarray) -> str:
+def describe(lengths: np.ndarray, bins: np.ndarray) -> dict[str, float]:
     count = int(bins.max()) + 1
     costs = np.bincount(bins, weights=sample_costs(lengths))
-    return f"  {name:24s} fill {lengths.sum() / (count * CAPACITY):.4f}   cost spread {costs.std() / costs.mean():.4f}"
+    return {"fill": lengths.sum() / (count * CAPACITY), "cost_spread": costs.std() / costs.mean(), "packs": count}
 
 
-def packing(count: int) -> None:
+def packing(result: Result, count: int) -> None:
     rng = np.random.default_rng(0)
     for name, distribution in (("short images", short_images), ("mixed", mixed), ("video-heavy", video_heavy)):
         lengths = distribution(rng, count).astype(np.int64)
-        print(f"{name}, {count} samples, mean {lengths.mean():.0f} tokens")
-        print(describe("worst fit, online", lengths, worst_fit(lengths)))
-        print(describe("best fit, online", lengths, _best_fit(lengths, CAPACITY)[0]))
         falling = np.sort(lengths)[::-1]
-        print(describe("best fit, decreasing", falling, _best_fit(falling, CAPACITY)[0]))
+        details = {"samples": count, "mean_tokens": float(lengths.mean())}
+        result.add(name, "worst fit, online", details, **describe(lengths, worst_fit(lengths)))
+        result.add(name, "best fit, online", details, **describe(lengths, _best_fit(lengths, CAPACITY)[0]))
+        result.add(name, "best fit, decreasing", details, **describe(falling, _best_fit(falling, CAPACITY)[0]))
         start = time.process_time()
         packs = pack(lengths, CAPACITY, seed=1)
         seconds = time.process_time() - start
         bins = np.empty(count, np.int64)
         bins[packs.items] = np.repeat(np.arange(len(packs)), np.diff(packs.offsets))
-        print(describe("ours", lengths, bins) + f"   {count / seconds:,.0f} samples/s")
+        result.add(name, "ours", details, **describe(lengths, bins), rows_per_cpu_s=count / seconds)
 
 
 def facts_of(count: int) -> Facts:
-    """Rows: a third text, a third single images, a sixth three images, a sixth 30-second videos; every size different."""
+    """Rows: a third text, a third single images, a sixth three images, a sixth videos of 30 seconds; all image sizes differ."""
     rng = np.random.default_rng(0)
     base = 30_000
     columns: dict[str, list] = {name: [] for name in SCHEMA.names}
@@ -104,7 +117,7 @@ def facts_of(count: int) -> Facts:
     return Facts(whole, (FactsSource("all", Path("all"), Path("."), 0, len(whole), 0, 1.0, 1.0, None),), costs, None, "key")
 
 
-def columns(count: int) -> None:
+def columns(result: Result, count: int) -> None:
     facts, model = facts_of(count), ModelFacts(448, 256)
     sampling, tiling = SamplingConfig(), TilingConfig()
     for max_tokens in (32768, 131072):
@@ -114,14 +127,24 @@ def columns(count: int) -> None:
         stage = StageConfig.model_validate({"name": "s", "max_tokens": max_tokens})
         plan = plan_stage(facts, stage, model, sampling=sampling, tiling=tiling, visual=visual)
         end = time.process_time()
-        print(
-            f"{len(facts)} rows at {max_tokens} tokens: visual plan {len(facts) / (middle - start):,.0f} rows/s, draw, pack and order "
-            f"{len(facts) / (end - middle):,.0f} rows/s; {plan.packs} packs, fill {plan.summary().fill:.4f}, "
-            f"costliest pack of a step {plan.summary().cost_spread:.3f} of the mean"
-        )
+        result.add(f"visual plan, {max_tokens} tokens", rows_per_cpu_s=len(facts) / (middle - start))
+        summary = plan.summary()
+        result.add(
+            f"draw, pack and order, {max_tokens} tokens", details={"rows": len(facts)},
+            rows_per_cpu_s=len(facts) / (end - middle), fill=summary.fill, packs=plan.packs, costliest_of_step=summary.cost_spread,
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("samples", nargs="?", type=int, default=300_000, metavar="SAMPLES", help="default: 300000")
+    add_out(parser)
+    options = parser.parse_args()
+    result = Result("eagle-train/planning", environment(("numpy", "pyarrow")), METRICS, settings={"samples": options.samples})
+    packing(result, options.samples)
+    columns(result, max(options.samples // 30_000, 1) * 30_000)
+    report(result, options.out)
 
 
 if __name__ == "__main__":
-    samples = int(sys.argv[1]) if len(sys.argv) > 1 else 300_000
-    packing(samples)
-    columns(max(samples // 30_000, 1) * 30_000)
+    main()

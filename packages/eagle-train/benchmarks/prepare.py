@@ -1,8 +1,9 @@
-"""Rows a second of `prepare` on the questions and images of easy-VQA, by number of processes and by how much is checked.
+"""Rows per second of `prepare` on the questions and images of easy-VQA, by number of processes and by `data.verify`.
 
-python packages/eagle-train/benchmarks/prepare.py [workers ...]
+python packages/eagle-train/benchmarks/prepare.py [WORKERS ...] [--out FILE.json]
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -12,9 +13,14 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report
 from eagle_model.prompt import EAGLE_TOKENS
 from eagle_train.config import parse_config
 from eagle_train.data.prepare import prepare
+
+METRICS = {"rows_per_s": Metric("", "higher"), "found_again_s": Metric("s", "lower"), "rows": Metric("", "none")}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -26,8 +32,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workers", nargs="*", type=int, default=[1, 2], metavar="WORKERS", help="numbers of processes (default: 1 2)")
+    add_out(parser)
+    options = parser.parse_args()
     from easy_vqa import get_train_image_paths, get_train_questions
 
+    result = Result("eagle-train/prepare", environment(("easy-vqa", "transformers", "pyarrow")), METRICS)
     tokenizer = byte_tokenizer()
     questions, answers, images = get_train_questions()
     paths = get_train_image_paths()
@@ -37,19 +48,19 @@ def main() -> None:
                 turns = [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": answer}]
                 file.write(json.dumps({"image": paths[image], "conversations": turns}) + "\n")
         for verify in ("header", "ends", "decode"):
-            for workers in [int(argument) for argument in sys.argv[1:]] or [1, 2]:
+            for workers in options.workers:
                 data = {"sources": {"s": {"annotation": "rows.jsonl"}}, "workers": workers, "verify": verify, "facts": f"{verify}{workers}"}
                 config = parse_config({"data": data}, base=Path(folder))
                 start = time.perf_counter()
-                report = prepare(config, tokenizer)
+                prepared = prepare(config, tokenizer)
                 seconds = time.perf_counter() - start
                 again = time.perf_counter()
                 prepare(config, tokenizer)
                 again = time.perf_counter() - again
-                print(
-                    f"{verify:7s} {workers} processes: {report.rows} rows in {seconds:.1f} s, {report.rows / seconds:,.0f} rows/s; "
-                    f"found again in {again:.2f} s"
+                result.add(
+                    f"verify {verify}, {workers} processes", rows_per_s=prepared.rows / seconds, found_again_s=again, rows=prepared.rows
                 )
+    report(result, options.out)
 
 
 if __name__ == "__main__":

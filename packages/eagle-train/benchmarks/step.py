@@ -1,21 +1,19 @@
-"""A training step of the 8B model on one GPU: what it costs to keep checkpoints on the host, and whether `plan_memory` is right.
+"""A training step of the 8B model: the cost of keeping the inputs of layers in host memory, and the accuracy of `plan_memory`.
 
-python benchmarks/step.py [--out FILE] [--only CASE ...]   (CASE: 32k, 128k, optimizer, frozen)
-python -m torch.distributed.run --standalone --nproc-per-node=4 benchmarks/step.py --only shards
+    python packages/eagle-train/benchmarks/step.py [--only CASE ...] [--out FILE.json]        (CASE: 32k, 128k, optimizer, frozen)
+    python -m torch.distributed.run --standalone --nproc-per-node=4 packages/eagle-train/benchmarks/step.py --only shards
 
-`32k` and `128k`: all 28 layers, weights in bf16, forward + backward, vision tower and connector included, one sequence of image tokens but
-for 2048 of text, which carry the labels; the two policies take turns. `optimizer` and `frozen`: the trainer's own way, that is FSDP2 on one
-rank, float32 weights and AdamW, with as many layers as fit. `shards`: the same with all 28 layers over several ranks, each with a sequence
-of its own; the worst rank counts. Peaks are read at every moment of the step, so that a wrong part shows.
+`32k` and `128k`: all 28 layers, weights in bf16, forward and backward, with vision tower and connector; one sequence of visual tokens and
+2048 text tokens, which have the labels. Both policies run in turn. `optimizer` and `frozen`: the trainer's configuration, which is FSDP2 on
+one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the same with all 28 layers over several ranks, each with its own
+sequence; the worst rank counts. Peaks are recorded at every moment of the step, so that an error in one part of the plan is visible.
 """
 
 import argparse
 import dataclasses
-import datetime
 import gc
-import importlib.metadata
-import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.cuda import ceilings
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report, write
 from eagle_kernels import MemoryPlan, OffloadEngine, plan_memory
 from eagle_model import EagleForConditionalGeneration, PackedBatch, preset
 from eagle_model.memory import decoder_shape, vision_shape
@@ -35,6 +37,16 @@ from eagle_train.training.optim import make_optimizer, set_trainable
 GIB = 1 << 30
 TEXT = 2048
 LIBRARIES = ("torch", "triton", "transformers", "flash-attn-4")
+METRICS = {
+    "ms": Metric("ms", "lower"),
+    "tokens_per_s": Metric("", "higher"),
+    "over_recompute": Metric("", "none"),
+    "peak_gib": Metric("GiB", "lower"),
+    "planned_gib": Metric("GiB", "none"),
+    "plan_error": Metric("", "none"),
+    "host_gib": Metric("GiB", "none"),
+    "loss": Metric("", "none"),
+}
 
 
 class Moments:
@@ -52,7 +64,7 @@ class Moments:
         self.current = name
 
     def _watch(self, model: Any) -> None:
-        """Marks where the parts of the model begin, forward and backward."""
+        """Mark where the parts of the model begin, in forward and in backward."""
         layers = model.blocks("language")
 
         def at(tensor: torch.Tensor, name: str) -> None:
@@ -82,7 +94,7 @@ def log(text: str) -> None:
 
 
 def worst(ms: float, peaks: dict[str, int]) -> tuple[float, dict[str, int]]:
-    """The slowest rank's time, and of every moment the highest peak that a rank saw."""
+    """The slowest rank's time, and the highest peak of any rank at every moment."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return ms, peaks
     found: list[Any] = [None] * dist.get_world_size()
@@ -95,7 +107,7 @@ def described(layers: int) -> Any:
 
 
 def batch(config: Any, tokens: int) -> PackedBatch:
-    """One sequence: all image tokens but TEXT of text, and these are the labels."""
+    """One sequence of visual tokens and TEXT text tokens, which have the labels."""
     size, vocab = config.tile_size, config.text_config.vocab_size
     tiles = (tokens - TEXT) // config.tokens_per_tile
     images = tiles * config.tokens_per_tile
@@ -118,7 +130,7 @@ def batch(config: Any, tokens: int) -> PackedBatch:
 
 
 def step(model: Any, moments: Moments, inputs: PackedBatch, optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
-    """(milliseconds, loss) of one step; gradients are gone afterwards."""
+    """(milliseconds, loss) of one step; the gradients are freed."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     moments.mark("vision forward")
@@ -138,6 +150,7 @@ def step(model: Any, moments: Moments, inputs: PackedBatch, optimizer: torch.opt
 
 
 def run(
+    result: Result,
     name: str,
     model: Any,
     moments: Moments,
@@ -145,8 +158,8 @@ def run(
     order: list[str],
     plans: dict[str, MemoryPlan],
     optimizer: torch.optim.Optimizer | None = None,
-) -> list[dict[str, Any]]:
-    """Steps in the order of policies asked for; one row per policy, its fastest step and the peaks of its last one."""
+) -> None:
+    """Steps with the policies in `order`; one case per policy, with its fastest step and the peaks of its last one."""
     config = model.config
     inputs = batch(config, tokens)
     begin = time.perf_counter()
@@ -163,27 +176,26 @@ def run(
         times[policy].append(ms)
         peaks[policy] = peak
         log(f"{name} {policy}: {ms:.0f} ms, loss {losses[policy]:.4f}, peak {max(peak.values()) / GIB:.2f} GiB")
-    rows = []
     for policy, plan in plans.items():
         if policy not in times:
             continue
-        peak = max(peaks[policy].values())
-        rows.append(
-            {
-                "case": name, "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-                "tokens": tokens, "layers": config.text_config.num_hidden_layers, "policy": policy, "ms": min(times[policy]),
-                "all_ms": times[policy], "tokens_per_second": tokens / min(times[policy]) * 1e3, "loss": losses[policy],
-                "over_recompute": min(times[policy]) / min(times["recompute"]) - 1 if "recompute" in times else None,
-                "peak_gib": peak / GIB, "planned_gib": plan.gpu / GIB, "plan_error": plan.gpu / peak - 1, "planned_moment": plan.moment,
-                "host_gib": plan.host / GIB, "peaks_gib": {key: value / GIB for key, value in peaks[policy].items()},
-                "planned_moments_gib": {key: sum(parts.values()) / GIB for key, parts in plan.moments.items()},
-            }
-        )  # fmt: skip
-    return rows
+        peak, ms = max(peaks[policy].values()), min(times[policy])
+        metrics = {
+            "ms": ms, "tokens_per_s": tokens / ms * 1e3, "peak_gib": peak / GIB, "planned_gib": plan.gpu / GIB,
+            "plan_error": plan.gpu / peak - 1, "host_gib": plan.host / GIB, "loss": losses[policy],
+        }  # fmt: skip
+        if "recompute" in times:
+            metrics["over_recompute"] = ms / min(times["recompute"]) - 1
+        details = {
+            "tokens": tokens, "layers": config.text_config.num_hidden_layers, "all_ms": times[policy], "planned_moment": plan.moment,
+            "peaks_gib": {moment: size / GIB for moment, size in peaks[policy].items()},
+            "planned_moments_gib": {moment: sum(parts.values()) / GIB for moment, parts in plan.moments.items()},
+        }  # fmt: skip
+        result.add(f"{name}, {tokens} tokens, {details['layers']} layers, {policy}", details=details, **metrics)
 
 
 def make(layers: int, dtype: torch.dtype) -> Any:
-    """Random weights; made on the GPU, where filling 8 billion takes a second."""
+    """A model with random weights, made on the GPU, where filling 8 billion values takes a second."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -194,10 +206,9 @@ def make(layers: int, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def plain(cases: list[tuple[str, int, list[str]]], layers: int) -> list[dict[str, Any]]:
+def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int) -> None:
     model = make(layers, torch.bfloat16)
     moments = Moments(model)
-    rows = []
     for name, tokens, order in cases:
         vision = vision_shape(model.config, tokens - TEXT)
         shape = decoder_shape(model.config)
@@ -205,14 +216,13 @@ def plain(cases: list[tuple[str, int, list[str]]], layers: int) -> list[dict[str
             policy: plan_memory(shape, tokens, vision=vision, labelled=TEXT, offload=policy == "offload")
             for policy in ("recompute", "offload")
         }
-        rows += run(name, model, moments, tokens, order, plans)
+        run(result, name, model, moments, tokens, order, plans)
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
 
 
-def trained(name: str, tokens: int, layers: int, frozen: bool, order: list[str]) -> list[dict[str, Any]]:
-    """FSDP2 as the trainer does it: float32 weights and states, computation in bf16."""
+def trained(result: Result, name: str, tokens: int, layers: int, frozen: bool, order: list[str]) -> None:
+    """FSDP2 as in the trainer: float32 weights and states, computation in bf16."""
     parallel = ParallelConfig(dtype="bfloat16")
     world = start_world(parallel, "cuda")
     model = make(layers, torch.float32)
@@ -228,57 +238,42 @@ def trained(name: str, tokens: int, layers: int, frozen: bool, order: list[str])
         policy: plan_memory(shape, tokens, vision=vision, labelled=TEXT, offload=policy == "offload", **widths)
         for policy in ("recompute", "offload")
     }
-    rows = run(name, model, Moments(model), tokens, order, plans, optimizer)
+    run(result, name, model, Moments(model), tokens, order, plans, optimizer)
     world.close()
-    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--only", nargs="*", default=["32k", "128k", "optimizer", "frozen"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=["32k", "128k", "optimizer", "frozen"], metavar="CASE")
+    add_out(parser)
     options = parser.parse_args()
-    rows = []
+    if unknown := set(options.only) - {"32k", "128k", "optimizer", "frozen", "shards"}:
+        parser.error(f"unknown cases {', '.join(sorted(unknown))}")
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device is available")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    main_rank = int(os.environ.get("RANK", "0")) == 0
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    result = Result("eagle-train/step", environment(LIBRARIES, gpus=ranks), METRICS, settings={"only": options.only, "ranks": ranks})
+    if ranks == 1:
+        result.ceilings = ceilings()
+        torch.cuda.empty_cache()
     both = ["recompute", "offload"]
     # The first step of a length compiles and fills the allocator; the fastest of each policy counts.
     cases = [("32k", 32768, [*both, *both, *both]), ("128k", 131072, ["offload", *both, "recompute"])]
     cases = [case for case in cases if case[0] in options.only]
     if cases:
-        rows += plain(cases, 28)
-        write(rows, options.out)
+        plain(result, cases, 28)
     for name, layers, frozen in (("optimizer", 12, False), ("frozen", 16, True), ("shards", 28, False)):
         if name in options.only:
+            if main_rank and options.out is not None:
+                write(result, options.out)  # the cases so far, in case the next one runs out of memory
             gc.collect()
             torch.cuda.empty_cache()
-            # AdamW's states appear in the first step, after its peak: the last step of each policy counts.
-            rows += trained(name, 32768, layers, frozen, ["recompute", "offload", "recompute"])
-            write(rows, options.out)
-    for row in rows:
-        ratio = f" ({row['over_recompute']:+.1%})" if row["over_recompute"] is not None else ""
-        log(
-            f"{row['case']}: {row['tokens']} tokens, {row['layers']} layers, {row['policy']}: {row['ms']:.0f} ms{ratio}, "
-            f"{row['tokens_per_second']:.0f} tokens/s, peak {row['peak_gib']:.2f} GiB, planned {row['planned_gib']:.2f} "
-            f"({row['plan_error']:+.1%}, {row['planned_moment']}), host {row['host_gib']:.2f} GiB, loss {row['loss']:.4f}"
-        )
-
-
-def write(rows: list[dict[str, Any]], path: Path | None) -> None:
-    if path is not None and int(os.environ.get("RANK", "0")) == 0:
-        result = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "gpu": torch.cuda.get_device_name(),
-            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)},
-            "rows": rows,
-        }
-        path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+            # AdamW's states are allocated in the first step, after its peak: the last step of each policy counts.
+            trained(result, name, 32768, layers, frozen, ["recompute", "offload", "recompute"])
+    if main_rank:
+        report(result, options.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .options import ConfigFile, Overrides
+from .options import ConfigFile, Overrides, ShowDefaults
 
 lmdb_app = typer.Typer(help="Images in one file: build an LMDB, or check one.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(lmdb_app, name="lmdb")
@@ -73,20 +73,18 @@ def prepare(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    defaults: Annotated[bool, typer.Option(help="Also print every value that was chosen for you.")] = True,
+    show_defaults: ShowDefaults = False,
 ) -> None:
     """Say what would be trained: stages, steps, packs, how full, and what does not fit."""
-    from eagle_train.config import explain_defaults, load_config
+    from eagle_train.config import load_config
     from eagle_train.runs.ready import get_ready
     from eagle_train.watching.progress import prepare_progress
 
-    from .tables import plan_table, rows_line
+    from .tables import defaults_text, plan_table, rows_line
 
     loaded = load_config(config, overrides or ())
-    if defaults:
-        for default in explain_defaults(loaded):
-            print(f"default  {default.path} = {default.value}")
-        print()
+    if show_defaults:
+        print(defaults_text(loaded))
     with prepare_progress() as progress:
         ready = get_ready(loaded, progress=progress, held_out=False)
     ready.record_drops()

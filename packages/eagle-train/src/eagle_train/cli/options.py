@@ -13,4 +13,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one value: --set stages.0.lr=1e-5. May be given often.", metavar="KEY=VALUE"),
 ]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint of the run by name, or its folder; default: the newest.", metavar="NAME", show_default=False),
+]
+ShowDefaults = Annotated[bool, typer.Option("--show-defaults", help="Also print every value that the file does not set.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: a GPU when there is one.", show_default=False)]

@@ -35,9 +35,7 @@ def main(given: list[str]) -> NoReturn:
             stopped(error)
         if debug or not isinstance(error, Exception):
             raise
-        print(f"error: {error}" if str(error) else f"error: {type(error).__name__}", file=sys.stderr)
-        if not expected(error):
-            print("(this is not an error eagle foresaw; --debug shows where it comes from)", file=sys.stderr)
+        report(error)
         sys.exit(exit_code(error))
     sys.exit(0)
 
@@ -45,6 +43,39 @@ def main(given: list[str]) -> NoReturn:
 def is_main_rank() -> bool:
     """Whether this is the process that reports, of those that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def report(error: Exception) -> None:
+    """Print an error once: ranks other than the main rank leave to it what every rank finds, and name themselves for what is theirs."""
+    text = str(error) or type(error).__name__
+    if not is_main_rank():
+        write_error_file(f"rank {os.environ['RANK']}: {text}")
+        if same_everywhere(error):
+            return
+        text = f"rank {os.environ['RANK']}: {text}"
+    else:
+        write_error_file(text)
+    print(f"error: {text}", file=sys.stderr)
+    if not expected(error):
+        print("(this error has no message of its own in eagle; --debug shows where it comes from)", file=sys.stderr)
+
+
+def same_everywhere(error: BaseException) -> bool:
+    """Whether every rank raises this error, with the same message, so that the main rank's is enough."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"ConfigError", "EvaluationError", "MainRankError"}) and "DeviceError" not in names
+
+
+def write_error_file(text: str) -> None:
+    """Give torchrun the message for the summary that it prints last, in the file that it names for this."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        import json
+        import time
+
+        message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": message}, file)
 
 
 def stopped(error: BaseException) -> NoReturn:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from eagle_train.config import Config
     from eagle_train.evaluation.metrics import Evaluation
     from eagle_train.planning.stages import StageSchedule
     from eagle_train.training.trainer import Trainer
@@ -19,6 +20,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def defaults_text(config: Config) -> str:
+    """A line for every value that the configuration file does not set."""
+    from eagle_train.config import explain_defaults
+
+    return "\n".join(f"default  {default.path} = {default.value}" for default in explain_defaults(config))
 
 
 def plan_table(schedules: Sequence[StageSchedule]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .app import app
-from .options import Device, Overrides, RunFolder
+from .options import Checkpoint, Device, Overrides, RunFolder, ShowDefaults
 
 if TYPE_CHECKING:
     from eagle_train.training.stop import StopSignals
@@ -20,6 +20,7 @@ def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="Configuration (YAML), or the word quickstart.", show_default=False)],
     overrides: Overrides = None,
     device: Device = None,
+    show_defaults: ShowDefaults = False,
     folder: Annotated[
         Path | None, typer.Option("--dir", help="quickstart only: where its data and its run go; left out: runs.", show_default=False)
     ] = None,
@@ -39,7 +40,7 @@ def train(
         if config == "quickstart":
             _quickstart(folder, fresh, overrides, device, stop)
         else:
-            _train(config, folder is not None or fresh, overrides, device, stop)
+            _train(config, folder is not None or fresh, overrides, device, show_defaults, stop)
 
 
 def _quickstart(folder: Path | None, fresh: bool, overrides: list[str] | None, device: str | None, stop: StopSignals) -> None:
@@ -52,8 +53,8 @@ def _quickstart(folder: Path | None, fresh: bool, overrides: list[str] | None, d
     run_quickstart(folder or Path("runs"), Printer(), overrides=overrides or (), fresh=fresh, device=device, tables=tables, stop=stop)
 
 
-def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: str | None, stop: StopSignals) -> None:
-    from eagle_train.config import ConfigError, explain_defaults, load_config
+def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: str | None, show_defaults: bool, stop: StopSignals) -> None:
+    from eagle_train.config import ConfigError, load_config
     from eagle_train.training.stop import what_is_saved
 
     if quickstarts:
@@ -68,14 +69,14 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     from eagle_train.watching.report import write_report
 
     from .progress import Printer
-    from .tables import plan_table, rows_line, score_table, start_line
+    from .tables import defaults_text, plan_table, rows_line, score_table, start_line
 
     device = device_kind(device)
     config = resolve_dtype(config, device)
     world = start_world(config.parallel, device)
     printer = Printer(silent=not world.is_main)
-    for default in explain_defaults(config):
-        printer.say(f"default  {default.path} = {default.value}")
+    if show_defaults:
+        printer.say(defaults_text(config))
     try:
         with printer.preparing() as progress:
             ready = get_ready(config, world, progress)
@@ -103,19 +104,25 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
 def export(
     run: RunFolder,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
-    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of the run; left out: the newest.", show_default=False)] = None,
+    checkpoint: Checkpoint = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
     """Write a run's weights in the layout of the released Eagle 2.5 checkpoints."""
     from eagle_train.config import ConfigError
 
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype}: one of bfloat16, float16, float32")
+    if output.exists() and not (output.is_dir() and (force or not any(output.iterdir()))):
+        raise ConfigError(f"{output} exists and is not an empty folder; name another one, or add --force to write into that folder")
     from .progress import quiet
 
     quiet()
     from eagle_train.runs.export import export as run_export
     from eagle_train.runs.folder import open_run
+    from eagle_train.training.checkpoint import find_checkpoint
 
-    done = run_export(open_run(run), output, checkpoint_path=checkpoint, dtype=dtype)
+    config = open_run(run)
+    path = find_checkpoint(config.run.folder / "checkpoints", checkpoint) if checkpoint is not None else None
+    done = run_export(config, output, checkpoint_path=path, dtype=dtype)
     print(f"wrote {output} (stage {done['from']['stage_name']}, step {done['from']['step']})")

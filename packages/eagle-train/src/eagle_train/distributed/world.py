@@ -34,6 +34,14 @@ class RankError(TrainError, RuntimeError):
     """A rank can't continue, and without it no rank can."""
 
 
+class MainRankError(RankError):
+    """The main rank stopped, which it reports itself."""
+
+
+class DeviceError(ConfigError):
+    """The device that is asked for can't be used by this rank; other ranks may have one."""
+
+
 @dataclass
 class World:
     """This process among the others. `data_rank` of `data` groups reads its own packs; a group's `context` ranks share each pack."""
@@ -75,7 +83,7 @@ class World:
         if not self.is_main:
             dist.broadcast_object_list(told, src=0, group=self.patient)
             if told[0] is not None:
-                raise RankError(f"rank 0 stopped: {told[0]}")
+                raise MainRankError(f"rank 0 stopped: {told[0]}")
             return None
         try:
             result = work()
@@ -133,7 +141,7 @@ def device_kind(device: str | None) -> str:
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"device {device!r}: expected cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda': torch finds no GPU here; eagle doctor says what it finds")
+        raise DeviceError("device 'cuda': torch finds no GPU here; eagle doctor says what it finds")
     return device
 
 
@@ -167,7 +175,7 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
         )
     if kind == "cuda":
         if local >= torch.cuda.device_count():
-            raise ConfigError(f"local rank {local} finds no GPU of its own, there are {torch.cuda.device_count()}; start fewer ranks here")
+            raise DeviceError(f"local rank {local} finds no GPU of its own, there are {torch.cuda.device_count()}; start fewer ranks here")
         torch.cuda.set_device(local)
     here = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     owns = False

@@ -13,11 +13,11 @@ from typing import Any
 
 from eagle_train.config import Config, ConfigError, dump_config, load_config
 from eagle_train.config.load import free_keys, map_paths
-
 from eagle_train.distributed.precision import auto_dtype
 from eagle_train.training import checkpoint
 
 from .lock import locked
+
 
 def claim_folder(config: Config, tokenizer: Any = None) -> None:
     """Write config.yaml and origin/, or make sure that the run that is there is the same one; raises ConfigError naming what differs."""

@@ -134,6 +134,18 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def find_checkpoint(folder: Path, name: str) -> Path:
+    """The checkpoint `name` (for example `warmup-end`) of a run's `folder` of checkpoints, or the one at the path `name`.
+
+    Raises CheckpointError, naming those that exist, when there is none.
+    """
+    for path in (folder / name, Path(name)):
+        if (path / "state.json").is_file():
+            return path
+    names = ", ".join(path.name for path in whole(folder)) or "none yet"
+    raise CheckpointError(f"{name} is neither a checkpoint of the run nor the folder of one; {folder} holds: {names}")
+
+
 def clean(folder: Path) -> None:
     """Remove what a killed writer left: folders that never got their name."""
     if folder.is_dir():

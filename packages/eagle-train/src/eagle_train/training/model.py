@@ -31,17 +31,28 @@ _DECIDED_ELSEWHERE = {
 }
 
 
+def check_preset(config: Config) -> None:
+    """Raises ConfigError, naming the known ones, when the model starts from a preset that does not exist."""
+    from eagle_model.presets import PRESETS
+
+    name = config.model.preset or "tiny"
+    if config.model.path is None and name not in PRESETS:
+        raise ConfigError(f"model.preset: there is no preset {name!r}; known: {', '.join(PRESETS)}")
+
+
 def tokenizer_folder(config: Config) -> Path:
     """Where the run's tokenizer is: model.tokenizer, or the checkpoint folder it starts from."""
     folder = config.model.tokenizer or config.model.path
     if folder is None:
+        check_preset(config)
         raise ConfigError(
-            f"model: preset {config.model.origin!r} brings no tokenizer; name a folder in model.tokenizer "
+            f"model: preset {config.model.origin!r} has no tokenizer; name a folder in model.tokenizer "
             "(eagle_model.tokenizer can train one)"
         )
     if not Path(folder).is_dir():
+        key = "model.tokenizer" if config.model.tokenizer else "model.path"
         raise ConfigError(
-            f"model.tokenizer: {folder} is not a folder; "
+            f"{key}: {folder} is not a folder; "
             "name that of a Hugging Face tokenizer: one beside a checkpoint, or one that eagle_model.tokenizer trained"
         )
     return Path(folder)
@@ -81,11 +92,8 @@ def model_config(config: Config, tokenizer: Any) -> Any:
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    from eagle_model.presets import PRESETS
-
-    name, overrides = config.model.preset or "tiny", config.model.overrides
-    if config.model.path is None and name not in PRESETS:
-        raise ConfigError(f"model.preset: there is no preset {name!r}; known: {', '.join(PRESETS)}")
+    overrides = config.model.overrides
+    check_preset(config)
     _check_attention_name(config.model.attention)
     _check_overrides(overrides)
     try:

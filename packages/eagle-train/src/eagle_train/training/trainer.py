@@ -156,8 +156,11 @@ class Trainer:
                 self._train_stage(number, step, loader, resumed if step else None)
                 step = 0
         if self.world.is_main:
-            for source, seconds in loader.seconds_by_source.most_common(3):
-                logger.info("reading of source %s took %.1f s", source, seconds)
+            longest = loader.seconds_by_source.most_common(3)
+            if longest and longest[0][1] >= 1:
+                readers = self.config.loader.workers
+                who = f"{readers} reading processes of this rank, next to training" if readers else "this process, between steps"
+                logger.info("time spent on reading by %s: %s", who, ", ".join(f"{name} {seconds:.0f} s" for name, seconds in longest))
 
     def _resume(self) -> tuple[int, int, Path | None]:
         """Stage and step to go on with, and the checkpoint that they follow, if any; what was written after it is forgotten."""

@@ -17,6 +17,7 @@ def prepare_progress(console: Console | None = None) -> Iterator[Callable[[Step]
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[bad]} bad"),
+        TextColumn("elapsed"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),

@@ -30,7 +30,7 @@ class LinearCrossEntropyResult(NamedTuple):
 
     loss: Tensor
     token_losses: Tensor
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.count, which a result does not need)
 
 
 def chunk_rows(kept: int, vocab: int, itemsize: int) -> int:
