@@ -436,13 +436,18 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
             init.zeros_(bias)
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Also refuses arguments of `generate` that transformers defines for models of other kinds."""
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+        refuse_unknown(model_kwargs, signature(type(self).forward).parameters)
+
     def prepare_inputs_for_generation(  # type: ignore[override]  # releases of transformers have other parameters in other places
         self, input_ids: Any, *, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As in transformers, without what `forward` does not read.
 
-        `generate` refuses arguments that neither it nor `forward` knows before it calls this. What is dropped here are arguments that
-        releases of transformers add for models of other kinds.
+        Arguments of the caller that `forward` does not know are refused before (`_validate_model_kwargs`). What is dropped here are
+        arguments that `generate` itself adds, for models of other kinds.
         """
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
         known = {*signature(type(self).forward).parameters, "output_attentions"}
