@@ -7,7 +7,7 @@ from eagle_model.eagle import EagleForConditionalGeneration
 from eagle_train.cli.tables import plan_table, score_table
 from eagle_train.config import ConfigError
 from eagle_train.quickstart.build import Size
-from eagle_train.quickstart.run import run_quickstart
+from eagle_train.quickstart.quickstart import run_quickstart
 from eagle_train.runs.folder import remove_run
 from eagle_train.training.checkpoint import whole
 from eagle_train.training.metrics import Metrics

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eagle_train.cli import doctor, main
+from eagle_train.cli import doctor
+from eagle_train.cli.main import main, report
 from eagle_train.cli.pages import VERBS, rendered_page, stored_page
-from eagle_train.cli.run import report
 from eagle_train.cli.tested import TESTED
 from eagle_train.config import ConfigError, dump_config, load_config
 from eagle_train.distributed.world import DeviceError
@@ -67,7 +67,7 @@ def test_help_takes_less_than_a_third_of_a_second(verb):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; import eagle_train.cli.run; print(*sys.modules)"
+    code = "import sys; from eagle_train.cli.app import command; command(); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "eagle_train.cli.train" in modules
     assert not {"torch", "transformers", "numpy", "pydantic", "yaml", "av"} & set(modules)
@@ -371,8 +371,8 @@ def test_doctor_warns_of_versions_that_are_not_tested(monkeypatch, name, version
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     found = doctor._version(name)
     assert found.value == version
-    assert found.cure.startswith(advice)
-    assert bool(found.cure) == bool(advice)
+    assert found.remedy.startswith(advice)
+    assert bool(found.remedy) == bool(advice)
     assert not found.serious
 
 

@@ -254,7 +254,7 @@ def test_repaired_media_of_a_complete_source_are_found_when_asked_for(tmp_path, 
 
 
 def test_the_verb_says_how_repaired_media_come_in(tmp_path, colour_run, capsys):
-    from eagle_train.cli.data import prepare as verb
+    from eagle_train.cli.prepare import prepare as verb
 
     (tmp_path / "run.yaml").write_text(dump_config(colour_run(rows=3)))
     (tmp_path / "0.png").rename(tmp_path / "away.png")

@@ -37,9 +37,13 @@ class RankError(TrainError, RuntimeError):
 class MainRankError(RankError):
     """The main rank stopped, which it reports itself."""
 
+    on_every_rank = True
+
 
 class DeviceError(ConfigError):
-    """The device that is asked for can't be used by this rank; other ranks may have one."""
+    """The requested device can't be used by this rank; other ranks may have one."""
+
+    on_every_rank = False
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Verbs about what a model says: eval and chat."""
+"""`eagle eval`: score a model on held-out rows."""
 
 from __future__ import annotations
 
@@ -77,32 +77,3 @@ def evaluation_folder(run: Path, out: Path | None) -> Path:
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"--out {out} exists and is not an empty folder; name another one")
     return folder
-
-
-@app.command()
-def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or that of an exported or released model.", show_default=False)],
-    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="Left out: a conversation.", show_default=False)] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given often.", show_default=False)] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="Video file; may be given often.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
-    device: Device = None,
-) -> None:
-    """Ask a trained model about images and videos: one question, or a conversation (an empty line ends it)."""
-    from .progress import quiet
-
-    quiet()
-    from eagle_train.runs.chat import Chat
-
-    talk = Chat.open(run, images=image or (), videos=video or (), device=device, max_new_tokens=max_new_tokens)
-    if question is not None:
-        print(talk.ask(question))
-        return
-    while True:
-        try:
-            asked = input("> ").strip()
-        except EOFError:
-            return
-        if not asked:
-            return
-        print(talk.ask(asked))
