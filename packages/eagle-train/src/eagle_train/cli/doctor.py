@@ -66,7 +66,7 @@ def examine() -> list[Finding]:
 
 
 def untested(name: str, version: str) -> str:
-    """What to do about a version outside the tested range of a package; empty inside it. Patch releases of a tested release count as it."""
+    """The next step for a version outside the tested range of a package; empty inside it. Patch releases count as their release."""
     if name not in TESTED:
         return ""
     (oldest, newest), here = TESTED[name], _numbers(version)

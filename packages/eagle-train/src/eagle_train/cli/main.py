@@ -1,6 +1,6 @@
 """From a command line to an exit code: a stored help page, or a verb and what its end means to a shell.
 
-Exit codes are those of `eagle_train.errors`: an error class says its own in `exit_code`. Errors are one message without a traceback,
+Exit codes are those of `eagle_train.errors`: an error class states its own in `exit_code`. Errors are one message without a traceback,
 unless `--debug` is passed.
 """
 
@@ -17,7 +17,7 @@ from .progress import is_main_rank
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command line (default: that of the process) and exit with a code that says how it ended."""
+    """Run a command line (default: that of the process) and exit with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     page = stored_page(given)
     try:
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def run(given: list[str]) -> NoReturn:
-    """Run a verb and exit with a code that says how it ended."""
+    """Run a verb and exit with its exit code."""
     from .app import command
 
     debug = "--debug" in given

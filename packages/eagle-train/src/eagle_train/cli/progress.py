@@ -26,7 +26,7 @@ class Printer:
         self._open = False
         self._last = 0.0
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Print a message on a line of its own."""
         if self.silent:
             return
@@ -43,7 +43,7 @@ class Printer:
             scores = ", ".join(
                 f"{name} {score['accuracy']:.3f} (text-only {score['text_only']:.3f})" for name, score in record["scores"].items()
             )
-            self.say(f"{record['stage']}  after step {record['total_step']}: {scores}")
+            self.message(f"{record['stage']}  after step {record['total_step']}: {scores}")
         elif record["kind"] == "eval_failed":
             self._close()  # the error itself is logged
         elif record["kind"] == "step":

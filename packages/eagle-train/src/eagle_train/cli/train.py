@@ -75,25 +75,25 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     world = start_world(config.parallel, device)
     printer = Printer(silent=not world.is_main)
     if show_defaults:
-        printer.say(defaults_text(config))
+        printer.message(defaults_text(config))
     try:
         with printer.preparing() as progress:
             ready = get_ready(config, world, progress)
-        printer.say(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
+        printer.message(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
 
         def started(trainer: Trainer) -> None:
-            printer.say(plan_table(trainer.schedules))
-            printer.say(start_line(trainer))
+            printer.message(plan_table(trainer.schedules))
+            printer.message(start_line(trainer))
 
-        trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.say)
+        trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.message)
         result = trained.final_evaluation(limit=config.eval.limit)
         if world.is_main and result is not None:
             result.write(config.run.folder / "answers.jsonl")
-            printer.say(score_table(result))
+            printer.message(score_table(result))
         if world.is_main:
             write_report(config.run.folder)
-            printer.say(rows_line(ready.schedules, trained.trainer.missing))
-            printer.say(f"run folder: {config.run.folder}\nask it: eagle chat {config.run.folder} --image picture.png 'a question'")
+            printer.message(rows_line(ready.schedules, trained.trainer.missing))
+            printer.message(f"run folder: {config.run.folder}\ntry it: eagle chat {config.run.folder} --image picture.png 'a question'")
         trained.check_evaluations()
     finally:
         world.close()

@@ -16,7 +16,7 @@ from eagle_train.training.model import check_model_folder
 
 
 class Chat:
-    """Keeps what was said; `answer` decodes greedily. images and videos belong to the first question."""
+    """A conversation; `answer` decodes greedily. images and videos belong to the first question."""
 
     def __init__(
         self,
