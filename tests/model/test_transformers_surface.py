@@ -168,7 +168,7 @@ def test_recomputation_repeats_dropout(make_model, batch):
     for layer in model.language_model.model.layers:
         layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, nn.Dropout(0.5))
     gradients = []
-    for mode in ("none", "full"):
+    for mode in ("keep", "recompute"):
         model.set_activation_checkpointing(mode)
         model.zero_grad()
         torch.manual_seed(5)

@@ -118,8 +118,8 @@ def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colou
 
 def test_auto_recomputes_on_a_gpu_and_keeps_on_a_cpu(colour_run):
     config = colour_run()
-    assert activation_mode(config, torch.device("cpu")) == "none"
-    assert activation_mode(config, torch.device("cuda")) == "full"
+    assert activation_mode(config, torch.device("cpu")) == "keep"
+    assert activation_mode(config, torch.device("cuda")) == "recompute"
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
