@@ -100,7 +100,7 @@ def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tm
         assert len(given[number].sample_ids) == len(tasks[number].pack) - 1
     address = tasks[0].pack[0].address
     assert f"{address.annotation}:{stuck} (source {address.source}) is slow: " in caplog.text
-    assert "is left out" in caplog.text
+    assert "is not used" in caplog.text
 
 
 def test_a_reader_that_can_not_start_is_an_error_with_its_reason(tasks, reading):

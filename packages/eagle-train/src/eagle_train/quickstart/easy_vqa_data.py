@@ -62,8 +62,8 @@ def description(turns: Iterable[Turn]) -> str | None:
     The article is there for the tokens: behind it, words have those that they have in questions, and can be compared as they are.
     """
     known = {word for turn in turns if not is_yes_or_no(turn) for word in f"{turn.question} {turn.answer}".replace("?", " ").split()}
-    colour = next((word for word in COLOURS if word in known), None)
-    shape = next((word for word in SHAPES if word in known), None)
+    colour = next((name for name in COLOURS if name in known), None)
+    shape = next((name for name in SHAPES if name in known), None)
     return f"a {colour} {shape}" if colour and shape else None
 
 
