@@ -174,9 +174,9 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_allocated(tmp_p
     assert done.returncode == 2
     assert message in done.stderr
     assert "give the folder of a run of eagle train" in done.stderr
-    done = eagle_here("eval", tmp_path, "--device", "cpu")
+    done = eagle_here("eval", tmp_path, "--device", "cpu", "--data", tmp_path / "rows.jsonl")
     assert done.returncode == 2
-    assert f"{tmp_path} is not a run folder: it h" in done.stderr
+    assert message in done.stderr
     assert "is not a folder" in eagle_here("chat", tmp_path / "nothing", "hi", "--device", "cpu").stderr
 
 
@@ -363,6 +363,13 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     assert "model exists and is not an empty folder; name another one, or add --force" in again.stderr
     earlier = eagle_here("export", config.run.folder, tmp_path / "model", "--checkpoint", "one-end", "--force")
     assert "(stage one, step 4)" in earlier.stdout, earlier.stderr
+    model = ("eval", tmp_path / "model", "--device", "cpu")
+    scored = eagle_here(*model, "--data", tmp_path / "rows.jsonl", "--limit", 2, "--out", tmp_path / "of the model")
+    assert scored.returncode == 0, scored.stderr
+    assert re.search(r"^rows +2 +\d\.\d{3} +-$", scored.stdout, flags=re.MULTILINE), scored.stdout
+    assert len((tmp_path / "of the model" / "answers.jsonl").read_text().splitlines()) == 2
+    assert "name an annotation file with --data FILE" in eagle_here(*model).stderr
+    assert "only a run has checkpoints" in eagle_here(*model, "--data", tmp_path / "rows.jsonl", "--checkpoint", "one-end").stderr
     missing = eagle_here("export", config.run.folder, tmp_path / "other", "--checkpoint", "one-finish")
     assert "one-finish is neither a checkpoint of the run nor the folder of one" in missing.stderr
     assert "holds: one-end, two-end" in missing.stderr.replace("one-00000003, ", "")

@@ -143,12 +143,12 @@ def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
     return text + (f"; {counted(missing, 'sample')} could not be read while training" if missing else "")
 
 
-def score_table(result: Evaluation) -> str:
-    """Accuracy next to the text-only baseline, per source, and for questions that are not yes or no."""
+def score_table(result: Evaluation, *, baseline: bool = True) -> str:
+    """Accuracy next to the text-only baseline (if there is one), per source, and for questions that are not yes or no."""
     rows = [("questions", "count", "right", "text-only")]
 
     def add(name: str, score: tuple[int, float, float]) -> None:
-        rows.append((name, str(score[0]), f"{score[1]:.3f}", f"{score[2]:.3f}"))
+        rows.append((name, str(score[0]), f"{score[1]:.3f}", f"{score[2]:.3f}" if baseline else "-"))
 
     by_source = result.by_source()
     for source, score in by_source.items():
