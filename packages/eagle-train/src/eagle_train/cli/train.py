@@ -68,7 +68,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     from eagle_train.watching.report import write_report
 
     from .progress import Printer
-    from .tables import defaults_text, plan_table, rows_line, score_table, start_line
+    from .tables import defaults_text, plan_table, position_warnings, rows_line, score_table, start_line
 
     device = device_kind(device)
     config = resolve_dtype(config, device)
@@ -83,6 +83,8 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
 
         def started(trainer: Trainer) -> None:
             printer.message(plan_table(trainer.schedules))
+            for warning in position_warnings(ready):
+                printer.message(warning)
             printer.message(start_line(trainer))
 
         trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.message)
