@@ -19,8 +19,17 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("eagle.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Write the JSON Schema (for editors) instead.")] = False,
+    vision: Annotated[
+        str | None, typer.Option(help="Vision tower of a new model: folder or hub name.", metavar="SIGLIP", show_default=False)
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Its language model: folder, GGUF file or hub name.", metavar="MODEL", show_default=False)
+    ] = None,
 ) -> None:
-    """Write a commented configuration with every default."""
+    """Write a commented configuration with every default.
+
+    With --vision and --language, the first stage trains the connector alone.
+    """
     import json
 
     from eagle_train.config import Config, ConfigError
@@ -28,10 +37,20 @@ def init(
     from .template import commented_config
 
     if path.exists() and not force:
-        raise ConfigError(f"{path} is there already; --force writes over it")
+        raise ConfigError(f"{path} exists; --force writes over it")
+    if (vision is None) != (language is None):
+        raise ConfigError("--vision and --language belong together: a new model needs both")
+    parts = [_from(path.parent, name) for name in (vision, language)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(Config.json_schema(), indent=1) + "\n" if schema else commented_config(), encoding="utf-8")
+    path.write_text(json.dumps(Config.json_schema(), indent=1) + "\n" if schema else commented_config(*parts), encoding="utf-8")
     print(f"wrote {path}" + ("" if schema else f"; next: fill in model and data, then eagle plan {path}"))
+
+
+def _from(folder: Path, name: str | None) -> str | None:
+    """A path as it is written in a file of `folder`: absolute paths and names on the hub stay as they are."""
+    import os
+
+    return os.path.relpath(name, folder) if name is not None and Path(name).exists() and not Path(name).is_absolute() else name
 
 
 @app.command()

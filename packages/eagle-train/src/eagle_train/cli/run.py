@@ -11,7 +11,7 @@ import os
 import sys
 from typing import NoReturn
 
-from . import answers, data, inspection, train  # noqa: F401  (they add their verbs)
+from . import answers, data, inspection, tokenizer, train  # noqa: F401  (they add their verbs)
 from .app import app
 
 RUN_FAILED, WRONG_USE, BAD_DATA, EVALUATION_FAILED, INTERRUPTED = 1, 2, 3, 4, 130

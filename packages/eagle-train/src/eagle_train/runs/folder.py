@@ -1,6 +1,6 @@
 """The run folder: which run it holds, and what it keeps of where the run came from, so that it can be moved.
 
-`config.yaml` is complete. `origin/` holds the tokenizer and, for a run that starts from a checkpoint, that checkpoint's config.json: with
+`config.yaml` is complete. `origin/` holds the tokenizer and, for a run that starts from pretrained weights, the model's config.json: with
 them and a checkpoint of its own the run can be evaluated and exported wherever the folder is.
 """
 
@@ -15,6 +15,7 @@ from eagle_train.config import Config, ConfigError, dump_config, load_config
 from eagle_train.config.load import free_keys, map_paths
 from eagle_train.distributed.precision import auto_dtype
 from eagle_train.training import checkpoint
+from eagle_train.training.model import located, model_config
 
 from .lock import locked
 
@@ -52,7 +53,10 @@ def open_run(folder: str | Path) -> Config:
     config = _moved(load_config(path), folder, missing_only=True)
     model, origin = config.model, folder / "origin"
     if origin.is_dir():
-        model = model.replaced(tokenizer=str(origin), path=str(origin) if model.path is not None else None)
+        values: dict[str, Any] = {"tokenizer": str(origin)}
+        if model.path is not None or model.vision is not None:
+            values |= {"path": str(origin), "vision": None, "language": None, "image_size": None}
+        model = model.replaced(**values)
     return config.replaced(run=config.run.replaced(dir=folder.parent, name=folder.name), model=model)
 
 
@@ -93,7 +97,9 @@ def _keep_origin(config: Config, tokenizer: Any) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(temporary)
     if config.model.path is not None:
-        shutil.copyfile(Path(config.model.path) / "config.json", temporary / "config.json")
+        shutil.copyfile(located(config, "path") / "config.json", temporary / "config.json")
+    elif config.model.vision is not None:
+        model_config(config, tokenizer).save_pretrained(temporary)
     shutil.rmtree(origin, ignore_errors=True)
     temporary.rename(origin)
 

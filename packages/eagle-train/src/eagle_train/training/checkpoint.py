@@ -1,7 +1,8 @@
 """Checkpoints that survive a kill at any moment: written under another name, made durable, then renamed.
 
 A checkpoint is a folder `<stage>-<step>` (`<stage>-end` at the end of a stage) with `torch.distributed.checkpoint` files (weights,
-and the optimizer's state unless the stage is over) and `state.json`. A folder with that name is whole; one that starts with
+and the optimizer's state unless the stage is over and the next one does not carry it on) and `state.json`. A folder with that name is
+whole; one that starts with
 `.writing-` is what a kill left and is removed at the next start. Nothing else is ever deleted, except by the keep rule, and only
 after the newer checkpoint is complete.
 Whatever the number of ranks that wrote it, any other number can read it.
@@ -94,6 +95,32 @@ def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     if with_optimizer is not None:
         set_optimizer_state_dict(model, with_optimizer, state["optimizer"])
     return progress
+
+
+def carry_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Give an optimizer the state that another one had at the end of a stage, for the parameters that both train; every rank calls it.
+
+    Learning rates and the other settings of its groups stay. Raises CheckpointError when the checkpoint holds no optimizer state.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    keys = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    state = _state(model, optimizer)["optimizer"]
+    kept = {name for name in state["state"] if any(key.startswith(f"optimizer.state.{name}.") for key in keys)}
+    if not kept:
+        raise CheckpointError(
+            f"{path}: holds no optimizer state for the parameters of the next stage, which carry_optimizer asks for; set it to false"
+        )
+    wanted = {"optimizer": {"state": {name: state["state"][name] for name in sorted(kept)}}}
+    dcp.load(wanted, checkpoint_id=str(path), no_dist=world.size == 1, planner=DefaultLoadPlanner(allow_partial_load=False))
+    state["state"] |= wanted["optimizer"]["state"]
+    set_optimizer_state_dict(model, optimizer, state)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter in list(optimizer.state):
+        if names[id(parameter)] not in kept:  # reading made a state of zeros after one step
+            del optimizer.state[parameter]
 
 
 def _reason(error: BaseException) -> str:
