@@ -50,16 +50,20 @@ STAGES = [
     {"name": "one", "max_tokens": 640, "steps": 2, "packs_per_step": 4, "lr": 1e-3, "eps": 1e-3},
     {"name": "two", "max_tokens": 1280, "steps": 1, "packs_per_step": 2, "lr": 1e-3, "eps": 1e-3, "train": ["connector", "language"]},
 ]
+#: Further stages, each trained by one process and by two with FSDP2: what is trained changes between stages.
+VARIATIONS = {
+    "lora": [STAGES[0] | {"train": ["connector"]}, STAGES[1] | {"train": ["vision"], "parts": {"language": {"train": "lora", "lr": 1e-2}}}],
+    "muon": [STAGES[0] | {"optimizer": "muon"}, STAGES[1] | {"optimizer": "muon", "carry_optimizer": True}],
+    "carried": [STAGES[0] | {"train": ["connector"]}, STAGES[1] | {"carry_optimizer": True, "parts": {"language": {"layer_decay": 0.5}}}],
+}
 VANISHING = "3.png"
 """An image that is there when rows are prepared and gone when they are read: its sample is missing, whoever was to read it."""
 
 
-@pytest.fixture(scope="module")
-def alone(colour_run_in, tmp_path_factory):
+def train_alone(colour_run_in, folder, stages):
     """The run of one process."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("alone")
-    config = colour_run_in(folder, stages=STAGES, checkpoint={"every": 100})
+    config = colour_run_in(folder, stages=stages, checkpoint={"every": 100})
     ready = get_ready(config)
     (folder / VANISHING).unlink()
     train(ready, start_world(config.parallel, "cpu"))
@@ -67,13 +71,18 @@ def alone(colour_run_in, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def alone(colour_run_in, tmp_path_factory):
+    return train_alone(colour_run_in, tmp_path_factory.mktemp("alone"), STAGES)
+
+
+@pytest.fixture(scope="module")
 def on_ranks(colour_run_in, tmp_path_factory):
     """The same run on two ranks, for each way of sharing it."""
     ways = {"fsdp2": {"fsdp": True}, "replicated": {"fsdp": False}, "context-parallel": {"all_gather": 2}}
     configs, paths = {}, []
-    for way, parallel in ways.items():
-        folder = tmp_path_factory.mktemp(way)
-        configs[way] = colour_run_in(folder, stages=STAGES, checkpoint={"every": 100}, parallel={"dtype": "float32", **parallel})
+    for way in (*ways, *VARIATIONS):
+        folder, parallel = tmp_path_factory.mktemp(way), ways.get(way, {})
+        configs[way] = colour_run_in(folder, stages=VARIATIONS.get(way, STAGES), checkpoint={"every": 100}, parallel={"dtype": "float32", **parallel})
         paths.append(folder / "ranks.yaml")
         paths[-1].write_text(dump_config(configs[way]))
     train_on_ranks(paths)
@@ -87,6 +96,11 @@ def test_two_ranks_train_what_one_trains(alone, on_ranks, way):
     assert json.loads((ranks.run.folder / "checkpoints" / "two-end" / "state.json").read_text())["total_steps"] == 3
     missing = {(entry.line, entry.reason) for name in ("", "1") for entry in Ledger(ranks.run.folder / f"ledger-train{name}.jsonl")}
     assert missing == {(4, "unreadable")}
+
+
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_two_ranks_train_what_one_trains_in_other_stages(on_ranks, colour_run_in, tmp_path, variation):
+    same(train_alone(colour_run_in, tmp_path, VARIATIONS[variation]), on_ranks[variation])
 
 
 def test_one_process_needs_no_files_to_meet(tmp_path, monkeypatch):

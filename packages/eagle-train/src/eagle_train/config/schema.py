@@ -167,6 +167,7 @@ class ModelConfig(Section):
         default="auto", description="Attention backend of eagle_cp by name; auto takes the fastest one that is installed."
     )
     activations: Literal["auto", "keep", "recompute", "offload"] = Field(
+        json_schema_extra=FREE,
         default="auto",
         description="Activation checkpointing. keep: all activations stay; recompute: each layer from its input; offload: each layer from "
         "its input, which waits in host memory; auto: recompute on a GPU, keep on a CPU.",

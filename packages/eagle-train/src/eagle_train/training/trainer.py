@@ -167,7 +167,8 @@ class Trainer:
         path = checkpoint.latest(self.checkpoints)
         progress = checkpoint.read_progress(path) if path is not None else None
         if path is not None and progress is not None:
-            check_same(progress.data, self._data, path)
+            open_stages = [stage.name for stage in self.config.stages[progress.stage + progress.done :]]
+            check_same(progress.data, self._data, path, open_stages=open_stages)
             logger.info("resuming from %s", path)
         if self.world.is_main:
             checkpoint.clean(self.checkpoints)
