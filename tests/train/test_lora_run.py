@@ -115,7 +115,9 @@ def test_unknown_targets_are_refused(colour_run):
     config = colour_run(stages=stages()).replaced()
     model = config.model.replaced(lora={"language": {"targets": ["gate"]}})
     config = colour_run(stages=stages(), model=model.model_dump())
-    with pytest.raises(ConfigError, match=r"model.lora.language: lora target 'gate' is the name of no linear layer of language; it has q_proj"):
+    with pytest.raises(
+        ConfigError, match=r"model.lora.language: lora target 'gate' is the name of no linear layer of language; it has q_proj"
+    ):
         build_model(config, load_run_tokenizer(config))
 
 

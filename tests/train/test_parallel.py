@@ -57,7 +57,7 @@ VARIATIONS = {
     "carried": [STAGES[0] | {"train": ["connector"]}, STAGES[1] | {"carry_optimizer": True, "parts": {"language": {"layer_decay": 0.5}}}],
 }
 VANISHING = "3.png"
-"""An image that is there when rows are prepared and gone when they are read: its sample is missing, whoever was to read it."""
+"""An image that is there when rows are prepared and gone when they are read: its sample is missing, whichever rank reads it."""
 
 
 def train_alone(colour_run_in, folder, stages):
@@ -82,7 +82,9 @@ def on_ranks(colour_run_in, tmp_path_factory):
     configs, paths = {}, []
     for way in (*ways, *VARIATIONS):
         folder, parallel = tmp_path_factory.mktemp(way), ways.get(way, {})
-        configs[way] = colour_run_in(folder, stages=VARIATIONS.get(way, STAGES), checkpoint={"every": 100}, parallel={"dtype": "float32", **parallel})
+        configs[way] = colour_run_in(
+            folder, stages=VARIATIONS.get(way, STAGES), checkpoint={"every": 100}, parallel={"dtype": "float32", **parallel}
+        )
         paths.append(folder / "ranks.yaml")
         paths[-1].write_text(dump_config(configs[way]))
     train_on_ranks(paths)

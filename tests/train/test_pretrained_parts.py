@@ -209,10 +209,10 @@ def test_a_gguf_language_model(parts, tmp_path):
 def test_a_tokenizer_in_one_command(tmp_path):
     from typer.testing import CliRunner
 
-    from eagle_train.cli.run import app
+    from eagle_train.cli.app import command
 
     (tmp_path / "rows.jsonl").write_text('{"conversations": [{"from": "human", "value": "What colour is the shape?"}]}\n' * 30)
-    done = CliRunner().invoke(app, ["tokenizer", str(tmp_path / "made"), str(tmp_path / "rows.jsonl"), "--size", "320"])
+    done = CliRunner().invoke(command(), ["tokenizer", str(tmp_path / "made"), str(tmp_path / "rows.jsonl"), "--size", "320"])
     assert done.exit_code == 0, done.output
     tokenizer = load_run_tokenizer(parse_config({"model": {"tokenizer": str(tmp_path / "made")}}))
     assert 269 < len(tokenizer) <= 320
@@ -222,6 +222,6 @@ def test_a_tokenizer_in_one_command(tmp_path):
         ([str(tmp_path / "other"), str(tmp_path / "nothing.txt")], "there is no such file"),
         ([str(tmp_path / "other"), str(tmp_path / "rows.jsonl"), "--size", "100"], "--size: vocab_size is 100"),
     ):
-        failed = CliRunner().invoke(app, ["tokenizer", *arguments])
+        failed = CliRunner().invoke(command(), ["tokenizer", *arguments])
         assert isinstance(failed.exception, ConfigError)
         assert message in str(failed.exception)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from eagle_train.config import Config, StageConfig
 
 WIDTH = 118
-# What most people change first is written; everything else is a comment with its default.
+# These keys are written; every other key is a comment with its default.
 _STARTS = {("data", "recipe"): "recipe.yaml", ("run", "name"): "my-run"}
 _PRESET = {("model", "preset"): "tiny", ("model", "tokenizer"): "tokenizer"}
 _STAGES = (("32k", "32K"), ("64k", "64K"), ("128k", "128K"))
@@ -31,7 +31,7 @@ def commented_config(vision: str | None = None, language: str | None = None) -> 
     written: dict[tuple[str, str], Any] = {**_STARTS, **model}
     lines = [
         "## A run of eagle train. Lines with '##' explain; lines with '#' show a default: remove the '#' to change it.",
-        "## eagle plan says what this trains, before anything is trained. Paths are relative to this file.",
+        "## eagle plan prints what this trains, before anything is trained. Paths are relative to this file.",
         "",
     ]
     for name, field in Config.model_fields.items():

@@ -1,4 +1,4 @@
-"""The verb tokenizer: a small tokenizer from text, for a model that starts from random weights."""
+"""`eagle tokenizer`: train a small tokenizer from text, for a model that starts from random weights."""
 
 from __future__ import annotations
 

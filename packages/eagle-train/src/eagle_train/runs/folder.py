@@ -1,4 +1,4 @@
-"""The run folder: which run it holds, and what it keeps of where the run came from, so that it can be moved.
+"""The run folder: which run it holds, and copies of what the run started from, so that it can be moved.
 
 `config.yaml` is complete. `origin/` holds the tokenizer and, for a run that starts from pretrained weights, the model's config.json: with
 them and a checkpoint of its own the run can be evaluated and exported wherever the folder is.
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def claim_folder(config: Config, tokenizer: Any = None) -> None:
-    """Write config.yaml and origin/, or make sure that the run that is there is the same one; raises ConfigError naming what differs."""
+    """Write config.yaml and origin/, or check that the folder holds the same run; raises ConfigError naming what differs."""
     folder = config.run.folder
     path = folder / "config.yaml"
     if path.is_file() and checkpoint.latest(folder / "checkpoints") is not None:
@@ -97,7 +97,7 @@ def remove_run(folder: Path) -> None:
 
 
 def _moved(config: Config, folder: Path, *, missing_only: bool = False) -> Config:
-    """A copy whose paths lie to `folder` as they lay to its run folder; with `missing_only` those that lead nowhere as they are."""
+    """A copy with paths relative to `folder` as they were to its run folder; with `missing_only` only paths that don't exist change."""
     before = config.run.folder
 
     def move(path: Path) -> Path:
