@@ -78,7 +78,7 @@ def test_a_run_starts_from_an_adapter(colour_run_in, tmp_path, tokenizer):
     for name, tensor in weights(build_model(again, tokenizer)).items():
         assert torch.equal(tensor, trained[name]), name
     other = settings | {"adapter": str(tmp_path / "adapter"), "lora": {"language": {"rank": 2, "alpha": 5}}}
-    with pytest.raises(ConfigError, match=r"model.adapter: .*q_proj needs alpha 3; set model.lora"):
+    with pytest.raises(ConfigError, match=r"model.adapter: .*_proj needs alpha 3; set model.lora"):
         build_model(colour_run_in(tmp_path, model=other, stages=only), tokenizer)
 
 

@@ -87,13 +87,13 @@ def test_every_variation_trains_and_serves(released, colour_run_in, tmp_path, to
     Image.new("RGB", (64, 40), (200, 0, 0)).save(tmp_path / "red.png")
     answers = []
     for place in (config.run.folder, tmp_path / "exported"):
-        answers.append(Chat.open(place, images=[tmp_path / "red.png"], device="cpu", max_new_tokens=4).ask("<image-1>what color?"))
+        answers.append(Chat.open(place, images=[tmp_path / "red.png"], device="cpu", max_new_tokens=4).answer("<image-1>what color?"))
     assert answers[0] == answers[1]
 
 
 def test_a_released_folder_chats_as_it_is(released, tmp_path):
     folder = released("older")
     Image.new("RGB", (64, 40), (200, 0, 0)).save(tmp_path / "red.png")
-    Chat.open(folder, images=[tmp_path / "red.png"], device="cpu", max_new_tokens=2).ask("<image-1>what color?")
+    Chat.open(folder, images=[tmp_path / "red.png"], device="cpu", max_new_tokens=2).answer("<image-1>what color?")
     processor = EagleProcessor.from_pretrained(folder)
     assert [processor.to_dict()[name] for name in ("max_tiles", "thumbnail")] == [12, True]

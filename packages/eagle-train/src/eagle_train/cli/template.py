@@ -46,6 +46,8 @@ def commented_config(vision: str | None = None, language: str | None = None) -> 
             if all(line.lstrip().startswith("#") for line in body):
                 lines[-1] = f"# {name}:"
             lines += body
+        else:
+            lines[-1] = f"# {name}: {_text(field.get_default(call_default_factory=True))}"
         lines.append("")
     return "\n".join(lines)
 

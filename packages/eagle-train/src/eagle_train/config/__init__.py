@@ -18,6 +18,7 @@ from .schema import (
     Source,
     StageConfig,
     TilingConfig,
+    TrackerConfig,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Source",
     "StageConfig",
     "TilingConfig",
+    "TrackerConfig",
     "apply_overrides",
     "dump_config",
     "explain_defaults",

@@ -457,6 +457,23 @@ class EvalConfig(Section):
     max_new_tokens: int = Field(default=32, ge=1, description="Longest answer in tokens.")
 
 
+def _tracker(value: Any) -> Any:
+    """`wandb` and `{wandb: {project: p}}` as the section that they stand for."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+        [(name, options)] = value.items()
+        return {"name": name, "options": options or {}}
+    return value
+
+
+class TrackerConfig(Section):
+    """A program that shows the metrics of the run, in addition to metrics.jsonl."""
+
+    name: Literal["tensorboard", "wandb", "mlflow", "trackio"] = Field(description="Which one.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Its own options, for example {project: p, mode: offline} of wandb.")
+
+
 def _default_stages() -> list[StageConfig]:
     return [StageConfig(name=f"{n}k", max_tokens=n * 1024) for n in (32, 64, 128)]
 
@@ -484,6 +501,12 @@ class Config(Section):
     loader: LoaderConfig = Field(
         default_factory=LoaderConfig,
         description="Reading of media while training.",
+        json_schema_extra=FREE,
+    )
+    trackers: list[Annotated[TrackerConfig, BeforeValidator(_tracker)]] = Field(
+        default_factory=list,
+        description="Programs that show the metrics, next to metrics.jsonl, which is always written: tensorboard, wandb, mlflow, trackio, by "
+        "name or with options: [tensorboard, {wandb: {project: p, mode: offline}}].",
         json_schema_extra=FREE,
     )
     eval: EvalConfig = Field(
