@@ -39,7 +39,12 @@ def same(config, other):
         for key in ("tokens", "tiles", "samples", "missing", "labels", "seen_tokens", "fill", "lr"):
             assert a[key] == b[key]
     world = start_world(ParallelConfig(dtype="float32"), "cpu")
-    models = [load_trained(one, get_ready(one).tokenizer, world)[0].state_dict() for one in (config, other)]
+    ready = [(one, get_ready(one).tokenizer, world) for one in (config, other)]
+    models = [load_trained(*one)[0].state_dict() for one in ready]
+    if config.model.ema is not None:
+        averages = [load_trained(*one, ema=True)[0].state_dict() for one in ready]
+        assert any(not torch.equal(tensor, models[0][name]) for name, tensor in averages[0].items())
+        models = [one | {f"average {name}": tensor for name, tensor in average.items()} for one, average in zip(models, averages)]
     for name, tensor in models[0].items():
         # Adam divides by the gradient's own size: where that is nearly zero, its sign is a matter of rounding.
         torch.testing.assert_close(models[1][name], tensor, atol=2e-5, rtol=1e-5, msg=name)
@@ -60,10 +65,11 @@ VANISHING = "3.png"
 """An image that is there when rows are prepared and gone when they are read: its sample is missing, whichever rank reads it."""
 
 
-def train_alone(colour_run_in, folder, stages):
+def train_alone(colour_run_in, folder, stages, ema=None):
     """The run of one process."""
     torch.set_num_threads(1)
-    config = colour_run_in(folder, stages=stages, checkpoint={"every": 100})
+    model = colour_run_in(folder).model.model_dump() | {"ema": ema}
+    config = colour_run_in(folder, stages=stages, checkpoint={"every": 100}, model=model)
     ready = get_ready(config)
     (folder / VANISHING).unlink()
     train(ready, start_world(config.parallel, "cpu"))
@@ -102,7 +108,8 @@ def test_two_ranks_train_what_one_trains(alone, on_ranks, way):
 
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_two_ranks_train_what_one_trains_in_other_stages(on_ranks, colour_run_in, tmp_path, variation):
-    same(train_alone(colour_run_in, tmp_path, VARIATIONS[variation]), on_ranks[variation])
+    alone = train_alone(colour_run_in, tmp_path, VARIATIONS[variation], ema=on_ranks[variation].model.ema)
+    same(alone, on_ranks[variation])
 
 
 def test_one_process_needs_no_files_to_meet(tmp_path, monkeypatch):

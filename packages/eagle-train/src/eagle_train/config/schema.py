@@ -160,6 +160,13 @@ class ModelConfig(Section):
     adapter: str | None = Field(
         default=None, description="Folder of an adapter in PEFT's format that training starts from; its ranks are those of lora."
     )
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average of the trained weights, which eagle export --ema writes, for example 0.999; it takes 4 more "
+        "bytes per trained parameter. null: none.",
+    )
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Fields of EagleConfig to change, nested as in config.json, for example {text_config: {...}}."
     )
@@ -505,8 +512,8 @@ class Config(Section):
     )
     trackers: list[Annotated[TrackerConfig, BeforeValidator(_tracker)]] = Field(
         default_factory=list,
-        description="Programs that show the metrics, next to metrics.jsonl, which is always written: tensorboard, wandb, mlflow, trackio, by "
-        "name or with options: [tensorboard, {wandb: {project: p, mode: offline}}].",
+        description="Programs that show the metrics, next to metrics.jsonl, which is always written: tensorboard, wandb, mlflow, trackio; "
+        "by name or with options: [tensorboard, {wandb: {project: p, mode: offline}}].",
         json_schema_extra=FREE,
     )
     eval: EvalConfig = Field(

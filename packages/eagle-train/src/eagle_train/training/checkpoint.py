@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,15 @@ class CheckpointError(TrainError, ValueError):
     """A checkpoint that can't be read or does not fit the run."""
 
 
-def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World) -> Path:
+def write(
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    world: World,
+    *,
+    average: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Write a checkpoint under `folder`; every rank calls it. Returns its path, which exists only once everything in it is durable."""
     import torch.distributed.checkpoint as dcp
 
@@ -59,7 +68,9 @@ def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.o
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     world.barrier()
-    dcp.save(_state(model, optimizer), checkpoint_id=str(temporary), no_dist=world.size == 1)
+    dcp.save(
+        _state(model, optimizer) | ({"average": dict(average)} if average else {}), checkpoint_id=str(temporary), no_dist=world.size == 1
+    )
     world.barrier()
     if world.is_main:
         (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
@@ -75,14 +86,21 @@ def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.o
     return final
 
 
-def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World) -> Progress:
+def read(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    world: World,
+    *,
+    average: Mapping[str, torch.Tensor] | None = None,
+) -> Progress:
     """Load weights (and the optimizer's state, when given and there) from a checkpoint; every rank calls it."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
     progress = read_progress(path)
     with_optimizer = optimizer if not progress.done else None
-    state = _state(model, with_optimizer)
+    state = _state(model, with_optimizer) | ({"average": dict(average)} if average else {})  # tensors of the average are filled in place
     try:
         dcp.load(state, checkpoint_id=str(path), no_dist=world.size == 1)
     except dcp.api.CheckpointException as error:

@@ -41,6 +41,7 @@ from eagle_train.planning.stages import StageSchedule
 
 from . import checkpoint
 from .activations import activation_mode, make_engine
+from .ema import MovingAverage
 from .heartbeat import Heartbeat
 from .metrics import Metrics
 from .model import attention_backend, build_model, tokenizer_folder
@@ -102,6 +103,8 @@ class Trainer:
         #: Host memory of `model.activations: offload`, made once and used by every model of the run.
         self.engine: OffloadEngine | None = None
         self.model: nn.Module = self._new_model(weights=checkpoint.latest(self.checkpoints) is None)
+        #: The moving average of the trained weights, with `model.ema`.
+        self.average = MovingAverage(self.model, config, config.model.ema) if config.model.ema is not None else None
         #: One sentence for every evaluation that failed.
         self.failed_evaluations: list[str] = []
         self._pending: _Pending | None = None
@@ -178,7 +181,7 @@ class Trainer:
         self._seen = dict(progress.seen)
         lost = self._lost_evaluation(progress)
         if progress.done or lost:  # within a stage weights are read together with the optimizer's state
-            checkpoint.read(path, self.model, None, self.world)
+            self._load(path, None)
         if lost:
             self._evaluate(progress.stage_name, progress.total_steps)
         return (progress.stage + 1, 0, path) if progress.done else (progress.stage, progress.step, path)
@@ -195,7 +198,7 @@ class Trainer:
         set_trainable(self.model, stage.modes)
         optimizer = make_optimizer(self.model, stage)
         if resumed is not None:
-            checkpoint.read(resumed, self.model, optimizer, self.world)
+            self._load(resumed, optimizer)
         elif stage.carry_optimizer:
             checkpoint.carry_optimizer(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, optimizer, self.world)
         self.model.train()
@@ -244,10 +247,16 @@ class Trainer:
         over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
         progress = checkpoint.Progress(number, name, step, total, over, dict(self._seen), self._data)
         carried = number + 1 < len(schedules) and self.config.stages[number + 1].carry_optimizer
-        checkpoint.write(self.checkpoints, progress, self.model, optimizer if carried or not over else None, self.world)
+        average = self.average.tensors if self.average is not None else None
+        checkpoint.write(self.checkpoints, progress, self.model, optimizer if carried or not over else None, self.world, average=average)
         if self.world.is_main:
             checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
         self._saved, self._saved_at = (number, step), time.monotonic()
+
+    def _load(self, path: Path, optimizer: torch.optim.Optimizer | None) -> None:
+        """The state of a checkpoint, with the moving average."""
+        average = self.average.tensors if self.average is not None else None
+        checkpoint.read(path, self.model, optimizer, self.world, average=average)
 
     def _save_is_due(self) -> bool:
         """Whether `checkpoint.minutes` have passed, by the main rank's clock."""
@@ -359,6 +368,8 @@ class Trainer:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model)
         for key in self._seen:
             self._seen[key] += getattr(totals, key)
         record = {
