@@ -25,9 +25,14 @@ def identify(config: Config, tokenizer: Any, schedules: Sequence[StageSchedule])
     return result | {f"the steps of stage {schedule.stage.name}": str(schedule.steps) for schedule in schedules}
 
 
-def check_same(before: Mapping[str, str], now: Mapping[str, str], where: Path) -> None:
-    """Raises ConfigError when a checkpoint with the fingerprints `before` would continue with other data; without any it is accepted."""
+def check_same(before: Mapping[str, str], now: Mapping[str, str], where: Path, *, open_stages: Sequence[str] = ()) -> None:
+    """Raises ConfigError when a checkpoint with the fingerprints `before` would continue with other data; without any it is accepted.
+
+    open_stages: stages that are not complete, whose number of steps may have grown.
+    """
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)] if before else []
+    grown = {f"the steps of stage {name}" for name in open_stages}
+    differing = [name for name in differing if not (name in grown and int(now.get(name, 0)) > int(before.get(name, 0)))]
     if differing:
         raise ConfigError(
             f"{where}: was trained on other data ({', '.join(differing[:6])}): restore that data, give this run "
