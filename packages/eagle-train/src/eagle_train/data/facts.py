@@ -159,6 +159,8 @@ class Facts:
     def media(self, row: int) -> tuple[list[tuple[int, int]], list[VideoFacts]]:
         """Sizes of the row's images, and facts of its videos and documents."""
         sizes = list(zip(*(self.table.column(name)[row].as_py() for name in ("image_width", "image_height"))))
+        if not self.table.column("video_frames")[row].as_py():
+            return sizes, []
         names = ("frames", "width", "height", "seconds", "last_time", "start", "end", "times", "fps")
         columns = (self.table.column(f"video_{name}")[row].as_py() for name in names)
         return sizes, [_video_facts(*values) for values in zip(*columns)]

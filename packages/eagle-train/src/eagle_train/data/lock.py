@@ -17,7 +17,7 @@ def locked(folder: Path, busy: Callable[[str], Exception]) -> Iterator[None]:
     """Hold the folder, which is made if need be.
 
     busy: makes the error that is raised when another process holds it, from the name of that process. Where the system or the file system
-    knows no locks, nothing is held.
+    has no locks, nothing is held.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
@@ -43,4 +43,4 @@ def _lock(file, folder: Path, busy: Callable[[str], Exception]) -> None:
         file.seek(0)
         raise busy(file.read() or "another process") from None
     except OSError as error:
-        logger.warning("%s: the file system knows no locks (%s); make sure that no other process works there", folder, error.strerror)
+        logger.warning("%s: the file system has no locks (%s); make sure that no other process works there", folder, error.strerror)
