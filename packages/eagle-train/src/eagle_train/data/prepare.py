@@ -1,8 +1,8 @@
 """Prepare: every row is measured once, on all CPUs, into Parquet; what can't be used goes to a ledger.
 
 Layout: `<facts>/<source>-<key>/part-<digest>.parquet` with `part-<digest>.ledger.jsonl` next to it, and `done-<content>.json` when the
-source is complete. The key covers what facts depend on next to the rows (name of the source, media root, columns, tokenizer, prompt,
-limits), the digest what the rows of the part say: rows that are appended are measured, the others are found again. Parts are written under another
+source is complete. The key covers what facts depend on next to the rows (source, media root, columns, tokenizer, prompt, limits), the
+digest what the rows of the part say: rows that are appended are measured, the others are found again. Parts are written under another
 name and renamed, the ledger first, so after a kill (also -9) a part exists whole or not at all, and the next run continues with what is
 missing. A process that measures holds a lock on the source's folder; another one is refused.
 

@@ -7,7 +7,6 @@ only placeholders with a number are media and the words `<image>` and `<video>` 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +48,7 @@ def messages_of(row: Mapping[str, Any], media: Media, form: RowFormat) -> list[M
         if role == "system" and index:
             raise RowError("bad-row", f"turn {index + 1} is a system message; it may only come first")
         _check_turn(turn, index)
-        message: Message = {"role": role, **parts.content(turn.get("value", turn.get("content")), index, role)}
+        message: Message = {"role": role, **parts.content(turn.get("value", turn.get("content")), index)}
         if not _learned(turn, role, index):
             message["train"] = False
         messages.append(message)
@@ -147,7 +146,7 @@ class _Parts:
         self.media, self.given = media, given
         self.shown = dict.fromkeys(KINDS, 0)
 
-    def content(self, value: Any, index: int, role: str) -> Message:
+    def content(self, value: Any, index: int) -> Message:
         if isinstance(value, str):
             return {"content": _text(value, index)}
         if isinstance(value, Mapping):  # a single part
@@ -155,9 +154,8 @@ class _Parts:
         if not isinstance(value, list):
             raise RowError("bad-row", f"the text of turn {index + 1} is a {type(value).__name__}, expected text")
         pieces = self._pieces(value, index)
-        has_media = any(kind != "text" for kind, _ in pieces)
         message: Message = {"content": "".join(text for _, text in pieces)}
-        if has_media or (role != "assistant" and re.search(r"<(image|video|document)>", message["content"])):
+        if any(kind != "text" for kind, _ in pieces):
             message["numbered"] = True
         return message
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,8 @@ class Columnar:
         said = [leaf.path for leaf in leaves if leaf.physical_type not in _BINARY or leaf.logical_type.type != "NONE"]
         return self._file.read_row_group(number, columns=said, use_threads=False)
 
-    def scan(self, rows: int, known: Sequence[Shard], fingerprint: Digest) -> Iterator[Shard]:
+    def scan(self, sizes: Iterator[int], fingerprint: Digest) -> Iterator[Shard]:
         """The digest covers all values except binary ones, which are media: of these it has the sizes of the columns."""
-        lengths = {shard.start: shard.rows for shard in known}
         names = json.dumps([str(field) for field in self.schema]).encode()
         fingerprint.update(names)
         for number, first in enumerate(self.firsts[:-1]):
@@ -71,7 +70,7 @@ class Columnar:
             fingerprint.update(media)
             place = 0
             while place < self.group_rows[number]:
-                count = min(lengths.get(first + place, rows), rows, self.group_rows[number] - place)
+                count = min(next(sizes), self.group_rows[number] - place)
                 digest = hashlib.blake2b(names + media, digest_size=20)
                 for row in _python_rows(table.slice(place, count), count):
                     line = json.dumps(row, sort_keys=True, default=str).encode("utf-8", "backslashreplace") + b"\n"

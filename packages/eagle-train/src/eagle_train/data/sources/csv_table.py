@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ class CsvTable:
             raise ConfigError(f"{self.path}: the first line must name the columns, each once; it says {names}")
         return names
 
-    def scan(self, rows: int, known: Sequence[Shard], fingerprint: Digest) -> Iterator[Shard]:
-        lengths = {shard.start: shard.rows for shard in known}
+    def scan(self, sizes: Iterator[int], fingerprint: Digest) -> Iterator[Shard]:
+        wanted = next(sizes)
         header = json.dumps(self.header).encode()
         fingerprint.update(header)
         start = end = count = 0
@@ -53,9 +53,9 @@ class CsvTable:
                 digest.update(record)
                 fingerprint.update(record)
                 count, end = count + 1, begin + len(record)
-                if count == lengths.get(start, rows):
+                if count == wanted:
                     yield Shard(start, end - start, count, digest.hexdigest())
-                    count = 0
+                    count, wanted = 0, next(sizes)
         if count:
             yield Shard(start, end - start, count, digest.hexdigest())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -35,18 +36,20 @@ class FileIndex:
 def index_file(path: str, shard_rows: int, cache: Path) -> FileIndex:
     """The index of a file, from the folder `cache` when size and time of modification still agree.
 
-    An index of an earlier version of the file gives the borders of shards, so that shards whose rows are the same stay the same.
+    An index of an earlier version of the file gives the sizes of shards: rows that are appended make shards of their own, and those before
+    stay what they are.
     """
     stat = os.stat(path)
     known = cache / f"{hashlib.blake2b(os.path.realpath(path).encode(), digest_size=12).hexdigest()}-{shard_rows}.json"
     content = read_json(known)
-    shards: tuple[Shard, ...] = ()
+    sizes: list[int] = []
     if content is not None and content.get("path") is not None:
         shards = tuple(Shard(*shard) for shard in content["shards"])
         if (content["size"], content["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
             return FileIndex(**{**content, "path": path, "shards": shards})
+        sizes = [shard.rows for shard in shards]
     fingerprint = hashlib.blake2b(digest_size=20)
-    shards = tuple(open_rows(path).scan(shard_rows, shards, fingerprint))
+    shards = tuple(open_rows(path).scan(itertools.chain(sizes, itertools.repeat(shard_rows)), fingerprint))
     rows = sum(shard.rows for shard in shards)
     index = FileIndex(path, stat.st_size, stat.st_mtime_ns, fingerprint.hexdigest(), rows, shard_rows, shards)
     cache.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ class JsonArray:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def scan(self, rows: int, known: Sequence[Shard], fingerprint: Digest) -> Iterator[Shard]:
-        lengths = {shard.start: shard.rows for shard in known}
+    def scan(self, sizes: Iterator[int], fingerprint: Digest) -> Iterator[Shard]:
+        wanted = next(sizes)
         with open(self.path, "rb", buffering=0) as file:
             start = end = count = 0
             digest = hashlib.blake2b(digest_size=20)
@@ -39,9 +39,9 @@ class JsonArray:
                     update(content)
                     update(b"\n")
                 count += 1
-                if count == lengths.get(start, rows):
+                if count == wanted:
                     yield Shard(start, end - start, count, digest.hexdigest())
-                    count = 0
+                    count, wanted = 0, next(sizes)
             if count:
                 yield Shard(start, end - start, count, digest.hexdigest())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,29 @@ class Jsonl:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def scan(self, rows: int, known: Sequence[Shard], fingerprint: Digest) -> Iterator[Shard]:
+    def scan(self, sizes: Iterator[int], fingerprint: Digest) -> Iterator[Shard]:
+        digest, start, size, lines = hashlib.blake2b(digest_size=20), 0, 0, 0
+        wanted = next(sizes)
+        whole_line = True
         with open(self.path, "rb", buffering=0) as file:
-            start = 0
-            for shard in known:
-                found = _same_range(file, shard, fingerprint) if shard.start == start else None
-                if found is None:
-                    break
-                yield found
-                start += shard.size
-            file.seek(start)
-            yield from _new_shards(file, start, rows, fingerprint)
+            while chunk := file.read(_CHUNK):
+                fingerprint.update(chunk)
+                ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10)
+                begin = used = 0
+                while len(ends) - used >= wanted - lines:
+                    used += wanted - lines
+                    stop = int(ends[used - 1]) + 1
+                    digest.update(chunk[begin:stop])
+                    size += stop - begin
+                    yield Shard(start, size, wanted, digest.hexdigest())
+                    digest, start, size, lines, begin = hashlib.blake2b(digest_size=20), start + size, 0, 0, stop
+                    wanted = next(sizes)
+                lines += len(ends) - used
+                digest.update(chunk[begin:])
+                size += len(chunk) - begin
+                whole_line = chunk.endswith(b"\n")
+        if size:
+            yield Shard(start, size, lines + (not whole_line), digest.hexdigest())
 
     def read(self, shard: Shard, max_bytes: int) -> Iterator[RawRow]:
         with open(self.path, "rb") as file:
@@ -77,41 +89,3 @@ def parsed(text: bytes) -> dict[str, Any] | RowError:
         return parse_row(text)
     except RowError as error:
         return error
-
-
-def _same_range(file: Any, shard: Shard, fingerprint: Digest) -> Shard | None:
-    """The shard of the same bytes, whatever they are now; None where it doesn't end with a line."""
-    file.seek(shard.start + shard.size - 1)
-    end = file.read(2)
-    if not end or (end[:1] != b"\n" and len(end) > 1):  # a last line without an end may go on now
-        return None
-    file.seek(shard.start)
-    digest, left, lines = hashlib.blake2b(digest_size=20), shard.size, 0
-    while left:
-        chunk = file.read(min(left, _CHUNK))
-        digest.update(chunk)
-        fingerprint.update(chunk)
-        lines += chunk.count(b"\n")
-        left -= len(chunk)
-    return Shard(shard.start, shard.size, lines + (end[:1] != b"\n"), digest.hexdigest())
-
-
-def _new_shards(file: Any, start: int, rows: int, fingerprint: Digest) -> Iterator[Shard]:
-    digest, size, lines = hashlib.blake2b(digest_size=20), 0, 0
-    whole_line = True
-    while chunk := file.read(_CHUNK):
-        fingerprint.update(chunk)
-        ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10)
-        begin = 0
-        for last in range(rows - lines - 1, len(ends), rows):
-            stop = int(ends[last]) + 1
-            digest.update(chunk[begin:stop])
-            yield Shard(start, size + stop - begin, rows, digest.hexdigest())
-            start += size + stop - begin
-            digest, size, begin = hashlib.blake2b(digest_size=20), 0, stop
-        lines = (lines + len(ends)) % rows
-        digest.update(chunk[begin:])
-        size += len(chunk) - begin
-        whole_line = chunk.endswith(b"\n")
-    if size:
-        yield Shard(start, size, lines + (not whole_line), digest.hexdigest())

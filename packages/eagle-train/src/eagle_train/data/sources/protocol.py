@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from eagle_train.data.errors import RowError
@@ -42,11 +42,11 @@ class RowSource(Protocol):
     Rows are numbered from 1, in the order of the file. An address is a pair (start, size), which stays valid while the file stays the same.
     """
 
-    def scan(self, rows: int, known: Sequence[Shard], fingerprint: Digest) -> Iterator[Shard]:
-        """All shards in order, of at most `rows` rows each.
+    def scan(self, sizes: Iterator[int], fingerprint: Digest) -> Iterator[Shard]:
+        """All shards in order.
 
-        known: shards of an earlier scan. Their borders are kept as far as they still lie between rows, so that appending rows leaves the
-        shards before them alone. fingerprint: gets everything that the rows say, independent of how they are divided into shards.
+        sizes: rows of each shard (of the last one fewer, where the rows end), without end; a format may make shards smaller. fingerprint:
+        gets everything that the rows say, independent of how they are divided into shards.
         Raises ConfigError for a file that isn't of this format.
         """
         ...

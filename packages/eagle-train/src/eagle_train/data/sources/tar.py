@@ -34,9 +34,9 @@ class TarRows:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def scan(self, rows: int, known: Sequence[Shard], fingerprint: Digest) -> Iterator[Shard]:
+    def scan(self, sizes: Iterator[int], fingerprint: Digest) -> Iterator[Shard]:
         """The digest covers text members, and of media the names and sizes."""
-        lengths = {shard.start: shard.rows for shard in known}
+        wanted = next(sizes)
         start = end = count = 0
         digest = hashlib.blake2b(digest_size=20)
         with open(self.path, "rb") as file:
@@ -49,9 +49,9 @@ class TarRows:
                     digest.update(said)
                     fingerprint.update(said)
                 count, end = count + 1, _end(members[-1])
-                if count == lengths.get(start, rows):
+                if count == wanted:
                     yield Shard(start, end - start, count, digest.hexdigest())
-                    count = 0
+                    count, wanted = 0, next(sizes)
         if count:
             yield Shard(start, end - start, count, digest.hexdigest())
 
@@ -85,7 +85,7 @@ class TarRows:
         pending: list[tarfile.TarInfo] = []
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (end is None or tar.offset < end) and (member := tar.next()) is not None:
+                while (member := tar.next()) is not None and (end is None or member.offset < end):
                     tar.members.clear()  # type: ignore[attr-defined]
                     if not member.isfile() or os.path.basename(member.name).startswith("."):
                         continue
