@@ -161,9 +161,7 @@ class EagleProcessor(ProcessorMixin):
             image_limits=[own.get("max_tiles", spec.max_tiles) for _, own in opened],
             video_specs=[_changed(spec, own) for _, own in given],
         )
-        segments = plan.render(
-            messages, spec, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
-        )
+        segments = plan.render(messages, spec, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         return RequestPlan(messages, pictures, refs, plan, spec, segments, budget)
 
     def process(
