@@ -121,7 +121,7 @@ def test_exif_alpha_and_modes(processor):
 
 def test_video_file(processor, video, small_tokenizer):
     inputs = processor(text="Describe <video-1>", videos=[video])
-    # 3 seconds at 2 a second are 6 frames; a video is asked for at least 8.
+    # 3 seconds at 2 a second are 6 frames; a video gets at least 8.
     assert inputs["pixel_values"].shape == (8, 32, 32, 3)
     text = small_tokenizer.decode(inputs["input_ids"][0]).replace("<IMG_CONTEXT>", "")
     assert "Describe The first video sampled with 2.67 fps: Frame 1 sample at 0.00s: <img></img>Frame 2 sample at 0.40s: " in text

@@ -130,8 +130,8 @@ def colour_run_in(tokenizer: PreTrainedTokenizerFast, write_jsonl: Any, write_vi
         for index in range(rows):
             name = list(colours)[index % 3]
             Image.new("RGB", (32, 32) if index % 2 else (64, 32), colours[name]).save(folder / f"{index}.png")
-            talk = [{"from": "human", "value": "<image>what color?"}, {"from": "gpt", "value": name}]
-            content.append({"image": f"{index}.png", "conversations": talk})
+            turns = [{"from": "human", "value": "<image>what color?"}, {"from": "gpt", "value": name}]
+            content.append({"image": f"{index}.png", "conversations": turns})
         write_video(folder / "clip.mp4", frames=20)
         content.append({"video": "clip.mp4", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "noise"}]})
         write_jsonl(folder / "rows.jsonl", content)

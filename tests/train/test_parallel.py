@@ -51,7 +51,7 @@ STAGES = [
     {"name": "two", "max_tokens": 1280, "steps": 1, "packs_per_step": 2, "lr": 1e-3, "eps": 1e-3, "train": ["connector", "language"]},
 ]
 VANISHING = "3.png"
-"""An image that is there when rows are prepared and gone when they are read: its sample is missing, whoever was to read it."""
+"""An image that is there when rows are prepared and gone when they are read: its sample is missing, whichever rank reads it."""
 
 
 @pytest.fixture(scope="module")

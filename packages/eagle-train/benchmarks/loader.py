@@ -30,19 +30,18 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where
 from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report
 from eagle_model.tokenizer import train_tokenizer
+from eagle_model.visual import VisualSpec
 from eagle_sampling import Limits
 from eagle_train.config import parse_config
 from eagle_train.data.prepare import prepare
 from eagle_train.loading.loader import Loader, Reading, Task
-from eagle_train.loading.pack import Planned, address_of
 from eagle_train.planning.stages import StageSchedule
-from eagle_train.planning.visual import ModelFacts
 
 sys.path.append(str(Path(__file__).parents[2] / "eagle-sampling" / "benchmarks"))
 from make_videos import FOLDER, make
 
 TILES_PER_SECOND = 27.0
-MODEL = ModelFacts(448, 256)
+SPEC = VisualSpec(max_frames=120)
 METRICS = {
     "data_wait": Metric("share of the time", "lower"),
     "longest_wait_s": Metric("s", "lower"),
@@ -96,37 +95,36 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, float]:
         {
             "run": {"name": "loader"},
             "data": {"sources": {"all": {"annotation": "rows.jsonl"}}},
-            "sampling": {"max_frames": 120},
             "stages": [stage],
         },
         base=folder,
     )
     facts = prepare(config, tokenizer).facts
-    schedule = StageSchedule(facts, config, config.stages[0], MODEL)
+    schedule = StageSchedule(facts, config, config.stages[0], SPEC)
 
     def tasks() -> Iterator[Task]:
         for step in range(given.steps):
             plan, place = schedule.locate(step)
             for pack in plan.packs_of(place):
-                yield Task(step, tuple(Planned(address_of(facts, sample.row), sample) for sample in plan.samples(pack)), "sqrt")
+                yield Task(step, tuple(plan.samples(pack)), "sqrt")
 
-    reading = Reading(str(folder / "tokenizer"), MODEL, True, Limits())
+    reading = Reading(str(folder / "tokenizer"), SPEC, Limits())
     with Loader(tasks(), reading, workers=given.workers, prefetch=given.prefetch << 20) as loader:
         first = loader.get()  # starts the processes and reads the first pack, once per run
         assert first is not None
         waited, begin, (parent, readers) = loader.waited, time.monotonic(), cpu_seconds()
         waits, tiles, most = [], 0, 0
-        batch = first[1]
+        tiles_now = len(first[1].batch.tiles)
         while True:
             for _ in range(20):  # the step: sleep, and read the number of bytes ahead 20 times
-                time.sleep(len(batch.tiles) / (TILES_PER_SECOND * given.speed) / 20)
+                time.sleep(tiles_now / (TILES_PER_SECOND * given.speed) / 20)
                 most = max(most, loader.bytes_ahead)
-            tiles += len(batch.tiles)
+            tiles += tiles_now
             before = loader.waited
             item = loader.get()
             if item is None:
                 break
-            batch = item[1]
+            tiles_now = len(item[1].batch.tiles)
             waits.append(loader.waited - before)
         elapsed = time.monotonic() - begin
         after = cpu_seconds()

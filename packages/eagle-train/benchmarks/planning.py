@@ -22,12 +22,14 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
 from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report
+from eagle_model.prompt.costs import FrameCosts
+from eagle_model.visual import VisualSpec
 from eagle_sampling import TimeTable
-from eagle_train.config import SamplingConfig, StageConfig, TilingConfig
-from eagle_train.data.facts import SCHEMA, Facts, FactsSource, FrameCosts
+from eagle_train.config import StageConfig
+from eagle_train.data.facts import SCHEMA, Facts, FactsSource
 from eagle_train.planning.packing import _best_fit, pack, sample_costs
 from eagle_train.planning.stages import plan_stage
-from eagle_train.planning.visual import ModelFacts, plan_visual
+from eagle_train.planning.visual import plan_visual
 
 CAPACITY = 16384
 METRICS = {
@@ -108,7 +110,16 @@ def facts_of(count: int) -> Facts:
         columns["label_tokens"].append(40)
         columns["image_width"].append(rng.integers(100, 3000, images).tolist())
         columns["image_height"].append(rng.integers(100, 3000, images).tolist())
-        values = {"frames": 300, "seconds": 30.0, "end": 29.9, "start": None, "stop": None, "width": 640, "height": 360, "times": table}
+        values = {
+            "frames": 300,
+            "seconds": 30.0,
+            "last_time": 29.9,
+            "start": None,
+            "end": None,
+            "width": 640,
+            "height": 360,
+            "times": table,
+        }
         for name, value in values.items():
             columns[f"video_{name}"].append([value] if video else [])
     small = pa.table(columns, schema=SCHEMA)
@@ -118,14 +129,13 @@ def facts_of(count: int) -> Facts:
 
 
 def columns(result: Result, count: int) -> None:
-    facts, model = facts_of(count), ModelFacts(448, 256)
-    sampling, tiling = SamplingConfig(), TilingConfig()
+    facts, spec = facts_of(count), VisualSpec()
     for max_tokens in (32768, 131072):
         start = time.process_time()
-        visual = plan_visual(facts, max_tokens, model, sampling=sampling, tiling=tiling)
+        visual = plan_visual(facts, max_tokens, spec)
         middle = time.process_time()
         stage = StageConfig.model_validate({"name": "s", "max_tokens": max_tokens})
-        plan = plan_stage(facts, stage, model, sampling=sampling, tiling=tiling, visual=visual)
+        plan = plan_stage(facts, stage, spec, visual=visual)
         end = time.process_time()
         result.add(f"visual plan, {max_tokens} tokens", rows_per_cpu_s=len(facts) / (middle - start))
         summary = plan.summary()

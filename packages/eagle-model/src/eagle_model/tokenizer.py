@@ -17,19 +17,25 @@ END_OF_TEXT = "<|endoftext|>"
 # Qwen2's split: words with the space before them, digits one by one, runs of signs, line ends, other space.
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-#: ChatML for callers that render messages with the tokenizer alone; Eagle itself uses `eagle_model.prompt`.
+#: ChatML for callers that render messages with the tokenizer alone; Eagle itself uses `eagle_model.prompt`. The generation markers let
+#: transformers and TRL mask everything except answers, `<|im_end|>` included.
 CHAT_TEMPLATE = (
     "{% set media = namespace(image=0, video=0) %}"
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}" + IM_START + "system\n" + DEFAULT_SYSTEM + IM_END + "\n{% endif %}"
-    "{{ '" + IM_START + "' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% set body = namespace(text='') %}"
+    "{% if message['content'] is string %}{% set body.text = message['content'] %}{% else %}"
     "{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'image_url') %}{% set media.image = media.image + 1 %}{{ '<image-' ~ media.image ~ '>' }}"
-    "{% elif part['type'] == 'video' %}{% set media.video = media.video + 1 %}{{ '<video-' ~ media.video ~ '>' }}"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] in ('image', 'image_url') %}"
+    "{% set media.image = media.image + 1 %}{% set body.text = body.text ~ '<image-' ~ media.image ~ '>' %}"
+    "{% elif part['type'] == 'video' %}"
+    "{% set media.video = media.video + 1 %}{% set body.text = body.text ~ '<video-' ~ media.video ~ '>' %}"
+    "{% elif 'text' in part %}{% set body.text = body.text ~ part['text'] %}{% endif %}"
     "{% endfor %}{% endif %}"
-    "{{ '" + IM_END + "\n' }}"
+    "{{ '" + IM_START + "' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ body.text + '" + IM_END + "' }}{% endgeneration %}"
+    "{% else %}{{ body.text + '" + IM_END + "' }}{% endif %}"
+    "{{ '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '" + IM_START + "assistant\n' }}{% endif %}"
 )

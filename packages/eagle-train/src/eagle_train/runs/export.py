@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from eagle_model.processor import EagleProcessor
+from eagle_model.prompt import IM_END
 from eagle_train.config import Config
 from eagle_train.distributed.world import World, alone
 from eagle_train.planning.visual import visual_spec
@@ -44,6 +45,12 @@ def export(config: Config, folder: Path, *, checkpoint_path: Path | None = None,
 
     tokenizer = load_run_tokenizer(config)
     model, progress = load_trained(config, tokenizer, alone("cpu"), checkpoint_path)
-    save_checkpoint(model.state_dict(), model.config, folder, dtype=getattr(torch, dtype) if dtype else None)  # type: ignore[arg-type]
+    save_checkpoint(
+        model.state_dict(),
+        model.config,  # type: ignore[arg-type]
+        folder,
+        dtype=getattr(torch, dtype) if dtype else None,
+        end_token_id=int(tokenizer.convert_tokens_to_ids(IM_END)),
+    )
     run_processor(config, tokenizer, model.config).save_pretrained(folder)
     return {"folder": str(folder), "from": asdict(progress)}
