@@ -3,9 +3,11 @@
 Special tokens inside a user's text therefore stay text, and the ids are those of training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from PIL import Image
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
@@ -15,6 +17,7 @@ from eagle_model.integrations.vllm.settings import processor_of, prompt_budget
 from eagle_model.prompt import PromptError, encode, render, with_system
 from eagle_model.prompt.chat import flatten
 from eagle_model.prompt.render import place_media
+from eagle_sampling import MediaError
 
 _MEDIA_PARTS = ("image", "image_url", "input_image", "image_pil", "video", "video_url")
 
@@ -24,12 +27,14 @@ class EagleRenderer(BaseRenderer[Any]):
 
     def render_messages(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
         options = {"media_io_kwargs": params.media_io_kwargs, "mm_processor_kwargs": params.mm_processor_kwargs}
-        conversation, data, uuids = parse_chat_messages(messages, self.model_config, content_format="openai", **options)
+        with _image_errors():
+            conversation, data, uuids = parse_chat_messages(messages, self.model_config, content_format="openai", **options)
         return conversation, self._prompt(messages, conversation, data, uuids, params)
 
     async def render_messages_async(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
         options = {"media_io_kwargs": params.media_io_kwargs, "mm_processor_kwargs": params.mm_processor_kwargs}
-        conversation, data, uuids = await parse_chat_messages_async(messages, self.model_config, content_format="openai", **options)
+        with _image_errors():
+            conversation, data, uuids = await parse_chat_messages_async(messages, self.model_config, content_format="openai", **options)
         return conversation, self._prompt(messages, conversation, data, uuids, params)
 
     def _prompt(self, messages: Sequence[Any], conversation: Sequence[Any], data: Any, uuids: Any, params: Any) -> Any:
@@ -67,6 +72,15 @@ class EagleRenderer(BaseRenderer[Any]):
             return prompt
         options["max_tokens"] = prompt_budget(self.model_config, getattr(tok_params, "max_output_tokens", 0))
         return {**prompt, "mm_processor_kwargs": options}
+
+
+@contextmanager
+def _image_errors() -> Iterator[None]:
+    """vLLM decodes images before the renderer sees them, and answers a decompression bomb with status 500; here it is a wrong request."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"an image of the request is too large: {error}") from error
 
 
 def number_media(
