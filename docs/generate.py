@@ -6,6 +6,7 @@ imports torch. `python docs/generate.py FOLDER` writes both pages to a folder.
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 import typing
@@ -52,10 +53,12 @@ def configuration_page() -> str:
         "",
         "Numbers of tokens may be written with a unit (`32K` is 32768), numbers of bytes too (`512MiB`, `2GB`).",
         "",
+        "A run is resumed with the settings that it began with. Keys and sections that may change then are marked *free on resume*.",
+        "",
         "This page is generated from `eagle_train.config`.",
     ]
     for name, field in Config.model_fields.items():
-        lines += ["", f"## `{name}`", "", field.description or ""]
+        lines += ["", f"## `{name}`", "", _meaning(field)]
         models = list(_models(field.annotation))
         if models:
             lines += ["", *_table(models[0], indexed(name, field))]
@@ -91,9 +94,15 @@ def _table(model: type[BaseModel], prefix: str) -> list[str]:
             kind, default = f"see `{prefix}.{indexed(name, field)}`", ""
         else:
             kind, default = _kind(field), _default(field)
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"| `{name}` | {_cell(kind)} | {_cell(default)} | {_cell(meaning)} |")
+        lines.append(f"| `{name}` | {_cell(kind)} | {_cell(default)} | {_cell(_meaning(field))} |")
     return lines
+
+
+def _meaning(field: FieldInfo) -> str:
+    """The description, and whether the field may change when a run is resumed."""
+    extra = field.json_schema_extra
+    free = isinstance(extra, dict) and extra.get("resume") == "free"
+    return " ".join((field.description or "").split()) + (" *Free on resume.*" if free else "")
 
 
 def _cell(text: str) -> str:
@@ -160,8 +169,9 @@ def _default(field: FieldInfo) -> str:
 
 def commands_page() -> str:
     """The help page of every verb, as the installed typer renders it."""
-    from eagle_train.cli.run import app
+    from eagle_train.cli.app import command
 
+    app = command()
     lines = [
         "# Commands",
         "",
@@ -180,28 +190,23 @@ def commands_page() -> str:
 
 
 def exit_codes() -> dict[int, str]:
-    """Exit code and meaning."""
-    return {
-        0: "success",
-        1: "the run failed",
-        2: "the command line or the configuration is wrong",
-        3: "the data: too many bad rows, damaged media, or facts are missing",
-        4: "an evaluation failed; after `train`: training is complete",
-        130: "ended by SIGINT (Ctrl-C)",
-        143: "ended by SIGTERM",
-    }
+    """Exit code and meaning, from the docstring of `eagle_train.errors`."""
+    from eagle_train import errors
+
+    text = " ".join((errors.__doc__ or "").partition("Exit codes:")[2].split())
+    return {int(code): meaning for code, meaning in re.findall(r"(\d+) (.+?)(?:; |\.$)", text)}
 
 
 def verbs() -> list[str]:
     """Names of all verbs, groups followed by their own verbs."""
     from typer.main import get_command
 
-    from eagle_train.cli.run import app
+    from eagle_train.cli.app import command
 
     result = []
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, verb in get_command(command()).commands.items():  # type: ignore[attr-defined]
         result.append(name)
-        result += [f"{name} {inner}" for inner in getattr(command, "commands", {})]
+        result += [f"{name} {inner}" for inner in getattr(verb, "commands", {})]
     return result
 
 

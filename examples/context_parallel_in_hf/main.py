@@ -90,7 +90,8 @@ def main() -> None:
     """Two ranks, then one process, and the comparison."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(rank_main, args=(2, folder), nprocs=2)
+        # Forked, so that torch and transformers are imported once; with CUDA in use, ranks must be spawned or started by torchrun.
+        mp.start_processes(rank_main, args=(2, folder), nprocs=2, start_method="fork")
         split_loss, split_norm = torch.load(Path(folder) / "result")
     model = make_model()
     loss = loss_of(model, Layout.single(make_pack()[0]))

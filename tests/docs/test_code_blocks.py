@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from tests.support.media import grey_frames, random_image, write_video
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -19,21 +19,12 @@ PAGES = [path for path in sorted(DOCS.rglob("*.md")) if python_blocks(path)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    import av
-
     from eagle_model import EagleForConditionalGeneration, EagleProcessor, preset
     from eagle_model.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("docs")
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)).save(folder / "photo.jpg")
-    with av.open(str(folder / "talk.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=4)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        for index in range(40):
-            picture = np.full((64, 96, 3), 6 * index, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    random_image(size=(128, 96)).save(folder / "photo.jpg")
+    write_video(folder / "talk.mp4", grey_frames(40, 6), fps=4)
     tokenizer = train_tokenizer(["What is in this picture?"], vocab_size=400)
     config = preset("tiny", tokenizer=tokenizer)
     EagleForConditionalGeneration(config).save_pretrained(folder / "my-eagle")

@@ -54,6 +54,7 @@ def test_siglip_plus_language_model(tmp_path):
     assert (tmp_path / "eagle" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_sft_own_jsonl(tmp_path):
     for path in (EXAMPLES / "sft_own_jsonl").glob("*.*"):
         shutil.copy(path, tmp_path)
@@ -62,7 +63,7 @@ def test_sft_own_jsonl(tmp_path):
     assert '"line": 4, "reason": "media-missing"' in output  # the ledger, as printed
     assert "short  step 1/20" in output
     assert "60 rows: 59 planned, 1 unusable" in output
-    assert re.search(r"answer: \w+", output)
+    assert re.search(r"answer: (red|green|blue|yellow)", output)
     assert (tmp_path / "exported" / "model.safetensors").is_file()
     run_folder_is_as_documented(tmp_path / "runs" / "my-run")
 

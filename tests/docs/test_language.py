@@ -47,21 +47,10 @@ PHRASES = {
 }
 # Parts of the repository that still have findings. The set only shrinks: a part that is clean is removed from it (a test says which).
 NOT_YET_CLEAN: set[str] = {
-    "packages/eagle-cp/CHANGELOG.md",
-    "packages/eagle-cp/README.md",
-    "packages/eagle-model/src",
-    "packages/eagle-sampling/CHANGELOG.md",
-    "packages/eagle-sampling/README.md",
-    "packages/eagle-sampling/src",
-    "packages/eagle-tiling/src",
-    "packages/eagle-train/CHANGELOG.md",
-    "packages/eagle-train/README.md",
-    "packages/eagle-train/benchmarks",
-    "packages/eagle-train/src",
-    "tests/cp",
-    "tests/model",
-    "tests/sampling",
-    "tests/train",
+    "packages/eagle-train/src/eagle_train/config",
+    "packages/eagle-train/src/eagle_train/data",
+    "packages/eagle-train/src/eagle_train/training",
+    "tests/train/test_sample.py",
 }
 
 

@@ -1,5 +1,6 @@
 """The documentation builds without a warning and without the network, and the generated pages cover all keys and all verbs."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -76,6 +77,9 @@ def test_configuration_page_shows_defaults_and_allowed_values(pages):
     assert "| `placement` | one of `linspace`, `center` | `linspace` |" in page
     assert re.search(r"^\| `annotation` \| path \| required \|", page, flags=re.MULTILINE)
     assert "| `packs_per_step` | whole number, >= 1 | `32` |" in page
+    free, fixed = (re.search(rf"^\| `{key}` \|.*$", page, flags=re.MULTILINE)[0] for key in ("log_every", "seed"))
+    assert "*Free on resume.*" in free
+    assert "*Free on resume.*" not in fixed
 
 
 def test_command_page_has_every_verb(pages):
@@ -90,13 +94,23 @@ def test_command_page_has_every_verb(pages):
 
 
 def test_command_page_has_every_exit_code(pages):
-    from eagle_train.cli import run
+    from eagle_train import errors
 
     generator = load_generator()
-    named = {run.RUN_FAILED, run.WRONG_USE, run.BAD_DATA, run.EVALUATION_FAILED, run.INTERRUPTED}
-    assert named < set(generator.exit_codes())
+    named = {value for name, value in vars(errors).items() if name.isupper() and isinstance(value, int)}
+    assert named | {0} == set(generator.exit_codes())
     for code in generator.exit_codes():
         assert f"\n| {code} | " in pages[generator.COMMANDS]
+
+
+def test_names_on_the_architecture_page_exist():
+    """Dotted names in code, for example eagle_train.data.sample.normalise, can be imported."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    names = set(re.findall(r"`(eagle_\w+(?:\.\w+)+)`", page))
+    assert len(names) > 8
+    for name in sorted(names):
+        module, attribute = name.rsplit(".", 1)
+        assert hasattr(importlib.import_module(module), attribute) or importlib.util.find_spec(name), name
 
 
 def test_links_of_markdown_files_outside_the_site():

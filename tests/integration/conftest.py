@@ -3,18 +3,11 @@
 import pytest
 import torch
 
-from eagle_model import EagleForConditionalGeneration, EagleProcessor, preset
-from eagle_model.tokenizer import train_tokenizer
+from eagle_model import EagleProcessor
+from tests.support.models import small_tokenizer, tiny_model
 
-VISION = {"image_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-}
+VISION = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+TEXT = {"hidden_size": 64, "intermediate_size": 128}
 
 
 def pytest_collection_modifyitems(items):
@@ -30,16 +23,14 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    texts = ["What is the colour of the shape?", "Is there a red circle in the image?", "The answer is blue."]
-    return train_tokenizer(texts * 8, 320)
+    return small_tokenizer(320)
 
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer):
     def make(*, seed=0, tied=False, language="Qwen2ForCausalLM"):
-        torch.manual_seed(seed)
         text = TEXT | {"tie_word_embeddings": tied, "architectures": [language]}
-        return EagleForConditionalGeneration(preset("tiny", tokenizer=tokenizer, vision_config=VISION, text_config=text)).eval()
+        return tiny_model(seed=seed, tokenizer=tokenizer, vision_config=VISION, text_config=text)
 
     return make
 

@@ -51,6 +51,18 @@ def test_adapters_on_quantized_weights(folder, make_batch, bits):
     assert missing == []
 
 
+def test_attention_inputs_move_with_the_layer():
+    """With a model that is split over devices, accelerate moves what a layer gets to the device of its weights."""
+    from accelerate.utils import send_to_device
+
+    from eagle_model.language.attention import AttentionInputs
+
+    inputs = AttentionInputs(torch.arange(3), torch.ones(4), rows=torch.arange(3), shape=(1, 3))
+    (moved,) = send_to_device((inputs,), "meta")
+    assert {value.device.type for value in (moved.positions, moved.inv_freq, moved.rows)} == {"meta"}
+    assert (moved.mask, moved.shape) == (None, (1, 3))
+
+
 @pytest.mark.parametrize("room", [20_000, 120_000, 400_000])
 def test_weights_on_disk(folder, make_batch, tmp_path, room):
     """Layers, norms, embeddings and the tower on disk: loss and answers are those of the whole model in memory."""

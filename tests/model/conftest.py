@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from eagle_model.prompt import EAGLE_TOKENS
+from tests.support import models as models_of_tests
 
 # The split of Qwen2 and Qwen2.5: every digit is a piece of its own.
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -62,51 +63,17 @@ def split_by_rank(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 @pytest.fixture(scope="session")
 def small_tokenizer():
-    from eagle_model.tokenizer import train_tokenizer
-
-    texts = ["What is the colour of the shape?", "Is there a red circle in the image?", "The answer is blue.", "Frame 1 sample at 2.50s: "]
-    return train_tokenizer(texts * 8, 400)
-
-
-def tiny_config(tokenizer=None, **changes):
-    """A model of a few thousand parameters: 32-pixel tiles of 8-pixel patches, 4 tokens a tile."""
-    from eagle_model import preset
-
-    vision = {"image_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 3}
-    text = {
-        "vocab_size": 120,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.1,
-    }
-    for name, default in (("vision_config", vision), ("text_config", text)):
-        changes[name] = default | changes.get(name, {})
-    if tokenizer is not None:
-        changes["text_config"].pop("vocab_size", None)
-    else:
-        changes.setdefault("image_token_index", 100)
-    return preset("tiny", tokenizer=tokenizer, **changes)
+    return models_of_tests.small_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def make_config():
-    return tiny_config
+    return models_of_tests.tiny_config
 
 
 @pytest.fixture(scope="session")
 def make_model():
-    import torch
-
-    from eagle_model import EagleForConditionalGeneration
-
-    def make(config=None, *, seed=0, **changes):
-        torch.manual_seed(seed)
-        return EagleForConditionalGeneration(config if config is not None else tiny_config(**changes)).eval()
-
-    return make
+    return models_of_tests.tiny_model
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,6 @@
 """The model over two context ranks: losses and gradients add up to those of one process, tiles and all."""
 
-import multiprocessing
-import os
-import tempfile
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
@@ -12,6 +8,7 @@ import torch.distributed as dist
 
 from eagle_cp import ContextMesh, Layout
 from tests.support.packs import make_pack
+from tests.support.ranks import run_on_ranks
 
 LENGTHS = (70, 9, 30)
 TILES = (5, 0, 2)
@@ -38,9 +35,7 @@ def step(model, batch, layout):
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def rank_main(rank, store, model, counts, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def split_step(model, counts):
     mesh = ContextMesh.from_device_mesh(dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("all_gather", "ulysses")))
     batch = make_batch(counts)
     layout = Layout.build(batch.cu_seqlens, mesh, num_heads=4, num_kv_heads=2)
@@ -48,27 +43,15 @@ def rank_main(rank, store, model, counts, results):
     assert batch.tile_plan is not None
     batch = replace(batch, tiles=batch.tiles[batch.tile_plan.first : batch.tile_plan.last])
     loss, gradients = step(model, batch, layout)
-    results.put((rank, loss, {name: gradient.numpy() for name, gradient in gradients.items()}))
-    results.close()
-    results.join_thread()
-    dist.barrier()
-    os._exit(0)
+    return loss, {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
 @pytest.mark.parametrize("counts", [TILES, (1, 0, 0)], ids=["tiles on both ranks", "tiles on one"])
 def test_two_ranks_add_up(make_model, counts):
     model = make_model().double()
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")
-        results = context.Queue()
-        processes = [context.Process(target=rank_main, args=(rank, f"{folder}/store", model, counts, results)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        answers = [results.get(timeout=100) for _ in processes]
-        for process in processes:
-            process.join(20)
+    answers = run_on_ranks(2, split_step, model, counts)
     loss, gradients = step(model, make_batch(counts), None)
-    assert sum(answer[1] for answer in answers) == pytest.approx(loss, rel=1e-9)
+    assert sum(loss for loss, _ in answers) == pytest.approx(loss, rel=1e-9)
     for name, gradient in gradients.items():
-        total = sum(torch.from_numpy(answer[2][name]) for answer in answers)
+        total = sum(torch.from_numpy(answer[1][name]) for answer in answers)
         torch.testing.assert_close(total, gradient, atol=1e-9 * max(1.0, gradient.abs().max().item()), rtol=1e-7, msg=name)

@@ -2,13 +2,12 @@
 
 from threading import Thread
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import TextIteratorStreamer
 
 from eagle_model import EagleProcessor
+from tests.support.media import random_image
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +18,16 @@ def chat(make_model, make_config, small_tokenizer):
     return model, EagleProcessor.for_config(small_tokenizer, config)
 
 
-def picture(seed, size=(50, 40)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
 def talks():
-    frames = [picture(seed, (32, 32)) for seed in range(5)]
+    frames = [random_image(seed, (32, 32)) for seed in range(5)]
     timed = {"frames": frames, "times": [0.0, 0.5, 1.0, 1.5, 2.0], "fps": 2.0}
     return {
         "text": ("What is it?", [], []),
-        "image": ("What is it?", [picture(1)], []),
-        "images": ("<image-2> or <image-1>?", [picture(1), picture(2, (90, 30))], []),
+        "image": ("What is it?", [random_image(1)], []),
+        "images": ("<image-2> or <image-1>?", [random_image(1), random_image(2, (90, 30))], []),
         "video": ("<video-1> What happens?", [], [timed]),
         "videos": ("Compare <video-2> to <video-1>.", [], [timed, frames[:2]]),
-        "mixed": ("<video-1> has <image-1>?", [picture(4)], [timed]),
+        "mixed": ("<video-1> has <image-1>?", [random_image(4)], [timed]),
     }
 
 
@@ -95,13 +90,16 @@ def test_what_cannot_be_generated_is_said(chat):
         answer(model, batch, output_attentions=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="num_beam_groupz"):
         answer(model, batch, num_beam_groupz=2)
+    for known_elsewhere in ("mm_encoder_outputs", "cu_seq_lens_q"):
+        with pytest.raises((TypeError, ValueError), match=known_elsewhere):
+            answer(model, batch, **{known_elsewhere: {"image": torch.ones(1)}})
     with pytest.raises(ValueError, match="row 0"):
         answer(model, batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])})
 
 
 def test_greedy_is_the_largest_logit(chat):
     model, processor = chat
-    inputs = processor(text="What?", images=[picture(1)])
+    inputs = processor(text="What?", images=[random_image(1)])
     generated = answer(model, inputs)
     ids = torch.cat([inputs["input_ids"], generated], 1)
     logits = model(ids, pixel_values=inputs["pixel_values"]).logits[0, inputs["input_ids"].shape[1] - 1 : -1]
@@ -124,7 +122,7 @@ def test_beams_and_several_answers(chat):
 
 def test_streaming(chat, small_tokenizer):
     model, processor = chat
-    inputs = processor(text="What is it?", images=[picture(1)])
+    inputs = processor(text="What is it?", images=[random_image(1)])
     streamer = TextIteratorStreamer(small_tokenizer, skip_prompt=True, skip_special_tokens=False, timeout=60)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "streamer": streamer}
     thread = Thread(target=model.generate, kwargs={**inputs, **options})
@@ -139,7 +137,7 @@ def test_arguments_that_a_release_of_transformers_adds(chat, monkeypatch):
     from transformers import GenerationMixin
 
     model, processor = chat
-    inputs = processor(text="What?", images=[picture(1)])
+    inputs = processor(text="What?", images=[random_image(1)])
     expected = answer(model, inputs)
     real = GenerationMixin.prepare_inputs_for_generation
 
@@ -154,7 +152,7 @@ def test_arguments_that_a_release_of_transformers_adds(chat, monkeypatch):
 
 def test_stop_strings_take_the_tokenizer(chat, small_tokenizer):
     model, processor = chat
-    inputs = processor(text="What?", images=[picture(1)])
+    inputs = processor(text="What?", images=[random_image(1)])
     whole = answer(model, inputs, min_new_tokens=0)[0]
     word = small_tokenizer.decode(whole[2])
     stopped = answer(model, inputs, min_new_tokens=0, stop_strings=[word], tokenizer=small_tokenizer)[0]
@@ -165,7 +163,7 @@ def test_stop_strings_take_the_tokenizer(chat, small_tokenizer):
 
 def test_generate_gives_hidden_states(chat):
     model, processor = chat
-    inputs = processor(text="What?", images=[picture(1)])
+    inputs = processor(text="What?", images=[random_image(1)])
     result = answer_dict(model, inputs, output_hidden_states=True)
     assert len(result.hidden_states) == 8
     assert [len(states) for states in result.hidden_states] == [model.config.text_config.num_hidden_layers + 1] * 8

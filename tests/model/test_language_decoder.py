@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from eagle_cp import Layout
-from eagle_model.configuration import EagleConfig
 from eagle_model.language.attention import AttentionInputs
 from eagle_model.language.decoder import LanguageModel
-from eagle_model.language.rope import inverse_frequencies
 
 SIZES = {
     "vocab_size": 60,
@@ -36,6 +34,7 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
     "qwen3-bias": lambda: Qwen3Config(**SIZES, head_dim=8, attention_bias=True),
     "llama": lambda: LlamaConfig(**SIZES),
+    "mistral": lambda: MistralConfig(**SIZES, head_dim=8, sliding_window=None),
     "llama3": lambda: LlamaConfig(**SIZES, rope_parameters=LLAMA3, attention_bias=True, mlp_bias=True),
     "smollm2": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LINEAR, num_key_value_heads_=1),
     "one-kv-head": lambda: LlamaConfig(**(SIZES | {"num_key_value_heads": 1})),
@@ -95,24 +94,6 @@ def test_packed_equals_one_by_one(name):
         (alone * weight[first:last]).sum().backward()
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(together[key], parameter.grad, atol=1e-5 * parameter.grad.abs().max().item(), rtol=1e-4, msg=key)
-
-
-@pytest.mark.parametrize(
-    "rope", [{"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, {"rope_theta": 1e4, "partial_rotary_factor": 0.5}]
-)
-def test_unsupported_rope_is_refused(rope):
-    config = LlamaConfig(**SIZES)
-    config.rope_parameters = rope
-    with pytest.raises(ValueError, match="text_config"):
-        inverse_frequencies(config)
-
-
-def test_sliding_window():
-    text = SIZES | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 16, "use_sliding_window": False}
-    LanguageModel(EagleConfig(text_config=text).text_config)
-    used = EagleConfig(text_config=text | {"use_sliding_window": True, "max_window_layers": 1}).text_config
-    with pytest.raises(ValueError, match="sliding_attention"):
-        LanguageModel(used)
 
 
 def test_frequencies_stay_float32():

@@ -48,8 +48,8 @@ def test_changes():
     assert config.text_config.hidden_size == PRESETS["tiny"]["text_config"]["hidden_size"]
     assert config.tile_size == 32
     for wrong, words in (
-        ({"max_dynamic_tile": 3}, "max_dynamic_tile; is max_dynamic_tiles meant"),
-        ({"text_config": {"num_hidden_layer": 3}}, "text_config.num_hidden_layer; is num_hidden_layers meant"),
+        ({"max_dynamic_tile": 3}, "max_dynamic_tile; did you mean max_dynamic_tiles"),
+        ({"text_config": {"num_hidden_layer": 3}}, "text_config.num_hidden_layer; did you mean num_hidden_layers"),
         ({"vision_config": {"colour": 3}}, "vision_config.colour"),
     ):
         with pytest.raises(ValueError, match=words):

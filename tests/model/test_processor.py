@@ -5,7 +5,6 @@ import io
 import json
 import pickle
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from eagle_model import EagleProcessor, PromptError, VideoSpan, encode, register
 from eagle_model.visual import BudgetError, VisualSpec, as_video, load_image, size_of
 from eagle_sampling import MediaError
 from eagle_tiling import load_rgb, select_grid, tile_image
+from tests.support.media import grey_frames, random_image, write_video
 
 SETTINGS = {"tile_size": 32, "tokens_per_tile": 4, "max_tiles": 6}
 
@@ -25,28 +25,14 @@ def processor(small_tokenizer):
     return EagleProcessor(small_tokenizer, **SETTINGS)
 
 
-def picture(seed=0, size=(50, 40)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
     """Three seconds at 10 frames a second; frame i is grey of 8 i."""
-    path = tmp_path_factory.mktemp("video") / "grey.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for i in range(30):
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 8 * i, np.uint8), format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return path
+    return write_video(tmp_path_factory.mktemp("video") / "grey.mp4", grey_frames(30, 8, (64, 64)), fps=10)
 
 
 def test_image(processor, small_tokenizer):
-    image = picture()
+    image = random_image()
     inputs = processor(text="What?", images=[image])
     grid = select_grid(50, 40, max_tiles=6, tile_size=32)
     tiles = tile_image(image, grid, tile_size=32)
@@ -58,7 +44,7 @@ def test_image(processor, small_tokenizer):
 
 
 def test_forms_of_one_conversation(processor, tmp_path):
-    image = picture()
+    image = random_image()
     image.save(tmp_path / "a.png")
     content = io.BytesIO()
     image.save(content, "PNG")
@@ -88,7 +74,7 @@ def test_forms_of_one_conversation(processor, tmp_path):
 
 
 def test_placeholders_without_a_number_are_the_media_of_their_message(processor):
-    a, b, c = picture(1, (30, 30)), picture(2, (60, 30)), picture(3, (90, 30))
+    a, b, c = random_image(1, (30, 30)), random_image(2, (60, 30)), random_image(3, (90, 30))
 
     def user(*blocks):
         return {"role": "user", "content": [block if isinstance(block, str) else {"type": "image", "image": block} for block in blocks]}
@@ -108,21 +94,21 @@ def test_placeholders_without_a_number_are_the_media_of_their_message(processor)
 
 
 def test_tiles_follow_the_prompt(processor):
-    small, large = picture(1, (30, 30)), picture(2, (100, 30))
+    small, large = random_image(1, (30, 30)), random_image(2, (100, 30))
     inputs = processor(text="<image-2> then <image-1>", images=[small, large])
     parts = [tile_image(image, select_grid(*image.size, max_tiles=6, tile_size=32), tile_size=32) for image in (large, small)]
     assert np.array_equal(inputs["pixel_values"].numpy(), np.concatenate(parts))
 
 
 def test_file_addresses(processor, tmp_path):
-    picture().save(tmp_path / "a b%.png")
+    random_image().save(tmp_path / "a b%.png")
     address = (tmp_path / "a b%.png").as_uri()
     assert "a%20b%25.png" in address
     assert load_image(address).size == load_image(str(tmp_path / "a b%.png")).size == (50, 40)
 
 
 def test_exif_alpha_and_modes(processor):
-    image = picture(3, (60, 20))
+    image = random_image(3, (60, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # shown rotated
     content = io.BytesIO()
@@ -135,7 +121,7 @@ def test_exif_alpha_and_modes(processor):
 
 def test_video_file(processor, video, small_tokenizer):
     inputs = processor(text="Describe <video-1>", videos=[video])
-    # 3 seconds at 2 a second are 6 frames; a video is asked for at least 8.
+    # 3 seconds at 2 a second are 6 frames; a video gets at least 8.
     assert inputs["pixel_values"].shape == (8, 32, 32, 3)
     text = small_tokenizer.decode(inputs["input_ids"][0]).replace("<IMG_CONTEXT>", "")
     assert "Describe The first video sampled with 2.67 fps: Frame 1 sample at 0.00s: <img></img>Frame 2 sample at 0.40s: " in text
@@ -153,7 +139,7 @@ def test_video_file(processor, video, small_tokenizer):
 
 
 def test_video_of_frames_and_pages(processor, small_tokenizer):
-    frames = [picture(seed, (64, 32)) for seed in range(3)]
+    frames = [random_image(seed, (64, 32)) for seed in range(3)]
     timed = processor(text="x", videos=[{"frames": frames, "times": [0.0, 2.0, 4.0], "fps": 0.5}])
     pages = processor(text="x", videos=[frames])
     array = processor(text="x", videos=[np.stack([np.asarray(frame) for frame in frames])])
@@ -170,10 +156,10 @@ def test_video_of_frames_and_pages(processor, small_tokenizer):
 @pytest.mark.parametrize("budget", [200, 240, 320, 500, 2000])
 def test_budget_is_kept_and_used(processor, video, budget):
     messages = [{"role": "user", "content": "<image-1> and <video-1> <image-2>"}]
-    row = processor.process(messages, [picture(1, (200, 100)), picture(2)], [video], max_tokens=budget + 80)
+    row = processor.process(messages, [random_image(1, (200, 100)), random_image(2)], [video], max_tokens=budget + 80)
     assert len(row.input_ids) <= budget + 80
     assert (row.input_ids == processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")).sum() == 4 * len(row.tiles)
-    free = processor.process(messages, [picture(1, (200, 100)), picture(2)], [video])
+    free = processor.process(messages, [random_image(1, (200, 100)), random_image(2)], [video])
     if budget == 2000:
         assert np.array_equal(row.tiles, free.tiles)
     elif budget == 200:
@@ -186,11 +172,11 @@ def test_too_small_a_budget_is_said(processor, video):
 
 
 def test_batch_pads_on_the_left(processor):
-    inputs = processor(text=["Hi", "What is this?"], images=[None, [picture()]])
+    inputs = processor(text=["Hi", "What is this?"], images=[None, [random_image()]])
     assert inputs["attention_mask"][0, 0] == 0
     assert inputs["attention_mask"][:, -1].all()
     assert (inputs["input_ids"][inputs["attention_mask"] == 0] == processor.tokenizer.pad_token_id).all()
-    right = processor(text=["Hi", "What is this?"], images=[None, [picture()]], padding_side="right", return_tensors="np")
+    right = processor(text=["Hi", "What is this?"], images=[None, [random_image()]], padding_side="right", return_tensors="np")
     assert right["attention_mask"][:, 0].all()
     assert isinstance(right["input_ids"], np.ndarray)
     assert "pixel_values" not in processor(text=["Hi", "What is this?"])
@@ -227,7 +213,7 @@ def test_save_and_load(processor, tmp_path):
     assert written["processor_class"] == "EagleProcessor"
     again = EagleProcessor.from_pretrained(tmp_path)
     assert again.spec == processor.spec == VisualSpec(**SETTINGS)
-    a, b = (each(text="<image-1> 12?", images=[picture()]) for each in (processor, again))
+    a, b = (each(text="<image-1> 12?", images=[random_image()]) for each in (processor, again))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert EagleProcessor.from_pretrained(tmp_path, max_tiles=2).spec.max_tiles == 2
     register()
@@ -248,21 +234,21 @@ def test_released_like_folder(small_tokenizer, make_config, tmp_path):
 
 def test_wrong_use_is_said(processor, tmp_path):
     with pytest.raises(PromptError, match="text or messages"):
-        processor(images=[picture()])
+        processor(images=[random_image()])
     with pytest.raises(ValueError, match="2 lists"):
-        processor(text=["a", "b"], images=[picture()])
+        processor(text=["a", "b"], images=[random_image()])
     with pytest.raises(ValueError, match="lists in some conversations"):
-        processor(text=["a", "b"], images=[picture(), [picture()]])
+        processor(text=["a", "b"], images=[random_image(), [random_image()]])
     with pytest.raises(TypeError, match="images come first"):
-        processor("<image-1> What?", picture())
+        processor("<image-1> What?", random_image())
     with pytest.raises(PromptError, match="<image-2>"):
-        processor(text="<image-2>", images=[picture()])
+        processor(text="<image-2>", images=[random_image()])
     with pytest.raises(PromptError, match="once"):
-        processor(messages=[{"role": "user", "content": [{"type": "image", "image": picture()}]}], images=[picture()])
+        processor(messages=[{"role": "user", "content": [{"type": "image", "image": random_image()}]}], images=[random_image()])
     with pytest.raises(PromptError, match="'audio'"):
         processor(messages=[{"role": "user", "content": [{"type": "audio", "audio": 1}]}])
     with pytest.raises(PromptError, match="message 1 is the assistant's"):
-        processor(messages=[{"role": "user", "content": "draw"}, {"role": "assistant", "content": [{"image": picture()}, "here"]}])
+        processor(messages=[{"role": "user", "content": "draw"}, {"role": "assistant", "content": [{"image": random_image()}, "here"]}])
     for tokenize in (True, False):
         with pytest.raises(PromptError, match="message 0 has content of type NoneType"):
             processor.apply_chat_template([{"role": "user", "content": None}], tokenize=tokenize)
@@ -301,11 +287,11 @@ def test_wrong_use_is_said(processor, tmp_path):
     with pytest.raises(ValueError, match="base64"):
         processor(text="x", images=["data:image/png;base64,???"])
     with pytest.raises(ValueError, match="2 frames but 1 times"):
-        processor(text="x", videos=[{"frames": [picture(), picture()], "times": [0.0]}])
+        processor(text="x", videos=[{"frames": [random_image(), random_image()], "times": [0.0]}])
     with pytest.raises(ValueError, match="times can't be given for a video that is a file"):
         processor(text="x", videos=[{"path": "a.mp4", "times": [1.0]}])
     with pytest.raises(ValueError, match="start can't be given for a video that is a list of frames"):
-        processor(text="x", videos=[{"frames": [picture()], "start": 1.0}])
+        processor(text="x", videos=[{"frames": [random_image()], "start": 1.0}])
     with pytest.raises(ValueError, match="without frames"):
         as_video({})
     with pytest.raises(ValueError, match="padding_side"):
@@ -325,7 +311,7 @@ def test_what_transformers_passes_is_accepted(processor):
 def test_same_ids_as_training(processor, video, small_tokenizer):
     """What a trainer builds from a plan and what the processor builds from media are the same prompt."""
     messages = [{"role": "user", "content": "<image-1>?"}, {"role": "assistant", "content": "ok"}]
-    image = picture()
+    image = random_image()
     tiles = tile_image(load_rgb(image), select_grid(*image.size, max_tiles=6, tile_size=32), tile_size=32)
     span = VideoSpan([0.0, 0.4, 0.8, 1.2, 1.7, 2.1, 2.5, 2.9], 8 / 3, 4)
     expected = encode(render(messages, images=[4 * len(tiles)], videos=[span]), small_tokenizer)
@@ -337,7 +323,7 @@ def test_same_ids_as_training(processor, video, small_tokenizer):
 
 def test_settings_of_a_call_and_of_a_medium(processor, video):
     """What InternVL's and Qwen-VL's users set per call, in their spellings; the processor itself stays as it is."""
-    image, talk = picture(size=(100, 30)), "<image-1><video-1>?"
+    image, talk = random_image(size=(100, 30)), "<image-1><video-1>?"
 
     def tiles(**options):
         return len(processor(text=talk, images=[image], videos=[video], **options)["pixel_values"])
@@ -369,8 +355,8 @@ def test_settings_of_a_call_and_of_a_medium(processor, video):
 
 
 def test_a_batch_of_one_image_each(processor):
-    flat = processor(text=["<image-1>a", "<image-1>b"], images=[picture(0), picture(1)])
-    lists = processor(text=["<image-1>a", "<image-1>b"], images=[[picture(0)], [picture(1)]])
+    flat = processor(text=["<image-1>a", "<image-1>b"], images=[random_image(0), random_image(1)])
+    lists = processor(text=["<image-1>a", "<image-1>b"], images=[[random_image(0)], [random_image(1)]])
     assert all(torch.equal(flat[name], lists[name]) for name in lists)
 
 
@@ -396,7 +382,7 @@ def test_system_prompt_and_budget_travel(processor, small_tokenizer, video, tmp_
 
 def test_documents(processor, tmp_path):
     """A PDF and a list of page images are pages: no times in the prompt, all pages wanted."""
-    pages = [picture(seed, (60, 90)) for seed in range(3)]
+    pages = [random_image(seed, (60, 90)) for seed in range(3)]
     pages[0].save(tmp_path / "a.pdf", save_all=True, append_images=pages[1:])
     for document in (tmp_path / "a.pdf", pages):
         made = processor(text="<video-1>?", videos=[document])

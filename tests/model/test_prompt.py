@@ -87,8 +87,8 @@ def test_prompt_for_generation_is_a_prefix_of_training(qwen_tokenizer):
 
 def test_labels_of_every_assistant_turn(small_tokenizer):
     encoded = encode(render([user("a"), assistant("b"), user("c"), assistant("d")]), small_tokenizer)
-    said = small_tokenizer.decode(encoded.labels[encoded.labels >= 0])
-    assert said == "b<|im_end|>d<|im_end|>"
+    learned = small_tokenizer.decode(encoded.labels[encoded.labels >= 0])
+    assert learned == "b<|im_end|>d<|im_end|>"
     assert np.array_equal(encoded.input_ids[encoded.labels >= 0], encoded.labels[encoded.labels >= 0])
 
 
@@ -139,7 +139,7 @@ def test_placeholders():
     assert order({"role": "system", "content": "s"}, user("a <image-2>"), images=3) == [("image", 1), ("image", 3), ("image", 2)]
     assert order(user("<image>"), images=2) == [("image", 2), ("image", 1)]
     assert order(user("a"), assistant("b"), user("<video-1>"), videos=1) == [("video", 1)]
-    # What an assistant says is text.
+    # The content of an assistant turn is text.
     assert order(user("q"), assistant("see <image-1>"), images=1) == [("image", 1)]
     missing = to_text(render([user("a"), assistant("b"), user("c")], images=[0]))
     assert "user\n<image 1><img></img>a<|im_end|>" in missing

@@ -1,15 +1,11 @@
 """FSDP2 over two ranks, layer by layer: one rank has tiles and the other none, and the gradients are those of one process."""
 
-import multiprocessing
-import os
-import tempfile
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.support.packs import make_pack
+from tests.support.ranks import run_on_ranks
 
 
 def rank_pack(rank):
@@ -28,40 +24,25 @@ def step(model, rank):
     return loss.item()
 
 
-def rank_main(rank, store, model, mode, results):
+def sharded_step(model, mode):
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
     mesh = dist.init_device_mesh("cpu", (2,))
     model.set_activation_checkpointing(mode)
     for layer in model.blocks():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    loss = step(model, rank)
-    gradients = {name: parameter.grad.full_tensor().numpy() for name, parameter in model.named_parameters()}
-    results.put((rank, loss, gradients))
-    results.close()
-    results.join_thread()
-    dist.barrier()
-    os._exit(0)
+    loss = step(model, dist.get_rank())
+    return loss, {name: parameter.grad.full_tensor().numpy() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_two_sharded_ranks(make_model, mode):
     model = make_model()
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")
-        results = context.Queue()
-        processes = [context.Process(target=rank_main, args=(rank, f"{folder}/store", model, mode, results)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        answers = sorted(results.get(timeout=100) for _ in processes)
-        for process in processes:
-            process.join(20)
+    answers = run_on_ranks(2, sharded_step, model, mode)
     expected = sum(step(model, rank) for rank in range(2))
-    assert sum(answer[1] for answer in answers) == pytest.approx(expected, rel=1e-5)
+    assert sum(loss for loss, _ in answers) == pytest.approx(expected, rel=1e-5)
     for name, parameter in model.named_parameters():
-        # FSDP2 averages over ranks unless it is told otherwise.
-        got = 2 * torch.from_numpy(answers[0][2][name])
+        # FSDP2 averages over ranks by default.
+        got = 2 * torch.from_numpy(answers[0][1][name])
         torch.testing.assert_close(got, parameter.grad, atol=1e-5 * max(1.0, parameter.grad.abs().max().item()), rtol=1e-4, msg=name)

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen
 
 from eagle_model import EagleConfig, EagleForConditionalGeneration, preset
 from eagle_model.checkpoint import save_checkpoint
-from eagle_model.eagle import CACHE_FIELD
 from eagle_model.fused import is_plain, is_plain_linear
 from eagle_model.language.attention import Norm
 from eagle_model.language.head import Head
+from eagle_model.padded import CACHE_FIELD
 from tests.support.packs import make_pack
 
 IMAGE = 100
@@ -148,7 +148,7 @@ def test_gradient_checkpointing_changes_nothing(make_model, batch, options):
         calls.clear()
         model.zero_grad()
         model(**batch).loss.backward()
-        results.append(([p.grad.clone() for p in model.parameters()], len(calls), model.is_gradient_checkpointing))
+        results.append(([p.grad.clone() for p in model.parameters()], len(calls), getattr(model, f"is_{name}")))
     for handle in handles:
         handle.remove()
     layers = model.config.text_config.num_hidden_layers
@@ -168,7 +168,7 @@ def test_recomputation_repeats_dropout(make_model, batch):
     for layer in model.language_model.model.layers:
         layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, nn.Dropout(0.5))
     gradients = []
-    for mode in ("none", "full"):
+    for mode in ("keep", "recompute"):
         model.set_activation_checkpointing(mode)
         model.zero_grad()
         torch.manual_seed(5)
@@ -314,7 +314,7 @@ def test_auto_classes_and_attributes(make_model, tmp_path):
 
 @pytest.mark.parametrize("way", ["save_pretrained", "save_checkpoint"])
 def test_files_of_a_saved_model(make_model, make_config, small_tokenizer, tmp_path, way):
-    """generation_config.json ends at <|im_end|>, a card says how to load the folder, and all files have the mode that the umask gives."""
+    """generation_config.json ends at <|im_end|>, a card shows how to load it, and all files have the mode that the umask gives."""
     model = make_model(make_config(tokenizer=small_tokenizer))
     folder = tmp_path / "model"
 

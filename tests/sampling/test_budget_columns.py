@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import doctest
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_sampling import STRATEGIES, Dropped, PlanColumns, VideoRequest, VisualPlan, plan, plan_many, register_strategy
-from eagle_sampling.budget import Choice
+from eagle_sampling.budget import strategies
 from eagle_sampling.budget.share import share_frames
 
 SMALL_CAPS = (4, 2, 1)
@@ -71,32 +74,32 @@ def test_the_matrix_shares_as_the_integers_do(requests, data):
     assert list(planned.frames) == share_frames(videos, room)
 
 
-def test_a_registered_strategy_is_used_by_both(monkeypatch):
-    def minimum_only(columns, room, options):
-        """The minimum of frames, images at the last cap."""
-        last = len(options.caps) - 1
-        spent = np.zeros(len(columns), np.int64)
-        np.add.at(spent, np.repeat(np.arange(len(columns)), np.diff(columns.video_offsets)), columns.minimum * columns.frame_tokens)
-        np.add.at(spent, np.repeat(np.arange(len(columns)), np.diff(columns.image_offsets)), columns.image_tokens[:, last])
-        left = room - spent
-        status = np.where(left < 0, 4, 0).astype(np.int8)
-        cap_index, image_cap_index = (np.full(n, last, np.int8) for n in (len(columns), len(columns.image_tokens)))
-        return Choice(status, cap_index, image_cap_index, columns.minimum, left)
+@pytest.fixture
+def smallest(monkeypatch):
+    """The strategy of the example in `register_strategy`, which is run here; the table is restored afterwards."""
+    monkeypatch.setitem(STRATEGIES, "smallest", None)
+    del STRATEGIES["smallest"]
+    example = doctest.DocTestFinder().find(strategies.register_strategy, "register_strategy", globs=vars(strategies).copy())[0]
+    assert len(example.examples) == 5
+    assert doctest.DocTestRunner().run(example, clear_globs=False).failed == 0
+    return "smallest"
 
-    for name, strategy in STRATEGIES.items():
-        with pytest.raises(ValueError, match=f"'{name}' is registered already"):
-            register_strategy(name, minimum_only)
-        register_strategy(name, strategy.choose, by_rate=strategy.by_rate)  # the same again changes nothing
-    monkeypatch.setitem(STRATEGIES, "minimum", None)  # restores the table afterwards
-    del STRATEGIES["minimum"]
-    register_strategy("minimum", minimum_only, by_rate=False)
-    assert not STRATEGIES["minimum"].by_rate
+
+def test_a_registered_strategy_is_used_by_both(smallest):
+    assert not STRATEGIES[smallest].by_rate
     rows = [(10, [[9, 5, 2]], [VideoRequest(9, 3, 5)]), (40, [[9, 5, 2]], [VideoRequest(9, 3, 5)]), (60, [], [])]
-    result = assert_same(rows, 50, SMALL_CAPS, strategy="minimum")
+    result = assert_same(rows, 50, SMALL_CAPS, strategy=smallest)
     assert result.row(0) == VisualPlan(1, (1,), (3,), 27, ("frames 9->3", "tiles 4->1"))
     assert result.row(1) == Dropped("too_long", "frames and images need 17 tokens, 10 of 50 tokens are left after 40 of text")
-    assert isinstance(result.row(2), Dropped)
-    assert result.row(2).reason == "text_too_long"
+    assert result.row(2) == Dropped("text_too_long", "text alone is 60 tokens, the budget is 50")
+
+
+def test_a_name_is_registered_once():
+    for name, strategy in list(STRATEGIES.items()):
+        with pytest.raises(ValueError, match=f"'{name}' is registered already"):
+            register_strategy(name, functools.partial(strategy.choose))
+        register_strategy(name, strategy.choose, by_rate=strategy.by_rate)
+        assert STRATEGIES[name] == strategy
 
 
 def test_arrays_of_the_result():

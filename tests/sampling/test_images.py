@@ -6,7 +6,6 @@ import struct
 import time
 import zlib
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +13,7 @@ from PIL import Image, ImageOps, features
 
 from eagle_sampling import Limits, MediaError, image_size, open_image, read_bytes
 from eagle_sampling.images import exists
+from tests.support.media import random_image
 
 FORMATS = {
     "jpeg": ("JPEG", "RGB", {}),
@@ -40,7 +40,7 @@ def encoded(name: str, size: tuple[int, int], orientation: int | None = None) ->
     form, mode, options = FORMATS[name]
     if form == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    image = random_image(size=size)
     image = image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
     if orientation is not None:
         exif = Image.Exif()

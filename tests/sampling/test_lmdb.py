@@ -12,18 +12,16 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
-from PIL import Image
 
 from eagle_sampling import MediaError, build_lmdb, check_lmdb, image_size, open_image
 from eagle_sampling.images import exists
 from eagle_sampling.lmdb import build as lmdb_build
 from eagle_sampling.lmdb import store as lmdb_store
+from tests.support.media import encoded, random_image
 
 
 def picture(seed: int) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 6 + seed % 5, 3), dtype=np.uint8)).save(out, "PNG")
-    return out.getvalue()
+    return encoded(random_image(seed, (6 + seed % 5, 8)))
 
 
 @pytest.fixture
@@ -416,6 +414,6 @@ def test_the_map_grows(tmp_path, monkeypatch):
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(6):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        random_image(i, (80, 80)).save(folder / f"{i}.png")
     assert build_lmdb(tmp_path / "store", [folder]).written == 6
     assert check_lmdb(tmp_path / "store").ok

@@ -339,3 +339,16 @@ def test_repeated_is_repeat(counts, seed, dtype):
     assert (found == np.repeat(values, counts)).all()
     with pytest.raises(Unsupported, match="ctts covers"):
         _repeated(np.array(counts, ">u4"), values, sum(counts) + 1, "ctts")
+
+
+def test_tags_that_are_not_text(tmp_path):
+    """A title in another encoding than UTF-8: PyAV 18 decodes tags when it opens a file, PyAV 19 when they are read."""
+    path = tmp_path / "tagged.avi"
+    with av.open(str(path), "w") as out:
+        out.metadata["title"] = "ABCDEFGH"
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        out.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p")))
+        out.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes().replace(b"ABCDEFGH", b"ABC\xff\xfeFGH"))
+    assert probe(path).frame_count == 1

@@ -1,7 +1,7 @@
 """Small images and videos for tests."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import av
@@ -9,19 +9,25 @@ import numpy as np
 from PIL import Image
 
 
-def random_pixels(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """uint8 [height, width, 3]"""
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def random_pixels(seed: int = 0, size: tuple[int, int] = (50, 40)) -> np.ndarray:
+    """uint8 [height, width, 3] for a `size` of (width, height)."""
+    return np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
 
 
-def random_image(width: int = 50, height: int = 40, seed: int = 0) -> Image.Image:
-    return Image.fromarray(random_pixels(width, height, seed))
+def random_image(seed: int = 0, size: tuple[int, int] = (50, 40)) -> Image.Image:
+    return Image.fromarray(random_pixels(seed, size))
 
 
 def encoded(image: Image.Image, format: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format)
     return buffer.getvalue()
+
+
+def grey_frames(count: int, step: int, size: tuple[int, int] = (96, 64)) -> Iterator[np.ndarray]:
+    """Frames of one grey each; that of frame `i` is `i * step`."""
+    for index in range(count):
+        yield np.full((size[1], size[0], 3), index * step, dtype=np.uint8)
 
 
 def write_video(

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from tests.support.media import grey_frames, random_image, write_video
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md"))]
@@ -13,17 +13,8 @@ READMES = [ROOT / "README.md", *sorted((ROOT / "packages").glob("*/README.md"))]
 
 @pytest.fixture
 def media_folder(tmp_path, monkeypatch):
-    import av
-
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (720, 1280, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
-    with av.open(str(tmp_path / "talk.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        for index in range(100):
-            picture = np.full((64, 96, 3), 2 * index, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    random_image(size=(1280, 720)).save(tmp_path / "photo.jpg")
+    write_video(tmp_path / "talk.mp4", grey_frames(100, 2), fps=10)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

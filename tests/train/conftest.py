@@ -1,6 +1,5 @@
 """A byte tokenizer with Eagle's tokens, small media files, and facts without files for tests of planning."""
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -8,34 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eagle_model.prompt import EAGLE_TOKENS
 from eagle_model.prompt.costs import FrameCosts
 from eagle_sampling import TimeTable
 from eagle_train.config import Config, parse_config
 from eagle_train.data.facts import SCHEMA, Facts, FactsSource
+from tests.support import media
+from tests.support.models import byte_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, ChatML's and Eagle's special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(token, special=True) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *EAGLE_TOKENS)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -65,27 +52,18 @@ def picture() -> Callable[..., bytes]:
     """An encoded image of random pixels."""
 
     def make(width: int = 64, height: int = 48, format: str = "PNG", seed: int = 0) -> bytes:
-        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format)
-        return buffer.getvalue()
+        return media.encoded(media.random_image(seed, (width, height)), format)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def write_video() -> Callable[..., Path]:
-    """An H.264 file, its index in front of its frames."""
+    """An H.264 file of random frames, with its index in front of them."""
 
     def write(path: Path, frames: int = 30, fps: int = 10, size: tuple[int, int] = (64, 48)) -> Path:
-        with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=fps, options={"g": "10", "preset": "ultrafast"})
-            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-            for index in range(frames):
-                pixels = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-            container.mux(stream.encode())
-        return path
+        pixels = (media.random_pixels(index, size) for index in range(frames))
+        return media.write_video(path, pixels, fps, {"g": "10", "preset": "ultrafast"}, {"movflags": "faststart"})
 
     return write
 
@@ -152,8 +130,8 @@ def colour_run_in(tokenizer: PreTrainedTokenizerFast, write_jsonl: Any, write_vi
         for index in range(rows):
             name = list(colours)[index % 3]
             Image.new("RGB", (32, 32) if index % 2 else (64, 32), colours[name]).save(folder / f"{index}.png")
-            talk = [{"from": "human", "value": "<image>what color?"}, {"from": "gpt", "value": name}]
-            content.append({"image": f"{index}.png", "conversations": talk})
+            turns = [{"from": "human", "value": "<image>what color?"}, {"from": "gpt", "value": name}]
+            content.append({"image": f"{index}.png", "conversations": turns})
         write_video(folder / "clip.mp4", frames=20)
         content.append({"video": "clip.mp4", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "noise"}]})
         write_jsonl(folder / "rows.jsonl", content)

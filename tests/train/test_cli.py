@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eagle_train.cli import doctor, main
+from eagle_train.cli import doctor
+from eagle_train.cli.main import main, report
 from eagle_train.cli.pages import VERBS, rendered_page, stored_page
-from eagle_train.cli.run import report
 from eagle_train.cli.tested import TESTED
 from eagle_train.config import ConfigError, dump_config, load_config
 from eagle_train.distributed.world import DeviceError
@@ -67,7 +67,7 @@ def test_help_takes_less_than_a_third_of_a_second(verb):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; import eagle_train.cli.run; print(*sys.modules)"
+    code = "import sys; from eagle_train.cli.app import command; command(); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "eagle_train.cli.train" in modules
     assert not {"torch", "transformers", "numpy", "pydantic", "yaml", "av"} & set(modules)
@@ -117,7 +117,7 @@ def test_what_the_user_must_change_ends_with_2(colour_run, tmp_path, monkeypatch
     done = eagle_here(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
-    assert "foresaw" not in done.stderr
+    assert "no message of its own" not in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -147,7 +147,7 @@ def test_a_failed_evaluation_ends_with_4_after_everything_else(colour_run, tmp_p
     assert "error: training is complete, but 3 of its evaluations failed:" in done.stderr
     assert "the evaluation of stage final after step 6 failed: TypeError: forward has no argument cache" in done.stderr
     assert f"eagle eval {config.run.folder} evaluates them again" in done.stderr.splitlines()[-1]
-    assert "foresaw" not in done.stderr
+    assert "no message of its own" not in done.stderr
     assert (config.run.folder / "plot.png").exists()
     assert f"run folder: {config.run.folder}" in done.stdout
 
@@ -189,7 +189,7 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_allocated(tmp_p
     ],
 )
 def test_ranks_report_an_error_once(monkeypatch, capsys, tmp_path, error, shown):
-    """The main rank prints it; another rank prints what only it knows, with its number. torchrun's summary has it in any case."""
+    """The main rank prints it; another rank prints its own error, with its number. torchrun's summary has it in any case."""
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank))
@@ -265,7 +265,7 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     assert (config.run.folder / "plot.png").stat().st_size > 5000
     reported = eagle_here("report", config.run.folder)
     assert "stage two: step 2 of 2" in reported.stdout
-    # However many ranks it was trained on, one process can ask it and export it.
+    # However many ranks it was trained on, one process can evaluate and export it.
     written = config.run.folder / "config.yaml"
     assert "ulysses: 1" in written.read_text()
     written.write_text(written.read_text().replace("ulysses: 1", "ulysses: 2").replace("  data: null", "  data: 3"))
@@ -274,8 +274,8 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     ledger = (config.run.folder / "ledger.jsonl").read_text() if (config.run.folder / "ledger.jsonl").exists() else None
     evaluate = ("eval", config.run.folder, "--limit", 2, "--device", "cpu", "--data")
     for out in ((), (), ("--out", tmp_path / "mine")):
-        asked = eagle_here(*evaluate, tmp_path / "rows.jsonl", *out)
-        assert asked.returncode == 0, asked.stderr
+        done = eagle_here(*evaluate, tmp_path / "rows.jsonl", *out)
+        assert done.returncode == 0, done.stderr
     answers = [tmp_path / "mine" / "answers.jsonl", *(config.run.folder / "evaluations").glob("*/answers.jsonl")]
     assert [len(path.read_text().splitlines()) for path in answers] == [2, 2, 2]
     taken = eagle_here(*evaluate, tmp_path / "rows.jsonl", "--out", tmp_path / "mine")
@@ -371,8 +371,8 @@ def test_doctor_warns_of_versions_that_are_not_tested(monkeypatch, name, version
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     found = doctor._version(name)
     assert found.value == version
-    assert found.cure.startswith(advice)
-    assert bool(found.cure) == bool(advice)
+    assert found.remedy.startswith(advice)
+    assert bool(found.remedy) == bool(advice)
     assert not found.serious
 
 

@@ -44,13 +44,13 @@ def test_training_pairs_are_posed_as_evaluation_poses_them(tmp_path, make_config
     (tmp_path / "a.png").write_bytes(picture())
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What colour?"}]
     plain = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]
-    tool = [{"from": "observation", "value": "42"}, {"from": "gpt", "value": "as said"}]
+    tool = [{"from": "observation", "value": "42"}, {"from": "gpt", "value": "as before"}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
     rows = [{"messages": [{"role": "user", "content": parts}, answer]}, {"image": "a.png", "conversations": plain + tool}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}, prompt={"system": "Be brief."}), tokenizer).facts
     pairs = list(training_pairs(facts))
-    assert pairs == [("What colour?", "red"), ("What colour?", "red"), ("What colour?", "as said")]
+    assert pairs == [("What colour?", "red"), ("What colour?", "red"), ("What colour?", "as before")]
     question = last_question(load_sample(facts.address(0)).messages[:-1])
     assert Frequencies.count(pairs, {question}).answer(question) == "red"
 
@@ -84,7 +84,7 @@ def run(colour_run, tmp_path, write_jsonl):
     return config
 
 
-def test_a_run_is_evaluated_exported_and_talked_to(run, tmp_path):
+def test_a_run_is_evaluated_exported_and_chatted_with(run, tmp_path):
     torch.set_num_threads(1)
     world = start_world(run.parallel, "cpu")
     ready = get_ready(run)
@@ -109,16 +109,16 @@ def test_a_run_is_evaluated_exported_and_talked_to(run, tmp_path):
     assert len(alone.write(run.run.folder / "answers.jsonl").read_text().splitlines()) == 6
 
     # The same answer from a chat with the run, and with what it exports, wherever the folder is moved.
-    asked = tmp_path / "1.png"
+    image = tmp_path / "1.png"
     expected = alone.answers[1].given
     moved = tmp_path / "moved"
     shutil.move(run.run.folder, moved)
-    assert Chat.open(moved, images=[asked], max_new_tokens=4, device="cpu").ask("what color?") == expected
+    assert Chat.open(moved, images=[image], max_new_tokens=4, device="cpu").answer("what color?") == expected
     export(open_run(moved), tmp_path / "model", dtype="float32")
-    talk = Chat.open(tmp_path / "model", images=[asked], max_new_tokens=4, device="cpu")
-    assert talk.ask("what color?") == expected
-    talk.ask("are you sure?")
-    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+    chat = Chat.open(tmp_path / "model", images=[image], max_new_tokens=4, device="cpu")
+    assert chat.answer("what color?") == expected
+    chat.answer("are you sure?")
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         Chat.open(moved, images=[tmp_path / "nothing.png"])
 
@@ -147,6 +147,5 @@ def test_a_run_that_moved_with_its_project_is_the_same_run(colour_run_in, tmp_pa
     (here / "runs" / "second").rename(left)
     shutil.rmtree(here)
     export(open_run(left), tmp_path / "again", dtype="float32")
-    assert Chat.open(left, max_new_tokens=2, device="cpu").ask("?") == Chat.open(tmp_path / "again", max_new_tokens=2, device="cpu").ask(
-        "?"
-    )
+    answers = [Chat.open(folder, max_new_tokens=2, device="cpu").answer("?") for folder in (left, tmp_path / "again")]
+    assert answers[0] == answers[1]

@@ -1,8 +1,5 @@
 """An evaluation that fails on one of two ranks or on both: no rank hangs, and training continues where that is possible."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +7,7 @@ import pytest
 
 from eagle_train.config import dump_config
 from eagle_train.training.metrics import Metrics, same_run
+from tests.support.ranks import outputs_of, start_processes
 
 CHILD = Path(__file__).with_name("evaluate_on_ranks.py")
 SECTIONS = {
@@ -22,20 +20,8 @@ SECTIONS = {
 def run(config, way):
     path = config.run.dir.parent / f"{config.run.name}.yaml"
     path.write_text(dump_config(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(CHILD), str(path), way],
-            env=environment | {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    outputs = [process.communicate(timeout=150)[0] for process in processes]
+    processes = start_processes([sys.executable, str(CHILD), str(path), way], 2)
+    outputs = outputs_of(processes)
     return [process.returncode for process in processes], outputs, list(Metrics(config.run.folder / "metrics.jsonl"))
 
 

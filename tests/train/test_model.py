@@ -10,9 +10,9 @@ from eagle_train.training.model import attention_backend, model_config
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"text_config": {"num_hidden_layer": 1}}, "no field text_config.num_hidden_layer; is num_hidden_layers meant?"),
-        ({"vision_config": {"patchsize": 8}}, "is patch_size meant?"),
-        ({"text_conf": {"num_hidden_layers": 1}}, "model.overrides: the configuration has no field text_conf; is text_config meant?"),
+        ({"text_config": {"num_hidden_layer": 1}}, "no field text_config.num_hidden_layer; did you mean num_hidden_layers?"),
+        ({"vision_config": {"patchsize": 8}}, "did you mean patch_size?"),
+        ({"text_conf": {"num_hidden_layers": 1}}, "model.overrides: the configuration has no field text_conf; did you mean text_config?"),
         ({"text_config": {"rope_theta": 5.0}}, "write rope_parameters"),
         ({"text_config": {"num_hidden_layers": "four"}}, "model.overrides: Validation error for field 'num_hidden_layers'"),
         ({"text_config": {"architectures": ["Other"]}}, "model.overrides: text_config names the language model 'Other'"),

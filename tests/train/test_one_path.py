@@ -18,6 +18,7 @@ from eagle_train.loading.pack import load_pack
 from eagle_train.planning.stages import Planned
 from eagle_train.planning.visual import plan_visual, sample_plan
 from eagle_train.watching.show import picture_of, view_sample
+from tests.support.media import random_image
 
 K = 4
 IMAGES = {"wide.png": (300, 80), "tall.jpg": (60, 200), "small.png": (20, 20), "turned.jpg": (90, 50)}
@@ -46,9 +47,8 @@ specs = st.builds(
 @pytest.fixture(scope="module")
 def media(tmp_path_factory, write_video):
     folder = tmp_path_factory.mktemp("media")
-    rng = np.random.default_rng(0)
-    for name, (width, height) in IMAGES.items():
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    for seed, (name, size) in enumerate(IMAGES.items()):
+        picture = random_image(seed, size)
         exif = Image.Exif()
         if name == "turned.jpg":
             exif[0x0112] = 6

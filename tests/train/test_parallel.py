@@ -1,10 +1,6 @@
 """Two processes over gloo with FSDP2, and two that share each pack, train what one process trains."""
 
-import contextlib
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,32 +15,18 @@ from eagle_train.runs.export import load_trained
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
 from eagle_train.training.metrics import Metrics
+from tests.support.ranks import free_ports, outputs_of, start_processes
 
 CHILD = Path(__file__).with_name("train_on_ranks.py")
 
 
 def train_on_ranks(paths, ranks=2):
     """The runs of some configuration files on `ranks` processes; starting those costs more than the runs, so they do all of them."""
-    with contextlib.ExitStack() as stack:
-        first, *free = [stack.enter_context(socket.socket()) for _ in [None, *paths]]
-        for one in (first, *free):
-            one.bind(("127.0.0.1", 0))
-        port = str(first.getsockname()[1])
-        runs = [f"{one.getsockname()[1]}:{path}" for one, path in zip(free, paths)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(CHILD), port, VANISHING, *runs],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=150)
-        assert process.returncode == 0, output
+    port, *free = free_ports(1 + len(paths))
+    runs = [f"{one}:{path}" for one, path in zip(free, paths)]
+    processes = start_processes([sys.executable, str(CHILD), str(port), VANISHING, *runs], ranks)
+    outputs = outputs_of(processes)
+    assert [process.returncode for process in processes] == [0] * ranks, outputs
 
 
 def same(config, other):
@@ -69,7 +51,7 @@ STAGES = [
     {"name": "two", "max_tokens": 1280, "steps": 1, "packs_per_step": 2, "lr": 1e-3, "eps": 1e-3, "train": ["connector", "language"]},
 ]
 VANISHING = "3.png"
-"""An image that is there when rows are prepared and gone when they are read: its sample is missing, whoever was to read it."""
+"""An image that is there when rows are prepared and gone when they are read: its sample is missing, whichever rank reads it."""
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def native(monkeypatch):
 
 
 def test_the_cpus_own_words(monkeypatch):
-    """Where the kernel lists the processor's flags, torch says the same."""
+    """Where the kernel lists the processor's flags, torch agrees."""
     listed = Path("/proc/cpuinfo")
     if not listed.exists():
         pytest.skip("no /proc/cpuinfo")

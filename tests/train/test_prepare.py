@@ -254,17 +254,17 @@ def test_repaired_media_of_a_complete_source_are_found_when_asked_for(tmp_path, 
 
 
 def test_the_verb_says_how_repaired_media_come_in(tmp_path, colour_run, capsys):
-    from eagle_train.cli.data import prepare as verb
+    from eagle_train.cli.prepare import prepare as verb
 
     (tmp_path / "run.yaml").write_text(dump_config(colour_run(rows=3)))
     (tmp_path / "0.png").rename(tmp_path / "away.png")
     verb(tmp_path / "run.yaml")
-    assert "4 rows: 3 good" in (told := capsys.readouterr().out)
-    assert "1 rows were left out for their media; once these are repaired, eagle prepare --again" in told
+    assert "4 rows: 3 good" in (printed := capsys.readouterr().out)
+    assert "not used because of their media: 1 row; repair the media, then run eagle prepare --again" in printed
     (tmp_path / "away.png").rename(tmp_path / "0.png")
     verb(tmp_path / "run.yaml", again=True)
-    assert "4 rows: 4 good" in (told := capsys.readouterr().out)
-    assert "--again" not in told
+    assert "4 rows: 4 good" in (printed := capsys.readouterr().out)
+    assert "--again" not in printed
 
 
 def test_an_unexpected_error_costs_its_row(tmp_path, row, picture, make_config, write_jsonl, tokenizer, monkeypatch):

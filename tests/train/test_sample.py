@@ -59,7 +59,7 @@ KEY = {"lmdb_file": "/media/x.lmdb", "lmdb_key": "k"}
         ({"image": [{"lmdb_file": "x.lmdb", "lmdb_key": "k"}, "a.png"]}, (KEY, "/media/a.png")),
         ({"image": {"path": "a.png"}}, ("/media/a.png",)),
         ({"image": "clip1:2.png"}, ("/media/clip1:2.png",)),
-        ({"image": "caf\udce9.png"}, ("/media/caf\udce9.png",)),  # a byte that is no UTF-8, as Python spells it
+        ({"image": "caf\udce9.png"}, ("/media/caf\udce9.png",)),  # a byte that is not UTF-8, as Python spells it
         ({"data": [{"type": "image", "image_list": ["a.png", {"lmdb_file": "x.lmdb", "lmdb_key": "k"}]}]}, ("/media/a.png", KEY)),
         (
             {"data": [{"type": "image", "image_list": ["a.png"]}, {"type": "image", "image_list": ["b.png"]}]},

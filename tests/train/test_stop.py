@@ -1,8 +1,7 @@
-"""SIGINT and SIGTERM in real processes: a checkpoint after the running step, one and two ranks, and messages that say what was saved."""
+"""SIGINT and SIGTERM in real processes: a checkpoint after the running step, one and two ranks, and messages about what was saved."""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from eagle_train.training import checkpoint
 from eagle_train.training.metrics import Metrics, same_run
 from eagle_train.training.stop import Interrupted, StopSignals
 from eagle_train.training.trainer import Trainer
+from tests.support.ranks import start_processes
 
 STAGES = [
     {"name": "one", "max_tokens": 640, "steps": 60, "packs_per_step": 2, "lr": 1e-3},
@@ -27,23 +27,8 @@ STAGES = [
 
 def start(path, ranks=1, **environment):
     """`eagle train` as processes of their own, each the leader of its process group, as torchrun starts them."""
-    common = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment
-    if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
     command = [sys.executable, "-m", "eagle_train.cli", "train", str(path), "--device", "cpu"]
-    return [
-        subprocess.Popen(
-            command,
-            env=common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]
+    return start_processes(command, ranks, stderr=subprocess.PIPE, COLUMNS="200", **environment)
 
 
 def wait_for(condition, processes, seconds=120):
@@ -79,8 +64,8 @@ def test_a_signal_saves_after_the_running_step(colour_run, tmp_path, signum, ran
     progress = checkpoint.read_progress(checkpoint.latest(config.run.folder / "checkpoints"))
     assert 3 <= progress.step < 60
     assert steps_written(config) == progress.step
-    said = f"stopped; the same command continues after step {progress.step} of stage one (checkpoint one-{progress.step:08d})"
-    assert said in outputs[0][1]
+    message = f"stopped; the same command continues after step {progress.step} of stage one (checkpoint one-{progress.step:08d})"
+    assert message in outputs[0][1]
     assert all("stopped" not in error for _, error in outputs[1:])
     assert not (config.run.folder / "ledger-train.jsonl").exists()  # no sample was lost with a worker
 
@@ -133,22 +118,22 @@ def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_repeated(colo
         world = start_world(config.parallel, "cpu")
         return Trainer(config, ready.schedules, ready.tokenizer, world, on_evaluate=on_evaluate, stop=stop)
 
-    def look(model, stage):
+    def score(model, stage):
         return {"sum": float(sum(parameter.detach().double().sum() for parameter in model.parameters()))}
 
     def interrupted(model, stage):
         os.kill(os.getpid(), signal.SIGINT)
         stopped.check_stop()
-        return look(model, stage)
+        return score(model, stage)
 
-    straight = trainer("straight", look)
+    straight = trainer("straight", score)
     straight.train()
     with StopSignals() as stop:
         stopped = trainer("stopped", interrupted, stop)
         with pytest.raises(Interrupted, match=r"continues after step 2 of stage one \(checkpoint one-00000002\)"):
             stopped.train()
     assert [record["kind"] for record in stopped.metrics] == ["step", "step"]
-    again = trainer("stopped", look)
+    again = trainer("stopped", score)
     again.train()
     assert same_run(again.metrics) == same_run(straight.metrics)
 

@@ -124,19 +124,19 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(colour_run, every, lo
         world = start_world(config.parallel, "cpu")
         return Trainer(config, ready.schedules, ready.tokenizer, world, on_evaluate=on_evaluate)
 
-    def look(model, stage):
+    def score(model, stage):
         return {"sum": float(sum(parameter.detach().double().sum() for parameter in model.parameters())), "learning": model.training}
 
     def interrupted(model, stage):
         if trainers[-1].metrics and max(record["total_step"] for record in trainers[-1].metrics) == lost_at:
             raise Stopped
-        return look(model, stage)
+        return score(model, stage)
 
-    trainers = [trainer("straight", look), trainer("stopped", interrupted)]
+    trainers = [trainer("straight", score), trainer("stopped", interrupted)]
     trainers[0].train()
     with pytest.raises(Stopped):
         trainers[1].train()
-    again = trainer("stopped", look)
+    again = trainer("stopped", score)
     again.train()
     assert same_run(again.metrics) == same_run(trainers[0].metrics)
 
@@ -246,16 +246,16 @@ def test_progress_says_how_much_is_left(colour_run):
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_an_evaluation_that_fails_does_not_end_the_run(colour_run, everything):
-    def look(model, step):
+    def score(model, step):
         return {"learning": model.training}
 
     def fails(model, step):
         if everything or step == 4:
             raise TypeError("forward has no argument cache")
-        return look(model, step)
+        return score(model, step)
 
     trainers = []
-    for name, on_evaluate in (("good", look), ("bad", fails)):
+    for name, on_evaluate in (("good", score), ("bad", fails)):
         config = colour_run(run={"name": name})
         ready = get_ready(config)
         trainers.append(Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=on_evaluate))
@@ -270,5 +270,5 @@ def test_an_evaluation_that_fails_does_not_end_the_run(colour_run, everything):
         Trained(trainers[1], None).check_evaluations()
     Trained(trainers[0], None).check_evaluations()
     # The same command again finds everything trained, and does not repeat what failed.
-    assert Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=look).train() is None
+    assert Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=score).train() is None
     assert sum(record["kind"] == "eval_failed" for record in trainers[1].metrics) == len(failed)

@@ -22,10 +22,11 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
 from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report
+from eagle_model.prompt.costs import FrameCosts
 from eagle_model.visual import VisualSpec
 from eagle_sampling import TimeTable
 from eagle_train.config import StageConfig
-from eagle_train.data.facts import SCHEMA, Facts, FactsSource, FrameCosts
+from eagle_train.data.facts import SCHEMA, Facts, FactsSource
 from eagle_train.planning.packing import _best_fit, pack, sample_costs
 from eagle_train.planning.stages import plan_stage
 from eagle_train.planning.visual import plan_visual
@@ -119,7 +120,7 @@ def facts_of(count: int) -> Facts:
             "height": 360,
             "times": table,
         }
-        for name, value in (values | {"times": table}).items():
+        for name, value in values.items():
             columns[f"video_{name}"].append([value] if video else [])
     small = pa.table(columns, schema=SCHEMA)
     costs = FrameCosts(tuple(tuple(14 + row + column for column in range(8)) for row in range(8)))

@@ -17,8 +17,7 @@ def to_heads(group: Group, shares: tuple[HeadShare, ...], parts: Sequence[Tensor
     """`parts`: tensors `[local, H, D]`. `kinds`: one letter for each part, "q" for query heads and "k" for key/value heads. Returns `[rows,
     heads of this rank, D]`, the parts concatenated along the heads. One collective."""
     local, dim = parts[0].shape[0], parts[0].shape[2]
-    spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
-    counts = [sum(b - a for a, b in span) for span in spans]
+    spans, counts = _spans(shares, kinds)
     send = parts[0].new_empty(local * sum(counts) * dim)
     at = 0
     for span, count in zip(spans, counts):
@@ -40,8 +39,7 @@ def to_tokens(group: Group, shares: tuple[HeadShare, ...], x: Tensor, kinds: str
     Heads that several ranks had are summed in the dtype of `x`. One collective."""
     rows, _, dim = x.shape
     local = rows // group.size
-    spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
-    counts = [sum(b - a for a, b in span) for span in spans]
+    spans, counts = _spans(shares, kinds)
     received = x.new_empty(local * sum(counts) * dim)
     splits = [local * count * dim for count in counts]
     group.all_to_all(received, x.reshape(-1), splits, [local * x.shape[1] * dim] * group.size).wait()
@@ -58,6 +56,12 @@ def to_tokens(group: Group, shares: tuple[HeadShare, ...], x: Tensor, kinds: str
             _copy(whole[:, a + again : b], block[:, head + again : head + b - a])
             done[i] = max(done[i], b)
             head += b - a
+
+
+def _spans(shares: tuple[HeadShare, ...], kinds: str) -> tuple[list[list[tuple[int, int]]], list[int]]:
+    """For each Ulysses rank: its range of heads for each letter of `kinds`, and the number of its heads."""
+    spans = [[(s.q0, s.q1) if kind == "q" else (s.k0, s.k1) for kind in kinds] for s in shares]
+    return spans, [sum(b - a for a, b in span) for span in spans]
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

@@ -14,7 +14,8 @@ from eagle_model.visual import BudgetError, SamplePlan, VideoRef, VisualSpec
 
 if TYPE_CHECKING:
     from eagle_model.configuration import EagleConfig
-    from eagle_model.eagle import EagleForConditionalGeneration, EagleOutput
+    from eagle_model.eagle import EagleForConditionalGeneration
+    from eagle_model.padded import EagleOutput
     from eagle_model.presets import PRESETS, preset
     from eagle_model.pretrained import from_pretrained_parts
     from eagle_model.processor import EagleProcessor
@@ -25,7 +26,7 @@ _HOMES = {
     "PRESETS": "presets",
     "EagleConfig": "configuration",
     "EagleForConditionalGeneration": "eagle",
-    "EagleOutput": "eagle",
+    "EagleOutput": "padded",
     "EagleProcessor": "processor",
     "from_pretrained_parts": "pretrained",
     "preset": "presets",

@@ -23,7 +23,7 @@ POOLING_HEAD = "vision_model.vision_model.head."
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
-#: Where a checkpoint is written before it takes its place in the folder.
+#: Folder in which a checkpoint is written before it is moved to its place.
 STAGING = "checkpoint.incomplete"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -31,14 +31,14 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 def weight_files(folder: str | Path) -> dict[str, Path]:
     """Name of every tensor in a checkpoint folder, and the file that holds it; a single file comes before an index, as in transformers.
 
-    Raises FileNotFoundError when the folder has no safetensors weights, or an index names a file that isn't there.
+    Raises FileNotFoundError when the folder has no safetensors weights, or an index names a file that is missing.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / WEIGHTS)
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it isn't a checkpoint folder")
+        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}; it is not a checkpoint folder")
     names = json.loads((folder / INDEX).read_text())["weight_map"]
     missing = sorted({file for file in names.values() if not (folder / file).is_file()})
     if missing:
@@ -47,8 +47,7 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
 
 
 def lacks_head(folder: str | Path) -> bool:
-    """Whether a local checkpoint folder certainly has no language head of its own (then it is the embedding's, whatever its
-    configuration says)."""
+    """Whether a folder holds a checkpoint without a language head. The head is then the embedding, whatever the configuration says."""
     try:
         return HEAD not in weight_files(folder)
     except FileNotFoundError:
@@ -71,8 +70,8 @@ def load_checkpoint(model: PreTrainedModel, folder: str | Path) -> None:
     """Copy the tensors of a folder into an Eagle model that exists already, in the model's dtypes.
 
     A folder without a head makes the model's head the embedding, as `from_pretrained` does.
-    Raises ValueError naming tensors that are missing, unknown or of another shape, and a head of the folder's own that a tied model has
-    no place for.
+    Raises ValueError naming tensors that are missing, unknown or of another shape, and a head that differs from the embedding of a tied
+    model.
     """
     own = dict(model.named_parameters(remove_duplicate=False))
     if own[HEAD] is not own[EMBEDDING] and lacks_head(folder):
@@ -98,10 +97,12 @@ def load_checkpoint(model: PreTrainedModel, folder: str | Path) -> None:
     if tied:
         left.discard(HEAD)
         if head is not None and not torch.equal(head.to(own[EMBEDDING]), own[EMBEDDING]):
-            wrong.append(f"{HEAD} (isn't the embedding, but the configuration ties them; set tie_word_embeddings to false)")
+            wrong.append(f"{HEAD} (is not the embedding, but the configuration ties them; set tie_word_embeddings to false)")
     wrong += [f"{name} (missing)" for name in sorted(left)]
     if wrong:
-        raise ValueError(f"{folder} doesn't fit the model: {', '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}")
+        raise ValueError(
+            f"{folder} does not fit the model: {', '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}"
+        )
 
 
 def save_checkpoint(

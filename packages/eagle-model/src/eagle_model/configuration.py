@@ -30,7 +30,8 @@ class EagleConfig(PretrainedConfig):
     `max_dynamic_patch`; where both are given, `_tiles` holds).
     initializer_range, patch_initializer_range: standard deviations of random weights, of language model and connector, and of the tower's
     patch embedding; None means the language model's own, and SigLIP's 1 / sqrt(3 * patch_size^2).
-    tie_word_embeddings: whether the head shares the embedding's weight. What `text_config` says comes first, then the top level.
+    tie_word_embeddings: whether the head shares the embedding's weight. The value in `text_config` comes first, then the one at the top
+    level.
 
     Raises ValueError for an unknown language or vision model.
     """
@@ -51,7 +52,7 @@ class EagleConfig(PretrainedConfig):
     mlp_connector_layers: int = 2
     dynamic_image_size: bool = False
     use_thumbnail: bool = False
-    # None tells an absent field from one that says the default; once made, these are numbers.
+    # None marks an absent field; after __post_init__ these are numbers.
     min_dynamic_tiles: int = None  # type: ignore[assignment]
     max_dynamic_tiles: int = None  # type: ignore[assignment]
     image_token_index: int | None = None
@@ -99,16 +100,16 @@ class EagleConfig(PretrainedConfig):
 
     @property
     def tokens_per_tile(self) -> int:
-        """`k`: image tokens that one tile gives."""
+        """`k`: visual tokens of one tile."""
         side = self.tile_size // self.vision_config.patch_size
         return round(side * self.downsample_ratio) ** 2 if self.use_pixel_shuffle else side**2
 
     def tie(self) -> None:
-        """Say that the head is the embedding, in both places."""
+        """Tie the head to the embedding, in `text_config` and at the top level."""
         self.tie_word_embeddings = self.text_config.tie_word_embeddings = True
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as the released files spell it, with both names of what has two."""
+        """The configuration in the spelling of the released files, with both names of fields that have two."""
         result = super().to_dict()
         result["architectures"] = [ARCHITECTURE]
         result["min_dynamic_patch"] = self.min_dynamic_tiles
@@ -119,12 +120,18 @@ class EagleConfig(PretrainedConfig):
         return result
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: no generic noise, every field of the two parts, and the spellings that other loaders need."""
+        """What `save_pretrained` writes: no generic fields, every field of the two parts, and the spellings that other loaders read."""
         result = super().to_diff_dict()
         parts = {"text_config": self.text_config, "vision_config": self.vision_config}
         for name, part in parts.items():
             generic = {*PretrainedConfig().to_dict(), "transformers_version"} - {"architectures"}
-            result[name] = {key: value for key, value in part.to_dict().items() if value is not None and key not in generic}
+            # None is written where it is not the default, as in Mistral's sliding_window.
+            defaults = type(part)().to_dict()
+            result[name] = {
+                key: value
+                for key, value in part.to_dict().items()
+                if key not in generic and (value is not None or defaults.get(key) is not None)
+            }
             result[name]["model_type"] = part.model_type
             if self.dtype is not None:
                 result[name]["torch_dtype"] = str(self.dtype).removeprefix("torch.")

@@ -1,15 +1,14 @@
 """Eagle 2.5: vision tower, pixel shuffle, connector and decoder, in two modes of one forward.
 
-Packed (training): flat tensors, one pack, positions that restart with every sample, and a `Layout` that keeps samples apart.
-Hugging Face (generation): padded batches and a key/value cache. Both run the same layers on flat hidden states.
+Packed (training): a `PackedBatch`, whose positions restart with every sample, and a `Layout` that keeps samples apart.
+Padded (generation, Trainer, TRL): batches and a key/value cache, as transformers calls a model. Both run the same layers.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from inspect import signature
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,80 +17,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from eagle_cp import Layout, exchange_tiles
-from eagle_kernels import offload_checkpoint
+from eagle_kernels import OffloadEngine, offload_checkpoint
 from eagle_model.batch import PackedBatch
 from eagle_model.checkpoint import HEAD, finish_folder, lacks_head
 from eagle_model.configuration import EagleConfig
 from eagle_model.language.attention import AttentionInputs, Norm
-from eagle_model.language.decoder import DecoderLayer, LanguageModel
+from eagle_model.language.decoder import LanguageModel
 from eagle_model.language.head import Head, head_loss
+from eagle_model.padded import CACHE_FIELD, Arrangement, Backbone, EagleOutput, arrange, refuse_unknown
+from eagle_model.prompt import IGNORE_INDEX
 from eagle_model.vision.connector import make_connector, pixel_shuffle
-from eagle_model.vision.siglip import VisionModel, VisionTower
+from eagle_model.vision.siglip import VisionModel
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
-#: Arguments that transformers passes to every model and that this one does not read, with the values that change nothing.
-IGNORED_ARGUMENTS = {"output_attentions": (False,), "output_router_logits": (False,)}
-#: The field of a model output that holds the key/value cache: `past_key_values` before transformers 5.24, `cache` since.
-CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 #: Names of attention kernels that transformers runs the vision tower with; None means its choice.
 VISION_KERNELS = (None, "sdpa", "eager")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-
-
-@dataclass
-class EagleOutput(CausalLMOutputWithPast):
-    """What `forward` returns. `loss`: 0-dim float32, with targets or labels. `logits`: [T, V] packed, [B, L, V] otherwise.
-
-    In padded mode also `past_key_values` (transformers 5.24 and later call it `cache`), with use_cache; `hidden_states`, a tuple of
-    [B, L, H], with output_hidden_states; `last_hidden_state` [B, L, H]. `attentions` is always None: attention weights are never formed.
-    """
-
-    last_hidden_state: Tensor | None = None
-
-
-@dataclass
-class _Batch:
-    """A padded batch on its way: flat hidden states [T, H] of its tokens, and where each stands."""
-
-    hidden: Tensor
-    rows: Tensor  # [T], flat index into B * L
-    shape: tuple[int, int]  # B, L
-    cache: Any
-    states: list[Tensor] | None = field(default=None)
-
-    def pad(self, hidden: Tensor) -> Tensor:
-        """[T, H] -> [B, L, H], zeros where the batch is padded."""
-        batch, length = self.shape
-        padded = hidden.new_zeros(batch * length, hidden.shape[-1])
-        return padded.index_copy(0, self.rows, hidden).view(batch, length, -1)
-
-    def output(self, **values: Any) -> EagleOutput:
-        states = None if self.states is None else tuple(self.pad(state) for state in self.states)
-        return EagleOutput(hidden_states=states, **values, **{CACHE_FIELD: self.cache})
-
-
-class Backbone:
-    """The model without its head: called with the arguments of `forward`'s padded mode, gives `last_hidden_state` and no logits.
-
-    TRL and reward models call it as `model.base_model`. It holds no parameters and is not a module.
-    """
-
-    _tp_plan = _pp_plan = None
-
-    def __init__(self, model: "EagleForConditionalGeneration") -> None:
-        self.model = model
-
-    def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> EagleOutput:
-        kwargs.pop("return_dict", None)
-        self.model._refuse_unknown(kwargs, signature(self.model._run_batch).parameters)
-        batch = self.model._run_batch(input_ids, attention_mask, **{name: kwargs[name] for name in kwargs if kwargs[name] is not None})
-        return batch.output(last_hidden_state=batch.pad(batch.hidden))
 
 
 class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -151,7 +98,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def tokens_per_tile(self) -> int:
-        """`k`: image tokens of one tile."""
+        """`k`: visual tokens of one tile."""
         return self.config.tokens_per_tile
 
     def image_features(self, tiles: Tensor) -> Tensor:
@@ -208,37 +155,34 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"{self.tokens_per_tile} tokens give {features.shape[0]}; the prompt and the tiles must come from the same "
                 "processor settings"
             )
-        return hidden.index_copy(0, index, features.to(hidden.dtype))
+        # Parts may be on different devices (`device_map`).
+        return hidden.index_copy(0, index.to(hidden.device), features.to(hidden))
 
-    def set_activation_checkpointing(self, mode: str, engine: Any = None) -> None:
+    def set_activation_checkpointing(self, mode: str, engine: OffloadEngine | None = None) -> None:
         """What backward finds of the activations of a layer.
 
-        `none` keeps all of them, `full` recomputes every layer from its input, `offload` also keeps the inputs of decoder layers in host
-        memory (`engine`: an `eagle_kernels.OffloadEngine`). Call it after adapters with dropout were added: recomputation restores the
-        random state only if something in the model draws random numbers. Raises ValueError for another mode, and for `offload` with
-        dropout.
+        `keep`: all of them. `recompute`: every layer is recomputed from its input. `offload`: the same, and the inputs of decoder layers
+        are in host memory until then (by `engine`; without one they stay on their devices). Call it after adapters with dropout were added:
+        recomputation restores the random state only if something in the model draws random numbers. Raises ValueError for another mode,
+        and for `offload` with dropout.
         """
-        if mode not in ("none", "full", "offload"):
-            raise ValueError(f"activation checkpointing mode {mode!r}; it must be 'none', 'full' or 'offload'")
+        if mode not in ("keep", "recompute", "offload"):
+            raise ValueError(f"activation checkpointing mode {mode!r}; it must be 'keep', 'recompute' or 'offload'")
         dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in self.modules())
         if dropout and mode == "offload":
             raise ValueError(
                 "activation checkpointing mode 'offload' does not restore the random state that dropout needs; set the dropout of the "
-                "adapters to 0 or use 'full'"
+                "adapters to 0 or use 'recompute'"
             )
-        full = None if mode == "none" else partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
-        decoder = partial(offload_checkpoint, engine=engine) if mode == "offload" else full
-        self._set_checkpoints(full, decoder)
+        recompute = None if mode == "keep" else partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+        self._set_checkpoints(recompute, partial(offload_checkpoint, engine=engine) if mode == "offload" else recompute)
 
     def _set_checkpoints(self, vision: Callable[..., Tensor] | None, decoder: Callable[..., Tensor] | None, every: int = 1) -> None:
         """Let the layers of the vision tower and of the decoder (every `every`-th) run through these functions."""
-        index = 0
-        for module in self.modules():
-            if isinstance(module, VisionTower):
-                module.checkpoint, module.checkpoint_every = vision, every
-            elif isinstance(module, DecoderLayer):
-                module.checkpoint = decoder if index % every == 0 else None
-                index += 1
+        tower = self.vision_model.vision_model
+        tower.checkpoint, tower.checkpoint_every = vision, every
+        for index, layer in enumerate(self.language_model.model.layers):
+            layer.checkpoint = decoder if index % every == 0 else None  # type: ignore[assignment]
         self.gradient_checkpointing = vision is not None or decoder is not None
 
     def _set_gradient_checkpointing(
@@ -249,8 +193,8 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Recomputation is always the non-reentrant kind, also when `use_reentrant=True` is passed: it gives the same gradients, and reaches
         adapters whose layer's input needs no gradient, where the reentrant kind gives none.
         """
-        rebuild = partial(gradient_checkpointing_func, use_reentrant=False) if enable else None
-        self._set_checkpoints(rebuild, rebuild, every_n_layers)
+        recompute = partial(gradient_checkpointing_func, use_reentrant=False) if enable else None
+        self._set_checkpoints(recompute, recompute, every_n_layers)
 
     # ---- forward -----------------------------------------------------------------------------------------------------------------
 
@@ -288,7 +232,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns an `EagleOutput`, or its values as a tuple with return_dict=False. Raises TypeError for unknown arguments and ValueError
         for arguments that do not fit together.
         """
-        self._refuse_unknown(kwargs)
+        refuse_unknown(kwargs)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         if isinstance(input_ids, PackedBatch):
@@ -308,7 +252,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return output if return_dict else output.to_tuple()
         if layout is not None:
             raise TypeError("layout belongs to packed mode, whose first argument is a PackedBatch")
-        batch = self._run_batch(
+        arrangement, output = self.run_padded(
             input_ids,
             attention_mask,
             position_ids=position_ids,
@@ -319,31 +263,23 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
-        head = self.language_model.lm_head
-        last = padded = batch.pad(batch.hidden)
-        if not isinstance(logits_to_keep, int):
-            padded = padded[:, logits_to_keep]
-        elif logits_to_keep:
-            padded = padded[:, -logits_to_keep:]
-        loss = denominator = None
+        head, hidden = self.language_model.lm_head, output.last_hidden_state
+        assert hidden is not None
+        loss = None
         if labels is not None:
-            shifted = torch.full_like(labels, IGNORE_INDEX)
-            shifted[:, :-1] = labels[:, 1:]
+            targets = torch.full_like(labels, IGNORE_INDEX)
+            targets[:, :-1] = labels[:, 1:]
+            denominator = None
             if num_items_in_batch is not None:
-                total = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=batch.hidden.device)
-                denominator = total.reshape(()).clamp_min(1)
-            loss = head_loss(head, batch.hidden, shifted.flatten()[batch.rows], denominator=denominator)
-        output = batch.output(loss=loss, logits=head(padded), last_hidden_state=last)
+                denominator = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden.device).reshape(()).clamp_min(1)
+            rows = arrangement.rows.to(hidden.device)
+            loss = head_loss(head, hidden.flatten(0, 1)[rows], targets.to(hidden.device).flatten()[rows], denominator=denominator)
+        if not isinstance(logits_to_keep, int):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        output = replace(output, loss=loss, logits=head(hidden))
         return output if return_dict else output.to_tuple()
-
-    def _refuse_unknown(self, given: dict[str, Any], known: Any = ()) -> None:
-        """Raise for arguments that nothing reads, except those whose value changes nothing."""
-        unknown = {name for name, value in given.items() if value is not None and value not in IGNORED_ARGUMENTS.get(name, ())} - set(known)
-        unknown.discard("cache_position")  # positions follow from the attention mask and the cache
-        if "output_attentions" in unknown:
-            raise TypeError("output_attentions: attention weights are never formed by the kernels that this model uses; leave it out")
-        if unknown:
-            raise TypeError(f"forward has no argument {', '.join(sorted(unknown))}; its docstring lists what packed and padded mode take")
 
     def _forward_packed(self, batch: PackedBatch, layout: Layout | None) -> EagleOutput:
         if not isinstance(batch.input_ids, Tensor):
@@ -367,7 +303,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loss = head_loss(head, hidden, batch.targets, token_weights=weights, denominator=denominator, num_kept=batch.num_kept)
         return EagleOutput(loss=loss)  # type: ignore[arg-type]
 
-    def _run_batch(
+    def run_padded(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -375,14 +311,18 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: Any = None,
-        cache: Any = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> _Batch:
-        """A padded batch through vision tower and decoder; arguments as in `forward`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(f"give input_ids or inputs_embeds; {'neither' if input_ids is None else 'both'} of the two arrived")
+    ) -> tuple[Arrangement, EagleOutput]:
+        """A padded batch through vision tower and decoder, without the head; arguments as in `forward`.
+
+        Gives where the tokens stand, and an output with `last_hidden_state`, the cache and `hidden_states`, as far as they are wanted.
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError(f"give input_ids or inputs_embeds; {'neither' if tokens is None else 'both'} of the two arrived")
         cache = past_key_values if cache is None else cache
         if getattr(cache, "is_compileable", False):
             raise ValueError(
@@ -394,46 +334,28 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "a key/value cache and activation checkpointing do not go together: recomputation would add keys and values twice; "
                 "pass use_cache=False, or run without gradients (torch.no_grad)"
             )
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        assert tokens is not None
-        batch, length = tokens.shape[:2]
-        past = cache.get_seq_length() if cache is not None else 0
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
-        if attention_mask.shape != (batch, past + length):
-            raise ValueError(
-                f"attention_mask is {tuple(attention_mask.shape)}, expected {(batch, past + length)}: {past} cached and {length} new tokens"
-            )
-        seen = attention_mask.bool()
-        if position_ids is None:
-            position_ids = (seen.long().cumsum(1) - 1).clamp_min(0)[:, past:]
+        arrangement = arrange(tokens, attention_mask, position_ids, cache)
         if use_cache and cache is None:
             cache = DynamicCache()
-        counts = [] if past else seen.sum(1).tolist()
-        if 0 in counts and cache is None:
-            raise ValueError(f"row {counts.index(0)} of the batch has no token")
-        # After a cache all new tokens run, padding or not: nothing has to be known on the host between two tokens of an answer. So does
-        # the first chunk of a prompt in chunks, if some row's tokens only begin in a later one.
-        whole = past > 0 or 0 in counts
-        rows = torch.arange(batch * length, device=seen.device) if whole else seen.flatten().nonzero().squeeze(1)
-        flat = tokens.flatten(0, 1)[rows]
+        flat = tokens.flatten(0, 1)[arrangement.rows]
         hidden = self.embed(flat, pixel_values) if inputs_embeds is None else self._fill_embeddings(flat, pixel_values)
         inputs = AttentionInputs(
-            position_ids.expand(batch, length).flatten()[rows], self._inv_freq(hidden), cache=cache, rows=rows, shape=(batch, length)
+            positions=arrangement.positions,
+            inv_freq=self._inv_freq(hidden),
+            layout=arrangement.layout,
+            cache=cache,
+            rows=arrangement.rows,
+            mask=arrangement.mask,
+            shape=arrangement.shape,
         )
-        if whole:
-            # New token i of a row sees the cached tokens and the new ones up to itself, as far as they aren't padding. Padding sees at
-            # least itself, for a softmax over nothing isn't a number.
-            order = torch.arange(past + length, device=seen.device)
-            new = order[past:, None]
-            inputs.mask = ((seen[:, None, :] & (order <= new)) | (order == new))[:, None]
-        else:
-            inputs.layout = Layout.single([0, *accumulate(counts)])
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         states: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.language_model.model(hidden, inputs, states)
-        return _Batch(hidden, rows, (batch, length), cache if use_cache else None, states)
+        values: dict[str, Any] = {CACHE_FIELD: cache if use_cache else None, "last_hidden_state": arrangement.pad(hidden)}
+        if states is not None:
+            values["hidden_states"] = tuple(arrangement.pad(state) for state in states)
+        return arrangement, EagleOutput(**values)
 
     def _fill_embeddings(self, embeddings: Tensor, tiles: Tensor | None) -> Tensor:
         """Flat embeddings [T, H], the embedding of the image token replaced by the features of the tiles in order."""
@@ -514,11 +436,18 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
             init.zeros_(bias)
 
-    def prepare_inputs_for_generation(self, input_ids: Any, *, inputs_embeds: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
-        """As in transformers, less what `forward` has no use for.
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Also refuses arguments of `generate` that transformers defines for models of other kinds."""
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+        refuse_unknown(model_kwargs, signature(type(self).forward).parameters)
 
-        `generate` has refused arguments that nobody knows before it comes here; what is left over are arguments that releases of
-        transformers add for models of other kinds.
+    def prepare_inputs_for_generation(  # type: ignore[override]  # releases of transformers have other parameters in other places
+        self, input_ids: Any, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers, without what `forward` does not read.
+
+        Arguments of the caller that `forward` does not know are refused before (`_validate_model_kwargs`). What is dropped here are
+        arguments that `generate` itself adds, for models of other kinds.
         """
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
         known = {*signature(type(self).forward).parameters, "output_attentions"}

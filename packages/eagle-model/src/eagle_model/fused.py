@@ -26,7 +26,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def is_plain_weight(weight: torch.Tensor | None) -> bool:
     """Whether a weight holds floating values on a real device, and is not a quantised tensor class."""
-    return type(weight) in (nn.Parameter, DTensor) and weight.dtype in _DTYPES and weight.device.type != "meta"
+    if weight is None or type(weight) not in (nn.Parameter, DTensor):
+        return False
+    return weight.dtype in _DTYPES and weight.device.type != "meta"
 
 
 def is_plain_linear(module: nn.Module) -> bool:

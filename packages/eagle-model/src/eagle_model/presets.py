@@ -1,4 +1,4 @@
-"""Sizes by name, from `tiny` (a CPU learns with it in minutes) to `8b` (the released model)."""
+"""Sizes by name, from `tiny` (trained on a CPU in minutes) to `8b` (the released model)."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -87,7 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-#: What all models in use today have, unlike the defaults of configuration files.
+#: Settings of the released models, which differ from the defaults of configuration files.
 IN_USE: dict[str, Any] = {
     "select_layer": -1,
     "dynamic_image_size": True,
@@ -106,7 +106,7 @@ def preset(name: str, *, tokenizer: Any = None, **changes: Any) -> EagleConfig:
     name or change, PromptError when the tokenizer lacks Eagle's tokens.
     """
     if name not in PRESETS:
-        raise ValueError(f"no preset is called {name!r}; they are {', '.join(PRESETS)}")
+        raise ValueError(f"{name!r} is not a preset; presets are {', '.join(PRESETS)}")
     values = IN_USE | changes
     for part in ("vision_config", "text_config"):
         values[part] = deepcopy(PRESETS[name][part]) | changes.get(part, {})
@@ -123,17 +123,17 @@ def preset(name: str, *, tokenizer: Any = None, **changes: Any) -> EagleConfig:
 
 
 def check_changes(config: EagleConfig, changes: Mapping[str, Any]) -> None:
-    """Raise ValueError for changes that name no field of a configuration or of its parts; transformers' classes keep whatever they get.
+    """Raise ValueError for changes that are not a field of a configuration or of its parts; transformers' classes accept any name.
 
-    Older spellings of a field (`rope_theta`) are refused too: they would yield to the newer one where both are given.
+    Older spellings of a field (`rope_theta`) are refused too: the newer one would override them.
     """
     parts = {"": (config, changes)}
     parts |= {f"{part}.": (getattr(config, part), changes[part]) for part in ("vision_config", "text_config") if part in changes}
     for prefix, (owner, given) in parts.items():
         known = {field.name for field in fields(owner)} | set(owner.attribute_map)
         if prefix == "text_config.":
-            known.add("head_dim")  # not every language model's class has the field, but all may be given one
+            known.add("head_dim")  # every family reads it, also those whose class does not list it
         for name in given:
             if name not in known:
                 near = get_close_matches(name, known, 1)
-                raise ValueError(f"the configuration has no field {prefix}{name}{f'; is {near[0]} meant?' if near else ''}")
+                raise ValueError(f"the configuration has no field {prefix}{name}{f'; did you mean {near[0]}?' if near else ''}")

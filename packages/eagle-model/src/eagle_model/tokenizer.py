@@ -1,6 +1,6 @@
 """Tokenizers for Eagle: load one, give a language model's tokenizer the Eagle tokens, or train a small one.
 
-Ids are never assumed: they differ between checkpoints, so everything asks the tokenizer.
+Ids are never constants: they differ between checkpoints and are always read from the tokenizer.
 """
 
 from collections.abc import Iterable
@@ -17,26 +17,32 @@ END_OF_TEXT = "<|endoftext|>"
 # Qwen2's split: words with the space before them, digits one by one, runs of signs, line ends, other space.
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-#: ChatML for whoever renders messages with the tokenizer alone; `eagle_model.prompt` is what Eagle itself uses.
+#: ChatML for callers that render messages with the tokenizer alone; Eagle itself uses `eagle_model.prompt`. The generation markers let
+#: transformers and TRL mask everything except answers, `<|im_end|>` included.
 CHAT_TEMPLATE = (
     "{% set media = namespace(image=0, video=0) %}"
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}" + IM_START + "system\n" + DEFAULT_SYSTEM + IM_END + "\n{% endif %}"
-    "{{ '" + IM_START + "' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% set body = namespace(text='') %}"
+    "{% if message['content'] is string %}{% set body.text = message['content'] %}{% else %}"
     "{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'image_url') %}{% set media.image = media.image + 1 %}{{ '<image-' ~ media.image ~ '>' }}"
-    "{% elif part['type'] == 'video' %}{% set media.video = media.video + 1 %}{{ '<video-' ~ media.video ~ '>' }}"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] in ('image', 'image_url') %}"
+    "{% set media.image = media.image + 1 %}{% set body.text = body.text ~ '<image-' ~ media.image ~ '>' %}"
+    "{% elif part['type'] == 'video' %}"
+    "{% set media.video = media.video + 1 %}{% set body.text = body.text ~ '<video-' ~ media.video ~ '>' %}"
+    "{% elif 'text' in part %}{% set body.text = body.text ~ part['text'] %}{% endif %}"
     "{% endfor %}{% endif %}"
-    "{{ '" + IM_END + "\n' }}"
+    "{{ '" + IM_START + "' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ body.text + '" + IM_END + "' }}{% endgeneration %}"
+    "{% else %}{{ body.text + '" + IM_END + "' }}{% endif %}"
+    "{{ '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '" + IM_START + "assistant\n' }}{% endif %}"
 )
 
 
 def add_eagle_tokens(tokenizer: Any) -> int:
-    """Add what Eagle needs to a transformers tokenizer (ChatML and `EAGLE_TOKENS`, in that order); gives the number of new tokens.
+    """Add the tokens of Eagle to a transformers tokenizer (ChatML and `EAGLE_TOKENS`, in that order); returns the number of new tokens.
 
     Grounding markup is added as ordinary text tokens, so that decoding keeps it; the rest is special.
     """
@@ -55,7 +61,7 @@ def check_tokenizer(tokenizer: Any) -> Any:
 
 
 def load_tokenizer(folder: str | Path, **options: Any) -> Any:
-    """The tokenizer of a checkpoint folder (or hub name, with transformers' `options`); without importing torch when it can.
+    """The tokenizer of a checkpoint folder (or hub name, with transformers' `options`). A folder with tokenizer.json needs no torch.
 
     Raises PromptError when the tokenizer lacks Eagle's tokens, and OSError when there is none.
     """
@@ -69,7 +75,7 @@ def load_tokenizer(folder: str | Path, **options: Any) -> Any:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocab_size` tokens, with ChatML's and Eagle's tokens last; digits stay single.
 
-    Any text can be written with it: the 256 bytes are always there. Raises ValueError when `vocab_size` leaves no room for them.
+    It encodes any text, since the 256 bytes are always in it. Raises ValueError when `vocab_size` is too small for them.
     """
     special = (END_OF_TEXT, IM_START, IM_END, *EAGLE_TOKENS)
     if vocab_size < 256 + len(special):

@@ -20,7 +20,7 @@ def prepare(
 ) -> PrepareReport:
     """Measure every row of the training sources (of the held-out ones with `evaluation`), or find it measured.
 
-    again: measure rows again that were left out for their media. Raises PrepareError (too many bad rows) and ConfigError.
+    again: measure rows again that were not used because of their media. Raises PrepareError (too many bad rows) and ConfigError.
     """
     from eagle_train.data.prepare import prepare as measure
     from eagle_train.training.model import load_run_tokenizer
@@ -39,7 +39,7 @@ def plan(config: Config) -> list[StageSchedule]:
 
 
 def train(config: Config, *, device: str | None = None, on_record: Callable[[dict[str, Any]], None] | None = None) -> Trained:
-    """Prepare, plan, and train what is left of the run, with evaluations on the way; `eagle train` in one process.
+    """Prepare, plan, and train the remaining steps of the run, with its evaluations; `eagle train` in one process.
 
     device: `cpu` or `cuda`; default: a GPU when there is one. on_record: called with every record of metrics.jsonl.
     Raises ConfigError, PrepareError, TrainingError and CheckpointError.

@@ -11,15 +11,17 @@ RUN_FAILED, WRONG_USE, BAD_DATA, EVALUATION_FAILED, INTERRUPTED, TERMINATED = 1,
 
 
 class TrainError(Exception):
-    """The base class."""
+    """The base class. on_every_rank: whether every rank raises it, with the same message, so that the main rank alone prints it."""
 
     exit_code = RUN_FAILED
+    on_every_rank = False
 
 
 class EvaluationError(TrainError, RuntimeError):
     """The model can't answer, on at least one rank; raised on every rank with the same message."""
 
     exit_code = EVALUATION_FAILED
+    on_every_rank = True
 
 
 def describe(error: BaseException) -> str:

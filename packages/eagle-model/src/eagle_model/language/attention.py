@@ -4,7 +4,7 @@ Only the core differs between the two, and `AttentionInputs` says which one runs
 Shapes: T tokens, H hidden size, Hq query heads, Hk key/value heads, D head width, B sequences, L their padded length, K keys.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,15 @@ class AttentionInputs:
     shape: tuple[int, int] = (1, 0)
     backend: str | None = None
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionInputs":
+        """The same with tensors on `device`. accelerate calls it where a model is split over devices (`device_map`)."""
+        names = ("positions", "inv_freq", "rows", "mask")
+        tensors = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
+
 
 class Norm(nn.Module):
-    """RMSNorm weight; the operator is eagle-kernels'."""
+    """RMSNorm with a weight [H], by the operator of eagle-kernels."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -55,7 +61,7 @@ class Attention(nn.Module):
         super().__init__()
         self.index = index
         self.heads, self.kv_heads, self.width = spec.heads, spec.kv_heads, spec.head_dim
-        # YaRN scales rotated queries and keys alike, which is the square of it on the logits.
+        # YaRN scales rotated queries and keys by this factor each, logits by its square.
         self.scale = self.width**-0.5 * scale_factor**2
         self.q_proj = nn.Linear(spec.hidden_size, self.heads * self.width, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(spec.hidden_size, self.kv_heads * self.width, bias=spec.qkv_bias)
@@ -79,6 +85,7 @@ class Attention(nn.Module):
             assert inputs.layout is not None
             out = attention(q, k, v, inputs.layout, scale=self.scale, backend=inputs.backend)
         else:
+            assert inputs.cache is not None
             keys, values = inputs.cache.update(self._pad(k, inputs), self._pad(v, inputs), self.index)
             padded = F.scaled_dot_product_attention(
                 self._pad(q, inputs), keys, values, attn_mask=inputs.mask, scale=self.scale, enable_gqa=self.heads != self.kv_heads

@@ -19,10 +19,11 @@ def inverse_frequencies(config: Any) -> tuple[torch.Tensor, float]:
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in STATIC_SCALINGS:
-        raise ValueError(f"text_config asks for rope scaling {kind!r}; supported are {', '.join(STATIC_SCALINGS)}")
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise ValueError(f"text_config rotates only {rope['partial_rotary_factor']} of each head; heads must be rotated whole")
-    # On the host, whatever the device that the model is built on (the meta device has no values).
+        raise ValueError(f"text_config.rope_parameters has rope_type {kind!r}; supported are {', '.join(STATIC_SCALINGS)}")
+    share = rope.get("partial_rotary_factor")
+    if share not in (None, 1.0):
+        raise ValueError(f"text_config.rope_parameters has partial_rotary_factor {share}; only heads that are rotated whole are supported")
+    # On the host also when the model is built on the meta device, which has no values.
     with torch.device("cpu"):
         if kind == "default":
             width = head_dim(config)

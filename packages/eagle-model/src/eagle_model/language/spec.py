@@ -1,7 +1,7 @@
 """What a decoder is made of, read from the Hugging Face configuration of its family.
 
-A dense family is one row of `FAMILIES`. A trait is a constant of the family, or the name of the configuration's field that says it. What a
-configuration asks for and the decoder does not have is refused by name, never ignored. No torch here.
+A dense family is one row of `FAMILIES`. A trait is a constant of the family, or the name of the configuration's field that holds it. What a
+configuration has and the decoder does not is refused by name, never ignored. This file does not import torch.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ def decoder_spec(config: Any) -> DecoderSpec:
         raise ValueError(f"text_config.model_type is {config.model_type!r}; known families are {', '.join(FAMILIES)}")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise ValueError(f"text_config.layer_types asks for {', '.join(sorted(kinds))}; only full_attention is supported")
+        raise ValueError(f"text_config.layer_types has {', '.join(sorted(kinds))}; only full_attention is supported")
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and getattr(config, "layer_types", None) is None:
         raise ValueError(f"text_config.sliding_window is {window}; attention windows are not supported, set it to null where weights allow")
@@ -86,7 +86,7 @@ def decoder_spec(config: Any) -> DecoderSpec:
         raise ValueError(f"text_config.attention_dropout is {config.attention_dropout}; dropout is not supported, set it to 0")
     for name, neutral in UNSUPPORTED.items():
         if getattr(config, name, None) not in neutral:
-            raise ValueError(f"text_config.{name} is {getattr(config, name)}; the decoder has nothing of this kind")
+            raise ValueError(f"text_config.{name} is {getattr(config, name)}; the decoder does not implement it")
 
     def trait(name: str) -> bool:
         value = getattr(family, name)

@@ -17,8 +17,8 @@ from eagle_model.fused import is_plain
 def patches_of(pixels: Tensor, side: int) -> Tensor:
     """Pixels cut into flat patches, values normalised with mean = std = 0.5: float [N, P, 3 * side * side], channels first in a patch.
 
-    pixels: uint8 [N, s, s, 3], or float [N, 3, s, s] that is normalised already. What is left of s after whole patches is cut off, as by
-    the convolution that this stands for.
+    pixels: uint8 [N, s, s, 3], or float [N, 3, s, s] that is normalised already. Pixels beyond the last whole patch are cut off, as in the
+    convolution that this replaces.
     """
     channels_last = pixels.dtype == torch.uint8
     height, width = (size // side * side for size in (pixels.shape[1:3] if channels_last else pixels.shape[2:]))
@@ -35,7 +35,7 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Holds the layers under the name that SigLIP's weights have."""
+    """The layers, under the names of SigLIP's weights."""
 
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
@@ -48,16 +48,18 @@ class VisionTower(nn.Module):
     def __init__(self, config: SiglipVisionConfig, select_layer: int) -> None:
         super().__init__()
         layers = config.num_hidden_layers
-        # Hidden state i is what i layers make; -1 stands for the last one after the post-layernorm.
+        # Hidden state i is the output of i layers; -1 is the last one after the post-layernorm.
         self.depth = layers + 1 + select_layer if select_layer < 0 else select_layer
         if not 0 <= self.depth <= layers:
             raise ValueError(f"select_layer is {select_layer}, but the vision tower has {layers} layers")
         self.normed = select_layer == -1
         if config.attention_dropout:
-            raise ValueError(f"vision_config.attention_dropout is {config.attention_dropout}; dropout isn't supported, set it to 0")
+            raise ValueError(f"vision_config.attention_dropout is {config.attention_dropout}; dropout is not supported, set it to 0")
         if config._attn_implementation is None:
-            # SigLIP's attention reads this field; transformers sets it for its own models only.
+            # SigLIP's attention reads this field, which transformers sets only for its own models.
             config._attn_implementation = "sdpa"
+        if not isinstance(config.patch_size, int):
+            raise ValueError(f"vision_config.patch_size is {config.patch_size}; patches must be square, give one number")
         self.patch_size = config.patch_size
         self.embeddings = SiglipVisionEmbeddings(config)
         self.encoder = Encoder(config)
@@ -66,15 +68,17 @@ class VisionTower(nn.Module):
         self.checkpoint_every = 1
         for module in self.encoder.modules():
             if isinstance(module, nn.Linear):
-                module.xavier = True  # type: ignore[assignment] # SigLIP's own initialisation, for whoever starts from random weights
+                module.xavier = True  # type: ignore[assignment] # SigLIP's initialisation of random weights
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: uint8 [N, s, s, 3] or normalised float [N, 3, s, s] -> [N, P, d]."""
         hidden = self.embed(pixels)
-        rebuild = self.checkpoint if torch.is_grad_enabled() else None
+        recompute = self.checkpoint if torch.is_grad_enabled() else None
         for index, layer in enumerate(self.encoder.layers[: self.depth]):
-            kept = rebuild is None or index % self.checkpoint_every
-            hidden = layer(hidden, None) if kept else rebuild(layer, hidden, None)
+            if recompute is None or index % self.checkpoint_every:
+                hidden = layer(hidden, None)
+            else:
+                hidden = recompute(layer, hidden, None)
         return self.post_layernorm(hidden) if self.normed else hidden
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -95,7 +99,7 @@ class VisionTower(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Gives the tower the prefix `vision_model.vision_model` of the released weights."""
+    """The tower under the prefix `vision_model.vision_model` of the released weights."""
 
     def __init__(self, config: SiglipVisionConfig, select_layer: int) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 Costs are numbers, overhead included; nothing here depends on a tokenizer, a grid or a file.
 """
 
-from .columns import STATUS, PlanColumns, PlanResult
+from .columns import STATUS, PlanColumns, PlanResult, row_sums
 from .planning import plan, plan_many
 from .sample import CAPS, FRAMES_PER_VIDEO, REASONS, Dropped, VideoRequest, VisualPlan, tile_caps
 from .strategies import STRATEGIES, Choice, Options, Strategy, register_strategy
@@ -25,5 +25,6 @@ __all__ = [
     "plan",
     "plan_many",
     "register_strategy",
+    "row_sums",
     "tile_caps",
 ]

@@ -125,6 +125,21 @@ STRATEGIES: dict[str, Strategy] = {
 def register_strategy(name: str, choose: StrategyFunction, *, by_rate: bool = True) -> None:
     """Makes `choose` available to `plan` and `plan_many` as `strategy=name`, in this process.
 
+    A strategy that keeps the minimum of frames and the smallest tiles:
+
+    >>> from eagle_sampling import VideoRequest, plan, register_strategy
+    >>> from eagle_sampling.budget import STATUS, Choice, row_sums
+    >>> def smallest(columns, room, options):
+    ...     last = len(options.caps) - 1
+    ...     frames = row_sums(columns.minimum * columns.frame_tokens, columns.video_offsets)
+    ...     left = room - frames - row_sums(columns.image_tokens[:, last], columns.image_offsets)
+    ...     status = np.where(left < 0, np.int8(STATUS.index("too_long")), np.int8(0))
+    ...     cap_index, image_cap_index = (np.full(n, last, np.int8) for n in (len(columns), len(columns.image_tokens)))
+    ...     return Choice(status, cap_index, image_cap_index, columns.minimum, left)
+    >>> register_strategy("smallest", smallest, by_rate=False)
+    >>> plan(300, [], [VideoRequest(600, 8, 272)], max_tokens=58_000, strategy="smallest").frames
+    (8,)
+
     Raises:
         ValueError: another function has that name.
     """

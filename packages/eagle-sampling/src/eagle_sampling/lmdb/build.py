@@ -1,7 +1,7 @@
 """Build an LMDB of images from folders, tar and Parquet shards, resumable after a kill and verified against a manifest; check one.
 
 Values go to `<out>.partial`, and each commit stores how far the build is, so that an interrupted build continues there. At the end all
-values are read back, `manifest.json` records count, bytes, an order-free digest and what was left out, and the folder is renamed.
+values are read back, `manifest.json` records count, bytes, an order-free digest and what was not stored, and the folder is renamed.
 """
 
 from __future__ import annotations

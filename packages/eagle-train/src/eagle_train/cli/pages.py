@@ -12,7 +12,7 @@ _MARK = "=== eagle"
 
 
 def stored_page(arguments: list[str]) -> str | None:
-    """The page that a command line asks for, or None when it asks for something else (or no page is stored)."""
+    """The page that a command line requests, or None when it requests something else (or no page is stored)."""
     if arguments[:2] == ["train", "quickstart"]:
         arguments = ["train", *arguments[2:]]
     if arguments and (arguments[-1] not in ("--help", "-h") or " ".join(arguments[:-1]) not in VERBS):
@@ -30,9 +30,9 @@ def rendered_page(verb: str) -> str:
     """The page as the installed typer renders it, for 80 columns."""
     from typer.testing import CliRunner
 
-    from .run import app
+    from .app import command
 
-    result = CliRunner().invoke(app, [*verb.split(), "--help"], prog_name="eagle", env={"COLUMNS": "80"})
+    result = CliRunner().invoke(command(), [*verb.split(), "--help"], prog_name="eagle", env={"COLUMNS": "80"})
     return result.output.strip("\n")
 
 

@@ -22,6 +22,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def counted(number: int, singular: str) -> str:
+    """A number with its noun: `1 row`, `2 rows`."""
+    return f"{number} {singular}" + ("" if number == 1 else "s")
+
+
 def defaults_text(config: Config) -> str:
     """A line for every value that the configuration file does not set."""
     from eagle_train.config import explain_defaults

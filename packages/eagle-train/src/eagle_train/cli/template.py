@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from eagle_train.config import Config, StageConfig
 
 WIDTH = 118
-# What most people change first is written out; everything else stands behind a '#' with its default.
+# These keys are written out; every other key is a comment with its default.
 _WRITTEN = {("model", "preset"), ("model", "tokenizer"), ("data", "recipe"), ("run", "name")}
 _STARTS = {("model", "preset"): "tiny", ("model", "tokenizer"): "tokenizer", ("data", "recipe"): "recipe.yaml", ("run", "name"): "my-run"}
 
@@ -23,7 +23,7 @@ def commented_config() -> str:
     """YAML text: what must be filled in, and everything else as comments."""
     lines = [
         "## A run of eagle train. Lines with '##' explain; lines with '#' show a default: remove the '#' to change it.",
-        "## eagle plan says what this trains, before anything is trained. Paths are relative to this file.",
+        "## eagle plan prints what this trains, before anything is trained. Paths are relative to this file.",
         "",
     ]
     for name, field in Config.model_fields.items():

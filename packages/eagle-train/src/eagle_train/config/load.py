@@ -21,6 +21,7 @@ class ConfigError(TrainError, ValueError):
     """A configuration that can't be used: says which file, which key, why, and the nearest right key."""
 
     exit_code = WRONG_USE
+    on_every_rank = True
 
 
 class Default(NamedTuple):

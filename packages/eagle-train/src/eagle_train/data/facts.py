@@ -121,10 +121,14 @@ class Facts:
     def media(self, row: int) -> tuple[list[tuple[int, int]], list[VideoFacts]]:
         """Sizes of the row's images, and facts of its videos and documents."""
         sizes = list(zip(*(self.table.column(name)[row].as_py() for name in ("image_width", "image_height"))))
-        names = ("frames", "width", "height", "seconds", "last_time", "start", "end", "times")
+        counts = self.table.column("video_frames")[row].as_py()
+        if not counts:
+            return sizes, []
+        names = ("width", "height", "seconds", "last_time", "start", "end", "times")
         columns = (self.table.column(f"video_{name}")[row].as_py() for name in names)
         return sizes, [
-            VideoFacts(*values, times=TimeTable.from_list(times) if values[3] is not None else None) for *values, times in zip(*columns)
+            VideoFacts(frames, *values, times=TimeTable.from_list(times) if values[2] is not None else None)
+            for frames, *values, times in zip(counts, *columns)
         ]
 
 

@@ -33,7 +33,7 @@ from .text_only import last_question
 
 
 class Question(NamedTuple):
-    """A held-out row, ready for the model: `text` is what is asked, `problem` says why the row has no prompt."""
+    """A held-out row, ready for the model. text: the last user turn. problem: why the row has no prompt, or empty."""
 
     row: int
     address: Address
@@ -59,8 +59,8 @@ def evaluate(
     """Evaluate every held-out row (the first `limit` of each source); every rank calls it and gets all answers.
 
     max_tokens: the budget of a sample; default: that of the last stage. progress: called on every rank after each of the same number of
-    rounds with (answered here, to answer here). Raises EvaluationError on every rank when one of them fails, and RankError on that rank
-    when it fails in the middle of a collective of a sharded model.
+    rounds with (rows answered by this rank, rows of this rank). Raises EvaluationError on every rank when one of them fails, and RankError
+    on that rank when it fails in the middle of a collective of a sharded model.
     """
     begin = time.monotonic()
     plans = plan_visual(facts, max_tokens or config.stages[-1].max_tokens, spec)

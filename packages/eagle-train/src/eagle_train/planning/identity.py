@@ -1,4 +1,4 @@
-"""What a run is trained on, in a few words each: with other data a resume would be another run under the old one's name."""
+"""Fingerprints of what a run is trained on: with other data a resume would be another run under the old one's name."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def identify(config: Config, tokenizer: Any, schedules: Sequence[StageSchedule])
 
 
 def check_same(before: Mapping[str, str], now: Mapping[str, str], where: Path) -> None:
-    """Raises ConfigError when a checkpoint that says `before` would go on with other data; one that says nothing is taken as it is."""
+    """Raises ConfigError when a checkpoint with the fingerprints `before` would continue with other data; without any it is accepted."""
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)] if before else []
     if differing:
         raise ConfigError(
-            f"{where}: was trained on other data than there is now ({', '.join(differing[:6])}): bring that back, give this run "
+            f"{where}: was trained on other data ({', '.join(differing[:6])}): restore that data, give this run "
             "another run.name (model.path can start it from an export of the old one), or remove its folder (quickstart: --fresh)"
         )

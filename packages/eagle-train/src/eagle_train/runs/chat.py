@@ -16,7 +16,7 @@ from eagle_train.training.model import check_model_folder
 
 
 class Chat:
-    """Keeps what was said; `ask` answers greedily. images and videos belong to the first question."""
+    """A conversation; `answer` decodes greedily. images and videos belong to the first question."""
 
     def __init__(
         self,
@@ -69,12 +69,12 @@ class Chat:
         model = EagleForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(world.device).eval()
         return cls(model, EagleProcessor.from_pretrained(folder), max_new_tokens=max_new_tokens, **media)  # type: ignore[arg-type]
 
-    def ask(self, question: str) -> str:
+    def answer(self, question: str) -> str:
         """The answer, which the next question may refer to. Raises PromptError, MediaError, or BudgetError when it doesn't fit."""
         messages = [*self.messages, {"role": "user", "content": question}]
         made = self.processor.process(messages, self.images, self.videos, add_generation_prompt=True)
         device = next(self.model.parameters()).device
         tokenizer = self.processor.tokenizer  # type: ignore[attr-defined]
-        [answer] = generate(self.model, tokenizer, [made.input_ids], made.tiles, max_new_tokens=self.max_new_tokens, device=device)
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-        return answer
+        [text] = generate(self.model, tokenizer, [made.input_ids], made.tiles, max_new_tokens=self.max_new_tokens, device=device)
+        self.messages = [*messages, {"role": "assistant", "content": text}]
+        return text

@@ -39,9 +39,7 @@ class Evaluator:
             return self._last[2]
         model.eval()
         ready = self.ready
-        done = evaluate(
-            model, ready.tokenizer, self.facts, ready.config, self.world, ready.spec, limit=limit, progress=progress
-        )
+        done = evaluate(model, ready.tokenizer, self.facts, ready.config, self.world, ready.spec, limit=limit, progress=progress)
         done = self.baseline.fill(done, self.world)
         self._last = step, limit, done
         return done

@@ -1,4 +1,4 @@
-"""The run folder: which run it holds, and what it keeps of where the run came from, so that it can be moved.
+"""The run folder: which run it holds, and copies of what the run started from, so that it can be moved.
 
 `config.yaml` is complete. `origin/` holds the tokenizer and, for a run that starts from a checkpoint, that checkpoint's config.json: with
 them and a checkpoint of its own the run can be evaluated and exported wherever the folder is.
@@ -13,22 +13,22 @@ from typing import Any
 
 from eagle_train.config import Config, ConfigError, dump_config, load_config
 from eagle_train.config.load import free_keys, map_paths
-
 from eagle_train.distributed.precision import auto_dtype
 from eagle_train.training import checkpoint
 
 from .lock import locked
 
+
 def claim_folder(config: Config, tokenizer: Any = None) -> None:
-    """Write config.yaml and origin/, or make sure that the run that is there is the same one; raises ConfigError naming what differs."""
+    """Write config.yaml and origin/, or check that the folder holds the same run; raises ConfigError naming what differs."""
     folder = config.run.folder
     path = folder / "config.yaml"
     if path.is_file() and checkpoint.latest(folder / "checkpoints") is not None:
-        there = load_config(path)  # complete: a setting that is newer than the run has its default
-        mine = config.model_dump(mode="json")
-        # A folder that was moved with what lies beside it is still the same run.
-        moved = set(_differences(_moved(there, folder).model_dump(mode="json"), mine))
-        differing = [name for name in _differences(there.model_dump(mode="json"), mine) if name in moved]
+        there = load_config(path)  # complete, except that a setting newer than the run has its default
+        now = config.model_dump(mode="json")
+        # A folder that was moved together with its data is still the same run.
+        moved = set(_differences(_moved(there, folder).model_dump(mode="json"), now))
+        differing = [name for name in _differences(there.model_dump(mode="json"), now) if name in moved]
         if differing:
             raise ConfigError(
                 f"{folder} holds a run with other settings ({', '.join(sorted(differing)[:6])}): "
@@ -67,7 +67,7 @@ def remove_run(folder: Path) -> None:
 
 
 def _moved(config: Config, folder: Path, *, missing_only: bool = False) -> Config:
-    """A copy whose paths lie to `folder` as they lay to its run folder; with `missing_only` those that lead nowhere as they are."""
+    """A copy with paths relative to `folder` as they were to its run folder; with `missing_only` only paths that don't exist change."""
     before = config.run.folder
 
     def move(path: Path) -> Path:

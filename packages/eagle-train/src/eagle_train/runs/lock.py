@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder, which is made if need be. Raises ConfigError when another process holds it, naming that process.
 
-    Where the system or the file system knows no locks, nothing is held.
+    Where the system or the file system has no locks, nothing is held.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
@@ -45,4 +45,4 @@ def _lock(file, folder: Path) -> None:
         holder = file.read() or "another process"
         raise ConfigError(f"{folder} is being trained by {holder}: wait for it or stop it, or give this run another run.name") from None
     except OSError as error:
-        logger.warning("%s: the file system knows no locks (%s); make sure that nothing else trains there", folder, error.strerror)
+        logger.warning("%s: the file system has no locks (%s); make sure that no other process trains there", folder, error.strerror)

@@ -56,7 +56,7 @@ def get_ready(
 ) -> Ready:
     """Load the tokenizer and prepare all sources; with several ranks the main rank prepares and the others load what it made.
 
-    held_out: False leaves the held-out sources aside.
+    held_out: False skips the held-out sources.
     """
     tokenizer = load_run_tokenizer(config)
 

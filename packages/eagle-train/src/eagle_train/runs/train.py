@@ -64,7 +64,7 @@ def train(
     stop: StopSignals | None = None,
     on_slow: Callable[[str], None] | None = None,
 ) -> Trained:
-    """Train what is left of the run, with evaluations on the way. Raises ConfigError when the folder holds, or is used by, another run.
+    """Train the remaining steps of the run, with its evaluations. Raises ConfigError when the folder holds, or is used by, another run.
 
     stop: signals that are handled (default: none). The first one ends training with a checkpoint and `Interrupted`; an evaluation ends
     after its running batch of questions. on_slow: called on the main rank with a line about a step that takes longer than a minute.

@@ -17,16 +17,14 @@ from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, ConfigError
 from eagle_train.distributed.world import World
 
-Mode = Literal["none", "full", "offload"]
+Mode = Literal["keep", "recompute", "offload"]
 
 
 def activation_mode(config: Config, device: torch.device) -> Mode:
-    """The model's name for `model.activations`; auto recomputes on a GPU, where packs are long, and keeps everything on a CPU."""
-    wanted = config.model.activations
-    if wanted == "auto":
-        wanted = "recompute" if device.type == "cuda" else "keep"
-    modes: dict[str, Mode] = {"keep": "none", "recompute": "full", "offload": "offload"}
-    return modes[wanted]
+    """`model.activations`; auto recomputes on a GPU, where packs are long, and keeps everything on a CPU."""
+    if config.model.activations == "auto":
+        return "recompute" if device.type == "cuda" else "keep"
+    return config.model.activations
 
 
 def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:

@@ -1,4 +1,4 @@
-"""What a row or pack looks like to the model: the views of `eagle show`. No model is made."""
+"""A row or pack as the model gets it: the views of `eagle show`. No model is made."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ def find_row(facts: Facts, name: str) -> int:
             found = (lines == int(line)).nonzero()[0]
             if len(found):
                 return source.first + int(found[0])
-            raise ConfigError(f"source {source_name} has no usable row in line {line}; if the line exists, the ledger says why")
+            raise ConfigError(f"source {source_name} has no usable row in line {line}; if the line exists, the reason is in the ledger")
     raise ConfigError(f"{name!r}: expected source:line with a source of {', '.join(source.name for source in facts.sources)}")

@@ -11,7 +11,7 @@ from eagle_train.data.prepare import Progress as Step
 
 @contextmanager
 def prepare_progress(console: Console | None = None) -> Iterator[Callable[[Step], None]]:
-    """A bar on `console` (standard error's, unless told); give what it yields to `prepare(progress=...)`."""
+    """A bar on `console` (default: standard error); pass what it yields to `prepare(progress=...)`."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""A sample or a pack as people see it: its tiles, its frames with their times, its text coloured by the loss mask, its budget.
+"""A sample or a pack for people: its tiles, its frames with their times, its text coloured by the loss mask, its budget.
 
 `view_sample` turns a planned sample into a `SampleView`: the same prompt and the same tiles that training makes, tiles reduced to
 small pictures. `to_html` (one self-contained file) and `to_terminal` (a rich renderable) are pure functions of views.
@@ -33,7 +33,7 @@ MOST_PICTURES = 96
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One tile, frame or page: a caption, and a JPEG as a data address (None where the reading failed, or the picture is left out)."""
+    """One tile, frame or page: a caption, and a JPEG as a data address (None where reading failed, or pictures are off)."""
 
     caption: str
     data: str | None
@@ -56,7 +56,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class SampleView:
-    """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is what the plan allowed for."""
+    """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is the length in the plan."""
 
     source: str
     line: int
@@ -88,7 +88,7 @@ def view_sample(
         budget: `max_tokens` of the stage.
         pictures: False reads no media (for the terminal).
 
-    Media that can't be read become notes, not errors: this is for looking at problems.
+    Media that can't be read become notes, not errors, since views are for finding problems.
     """
     segments = plan.render(sample.messages, spec)
     encoded = encode(segments, tokenizer)
@@ -205,7 +205,7 @@ def to_html(views: Sequence[SampleView], *, title: str, capacity: int | None = N
 def _groups(pieces: Sequence[Piece]) -> Iterator[tuple[str, list[Piece]]]:
     """Pieces in runs: prose (text and special tokens), the tiles of an image, and strips of frames.
 
-    Tags and headers between the frames of a strip are left out of the prose: the captions say the same.
+    Tags and headers between the frames of a strip are not in the prose, since the captions repeat them.
     """
     kind, run = "prose", []
     for index, piece in enumerate(pieces):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -23,12 +24,15 @@ _KEYFRAMES_UNKNOWN = {"h261", "h263"}
 _TURNING = ("mov,", "matroska,")  # libavformat's names of the containers that can store a rotation
 _FIRST_FRAME_WITHIN = 64  # packets to decode at most to get one frame
 
+# PyAV 18 raises UnicodeDecodeError for tags that are not UTF-8 unless this is given. PyAV 19 never raises and has no such argument.
+_OPEN: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
 Turn = tuple[int, bool, bool]  # as `orientation` returns it
 
 
 def open_container(path: str) -> InputContainer:
     """The file opened by libavformat, by its absolute path: "12:30.avi" would be read as a protocol."""
-    return av.open(os.path.abspath(path), metadata_errors="ignore")
+    return av.open(os.path.abspath(path), **_OPEN)
 
 
 def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Track:

@@ -113,7 +113,7 @@ def _children(data: bytes) -> list[tuple[int, bytes]]:
         found.append((kind, data[at : at + size]))
         at += size
         if len(found) > 1_000_000:
-            raise Damaged("too many elements side by side")
+            raise Damaged("more than a million elements in one")
     return found
 
 

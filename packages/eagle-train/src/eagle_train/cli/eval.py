@@ -1,4 +1,4 @@
-"""Verbs about what a model says: eval and chat."""
+"""`eagle eval`: score a model on held-out rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .options import Checkpoint, Device, RunFolder
 @app.command("eval")
 def evaluate(
     run: RunFolder,
-    data: Annotated[Path | None, typer.Option(help="Annotation file (JSONL) to ask instead of the run's.", show_default=False)] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of --data's media; left out: that of the file.", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option(help="Annotation file instead of the held-out rows.", show_default=False)] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of --data's media; default: that of the file.", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each source.", show_default=False)] = None,
     checkpoint: Checkpoint = None,
     out: Annotated[
@@ -44,7 +44,7 @@ def evaluate(
     path = find_checkpoint(config.run.folder / "checkpoints", checkpoint) if checkpoint is not None else None
     world = start_world(for_evaluation(config.parallel), device)
     printer = Printer(silent=not world.is_main)
-    # What the run itself wrote stays as it is: the ledger of this evaluation is in its own folder, and facts are shared.
+    # Files of the run do not change: the ledger of this evaluation is in its own folder, and facts are shared.
     folder = world.gather(evaluation_folder(config.run.folder, out))[0]
     trained, facts = config, config.data.replaced(facts=config.facts_folder)
     config = config.replaced(data=facts, run=config.run.replaced(dir=folder.parent, name=folder.name))
@@ -52,9 +52,9 @@ def evaluate(
         ready = get_ready(config, world, progress)
     for source in ready.eval_facts.sources if ready.eval_facts is not None else ():
         if source.bad_rows:
-            printer.say(f"{source.name}: {source.bad_rows} rows can't be evaluated; {config.run.folder / 'ledger.jsonl'} says why")
+            printer.message(f"{source.name}: {source.bad_rows} rows can't be evaluated; see {config.run.folder / 'ledger.jsonl'}")
     model, at = load_trained(trained, ready.tokenizer, world, path)
-    printer.say(f"{run}: stage {at.stage_name}, step {at.step}")
+    printer.message(f"{run}: stage {at.stage_name}, step {at.step}")
     with printer.counting("questions") as counted:
         result = Evaluator(ready, world).evaluate(model, at.total_steps, limit=limit, progress=counted)
     if world.is_main:
@@ -77,32 +77,3 @@ def evaluation_folder(run: Path, out: Path | None) -> Path:
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"--out {out} exists and is not an empty folder; name another one")
     return folder
-
-
-@app.command()
-def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or that of an exported or released model.", show_default=False)],
-    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="Left out: a conversation.", show_default=False)] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given often.", show_default=False)] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="Video file; may be given often.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
-    device: Device = None,
-) -> None:
-    """Ask a trained model about images and videos: one question, or a conversation (an empty line ends it)."""
-    from .progress import quiet
-
-    quiet()
-    from eagle_train.runs.chat import Chat
-
-    talk = Chat.open(run, images=image or (), videos=video or (), device=device, max_new_tokens=max_new_tokens)
-    if question is not None:
-        print(talk.ask(question))
-        return
-    while True:
-        try:
-            asked = input("> ").strip()
-        except EOFError:
-            return
-        if not asked:
-            return
-        print(talk.ask(asked))

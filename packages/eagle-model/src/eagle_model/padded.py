@@ -1,0 +1,120 @@
+"""Padded batches and the key/value cache: what transformers, its Trainer and TRL pass to `forward`, and what they get back.
+
+The decoder runs on flat hidden states [T, H]. `arrange` finds the T tokens of a batch [B, L], `Arrangement.pad` puts results back.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from eagle_cp import Layout
+
+if TYPE_CHECKING:
+    from eagle_model.eagle import EagleForConditionalGeneration
+
+#: The field of a model output that holds the key/value cache: `past_key_values` before transformers 5.24, `cache` since.
+CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+#: Arguments that transformers passes to every model and that this one does not read, with the values that change nothing.
+IGNORED_ARGUMENTS: dict[str, tuple[Any, ...]] = {"output_attentions": (False,), "output_router_logits": (False,)}
+
+
+@dataclass
+class EagleOutput(CausalLMOutputWithPast):
+    """What `forward` returns. `loss`: 0-dim float32, with targets or labels. `logits`: [T, V] packed, [B, L, V] padded.
+
+    In padded mode also `past_key_values` (transformers 5.24 and later call it `cache`), with use_cache; `hidden_states`, a tuple of
+    [B, L, H], with output_hidden_states; `last_hidden_state` [B, L, H]. `attentions` is always None: attention weights are never formed.
+    """
+
+    last_hidden_state: Tensor | None = None
+
+
+@dataclass
+class Arrangement:
+    """Where the tokens of a padded batch stand. rows: [T], flat index into B * L. positions: int [T]. shape: (B, L).
+
+    Either layout (packed attention over the tokens of each row) or mask (bool [B, 1, L, K]: new tokens against a cache of K keys) is set.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    shape: tuple[int, int]
+    layout: Layout | None = None
+    mask: Tensor | None = None
+
+    def pad(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> [B, L, H], zeros where the batch is padded."""
+        batch, length = self.shape
+        padded = hidden.new_zeros(batch * length, hidden.shape[-1])
+        return padded.index_copy(0, self.rows.to(hidden.device), hidden).view(batch, length, -1)
+
+
+def arrange(tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Arrangement:
+    """The arrangement of a batch [B, L, ...].
+
+    attention_mask: [B, cached + L], padding on either side; default: no padding. position_ids: [B or 1, L]; default: counted along the
+    mask. Raises ValueError for a mask of another shape, and for a row without tokens.
+    """
+    batch, length = tokens.shape[:2]
+    past = cache.get_seq_length() if cache is not None else 0
+    if attention_mask is None:
+        attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
+    if attention_mask.shape != (batch, past + length):
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)}, expected {(batch, past + length)}: {past} cached and {length} new tokens"
+        )
+    seen = attention_mask.bool()
+    if position_ids is None:
+        position_ids = (seen.long().cumsum(1) - 1).clamp_min(0)[:, past:]
+    counts = [] if past else seen.sum(1).tolist()
+    if 0 in counts and cache is None:
+        raise ValueError(f"row {counts.index(0)} of the batch has no token")
+    # After a cache all new tokens run, padding or not: then nothing has to be known on the host between two tokens of an answer. The
+    # first chunk of a prompt in chunks does the same, where the tokens of some row only begin in a later chunk.
+    whole = past > 0 or 0 in counts
+    rows = torch.arange(batch * length, device=seen.device) if whole else seen.flatten().nonzero().squeeze(1)
+    arrangement = Arrangement(rows, position_ids.expand(batch, length).flatten()[rows], (batch, length))
+    if whole:
+        # New token i of a row sees the cached tokens and the new ones up to itself, except padding. Padding sees itself, since a softmax
+        # over nothing is NaN.
+        order = torch.arange(past + length, device=seen.device)
+        new = order[past:, None]
+        arrangement.mask = ((seen[:, None, :] & (order <= new)) | (order == new))[:, None]
+    else:
+        arrangement.layout = Layout.single([0, *accumulate(counts)])
+    return arrangement
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Collection[str] = ()) -> None:
+    """Raise TypeError for arguments that nothing reads, except those whose value changes nothing."""
+    unknown = {name for name, value in given.items() if value is not None and value not in IGNORED_ARGUMENTS.get(name, ())} - set(known)
+    unknown.discard("cache_position")  # positions follow from the attention mask and the cache
+    if "output_attentions" in unknown:
+        raise TypeError("output_attentions: attention weights are never formed by the kernels that this model uses; leave it out")
+    if unknown:
+        raise TypeError(f"forward has no argument {', '.join(sorted(unknown))}; its docstring lists what packed and padded mode take")
+
+
+class Backbone:
+    """The model without its head: called with the arguments of `forward`'s padded mode, gives `last_hidden_state` and no logits.
+
+    TRL and reward models call it as `model.base_model`. It holds no parameters and is not a module.
+    """
+
+    _tp_plan = _pp_plan = None
+
+    def __init__(self, model: "EagleForConditionalGeneration") -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> EagleOutput:
+        kwargs.pop("return_dict", None)
+        known = signature(self.model.run_padded).parameters
+        refuse_unknown(kwargs, known)
+        return self.model.run_padded(input_ids, attention_mask, **{name: kwargs[name] for name in kwargs if name in known})[1]

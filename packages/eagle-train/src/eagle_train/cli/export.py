@@ -1,0 +1,39 @@
+"""`eagle export`: the weights of a run as a checkpoint that other programs load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .options import Checkpoint, RunFolder
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
+    checkpoint: Checkpoint = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.", metavar="DTYPE")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+) -> None:
+    """Write a run's weights in the layout of the released Eagle 2.5 checkpoints."""
+    from eagle_train.config import ConfigError
+
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"--dtype {dtype}: expected bfloat16, float16 or float32")
+    if output.exists() and not (output.is_dir() and (force or not any(output.iterdir()))):
+        raise ConfigError(f"{output} exists and is not an empty folder; name another one, or add --force to write into that folder")
+    from .progress import quiet
+
+    quiet()
+    from eagle_train.runs.export import export as run_export
+    from eagle_train.runs.folder import open_run
+    from eagle_train.training.checkpoint import find_checkpoint
+
+    config = open_run(run)
+    path = find_checkpoint(config.run.folder / "checkpoints", checkpoint) if checkpoint is not None else None
+    done = run_export(config, output, checkpoint_path=path, dtype=dtype)
+    print(f"wrote {output} (stage {done['from']['stage_name']}, step {done['from']['step']})")
