@@ -115,7 +115,7 @@ def test_a_silent_endpoint_ends_the_run_with_the_next_step(ready):
     before = module.SILENCE
     try:
         module.SILENCE = 3
-        with pytest.raises(CurateError, match="3 requests in a row got no answer.*check that the endpoint runs"):
+        with pytest.raises(CurateError, match=r"3 requests in a row got no answer.*check that the endpoint runs"):
             annotate(config)
     finally:
         module.SILENCE = before
@@ -123,16 +123,16 @@ def test_a_silent_endpoint_ends_the_run_with_the_next_step(ready):
 
 def test_a_wrong_key_and_a_missing_model_are_named(ready):
     with serving(plain_answers, lambda number: (401, {"error": {"message": "bad key"}})) as stub:
-        with pytest.raises(CurateError, match="bad key; check annotate.endpoint .* OPENAI_API_KEY"):
+        with pytest.raises(CurateError, match=r"bad key; check annotate.endpoint .* OPENAI_API_KEY"):
             annotate(ready(stub.address))
-    with pytest.raises(ConfigError, match="annotate.endpoint.model is not given"):
+    with pytest.raises(ConfigError, match=r"annotate.endpoint.model is not given"):
         annotate(ready(endpoint={"model": ""}))
 
 
 def test_the_cost_is_counted_and_limited(ready):
     with serving(plain_answers) as stub:
         config = ready(stub.address, endpoint={"input_price": 1e6, "max_cost": 500.0, "concurrency": 1})
-        with pytest.raises(CurateError, match="max_cost = 500.0 is spent; every answer is kept"):
+        with pytest.raises(CurateError, match=r"max_cost = 500.0 is spent; every answer is kept"):
             annotate(config)
         assert 4 <= len(stub.requests) <= 6
 
@@ -259,6 +259,6 @@ def test_an_empty_selection_is_named(ready):
     config = ready()
     folder = Folder(config.folder)
     folder.write("select", folder.read("select").slice(0, 0), [])
-    with pytest.raises(ConfigError, match="select.parquet has no rows"):
+    with pytest.raises(ConfigError, match=r"select.parquet has no rows"):
         annotate(config)
     assert isinstance(folder.read("select"), pa.Table)
