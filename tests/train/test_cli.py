@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from eagle_train.cli import doctor
+from eagle_train.cli.app import VERBS as ORDER
 from eagle_train.cli.main import main, report
 from eagle_train.cli.pages import VERBS, rendered_page, stored_page
 from eagle_train.cli.tables import PLAN_COLUMNS, PLAN_LEGEND
@@ -65,6 +66,12 @@ def test_help_takes_less_than_a_third_of_a_second(verb):
         assert done.returncode == 0
         assert "Usage" in done.stdout
     assert min(times) < 0.3  # of a CPU: the wall clock belongs to whatever else runs here
+
+
+def test_summaries_of_verbs_are_whole():
+    commands = stored_page(["--help"]).partition("Commands:")[2]
+    assert [line.split()[0] for line in commands.strip().splitlines()] == list(ORDER)
+    assert "..." not in commands
 
 
 def test_help_imports_nothing_heavy():
@@ -239,6 +246,44 @@ def test_init_writes_a_configuration_with_every_default(tmp_path, eagle_here):
     done = eagle_here("init", tmp_path / "eagle.yaml")
     assert done.returncode == 2
     assert "--force" in done.stderr
+
+
+def test_init_lists_allowed_values(tmp_path, eagle_here):
+    eagle_here("init", tmp_path / "eagle.yaml")
+    text = (tmp_path / "eagle.yaml").read_text()
+    listed = re.findall(r"## (each )?one of: (.*)\n *#? ?([a-z_]+): (.*)", text)
+    assert {key for _, _, key, _ in listed} >= {
+        "activations",
+        "strategy",
+        "placement",
+        "schedule",
+        "loss_weighting",
+        "dtype",
+        "preset",
+        "train",
+    }
+    for each, names, key, value in listed:
+        chosen = yaml.safe_load(value)
+        assert set(chosen if each else [chosen]) <= set(names.split(", ")), key
+    assert "## one of: linspace, center\n  # placement: linspace" in text
+    assert "## keys: vision, connector, language\n    # parts: {}" in text
+
+
+def test_init_example_is_a_run_that_trains(tmp_path, eagle_here):
+    made = eagle_here("init", "--example", tmp_path / "example")
+    assert made.returncode == 0, made.stderr
+    config = tmp_path / "example" / "run.yaml"
+    assert f"eagle train {config}" in made.stdout
+    assert eagle_here("plan", config).returncode == 0
+    shown = eagle_here("show", config, "--row", "shapes:1")
+    assert shown.returncode == 0, shown.stderr
+    done = eagle_here("train", config, "--device", "cpu", "--nproc", 1, "--set", "stages.0.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "48 rows: 48 planned" in done.stdout
+    assert re.search(r"^held_out +8 ", done.stdout, flags=re.MULTILINE)
+    refused = eagle_here("init", "--example", tmp_path / "example")
+    assert refused.returncode == 2
+    assert "add --force" in refused.stderr
 
 
 PLAN_WITHOUT_TORCH = """

@@ -1,19 +1,23 @@
 """What a pretrained vision tower and a pretrained language model become as one Eagle: their folders and the joint configuration.
 
-Reads configuration files only; `eagle_model.pretrained` reads the weights. This file does not import torch.
+Reads configuration files only; `eagle_model.pretrained` reads the weights. Finding a folder does not import torch.
 """
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from eagle_model.configuration import EagleConfig
 from eagle_model.presets import IN_USE, check_changes
 from eagle_model.prompt import IM_END, IMG_CONTEXT
 from eagle_model.tokenizer import check_tokenizer
+
+if TYPE_CHECKING:
+    from eagle_model.configuration import EagleConfig
 
 #: `model_type` of configurations whose vision tower is read: both towers of one model, or the vision tower alone.
 VISION_TYPES = ("siglip", "siglip_vision_model")
@@ -57,6 +61,8 @@ def parts_config(vision: Path, language: Path, tokenizer: Any, *, image_size: in
 
     Raises FileNotFoundError without a config.json, and ValueError for a model of another kind and for an unknown change.
     """
+    from eagle_model.configuration import EagleConfig
+
     check_tokenizer(tokenizer)
     vision_config = _read_config(vision)
     if vision_config.get("model_type") not in VISION_TYPES:

@@ -44,7 +44,10 @@ def evaluate(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Evaluate held-out questions by exact match; for a run, next to the text-only baseline."""
+    """Evaluate held-out questions by exact match.
+
+    For a run, accuracies are next to those of the text-only baseline.
+    """
     from eagle_train.config import Source
 
     from .progress import quiet
