@@ -293,7 +293,7 @@ class SamplingConfig(Section):
     min_frames: int = Field(
         default=8,
         ge=1,
-        description="N_min: a sample is dropped from the stage when one of its videos would get fewer frames than this, and has more.",
+        description="N_min: a sample is dropped from the stage when one of its videos would get fewer frames than this and has more.",
     )
     max_frames: int | None = Field(default=None, ge=1, description="Most frames of one video or pages of one document; null: what fits.")
     placement: Literal["linspace", "center"] = Field(
@@ -392,9 +392,7 @@ class StageConfig(Section):
     def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for name, weight in (value or {}).items():
             if not weight > 0:
-                raise ValueError(
-                    f"weight of source {name!r} is {weight}; a weight is above 0; to exclude a source, remove it from this mapping"
-                )
+                raise ValueError(f"weight of source {name!r} is {weight}; it must be above 0; to exclude a source, remove it here")
         return value
 
     @field_validator("betas")

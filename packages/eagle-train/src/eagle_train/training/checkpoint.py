@@ -1,11 +1,10 @@
 """Checkpoints that are complete or absent, also after a kill: written under another name, synced to disk, then renamed.
 
-A checkpoint is a folder `<stage>-<step>` (`<stage>-end` at the end of a stage) with `torch.distributed.checkpoint` files (weights,
-and the optimizer's state unless the stage is over and the next one does not carry it on) and `state.json`. A folder with that name is
-complete; one that starts with
-`.writing-` is what a kill left and is removed at the next start. Nothing else is deleted, except by the keep rule, and only
-after the newer checkpoint is complete.
-Any number of ranks can read it, whatever number wrote it.
+A checkpoint is a folder `<stage>-<step>` (`<stage>-end` at the end of a stage) with `state.json` and files of
+`torch.distributed.checkpoint`: weights, their moving average, and the optimizer's state, unless the stage is over and the next one does not
+carry it on. A folder with that name is complete; one that starts with `.writing-` is incomplete and is removed at the next start. Nothing
+else is deleted, except by the keep rule, and only after the newer checkpoint is complete. Any number of ranks can read it, whatever number
+wrote it.
 """
 
 from __future__ import annotations
