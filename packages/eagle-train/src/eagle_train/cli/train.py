@@ -112,7 +112,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     from eagle_train.watching.trackers import open_trackers
 
     from .progress import Printer
-    from .tables import defaults_text, plan_table, rows_line, score_table, start_line
+    from .tables import defaults_text, plan_table, position_warnings, rows_line, score_table, start_line
 
     device = device_kind(device)
     config = resolve_dtype(config, device)
@@ -127,6 +127,8 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
 
         def started(trainer: Trainer) -> None:
             printer.message(plan_table(trainer.schedules))
+            for warning in position_warnings(ready):
+                printer.message(warning)
             printer.message(start_line(trainer))
 
         with open_trackers(config, main=world.is_main) as trackers:

@@ -46,6 +46,10 @@ Tokens = Annotated[int, _with_unit(_TOKEN_UNITS, "tokens"), Field(ge=1)]
 """A number of tokens; `32K` is 32768."""
 
 
+COLUMNS = ("question", "answer", "messages", "conversations", "texts", "system", "data", "image", "images", "video", "videos")
+COLUMNS += ("document", "documents", "start", "end", "fps")
+"""Keys of a row that `columns` of a source can map."""
+
 FREE: Any = {"resume": "free"}
 """Marks a field, or a section, that may change when a run is resumed: it says how the run is executed, not what is computed."""
 
@@ -66,7 +70,10 @@ class Section(BaseModel):
     def _resolve(cls, value: Any, info: ValidationInfo) -> Any:
         if value is None or info.field_name not in cls.paths or not info.context:
             return value
-        resolved = info.context["resolve"](Path(value))
+        resolve = info.context["resolve"]
+        if isinstance(value, list):
+            return [resolve(Path(one)) for one in value]
+        resolved = resolve(Path(value))
         if info.field_name in cls.names and is_hub_name(str(value)) and not resolved.exists():
             return value
         return resolved if isinstance(value, Path) else str(resolved)
@@ -206,9 +213,23 @@ class Source(Section):
     """One entry of a recipe."""
 
     paths = ("annotation", "root")
-    annotation: Path = Field(description="JSONL file, one row a line.")
+    annotation: Path | list[Path] = Field(
+        description="File of rows: JSONL, a JSON array, CSV, TSV (each also .gz, .zst, .bz2, .xz), Parquet, Arrow, or a WebDataset tar; a "
+        "folder of Parquet, Arrow or tar files (a saved datasets dataset); a pattern such as shards/*.parquet; or a list of these."
+    )
     root: Path | None = Field(
         default=None, description="Folder that the media paths of the rows start from; null: the annotation's folder."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Columns of the rows that have other names, as {key of a row: column}, for example {question: prompt, answer: reply, "
+        "image: picture}. Keys: question, answer, messages, conversations, system, image, video, document, data, start, end, fps.",
+    )
+    ignore: list[str] = Field(
+        default_factory=list, description="Keys of the rows that are metadata, though their names or values look like media."
+    )
+    question: str | None = Field(
+        default=None, description="Question of rows that have an answer (columns.answer) and no question, for example captions."
     )
     repeat_time: float = Field(
         default=1.0,
@@ -225,6 +246,21 @@ class Source(Section):
     max_dynamic_tiles: int | None = Field(
         default=None, ge=1, le=64, description="Most tiles an image of this source may have; null: tiling.max_tiles."
     )
+
+    @field_validator("annotation")
+    @classmethod
+    def _some_file(cls, value: Path | list[Path]) -> Path | list[Path]:
+        if value == []:
+            raise ValueError("is an empty list; name at least one file")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        for key in value:
+            if key not in COLUMNS:
+                raise ValueError(f"{key!r} is not a key of a row; known are {', '.join(COLUMNS)}")
+        return value
 
 
 class LimitsConfig(Section):

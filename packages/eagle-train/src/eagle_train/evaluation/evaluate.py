@@ -1,7 +1,7 @@
 """Evaluation of a model on held-out rows by greedy decoding.
 
-A question is a held-out row: everything before its last assistant turn is the prompt, that turn is the expected answer. A row that can't
-be read or does not fit counts as a wrong answer, so that the number of questions doesn't depend on what fails.
+A question is a held-out row: everything before its last assistant turn that is learned is the prompt, that turn is the expected answer. A
+row that can't be read or does not fit counts as a wrong answer, so that the number of questions doesn't depend on what fails.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class _Reader:
             sample = load_sample(question.address)
         except (RowError, OSError) as error:
             return question._replace(problem=str(error))
-        last = max(index for index, message in enumerate(sample.messages) if message["role"] == "assistant")
+        last = max(index for index, message in enumerate(sample.messages) if message["role"] == "assistant" and message.get("train", True))
         prompt = replace(sample, messages=sample.messages[:last])
         question = question._replace(text=last_question(prompt.messages), expected=sample.messages[last]["content"])
         if self.plans.status[row] != 0:

@@ -70,7 +70,7 @@ def tokenizer_folder(config: Config) -> Path:
 
 def check_model_folder(folder: str | Path) -> None:
     """Raises ConfigError unless `folder` holds an Eagle model, from its config.json alone: nothing is allocated for another model."""
-    from eagle_model.configuration import MODEL_TYPE
+    from eagle_model.sizes import MODEL_TYPE
 
     folder = Path(folder)
     path = folder / "config.json"
