@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -47,13 +48,19 @@ def located(config: Config, key: str) -> Path:
 
     Raises ConfigError, naming the key, when it is not there.
     """
-    from eagle_model.parts import checkpoint_folder
-
     name = getattr(config.model, key)
     try:
-        return checkpoint_folder(name)
+        return _checkpoint_folder(name)
     except FileNotFoundError as error:
         raise ConfigError(f"model.{key}: {error}") from error
+
+
+@functools.cache
+def _checkpoint_folder(name: str) -> Path:
+    """The hub is queried once per name."""
+    from eagle_model.parts import checkpoint_folder
+
+    return checkpoint_folder(name)
 
 
 def tokenizer_folder(config: Config) -> Path:
