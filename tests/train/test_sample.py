@@ -117,7 +117,9 @@ def test_images(media, images):
 def test_videos_and_documents(media, videos):
     sample = of({"conversations": TALK, **media})
     assert sample.videos == videos
-    assert [video.is_document for video in sample.videos] == [bool(video.frames) and video.times is None or str(video.path).endswith(".pdf") for video in videos]
+    assert [video.is_document for video in sample.videos] == [
+        (bool(video.frames) and video.times is None) or str(video.path).endswith(".pdf") for video in videos
+    ]
 
 
 @pytest.mark.parametrize(
