@@ -245,6 +245,7 @@ def render(
     images: Sequence[int] = (),
     videos: Sequence[VideoSpan] = (),
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
 ) -> list[Segment]:
     """Messages as segments.
 
@@ -252,21 +253,27 @@ def render(
     assistant's message with `train` false has no labels. Media in an assistant's message have none either.
     images: tokens of each image (tiles times `k`). videos: what the prompt says about each video.
     add_generation_prompt: end with `<|im_start|>assistant\\n`.
+    continue_final_message: leave the last message, which must be an assistant's, without its end, so that generation continues it.
 
-    Raises PromptError (see `place_media`, `video_header`, `frame_header`).
+    Raises PromptError for continue_final_message with another last message or with add_generation_prompt, and as `place_media`,
+    `video_header` and `frame_header` do.
     """
     builder = _Builder()
     placed = place_media(messages, len(images), len(videos))
+    if continue_final_message and (placed[-1][0] != "assistant" or add_generation_prompt):
+        reason = "add_generation_prompt begins another" if add_generation_prompt else f"the last message is that of the {placed[-1][0]}"
+        raise PromptError(f"continue_final_message continues the assistant's last message, but {reason}")
     if placed[0][0] != "system":
         builder.special(IM_START)
         builder.text("system\n" + DEFAULT_SYSTEM)
         builder.special(IM_END)
         builder.text("\n")
     learned = [message.get("train", True) for message in messages]
-    for (role, pieces), trained in zip(placed, learned):
+    for number, ((role, pieces), trained) in enumerate(zip(placed, learned)):
         labelled = role == "assistant" and trained
         builder.special(IM_START)
         builder.text(role + "\n")
+        is_open = continue_final_message and number == len(placed) - 1
         for piece in pieces:
             if isinstance(piece, str):
                 builder.text(piece, labelled)
@@ -280,8 +287,9 @@ def render(
                 for frame in range(count):
                     builder.text(frame_header(frame + 1, None if times is None else float(times[frame])))
                     builder.tile(VisualTokens(span.tokens_per_frame, "video", piece.number, frame + 1))
-        builder.special(IM_END, labelled)
-        builder.text("\n")
+        if not is_open:
+            builder.special(IM_END, labelled)
+            builder.text("\n")
     if add_generation_prompt:
         builder.special(IM_START)
         builder.text("assistant\n")

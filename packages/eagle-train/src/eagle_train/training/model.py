@@ -46,7 +46,7 @@ def located(config: Config, key: str) -> Path:
 
     Raises ConfigError, naming the key, when it is not there.
     """
-    from eagle_model.parts import checkpoint_folder
+    from eagle_model.hub import checkpoint_folder
 
     name = getattr(config.model, key)
     try:
