@@ -10,6 +10,9 @@ FILE = Path(__file__).with_name("help.txt")
 VERBS = (
     "",
     "chat",
+    "data",
+    "data lint",
+    "data stats",
     "doctor",
     "eval",
     "export",
