@@ -17,6 +17,7 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
     checkpoint: Checkpoint = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.", metavar="DTYPE")] = "bfloat16",
+    vllm: Annotated[bool, typer.Option("--vllm", help="Also write vllm.yaml, options for vllm serve.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
     """Write a run's weights in the layout of the released Eagle 2.5 checkpoints."""
@@ -37,3 +38,7 @@ def export(
     path = find_checkpoint(config.run.folder / "checkpoints", checkpoint) if checkpoint is not None else None
     done = run_export(config, output, checkpoint_path=path, dtype=dtype)
     print(f"wrote {output} (stage {done['from']['stage_name']}, step {done['from']['step']})")
+    if vllm:
+        from eagle_train.runs.serve import write_options
+
+        print(f"serve it: eagle serve {output}, or: vllm serve {output} --config {write_options(output)}")
