@@ -77,8 +77,7 @@ def train(
 
     def on_evaluate(model: nn.Module, step: int) -> dict[str, Any]:
         assert evaluator is not None
-        done = evaluator.evaluate(model, step, limit=config.eval.limit, progress=lambda *_: trainer.check_stop())
-        return {"scores": {name: score._asdict() for name, score in done.by_source().items()}, "accuracy": done.score().accuracy}
+        return evaluator.evaluate(model, step, limit=config.eval.limit, progress=lambda *_: trainer.check_stop()).record()
 
     with contextlib.ExitStack() as until_the_end:
 
