@@ -8,7 +8,7 @@ from typing import NamedTuple
 _LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
 _INLINE = re.compile(r"\(([A-Z])\)[ \t]+(.+?)(?=[ \t]*[,;]?[ \t]*\([A-Z]\)[ \t]|[ \t]*$)", re.MULTILINE)
 _LEADING = re.compile(r"^\s*\(?([A-Z])\)?(?:[.):,]|\s*$)")
-_NAMED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\b")
+_NAMED = re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is)?\s*:?\s*\(?([A-Z])\b")
 
 
 def normalised(text: str) -> str:
