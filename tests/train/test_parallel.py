@@ -46,7 +46,12 @@ def same(config, other):
         for key in ("tokens", "tiles", "samples", "missing", "labels", "seen_tokens", "fill", "lr"):
             assert a[key] == b[key]
     world = start_world(ParallelConfig(dtype="float32"), "cpu")
-    models = [load_trained(one, get_ready(one).tokenizer, world)[0].state_dict() for one in (config, other)]
+    ready = [(one, get_ready(one).tokenizer, world) for one in (config, other)]
+    models = [load_trained(*one)[0].state_dict() for one in ready]
+    if config.model.ema is not None:
+        averages = [load_trained(*one, ema=True)[0].state_dict() for one in ready]
+        assert any(not torch.equal(tensor, models[0][name]) for name, tensor in averages[0].items())
+        models = [one | {f"average {name}": tensor for name, tensor in average.items()} for one, average in zip(models, averages)]
     for name, tensor in models[0].items():
         # Adam divides by the gradient's own size: where that is nearly zero, its sign is a matter of rounding.
         torch.testing.assert_close(models[1][name], tensor, atol=2e-5, rtol=1e-5, msg=name)
@@ -66,16 +71,21 @@ HELD_OUT = {
     "eval": {"metrics": {"held_out": "teacher_forced"}},
 }
 """Validation losses and teacher-forced scores, computed over the same ranks as training."""
+#: Further stages, each trained by one process and by two with FSDP2: what is trained changes between stages.
+VARIATIONS = {
+    "lora": [STAGES[0] | {"train": ["connector"]}, STAGES[1] | {"train": ["vision"], "parts": {"language": {"train": "lora", "lr": 1e-2}}}],
+    "muon": [STAGES[0] | {"optimizer": "muon"}, STAGES[1] | {"optimizer": "muon", "carry_optimizer": True}],
+    "carried": [STAGES[0] | {"train": ["connector"]}, STAGES[1] | {"carry_optimizer": True, "parts": {"language": {"layer_decay": 0.5}}}],
+}
 VANISHING = "3.png"
 """An image that is there when rows are prepared and gone when they are read: its sample is missing, whichever rank reads it."""
 
 
-@pytest.fixture(scope="module")
-def alone(colour_run_in, tmp_path_factory):
+def train_alone(colour_run_in, folder, stages, ema=None):
     """The run of one process."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("alone")
-    config = colour_run_in(folder, stages=STAGES, checkpoint={"every": 100}, **HELD_OUT)
+    model = colour_run_in(folder).model.model_dump() | {"ema": ema}
+    config = colour_run_in(folder, stages=stages, checkpoint={"every": 100}, model=model, **HELD_OUT)
     ready = get_ready(config)
     (folder / VANISHING).unlink()
     train(ready, start_world(config.parallel, "cpu"))
@@ -83,15 +93,19 @@ def alone(colour_run_in, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def alone(colour_run_in, tmp_path_factory):
+    return train_alone(colour_run_in, tmp_path_factory.mktemp("alone"), STAGES)
+
+
+@pytest.fixture(scope="module")
 def on_ranks(colour_run_in, tmp_path_factory):
     """The same run on two ranks, for each way of sharing it."""
     ways = {"fsdp2": {"fsdp": True}, "replicated": {"fsdp": False}, "context-parallel": {"all_gather": 2}}
     configs, paths = {}, []
-    for way, parallel in ways.items():
-        folder = tmp_path_factory.mktemp(way)
-        configs[way] = colour_run_in(
-            folder, stages=STAGES, checkpoint={"every": 100}, parallel={"dtype": "float32", **parallel}, **HELD_OUT
-        )
+    for way in (*ways, *VARIATIONS):
+        folder, parallel = tmp_path_factory.mktemp(way), ways.get(way, {})
+        sections = {"checkpoint": {"every": 100}, "parallel": {"dtype": "float32", **parallel}, **HELD_OUT}
+        configs[way] = colour_run_in(folder, stages=VARIATIONS.get(way, STAGES), **sections)
         paths.append(folder / "ranks.yaml")
         paths[-1].write_text(dump_config(configs[way]))
     train_on_ranks(paths)
@@ -105,6 +119,12 @@ def test_two_ranks_train_what_one_trains(alone, on_ranks, way):
     assert json.loads((ranks.run.folder / "checkpoints" / "two-end" / "state.json").read_text())["total_steps"] == 3
     missing = {(entry.line, entry.reason) for name in ("", "1") for entry in Ledger(ranks.run.folder / f"ledger-train{name}.jsonl")}
     assert missing == {(4, "unreadable")}
+
+
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_two_ranks_train_what_one_trains_in_other_stages(on_ranks, colour_run_in, tmp_path, variation):
+    alone = train_alone(colour_run_in, tmp_path, VARIATIONS[variation], ema=on_ranks[variation].model.ema)
+    same(alone, on_ranks[variation])
 
 
 def test_one_process_needs_no_files_to_meet(tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eagle_train.data.sample import RowError, Sample, VideoRef, normalise, parse_row, read_row
+from eagle_train.data.sample import RowError, Sample, VideoRef, normalise, parse_row
+from eagle_train.data.sources import open_rows
 
 TALK = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
 MESSAGES = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -179,10 +180,10 @@ def test_rows_are_read_by_their_offset(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     lines = [b'{"a": "\xc3\xa4"}', b'{"b": 2}']
     path.write_bytes(b"\n".join(lines))
-    assert read_row(path, 0, len(lines[0])) == {"a": "ä"}
-    assert read_row(path, len(lines[0]) + 1, len(lines[1])) == {"b": 2}
+    assert open_rows(str(path)).get(0, len(lines[0])) == {"a": "ä"}
+    assert open_rows(str(path)).get(len(lines[0]) + 1, len(lines[1])) == {"b": 2}
     with pytest.raises(RowError, match="broken-json"):
-        read_row(path, 1, 5)
+        open_rows(str(path)).get(1, 5)
     for line, problem in ((b"3", "expected an object"), (b'{"id": ' + b"1" * 5000 + b"}", "integer string conversion")):
         with pytest.raises(RowError, match=problem):
             parse_row(line)

@@ -7,7 +7,23 @@ from __future__ import annotations
 from pathlib import Path
 
 FILE = Path(__file__).with_name("help.txt")
-VERBS = ("", "chat", "doctor", "eval", "export", "init", "lmdb", "lmdb build", "lmdb check", "plan", "prepare", "report", "show", "train")
+VERBS = (
+    "",
+    "chat",
+    "doctor",
+    "eval",
+    "export",
+    "init",
+    "lmdb",
+    "lmdb build",
+    "lmdb check",
+    "plan",
+    "prepare",
+    "report",
+    "show",
+    "tokenizer",
+    "train",
+)
 _MARK = "=== eagle"
 
 

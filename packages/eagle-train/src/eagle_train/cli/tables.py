@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from eagle_train.config import Config
     from eagle_train.evaluation.metrics import Evaluation
     from eagle_train.planning.stages import StageSchedule
+    from eagle_train.runs.ready import Ready
+    from eagle_train.runs.resources import Resources
     from eagle_train.training.trainer import Trainer
+
+
+PLAN_COLUMNS = (
+    "stage",
+    "L_max",
+    "rows",
+    "samples",
+    "dropped",
+    "packs",
+    "fill",
+    "longest",
+    "tokens",
+    "tiles",
+    "labels",
+    "steps/epoch",
+    "steps",
+)
+PLAN_LEGEND = """\
+  L_max: tokens of a pack. rows: distinct rows of the first epoch; samples: with repetitions (repeat_time, weight); dropped: too long.
+  fill: tokens / (packs x L_max). longest: tokens of the longest sample. labels: tokens with a loss. steps: optimizer steps of the stage."""
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -36,7 +58,9 @@ def defaults_text(config: Config) -> str:
 
 def plan_table(schedules: Sequence[StageSchedule]) -> str:
     """The stages of a run before it is trained: numbers of one epoch, and how many steps are made."""
-    rows = [("stage", "L_max", "rows", "dropped", "packs", "fill", "longest", "tokens", "tiles", "labels", "steps/epoch", "steps")]
+    rows = [
+        ("stage", "L_max", "rows", "samples", "dropped", "packs", "fill", "longest", "tokens", "tiles", "labels", "steps/epoch", "steps")
+    ]
     notes = []
     for schedule in schedules:
         s = schedule.plan(0).summary()
@@ -45,6 +69,7 @@ def plan_table(schedules: Sequence[StageSchedule]) -> str:
                 schedule.stage.name,
                 str(schedule.stage.max_tokens),
                 str(s.rows_used),
+                str(s.samples),
                 str(s.rows_dropped),
                 str(s.packs),
                 f"{s.fill:.1%}",
@@ -57,8 +82,36 @@ def plan_table(schedules: Sequence[StageSchedule]) -> str:
             )
         )
         for reason, number in s.drops.items():
-            notes.append(f"stage {schedule.stage.name}: {number} rows dropped: {reason}")
+            notes.append(f"stage {schedule.stage.name}: {counted(number, 'row')} dropped: {reason}")
     return "\n".join([table(rows), *notes])
+
+
+def position_warnings(ready: Ready) -> Iterator[str]:
+    """A warning for each stage with samples longer than the positions that the model was made for; positions restart at every sample."""
+    most = ready.sizes.text_config.max_position_embeddings
+    for schedule in ready.schedules:
+        plan = schedule.plan(0)
+        longer = plan.visual.tokens[plan.rows()] > most
+        if longer.any():
+            yield (
+                f"warning: stage {schedule.stage.name}: {counted(int(longer.sum()), 'row')} longer than the {most} positions of the model "
+                "(max_position_embeddings); lower max_tokens, or scale positions: model.overrides.text_config.rope_parameters"
+            )
+
+
+def resources_text(needed: Resources) -> str:
+    """Parameters, and the memory of each GPU."""
+    lines = [f"{needed.parameters:,} parameters"]
+    where = f"{counted(needed.gpus, 'GPU')}, {needed.dtype}, activations {needed.activations}, {needed.tokens} tokens per GPU"
+    if needed.memory is None:
+        lines.append(f"memory ({where}): not computed for activations: keep; the other values of model.activations are")
+    else:
+        gpu, host = needed.memory.gpu / 2**30, needed.memory.host / 2**30
+        lines.append(f"memory per GPU ({where}): {gpu:.1f} GiB, peak in {needed.memory.moment}")
+        lines.append("  without the CUDA context (0.5 GiB) and fragmentation; for the longest pack")
+        if needed.memory.host:
+            lines.append(f"host memory per GPU: {host:.1f} GiB")
+    return "\n".join(lines)
 
 
 def start_line(trainer: Trainer) -> str:
@@ -84,16 +137,18 @@ def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
     bad = sum(source.bad_rows for source in facts.sources)
     good, fit_none = int(planned.sum()), int((dropped & ~planned).sum())
     parts = {"planned": good, "unusable": bad, "too long for every stage": fit_none, "not drawn": len(facts) - good - fit_none}
-    text = f"{len(facts) + bad} rows: " + ", ".join(f"{number} {what}" for what, number in parts.items() if number or what == "planned")
-    return text + (f"; {missing} samples could not be read while training" if missing else "")
+    text = f"{counted(len(facts) + bad, 'row')}: " + ", ".join(
+        f"{number} {what}" for what, number in parts.items() if number or what == "planned"
+    )
+    return text + (f"; {counted(missing, 'sample')} could not be read while training" if missing else "")
 
 
-def score_table(result: Evaluation) -> str:
-    """Accuracy next to the text-only baseline, per source, and for questions that are not yes or no."""
+def score_table(result: Evaluation, *, baseline: bool = True) -> str:
+    """Accuracy next to the text-only baseline (if there is one), per source, and for questions that are not yes or no."""
     rows = [("questions", "count", "right", "text-only")]
 
     def add(name: str, score: tuple[int, float, float]) -> None:
-        rows.append((name, str(score[0]), f"{score[1]:.3f}", f"{score[2]:.3f}"))
+        rows.append((name, str(score[0]), f"{score[1]:.3f}", f"{score[2]:.3f}" if baseline else "-"))
 
     by_source = result.by_source()
     for source, score in by_source.items():

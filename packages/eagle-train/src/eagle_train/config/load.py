@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from eagle_train.errors import WRONG_USE, TrainError
 
-from .schema import Config, Section
+from .schema import Config, Section, is_hub_name
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -224,8 +224,9 @@ def map_paths(section: SectionT, change: Callable[[Path], Path]) -> SectionT:
             values[name] = map_paths(value, change)
         elif isinstance(value, dict) and all(isinstance(item, Section) for item in value.values()):
             values[name] = {key: map_paths(item, change) for key, item in value.items()}
-        elif name in section.paths and value is not None:
-            values[name] = change(Path(value)) if isinstance(value, Path) else str(change(Path(value)))
+        elif name in section.paths and value is not None and not (name in section.names and is_hub_name(str(value))):
+            one = [change(path) for path in value] if isinstance(value, list) else change(Path(value))
+            values[name] = one if isinstance(value, Path | list) else str(one)
     return section.replaced(**values)
 
 

@@ -1,8 +1,8 @@
 """Evaluation of a model on held-out rows: answers by greedy decoding or by teacher-forced scoring, and validation losses.
 
-A question is a held-out row: everything before its last assistant turn is the prompt, that turn is the expected answer. A row that can't
-be read or does not fit counts as a wrong answer, so that the number of questions doesn't depend on what fails. The validation loss covers
-all assistant turns of the rows that can be read and fit.
+A question is a held-out row: everything before its last assistant turn that is learned is the prompt, that turn is the expected answer. A
+row that can't be read or does not fit counts as a wrong answer, so that the number of questions doesn't depend on what fails. The
+validation loss covers all assistant turns that are learned, of the rows that can be read and fit.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, ConfigError
 from eagle_train.distributed.world import World
 
+from .optim import state_bytes
+
 Mode = Literal["keep", "recompute", "offload"]
 
 
@@ -36,10 +38,10 @@ def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
     return plan_memory(
         decoder_shape(described),
         tokens,
-        vision=vision_shape(described, tokens, frozen=not any("vision" in stage.train for stage in config.stages)),
+        vision=vision_shape(described, tokens, frozen=all(stage.modes["vision"] == "frozen" for stage in config.stages)),
         weight_bytes=4,
         gradient_bytes=4,
-        optimizer_bytes=8,
+        optimizer_bytes=state_bytes(config),
         compute_bytes=(2 if low else 4) if sharded else None,
         activation_bytes=2 if low else 4,
         offload=config.model.activations == "offload",

@@ -40,6 +40,7 @@ from eagle_train.planning.stages import StageSchedule
 
 from . import checkpoint
 from .activations import activation_mode, make_engine
+from .ema import MovingAverage
 from .heartbeat import Heartbeat
 from .metrics import Metrics
 from .model import attention_backend, build_model, tokenizer_folder
@@ -100,7 +101,9 @@ class Trainer:
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
         #: Host memory of `model.activations: offload`, made once and used by every model of the run.
         self.engine: OffloadEngine | None = None
-        self.model: nn.Module = self._new_model()
+        self.model: nn.Module = self._new_model(weights=checkpoint.latest(self.checkpoints) is None)
+        #: The moving average of the trained weights, with `model.ema`.
+        self.average = MovingAverage(self.model, config, config.model.ema) if config.model.ema is not None else None
         #: One sentence for every evaluation that failed.
         self.failed_evaluations: list[str] = []
         self._pending: _Pending | None = None
@@ -166,7 +169,8 @@ class Trainer:
         path = checkpoint.latest(self.checkpoints)
         progress = checkpoint.read_progress(path) if path is not None else None
         if path is not None and progress is not None:
-            check_same(progress.data, self._data, path)
+            open_stages = [stage.name for stage in self.config.stages[progress.stage + progress.done :]]
+            check_same(progress.data, self._data, path, open_stages=open_stages)
             logger.info("resuming from %s", path)
         if self.world.is_main:
             checkpoint.clean(self.checkpoints)
@@ -176,7 +180,7 @@ class Trainer:
         self._seen = dict(progress.seen)
         lost = self._lost_evaluation(progress)
         if progress.done or lost:  # within a stage weights are read together with the optimizer's state
-            checkpoint.read(path, self.model, None, self.world)
+            self._load(path, None)
         if lost:
             self._evaluate(progress.stage_name, progress.total_steps)
         return (progress.stage + 1, 0, path) if progress.done else (progress.stage, progress.step, path)
@@ -185,15 +189,17 @@ class Trainer:
 
     def _train_stage(self, number: int, first: int, loader: Loader, resumed: Path | None) -> None:
         stage, schedule = self.config.stages[number], self.schedules[number]
-        if is_sharded(self.model) and set(stage.train) != self._sharded_for:
-            # FSDP2 remembers at sharding what learns: another choice needs a fresh model, from the end of the last stage.
+        if is_sharded(self.model) and stage.modes != self._sharded_for:
+            # FSDP2 remembers at sharding what is trained: another choice needs a new model, from the end of the last stage.
             self.model = None  # type: ignore[assignment]
-            self.model = self._new_model(stage.train)
+            self.model = self._new_model(stage.modes, weights=False)
             checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
-        set_trainable(self.model, stage.train)
+        set_trainable(self.model, stage.modes)
         optimizer = make_optimizer(self.model, stage)
         if resumed is not None:
-            checkpoint.read(resumed, self.model, optimizer, self.world)
+            self._load(resumed, optimizer)
+        elif stage.carry_optimizer:
+            checkpoint.carry_optimizer(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, optimizer, self.world)
         self.model.train()
         done_before = sum(schedule.steps for schedule in self.schedules[:number])
         begin, waited = time.monotonic(), loader.waited
@@ -239,10 +245,17 @@ class Trainer:
         schedules, name = self.schedules, self.config.stages[number].name
         over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
         progress = checkpoint.Progress(number, name, step, total, over, dict(self._seen), self._data)
-        checkpoint.write(self.checkpoints, progress, self.model, None if over else optimizer, self.world)
+        carried = number + 1 < len(schedules) and self.config.stages[number + 1].carry_optimizer
+        average = self.average.tensors if self.average is not None else None
+        checkpoint.write(self.checkpoints, progress, self.model, optimizer if carried or not over else None, self.world, average=average)
         if self.world.is_main:
             checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
         self._saved, self._saved_at = (number, step), time.monotonic()
+
+    def _load(self, path: Path, optimizer: torch.optim.Optimizer | None) -> None:
+        """The state of a checkpoint, with the moving average."""
+        average = self.average.tensors if self.average is not None else None
+        checkpoint.read(path, self.model, optimizer, self.world, average=average)
 
     def _save_is_due(self) -> bool:
         """Whether `checkpoint.minutes` have passed, by the main rank's clock."""
@@ -354,6 +367,8 @@ class Trainer:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model)
         for key in self._seen:
             self._seen[key] += getattr(totals, key)
         record = {
@@ -426,11 +441,12 @@ class Trainer:
 
     # ---- what a run is made of ---------------------------------------------------------------------------------------------------
 
-    def _new_model(self, train: Any = None) -> nn.Module:
-        model = build_model(self.config, self.tokenizer)
-        parts = train or self.config.stages[0].train
-        set_trainable(model, parts)
-        self._sharded_for = set(parts)
+    def _new_model(self, modes: Any = None, *, weights: bool = True) -> nn.Module:
+        """weights: False leaves pretrained weights unread, where a checkpoint of the run follows."""
+        model = build_model(self.config, self.tokenizer, weights=weights)
+        modes = modes or self.config.stages[0].modes
+        set_trainable(model, modes)
+        self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
         mode = activation_mode(self.config, self.world.device)
         if mode == "offload" and self.engine is None:
@@ -440,7 +456,9 @@ class Trainer:
 
     def _reading(self) -> Reading:
         share = Share(self.world.context.rank, self.world.context.size)
-        return Reading(str(tokenizer_folder(self.config)), self.schedules[0].spec, media_limits(self.config.data.limits), share)
+        origin = self.folder / "origin"  # with Eagle's tokens, also where the language model's own tokenizer lacks them
+        tokenizer = origin if (origin / "tokenizer_config.json").is_file() else tokenizer_folder(self.config)
+        return Reading(str(tokenizer), self.schedules[0].spec, media_limits(self.config.data.limits), share)
 
     def _read_again(self, number: int, step: int, place: int, missing: dict[int, Entry]) -> LoadedPack:
         """A pack without some samples, read in this process: rare, and the loader's processes are already ahead."""
