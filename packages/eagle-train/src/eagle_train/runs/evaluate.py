@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from eagle_train.config import ConfigError
+from eagle_model.visual import VisualSpec
+from eagle_train.config import Config, ConfigError, parse_config
 from eagle_train.distributed.world import World
 from eagle_train.evaluation.evaluate import check_metrics, evaluate
 from eagle_train.evaluation.judge import Judge
 from eagle_train.evaluation.metrics import Evaluation
 from eagle_train.evaluation.text_only import TextOnlyBaseline
-from eagle_train.planning.visual import visual_spec
 
 from .ready import Ready
 
@@ -30,7 +30,7 @@ class Evaluator:
         check_metrics(ready.config, ready.eval_facts)
         self.ready, self.world, self.facts = ready, world, ready.eval_facts
         self.baseline = TextOnlyBaseline(ready.facts)
-        self.judge = Judge(ready.config.eval.judge) if ready.config.eval.judge is not None else None
+        self.judge = make_judge(ready.config)
         self._last: tuple[object, Evaluation] | None = None
 
     def evaluate(
@@ -52,24 +52,40 @@ class Evaluator:
         if self._last is not None and self._last[0] == asked:
             return self._last[1]
         model.eval()
-        ready, spec = self.ready, self.ready.spec
-        if frames is not None:
-            sampling = ready.config.sampling
-            sampling = sampling.replaced(max_frames=frames, min_frames=min(sampling.min_frames, frames))
-            spec = visual_spec(ready.config.replaced(sampling=sampling), model.config)
+        ready = self.ready
+        spec = with_frames(ready.spec, frames)
         done = evaluate(
             model, ready.tokenizer, self.facts, ready.config, self.world, spec, limit=limit, max_tokens=max_tokens, progress=progress
         )
-        done = self._judged(self.baseline.fill(done, self.world))
+        done = judged(self.baseline.fill(done, self.world), self.judge, self.world)
         self._last = asked, done
         return done
 
-    def _judged(self, evaluation: Evaluation) -> Evaluation:
-        """With the judge's values, on the main rank; a collective of all ranks."""
-        judge = self.judge
-        if judge is None or all(answer.metric != "judge" for answer in evaluation.answers):
-            return evaluation
-        return self.world.first(lambda: _with_values(evaluation, judge)) or _with_values(evaluation, None)
+
+def make_judge(config: Config) -> Judge | None:
+    """The judge that is configured, if any."""
+    return Judge(config.eval.judge) if config.eval.judge is not None else None
+
+
+def judged(evaluation: Evaluation, judge: Judge | None, world: World) -> Evaluation:
+    """With the judge's values, which the main rank requests; the other ranks get 0. A collective of all ranks."""
+    if judge is None or all(answer.metric != "judge" for answer in evaluation.answers):
+        return evaluation
+    return world.first(lambda: _with_values(evaluation, judge)) or _with_values(evaluation, None)
+
+
+def with_frames(spec: VisualSpec, frames: int | None) -> VisualSpec:
+    """The spec with at most `frames` frames per video (None: unchanged); min_frames is lowered to it where it is larger."""
+    return spec if frames is None else replace(spec, max_frames=frames, min_frames=min(spec.min_frames, frames))
+
+
+def eval_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with `eval.KEY=VALUE` set, the only section that an evaluation may change. Raises ConfigError."""
+    for override in overrides:
+        if not override.startswith("eval."):
+            raise ConfigError(f"--set {override!r}: an evaluation changes keys of the section eval only, for example eval.batch_size=4")
+    section = config.eval.model_dump(mode="json", exclude_none=True)
+    return config.replaced(eval=parse_config({"eval": section}, overrides, origin="--set").eval) if overrides else config
 
 
 def _with_values(evaluation: Evaluation, judge: Judge | None) -> Evaluation:
