@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from eagle_train.config import Config, ConfigError
-from eagle_train.data.annotation import index_annotation
 from eagle_train.data.prepare import tokenizer_fingerprint
 
 from .stages import StageSchedule
@@ -19,8 +18,7 @@ def identify(config: Config, tokenizer: Any, schedules: Sequence[StageSchedule])
     """The tokenizer, every source and every stage's steps, as text that changes when they do. Where files are doesn't count."""
     result = {"the tokenizer": tokenizer_fingerprint(tokenizer)}
     for source in schedules[0].facts.sources:
-        content = index_annotation(source.annotation, config.data.shard_rows, config.facts_folder / "index").digest
-        drawn = (content, source.rows, source.repeat_time, source.weight, source.max_dynamic_tiles)
+        drawn = (source.fingerprint, source.rows, source.repeat_time, source.weight, source.max_dynamic_tiles)
         result[f"source {source.name}"] = hashlib.blake2b(json.dumps(drawn).encode(), digest_size=10).hexdigest()
     return result | {f"the steps of stage {schedule.stage.name}": str(schedule.steps) for schedule in schedules}
 
