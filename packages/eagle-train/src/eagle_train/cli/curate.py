@@ -77,7 +77,9 @@ def show(
         str | None, typer.Option(help="split, embed, select, annotate or check; default: the last that is done.", show_default=False)
     ] = None,
     rows: Annotated[int, typer.Option(help="Most rows of the page, spread evenly.", min=1)] = 40,
-    html: Annotated[Path | None, typer.Option(help="Page to write; default: STEP.html in the curation's folder.", show_default=False)] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Page to write; default: STEP.html in the curation's folder.", show_default=False)
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Write a page with pictures of what a step gave, and of what it removed."""
