@@ -132,7 +132,41 @@ def leaks(anchor: str, question: str, answer: str) -> bool:
     return bool(new) and set(new) <= set(words(anchor))
 
 
-_SMALL = frozenset("a an the is are was were be been it its he she they his her their of in on at to and or with for from by as that this".split())
+_SMALL = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "it",
+        "its",
+        "he",
+        "she",
+        "they",
+        "his",
+        "her",
+        "their",
+        "of",
+        "in",
+        "on",
+        "at",
+        "to",
+        "and",
+        "or",
+        "with",
+        "for",
+        "from",
+        "by",
+        "as",
+        "that",
+        "this",
+    ]
+)
 
 
 def words(text: str) -> list[str]:

@@ -142,7 +142,9 @@ class Endpoint:
         settings = [self.settings.model, self.settings.temperature, self.settings.max_tokens]
         return key_of(settings, request.system, request.prompt, shown, request.schema.model_json_schema())
 
-    def map(self, function: Callable[[Item], Value], items: Sequence[Item], progress: Callable[[int, int], None] | None = None) -> list[Value]:
+    def map(
+        self, function: Callable[[Item], Value], items: Sequence[Item], progress: Callable[[int, int], None] | None = None
+    ) -> list[Value]:
         """`function` of every item, in order, `concurrency` at a time. The first exception ends it; requests that are under way are finished."""
         results: list[Any] = [None] * len(items)
         done = 0
@@ -223,7 +225,9 @@ class Endpoint:
             if self._client is None:
                 settings = self.settings
                 key = os.environ.get(settings.api_key_env) or "none"
-                self._client = openai.OpenAI(base_url=settings.base_url, api_key=key, max_retries=settings.retries, timeout=settings.timeout)
+                self._client = openai.OpenAI(
+                    base_url=settings.base_url, api_key=key, max_retries=settings.retries, timeout=settings.timeout
+                )
         return openai, self._client
 
     def _count(self, requests: int = 0, known: int = 0, input_tokens: int = 0, output_tokens: int = 0) -> None:
