@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from eagle_train.errors import counted
+
 from .app import app
 from .options import ConfigFile, Overrides
-from .tables import counted, table
+from .tables import table
 
 data_app = typer.Typer(help="The rows of a run: which keys are used, and what they hold.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import typer
 
+from eagle_train.errors import counted
+
 from .app import app
-from .tables import counted
 from .tested import TESTED
 
 

@@ -213,9 +213,10 @@ def _evaluate_model(request: Request) -> None:
 
 
 def _print_result(printer: Printer, points: list[Point], facts: Facts | None, folder: Path, *, baseline: bool) -> None:
+    from eagle_train.errors import counted
     from eagle_train.runs.sweep import write_points
 
-    from .tables import counted, score_table, sweep_table
+    from .tables import score_table, sweep_table
 
     if printer.silent:
         return

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from eagle_train.errors import counted
+
 from .app import app
 from .options import ConfigFile, Overrides
-from .tables import counted
 
 
 @app.command()
