@@ -79,7 +79,7 @@ def lines() -> Iterator[str]:
 
 
 def converse(conversation: Chat, questions: Iterator[str]) -> None:
-    """Answer every question; one that can't be answered is reported and its media are dropped, and the conversation goes on."""
+    """Answer every question; one that can't be answered is reported and its media are dropped, and the conversation continues."""
     from eagle_model import ModelError
     from eagle_sampling import MediaError
 
