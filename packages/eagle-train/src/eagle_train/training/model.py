@@ -215,6 +215,7 @@ def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> Eagl
 
     from eagle_model.checkpoint import load_checkpoint
     from eagle_model.eagle import EagleForConditionalGeneration
+    from eagle_model.pretrained import grow_vocabulary, load_parts
 
     described = model_config(config, tokenizer)
     torch.manual_seed(config.run.seed)
@@ -229,11 +230,8 @@ def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> Eagl
         if weights and config.model.path is not None:
             load_checkpoint(model, located(config, "path"))
         elif weights:
-            from eagle_model.pretrained import load_parts
-
             load_parts(model, located(config, "vision"), located(config, "language"))
-        if len(tokenizer) > described.text_config.vocab_size:
-            model.resize_token_embeddings(len(tokenizer))
+        grow_vocabulary(model, len(tokenizer))
     _add_adapters(config, model, weights=weights)
     return model
 
