@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
 from eagle_model import EagleProcessor, from_pretrained_parts
-from eagle_model.parts import checkpoint_folder
+from eagle_model.hub import checkpoint_folder
 from eagle_model.pretrained import grow_vocabulary, resize_positions
 from tests.support.models import tiny_model
 from tests.support.packs import make_pack

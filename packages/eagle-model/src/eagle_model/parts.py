@@ -1,14 +1,11 @@
 """What a pretrained vision tower and a pretrained language model become as one Eagle: their folders and the joint configuration.
 
-Reads configuration files only; `eagle_model.pretrained` reads the weights. This file does not import torch.
+Reads configuration files only; `eagle_model.pretrained` reads the weights.
 """
 
 import json
 from pathlib import Path
 from typing import Any
-
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from eagle_model.configuration import EagleConfig
 from eagle_model.presets import IN_USE, check_changes
@@ -17,39 +14,10 @@ from eagle_model.tokenizer import check_tokenizer
 
 #: `model_type` of configurations whose vision tower is read: both towers of one model, or the vision tower alone.
 VISION_TYPES = ("siglip", "siglip_vision_model")
-#: What is downloaded of a model on the hub: configuration, weights, tokenizer and processor.
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-
-
-def checkpoint_folder(name: str | Path) -> Path:
-    """The local folder of a checkpoint: `name` itself, or the download of a model on the Hugging Face hub (its cache when offline).
-
-    A file that ends in `.gguf`, or a folder that holds one such file and no `config.json`, gives the path of that file.
-    Raises FileNotFoundError, saying whether a folder, the model on the hub or the network is missing.
-    """
-    folder = Path(name)
-    if folder.suffix == ".gguf" and folder.is_file():
-        return folder
-    if folder.is_dir():
-        files = sorted(folder.glob("*.gguf"))
-        return files[0] if len(files) == 1 and not (folder / "config.json").is_file() else folder
-    if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"{name} is not a folder; name a folder with config.json and safetensors, or a model on the hub (owner/name)"
-        )
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(f"{name} is neither a folder here nor a model that the Hugging Face hub shows to you") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name} is not a folder here, is not in the Hugging Face cache, and the hub cannot be reached from this machine "
-            f"({type(error).__name__}); fetch it where there is a network with: hf download {name} --local-dir FOLDER, and name that folder"
-        ) from error
 
 
 def parts_config(vision: Path, language: Path, tokenizer: Any, *, image_size: int | None = None, **changes: Any) -> EagleConfig:
-    """The configuration of a model of two checkpoints, given by the paths that `checkpoint_folder` returns.
+    """The configuration of a model of two checkpoints, given by the paths that `eagle_model.hub.checkpoint_folder` returns.
 
     The vocabulary is the language model's own; answers end at `<|im_end|>`, whatever the tokenizer's own end token is. image_size: side of
     a tile in pixels (default: the tower's). changes: other fields of `EagleConfig`; those of `vision_config` and `text_config` update the

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from eagle_model.checkpoint import HEAD, read_tensors
 from eagle_model.eagle import EagleForConditionalGeneration
-from eagle_model.parts import checkpoint_folder, import_gguf, parts_config
+from eagle_model.hub import checkpoint_folder
+from eagle_model.parts import import_gguf, parts_config
 
 _POSITIONS = "vision_model.vision_model.embeddings.position_embedding.weight"
 

@@ -495,11 +495,37 @@ class LoaderConfig(Section):
     prefetch: Bytes = Field(default=2**30, description="Bytes of finished batches waiting per rank (512MiB, 2GB).")
 
 
+MetricName = Literal["exact", "choice", "contains", "anls", "numeric", "temporal_iou", "f1", "judge", "teacher_forced", "likelihood"]
+
+
+class JudgeConfig(Section):
+    base_url: str = Field(
+        pattern=r"^https?://", description="Address of an OpenAI-compatible server, for example http://127.0.0.1:8000/v1."
+    )
+    model: str = Field(min_length=1, description="Name of the model there.")
+    key_variable: str = Field(default="OPENAI_API_KEY", description="Environment variable of the key; without it no key is sent.")
+    parallel: int = Field(default=8, ge=1, description="Requests at once.")
+    timeout: float = Field(default=60.0, gt=0, description="Seconds that a request may take.")
+    attempts: int = Field(default=5, ge=1, description="Attempts of a request when the server is busy or not reachable.")
+    max_tokens: int = Field(default=512, ge=1, description="Longest reply in tokens; models that reason first need room.")
+
+
 class EvalConfig(Section):
     every: int | None = Field(default=None, ge=1, description="Optimizer steps between evaluations; null: at the end of every stage.")
     limit: int | None = Field(default=None, ge=1, description="Rows used, the first ones of each source; null: all.")
     batch_size: int = Field(default=16, ge=1, description="Questions of one batch.")
     max_new_tokens: int = Field(default=32, ge=1, description="Longest answer in tokens.")
+    metrics: dict[str, MetricName] = Field(
+        default_factory=dict,
+        description="Metric of each held-out source; others: exact. exact, contains, anls, numeric, temporal_iou and f1 compare the "
+        "generated answer. choice: the option it names, right only if right in all rotations. judge: by eval.judge; teacher_forced: right "
+        "when every answer token is the most likely one; likelihood: the most likely option. The last two generate nothing.",
+    )
+    loss: bool = Field(
+        default=True,
+        description="Compute the validation loss of every held-out source: all assistant turns, teacher-forced, in packs.",
+    )
+    judge: JudgeConfig | None = Field(default=None, description="The server of the metric judge.")
 
 
 def _tracker(value: Any) -> Any:
@@ -556,7 +582,7 @@ class Config(Section):
     )
     eval: EvalConfig = Field(
         default_factory=EvalConfig,
-        description="Evaluation by exact match.",
+        description="Evaluation on held-out rows: metrics, validation loss.",
         json_schema_extra=FREE,
     )
 

@@ -58,7 +58,7 @@ def located(config: Config, key: str) -> Path:
 @functools.cache
 def _checkpoint_folder(name: str) -> Path:
     """The hub is queried once per name."""
-    from eagle_model.parts import checkpoint_folder
+    from eagle_model.hub import checkpoint_folder
 
     return checkpoint_folder(name)
 

@@ -22,7 +22,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eagle_cp import Layout
 from eagle_kernels import OffloadEngine
 from eagle_model.batch import PackedBatch
 from eagle_model.prompt import CachedEncoder
@@ -394,12 +393,7 @@ class Trainer:
     def _forward_backward(self, batch: PackedBatch) -> Tensor:
         """Loss of a pack (of this context parallel rank's part of it), with its gradients added."""
         described: Any = self.model.config
-        text = described.text_config
-        if self.world.context.size == 1:
-            layout = Layout.single(batch.cu_seqlens)
-        else:
-            heads = {"num_heads": text.num_attention_heads, "num_kv_heads": text.num_key_value_heads}
-            layout = Layout.build(batch.cu_seqlens, self.world.context, **heads)
+        layout = self.world.layout(batch.cu_seqlens, described.text_config)
         output = self.model(batch.shard(layout, described.tokens_per_tile).to(self.world.device), layout=layout)
         output.loss.backward()
         return output.loss.detach()
