@@ -366,8 +366,23 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     model = ("eval", tmp_path / "model", "--device", "cpu")
     scored = eagle_here(*model, "--data", tmp_path / "rows.jsonl", "--limit", 2, "--out", tmp_path / "of the model")
     assert scored.returncode == 0, scored.stderr
-    assert re.search(r"^rows +2 +\d\.\d{3} +-$", scored.stdout, flags=re.MULTILINE), scored.stdout
+    assert re.search(r"^rows +2 +\d\.\d{3} +\d\.\d{3} - \d\.\d{3} +- +\d\.\d{4}$", scored.stdout, flags=re.MULTILINE), scored.stdout
     assert len((tmp_path / "of the model" / "answers.jsonl").read_text().splitlines()) == 2
+    more = ("--frames", "1,2", "--metric", "f1", "--set", "eval.batch_size=2", "--out", tmp_path / "by frames")
+    swept = eagle_here(*evaluate, tmp_path / "rows.jsonl", *more)
+    assert swept.returncode == 0, swept.stderr
+    assert len(re.findall(r"^rows +[12] +- +2 +0 ", swept.stdout, flags=re.MULTILINE)) == 2, swept.stdout
+    names = {"answers.jsonl", "sweep.jsonl", "sweep.png"}
+    assert names <= {path.name for path in (tmp_path / "by frames").iterdir()}
+    assert {json.loads(line)["metric"] for line in (tmp_path / "by frames" / "answers.jsonl").read_text().splitlines()} == {"f1"}
+    for options, text in [
+        (("--frames", "4,x"), "--frames 4,x: 'x' is not a number of at least 1"),
+        (("--metric", "bleu"), "eval.metrics.rows: "),
+        (("--set", "run.seed=1"), "an evaluation changes keys of the section eval only"),
+        (("--set", "eval.batch=1"), "did you mean 'batch_size'?"),
+    ]:
+        wrong = eagle_here(*evaluate, tmp_path / "rows.jsonl", *options)
+        assert (wrong.returncode, text in wrong.stderr) == (2, True), wrong.stderr
     assert "name an annotation file with --data FILE" in eagle_here(*model).stderr
     assert "only a run has checkpoints" in eagle_here(*model, "--data", tmp_path / "rows.jsonl", "--checkpoint", "one-end").stderr
     missing = eagle_here("export", config.run.folder, tmp_path / "other", "--checkpoint", "one-finish")

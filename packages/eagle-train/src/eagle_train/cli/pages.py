@@ -8,24 +8,8 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("help.txt")
 VERBS = (
-    "",
-    "chat",
-    "data",
-    "data lint",
-    "data stats",
-    "doctor",
-    "eval",
-    "export",
-    "init",
-    "lmdb",
-    "lmdb build",
-    "lmdb check",
-    "plan",
-    "prepare",
-    "report",
-    "show",
-    "tokenizer",
-    "train",
+    *("", "chat", "data", "data lint", "data stats", "doctor", "eval", "export", "init", "lmdb", "lmdb build", "lmdb check"),
+    *("plan", "prepare", "report", "serve", "show", "tokenizer", "train"),
 )
 _MARK = "=== eagle"
 
