@@ -182,12 +182,12 @@ def _frame_pictures(
     return {int(number): picture_of(tile) for number, tile in zip(chosen, tiles)}
 
 
-def picture_of(tile: np.ndarray) -> str:
-    """A tile, uint8 [s, s, 3], as a small JPEG in a `data:` address."""
+def picture_of(tile: np.ndarray, *, side: int = PICTURE_SIDE) -> str:
+    """A tile or frame, uint8 [h, w, 3], as a JPEG in a `data:` address; what is wider than `side` pixels is reduced to a square."""
     buffer = io.BytesIO()
     image = Image.fromarray(np.asarray(tile))
-    if image.width > PICTURE_SIDE:
-        image = image.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BOX)
+    if image.width > side:
+        image = image.resize((side, side), Image.Resampling.BOX)
     image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
