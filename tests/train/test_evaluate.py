@@ -172,10 +172,11 @@ def test_later_questions_add_media_and_a_failed_one_changes_nothing(tmp_path, ti
     printed = capsys.readouterr()
     assert "/image: nothing.png: there is no such file" in printed.err
     assert "bad.png" in printed.err
-    assert printed.err.count("error: ") == 3
+    assert printed.err.count("error: ") == 2
     assert [message["content"] for message in chat.messages if message["role"] == "user"] == [
         "What is this?",
         "<image-2>And this?",
+        "What is in <video>?",  # text: the conversation has no video
         "Is <image-3> darker than <image-1>?",
     ]
     assert chat.messages[0] == {"role": "system", "content": "Be brief."}

@@ -71,7 +71,7 @@ HELD_OUT = {
     "eval": {"metrics": {"held_out": "teacher_forced"}},
 }
 """Validation losses and teacher-forced scores, computed over the same ranks as training."""
-#: Further stages, each trained by one process and by two with FSDP2: what is trained changes between stages.
+#: Further stages, each trained by one process and by two with FSDP2 (lora: that share each pack): what is trained changes between stages.
 VARIATIONS = {
     "lora": [STAGES[0] | {"train": ["connector"]}, STAGES[1] | {"train": ["vision"], "parts": {"language": {"train": "lora", "lr": 1e-2}}}],
     "muon": [STAGES[0] | {"optimizer": "muon"}, STAGES[1] | {"optimizer": "muon", "carry_optimizer": True}],
@@ -100,9 +100,9 @@ def alone(colour_run_in, tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_ranks(colour_run_in, tmp_path_factory):
     """The same run on two ranks, for each way of sharing it."""
-    ways = {"fsdp2": {"fsdp": True}, "replicated": {"fsdp": False}, "context-parallel": {"all_gather": 2}}
+    ways = {"fsdp2": {"fsdp": True}, "replicated": {"fsdp": False}, "context-parallel": {"all_gather": 2}, "lora": {"all_gather": 2}}
     configs, paths = {}, []
-    for way in (*ways, *VARIATIONS):
+    for way in {**ways, **VARIATIONS}:
         folder, parallel = tmp_path_factory.mktemp(way), ways.get(way, {})
         sections = {"checkpoint": {"every": 100}, "parallel": {"dtype": "float32", **parallel}, **HELD_OUT}
         configs[way] = colour_run_in(folder, stages=VARIATIONS.get(way, STAGES), **sections)

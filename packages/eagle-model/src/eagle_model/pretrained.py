@@ -28,7 +28,7 @@ def from_pretrained_parts(
 ) -> EagleForConditionalGeneration:
     """A model of two checkpoints: a SigLIP or SigLIP2 (whole or vision model alone) and a language model of a known family.
 
-    vision, language: folders with `config.json` and safetensors, or names on the Hugging Face hub (`google/siglip2-so400m-patch14-384`),
+    vision, language: folders with `config.json` and safetensors, or names on the Hugging Face hub (`google/siglip2-so400m-patch16-512`),
     which are downloaded unless they are in the cache. The language model can be a GGUF file, which is dequantised.
     tokenizer: the language model's, with Eagle's tokens (`add_eagle_tokens`). The vocabulary grows to it where it must; new rows are the
     mean of the old ones. image_size: tile side in pixels; positions are resized (bicubic) when it is not the tower's own. changes: other

@@ -8,24 +8,8 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("help.txt")
 VERBS = (
-    "",
-    "chat",
-    "doctor",
-    "eval",
-    "export",
-    "init",
-    "lmdb",
-    "lmdb build",
-    "lmdb check",
-    "needle",
-    "needle build",
-    "needle plot",
-    "plan",
-    "prepare",
-    "report",
-    "show",
-    "tokenizer",
-    "train",
+    *("", "chat", "data", "data lint", "data stats", "doctor", "eval", "export", "init", "lmdb", "lmdb build", "lmdb check"),
+    *("needle", "needle build", "needle plot", "plan", "prepare", "report", "serve", "show", "tokenizer", "train"),
 )
 _MARK = "=== eagle"
 

@@ -89,7 +89,7 @@ class RunConfig(Section):
         json_schema_extra=FREE, default="eagle", pattern=_FOLDER_NAME, description="Name of the run; its folder is <dir>/<name>."
     )
     dir: Path = Field(
-        json_schema_extra=FREE, default=Path("runs"), description="Where run folders live; relative to the configuration file."
+        json_schema_extra=FREE, default=Path("runs"), description="Folder of the run folders; relative to the configuration file."
     )
     seed: int = Field(default=0, ge=0, description="Seed of everything random: order of packs, subsampling, initial weights.")
     log_every: int = Field(
@@ -234,7 +234,7 @@ class Source(Section):
     repeat_time: float = Field(
         default=1.0,
         gt=0,
-        description="How often an epoch shows each row: 3 shows all three times, 0.25 shows a quarter (the same rows in every epoch and "
+        description="How often an epoch uses each row: 3 uses all three times, 0.25 uses a quarter (the same rows in every epoch and "
         "on every rank, chosen by seed), 1.5 all once and half of them twice.",
     )
     weight: float = Field(
@@ -275,7 +275,7 @@ class LimitsConfig(Section):
         default=178_956_970,
         ge=1,
         le=178_956_970,
-        description="Largest image in pixels; the default is where Pillow itself stops.",
+        description="Largest image in pixels; the default is Pillow's own limit.",
     )
     max_bytes: Bytes = Field(default=2**28, description="Largest image file in bytes.")
     max_frames: int = Field(default=1_000_000, ge=1, description="Most frames of a video file.")
@@ -325,9 +325,11 @@ class SamplingConfig(Section):
         description="ads: text, then frames, then tiles (Eq. 2); ads-fill: what ADS leaves over goes to single images; "
         "uniform: a fixed number of frames, for comparison; or the name of a strategy registered with eagle_sampling.",
     )
-    fps: float = Field(default=2.0, gt=0, description="Frames asked for per second of video.")
+    fps: float = Field(default=2.0, gt=0, description="Frames requested per second of video.")
     min_frames: int = Field(
-        default=8, ge=1, description="N_min: a video that would get fewer (and has more) drops its sample from the stage."
+        default=8,
+        ge=1,
+        description="N_min: a sample is dropped from the stage when one of its videos would get fewer frames than this and has more.",
     )
     max_frames: int | None = Field(default=None, ge=1, description="Most frames of one video or pages of one document; null: what fits.")
     placement: Literal["linspace", "center"] = Field(
@@ -397,7 +399,7 @@ class StageConfig(Section):
     )
     sources: dict[str, float] | None = Field(
         default=None,
-        description="Weight of each source in this stage, in place of the recipe's weight; sources not named here are left out.",
+        description="Weight of each source in this stage, in place of the recipe's weight; other sources are not used.",
     )
     loss_weighting: Literal["token", "sample", "sqrt"] = Field(
         default="sqrt",
@@ -426,7 +428,7 @@ class StageConfig(Section):
     def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for name, weight in (value or {}).items():
             if not weight > 0:
-                raise ValueError(f"weight of source {name!r} is {weight}; weights are > 0, leave a source out instead")
+                raise ValueError(f"weight of source {name!r} is {weight}; it must be above 0; to exclude a source, remove it here")
         return value
 
     @field_validator("betas")
@@ -511,7 +513,7 @@ class JudgeConfig(Section):
 class EvalConfig(Section):
     every: int | None = Field(default=None, ge=1, description="Optimizer steps between evaluations; null: at the end of every stage.")
     limit: int | None = Field(default=None, ge=1, description="Rows used, the first ones of each source; null: all.")
-    batch_size: int = Field(default=16, ge=1, description="Questions answered together.")
+    batch_size: int = Field(default=16, ge=1, description="Questions of one batch.")
     max_new_tokens: int = Field(default=32, ge=1, description="Longest answer in tokens.")
     metrics: dict[str, MetricName] = Field(
         default_factory=dict,

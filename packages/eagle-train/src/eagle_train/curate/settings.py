@@ -132,6 +132,11 @@ class AnnotateConfig(Section):
         description="Pool of question types of the bottom-up mode, with what they ask for.",
         min_length=1,
     )
+    anchors: list[Literal["clip", "time", "context"]] = Field(
+        default_factory=lambda: ["clip", "time", "context"],
+        min_length=1,
+        description="What becomes of a clip's pair: clip: the sample shows the clip; time and context: the whole video, with an anchor.",
+    )
     questions_per_clip: int = Field(default=2, ge=1, description="Questions of one clip, of different types drawn from the pool.")
     questions_per_video: int = Field(default=3, ge=1, description="Questions about a whole video in the top-down mode.")
     language: str = Field(default="English", description="Language of questions and answers.")

@@ -1,7 +1,7 @@
-"""What backward finds of a run's activations: everything, each layer's input, or each layer's input in host memory.
+"""Activation checkpointing of a run (`model.activations`), and the host memory that `offload` needs.
 
-The host memory is one pinned arena for the whole run, sized for the longest pack of its longest stage: pinning costs half a second a GiB,
-and a run that can't have it should say so before its first step.
+The host memory is one pinned arena for the whole run, sized for the longest pack of its longest stage. Pinning takes half a second per GiB,
+and a run for which there is not enough is refused before its first step.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +48,19 @@ def located(config: Config, key: str) -> Path:
 
     Raises ConfigError, naming the key, when it is not there.
     """
-    from eagle_model.hub import checkpoint_folder
-
     name = getattr(config.model, key)
     try:
-        return checkpoint_folder(name)
+        return _checkpoint_folder(name)
     except FileNotFoundError as error:
         raise ConfigError(f"model.{key}: {error}") from error
+
+
+@functools.cache
+def _checkpoint_folder(name: str) -> Path:
+    """The hub is queried once per name."""
+    from eagle_model.hub import checkpoint_folder
+
+    return checkpoint_folder(name)
 
 
 def tokenizer_folder(config: Config) -> Path:
@@ -203,13 +211,20 @@ def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> Eagl
     weights: False leaves pretrained weights unread, for others that will be loaded.
     """
     import torch
+    from transformers.initialization import no_init_weights
 
     from eagle_model.checkpoint import load_checkpoint
     from eagle_model.eagle import EagleForConditionalGeneration
 
     described = model_config(config, tokenizer)
     torch.manual_seed(config.run.seed)
-    model = EagleForConditionalGeneration(described).float()
+    # Random weights of 0.9 billion parameters took 8.6 s on one core, so they are drawn only where nothing replaces them.
+    filled = not weights or config.model.path is not None or config.model.vision is not None
+    with no_init_weights() if filled else nullcontext():
+        model = EagleForConditionalGeneration(described).float()
+    if filled:
+        model.mlp1.apply(model._init_weights)
+        model.tie_weights()
     if config.model.path is not None or config.model.vision is not None:
         if weights and config.model.path is not None:
             load_checkpoint(model, located(config, "path"))
