@@ -9,7 +9,7 @@ from eagle_train import __version__
 
 VERBS = (
     *("doctor", "init", "prepare", "data", "show", "plan", "train", "eval", "chat", "export", "serve", "report", "tokenizer", "lmdb"),
-    "curate",
+    *("curate", "needle"),
 )
 """In the order of the help page."""
 
