@@ -381,10 +381,10 @@ class Trainer:
         described: Any = self.model.config
         text = described.text_config
         if self.world.context.size == 1:
-            layout = Layout.single(batch.cu_seqlens)
+            layout = batch.layout()
         else:
             heads = {"num_heads": text.num_attention_heads, "num_kv_heads": text.num_key_value_heads}
-            layout = Layout.build(batch.cu_seqlens, self.world.context, **heads)
+            layout = Layout.build(batch.cu_seqlens, self.world.context, prefixes=batch.prefixes or None, **heads)
         output = self.model(batch.shard(layout, described.tokens_per_tile).to(self.world.device), layout=layout)
         output.loss.backward()
         return output.loss.detach()
