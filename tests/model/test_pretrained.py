@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
 from eagle_model import EagleProcessor, from_pretrained_parts
-from eagle_model.pretrained import checkpoint_folder, resize_positions
+from eagle_model.hub import checkpoint_folder
+from eagle_model.pretrained import resize_positions
 from tests.support.packs import make_pack
 
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 24, "patch_size": 8}
@@ -81,7 +82,7 @@ def test_what_is_not_a_part_is_refused(folders, small_tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json$"):
         from_pretrained_parts(tmp_path, folders / "qwen", small_tokenizer)
     (tmp_path / "weights.gguf").touch()
-    with pytest.raises(FileNotFoundError, match=r"weights\.gguf, but only safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"weights\.gguf is a GGUF file, which can be the language model only"):
         from_pretrained_parts(tmp_path, folders / "qwen", small_tokenizer)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         from_pretrained_parts(tmp_path / "nowhere", folders / "qwen", small_tokenizer)

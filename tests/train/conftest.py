@@ -95,7 +95,7 @@ def make_facts() -> Callable[..., Facts]:
             columns["image_height"].append([height for _, height in content.get("images", ())])
             videos: list[dict[str, Any]] = []
             for video in content.get("videos", ()):
-                facts = {"start": None, "end": None, "width": 64, "height": 48}
+                facts = {"start": None, "end": None, "fps": None, "width": 64, "height": 48}
                 if isinstance(video, int):
                     videos.append({**facts, "frames": video, "seconds": None, "last_time": None, "times": []})
                 else:
@@ -103,7 +103,7 @@ def make_facts() -> Callable[..., Facts]:
                     table = TimeTable.from_ticks(range(frames), Fraction(1, fps))
                     known = {"frames": frames, "seconds": frames / fps, "last_time": (frames - 1) / fps, "times": table.to_list()}
                     videos.append(facts | known)
-            for name in ("frames", "seconds", "last_time", "start", "end", "width", "height", "times"):
+            for name in ("frames", "seconds", "last_time", "start", "end", "fps", "width", "height", "times"):
                 columns[f"video_{name}"].append([video[name] for video in videos])
         if sources is None:
             sources = [FactsSource("all", Path("all.jsonl"), Path("."), 0, len(rows), 0, 1.0, 1.0, None)]

@@ -15,6 +15,7 @@ import yaml
 from eagle_train.cli import doctor
 from eagle_train.cli.main import main, report
 from eagle_train.cli.pages import VERBS, rendered_page, stored_page
+from eagle_train.cli.tables import PLAN_COLUMNS, PLAN_LEGEND
 from eagle_train.cli.tested import TESTED
 from eagle_train.config import ConfigError, dump_config, load_config
 from eagle_train.distributed.world import DeviceError
@@ -173,9 +174,9 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_allocated(tmp_p
     assert done.returncode == 2
     assert message in done.stderr
     assert "give the folder of a run of eagle train" in done.stderr
-    done = eagle_here("eval", tmp_path, "--device", "cpu")
+    done = eagle_here("eval", tmp_path, "--device", "cpu", "--data", tmp_path / "rows.jsonl")
     assert done.returncode == 2
-    assert f"{tmp_path} is not a run folder: it h" in done.stderr
+    assert message in done.stderr
     assert "is not a folder" in eagle_here("chat", tmp_path / "nothing", "hi", "--device", "cpu").stderr
 
 
@@ -240,6 +241,74 @@ def test_init_writes_a_configuration_with_every_default(tmp_path, eagle_here):
     assert "--force" in done.stderr
 
 
+PLAN_WITHOUT_TORCH = """
+import sys
+from eagle_train.cli.main import main
+try:
+    main(["plan", sys.argv[1]])
+except SystemExit as ended:
+    assert not ended.code, ended.code
+assert "torch" not in sys.modules
+"""
+
+
+def test_plan_never_imports_torch_and_explains_its_columns(colour_run, tmp_path):
+    config = colour_run(model={"preset": "tiny", "tokenizer": "tokenizer"})
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    done = subprocess.run([sys.executable, "-c", PLAN_WITHOUT_TORCH, tmp_path / "run.yaml"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "25 rows: 25 planned" in done.stdout
+    header = done.stdout.splitlines()[0].split()
+    assert tuple(header) == PLAN_COLUMNS
+    for column in ("L_max", "rows", "samples", "dropped", "fill", "longest", "labels", "steps"):
+        assert f"{column}:" in PLAN_LEGEND
+        assert column in header
+
+
+def test_plan_counts_samples_with_repetitions(colour_run, tmp_path, eagle_here):
+    config = colour_run(data={"sources": {"rows": {"annotation": "rows.jsonl", "repeat_time": 3}}, "workers": 1})
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    lines = eagle_here("plan", tmp_path / "run.yaml").stdout.splitlines()
+    row = dict(zip(PLAN_COLUMNS, lines[1].split()))
+    assert (row["rows"], row["samples"]) == ("25", "75")
+
+
+def test_plan_warns_of_samples_beyond_the_positions_of_the_model(colour_run, tmp_path, eagle_here):
+    config = colour_run()
+    overrides = dict(config.model.overrides) | {"text_config": {**config.model.overrides["text_config"], "max_position_embeddings": 200}}
+    (tmp_path / "run.yaml").write_text(dump_config(config.replaced(model=config.model.replaced(overrides=overrides))))
+    planned = eagle_here("plan", tmp_path / "run.yaml").stdout
+    assert re.search(r"warning: stage one: 1 row longer than the 200 positions of the model", planned), planned
+    (tmp_path / "fits.yaml").write_text(dump_config(config))
+    assert "warning" not in eagle_here("plan", tmp_path / "fits.yaml").stdout
+
+
+def test_plan_prints_parameters_and_memory_of_each_gpu(colour_run, tmp_path, eagle_here):
+    from eagle_train.runs.ready import get_ready
+    from eagle_train.runs.resources import for_gpus, resources
+    from eagle_train.training.activations import planned
+    from eagle_train.training.model import build_model, model_config
+
+    config = colour_run(parallel={"ulysses": 2})
+    ready = get_ready(config)
+    needed = resources(ready, 4)
+    assert needed.parameters == sum(parameter.numel() for parameter in build_model(config, ready.tokenizer).parameters())
+    described = model_config(config, ready.tokenizer)
+    assert (needed.dtype, needed.activations, needed.tokens) == ("bfloat16", "recompute", 640)
+    assert needed.memory.gpu == planned(for_gpus(config), described, 4).gpu
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    printed = eagle_here("plan", tmp_path / "run.yaml", "--gpus", 4).stdout
+    assert f"{needed.parameters:,} parameters\n" in printed
+    assert "memory per GPU (4 GPUs, bfloat16, activations recompute, 640 tokens per GPU): 0.0 GiB, peak in " in printed
+    assert (
+        "not computed for activations: keep"
+        in eagle_here("plan", tmp_path / "run.yaml", "--gpus", 2, "--set", "model.activations=keep").stdout
+    )
+    refused = eagle_here("plan", tmp_path / "run.yaml", "--gpus", 3)
+    assert refused.returncode == 2
+    assert "2 ranks don't divide 3 GPUs" in refused.stderr
+
+
 def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     """plan, show, train, report and chat with one configuration, as a user would."""
     path = tmp_path / "run.yaml"
@@ -294,6 +363,28 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     assert "model exists and is not an empty folder; name another one, or add --force" in again.stderr
     earlier = eagle_here("export", config.run.folder, tmp_path / "model", "--checkpoint", "one-end", "--force")
     assert "(stage one, step 4)" in earlier.stdout, earlier.stderr
+    model = ("eval", tmp_path / "model", "--device", "cpu")
+    scored = eagle_here(*model, "--data", tmp_path / "rows.jsonl", "--limit", 2, "--out", tmp_path / "of the model")
+    assert scored.returncode == 0, scored.stderr
+    assert re.search(r"^rows +2 +\d\.\d{3} +\d\.\d{3} - \d\.\d{3} +- +\d\.\d{4}$", scored.stdout, flags=re.MULTILINE), scored.stdout
+    assert len((tmp_path / "of the model" / "answers.jsonl").read_text().splitlines()) == 2
+    more = ("--frames", "1,2", "--metric", "f1", "--set", "eval.batch_size=2", "--out", tmp_path / "by frames")
+    swept = eagle_here(*evaluate, tmp_path / "rows.jsonl", *more)
+    assert swept.returncode == 0, swept.stderr
+    assert len(re.findall(r"^rows +[12] +- +2 +0 ", swept.stdout, flags=re.MULTILINE)) == 2, swept.stdout
+    names = {"answers.jsonl", "sweep.jsonl", "sweep.png"}
+    assert names <= {path.name for path in (tmp_path / "by frames").iterdir()}
+    assert {json.loads(line)["metric"] for line in (tmp_path / "by frames" / "answers.jsonl").read_text().splitlines()} == {"f1"}
+    for options, text in [
+        (("--frames", "4,x"), "--frames 4,x: 'x' is not a number of at least 1"),
+        (("--metric", "bleu"), "eval.metrics.rows: "),
+        (("--set", "run.seed=1"), "an evaluation changes keys of the section eval only"),
+        (("--set", "eval.batch=1"), "did you mean 'batch_size'?"),
+    ]:
+        wrong = eagle_here(*evaluate, tmp_path / "rows.jsonl", *options)
+        assert (wrong.returncode, text in wrong.stderr) == (2, True), wrong.stderr
+    assert "name an annotation file with --data FILE" in eagle_here(*model).stderr
+    assert "only a run has checkpoints" in eagle_here(*model, "--data", tmp_path / "rows.jsonl", "--checkpoint", "one-end").stderr
     missing = eagle_here("export", config.run.folder, tmp_path / "other", "--checkpoint", "one-finish")
     assert "one-finish is neither a checkpoint of the run nor the folder of one" in missing.stderr
     assert "holds: one-end, two-end" in missing.stderr.replace("one-00000003, ", "")

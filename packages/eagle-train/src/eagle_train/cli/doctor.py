@@ -46,7 +46,11 @@ PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "pillow", "av", "lmdb", "pyarrow", "pydantic", "typer", "safetensors"),
 )
 OPTIONAL = {
-    "flash-attn-4": "the fastest attention on NVIDIA GPUs: pip install flash-attn-4",
+    "flash-attn-4": "the fastest attention on Hopper GPUs: pip install 'eagle-train[gpu]'",
+    "torchao": "the 8-bit optimizer: pip install 'eagle-train[gpu]'",
+    "tensorboard": "a tracker: pip install 'eagle-train[trackers]'",
+    "wandb": "a tracker: pip install 'eagle-train[trackers]'",
+    "gguf": "language models in GGUF files: pip install 'eagle-train[gguf]'",
     "easy-vqa": "the quickstart's images: pip install 'eagle-train[quickstart]'",
     "pypdfium2": "PDF documents: pip install 'eagle-sampling[pdf]'",
 }

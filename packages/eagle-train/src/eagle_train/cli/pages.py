@@ -7,7 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 
 FILE = Path(__file__).with_name("help.txt")
-VERBS = ("", "chat", "doctor", "eval", "export", "init", "lmdb", "lmdb build", "lmdb check", "plan", "prepare", "report", "show", "train")
+VERBS = (
+    *("", "chat", "data", "data lint", "data stats", "doctor", "eval", "export", "init", "lmdb", "lmdb build", "lmdb check"),
+    *("plan", "prepare", "report", "serve", "show", "tokenizer", "train"),
+)
 _MARK = "=== eagle"
 
 

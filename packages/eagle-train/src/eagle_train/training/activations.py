@@ -1,7 +1,7 @@
-"""What backward finds of a run's activations: everything, each layer's input, or each layer's input in host memory.
+"""Activation checkpointing of a run (`model.activations`), and the host memory that `offload` needs.
 
-The host memory is one pinned arena for the whole run, sized for the longest pack of its longest stage: pinning costs half a second a GiB,
-and a run that can't have it should say so before its first step.
+The host memory is one pinned arena for the whole run, sized for the longest pack of its longest stage. Pinning takes half a second per GiB,
+and a run for which there is not enough is refused before its first step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from eagle_kernels.offload import ALIGNMENT, GIB, available_host_bytes
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, ConfigError
 from eagle_train.distributed.world import World
+
+from .optim import state_bytes
 
 Mode = Literal["keep", "recompute", "offload"]
 
@@ -36,10 +38,10 @@ def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
     return plan_memory(
         decoder_shape(described),
         tokens,
-        vision=vision_shape(described, tokens, frozen=not any("vision" in stage.train for stage in config.stages)),
+        vision=vision_shape(described, tokens, frozen=all(stage.modes["vision"] == "frozen" for stage in config.stages)),
         weight_bytes=4,
         gradient_bytes=4,
-        optimizer_bytes=8,
+        optimizer_bytes=state_bytes(config),
         compute_bytes=(2 if low else 4) if sharded else None,
         activation_bytes=2 if low else 4,
         offload=config.model.activations == "offload",

@@ -1,4 +1,4 @@
-"""A line now and then while one step takes long, so that silence never has to be interpreted."""
+"""Reports a step that takes long, once a minute."""
 
 from __future__ import annotations
 
