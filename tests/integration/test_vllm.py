@@ -8,7 +8,6 @@ import io
 import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +27,7 @@ from eagle_model import EagleForConditionalGeneration, EagleProcessor
 from eagle_model.integrations.vllm.prompt import parse_ids, unexpanded_ids
 from eagle_model.processor import Processed
 from eagle_tiling import tile_image
+from eagle_train.runs.serve import server_command, server_options
 from tests.support.media import encoded, random_image, random_pixels, write_video
 from tests.support.models import small_tokenizer, tiny_model
 
@@ -71,7 +71,9 @@ def media(tmp_path_factory):
     path = tmp_path_factory.mktemp("media")
     video = write_video(path / "a.mp4", noise(60, (64, 48)), fps=10)
     other = write_video(path / "b.mp4", [*noise(4, (48, 64)), *noise(8, (48, 64))], fps=4)
-    return {"video": video, "other": other, "wide": random_image(1, (200, 60)), "small": random_image(2, (30, 30))}
+    pages = [random_image(seed, (60, 90)) for seed in (8, 9, 10)]
+    pages[0].save(path / "c.pdf", save_all=True, append_images=pages[1:])
+    return {"video": video, "other": other, "pdf": path / "c.pdf", "wide": random_image(1, (200, 60)), "small": random_image(2, (30, 30))}
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +82,11 @@ def server(folder, media):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "eagle"),
-        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", str(CONTEXT)),
-        *(
-            "--max-num-seqs",
-            "4",
-            "--max-num-batched-tokens",
-            "64",
-            "--max-logprobs",
-            "8",
-            "--limit-mm-per-prompt",
-            '{"image": 4, "video": 4}',
-        ),
-        *("--allowed-local-media-path", str(media["video"].parent), "--allowed-media-domains", "invalid"),
-    ]
+    options = server_options(folder, max_tokens=CONTEXT) | {
+        "port": port, "served-model-name": "eagle", "dtype": "float32", "max-num-seqs": 4, "max-num-batched-tokens": 64, "max-logprobs": 8,
+        "limit-mm-per-prompt": '{"image": 4, "video": 4}', "allowed-local-media-path": media["video"].parent,
+    }  # fmt: skip
+    command = server_command(folder, options, ["--enforce-eager"])
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }  # fmt: skip
@@ -164,7 +156,7 @@ def text(words):
 
 NAMES = (
     "text", "conversation", "special tokens in the text", "one image", "a tiled image", "two images", "a video", "a clip",
-    "a video that is too long", "pages", "all mixed",
+    "a video that is too long", "frames", "a document", "all mixed",
 )  # fmt: skip
 
 
@@ -215,7 +207,13 @@ def case(name, media):
             [],
             [{"path": video, "fps": 10}],
         ),
-        "pages": (
+        "a document": (
+            user({"type": "video_url", "video_url": {"url": f"file://{media['pdf']}"}}, text(question)),
+            [{"role": "user", "content": f"<video-1>{question}"}],
+            [],
+            [str(media["pdf"])],
+        ),
+        "frames": (
             user(jpegs, text(question)),
             [{"role": "user", "content": f"<video-1>{question}"}],
             [],

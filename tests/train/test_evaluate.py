@@ -13,7 +13,8 @@ from eagle_train.config import Source, dump_config, load_config
 from eagle_train.data.prepare import prepare
 from eagle_train.data.sample import load_sample
 from eagle_train.distributed.world import start_world
-from eagle_train.evaluation.metrics import Answer, Evaluation, normalised
+from eagle_train.evaluation.metrics import Answer, Evaluation
+from eagle_train.evaluation.options import normalised
 from eagle_train.evaluation.text_only import Frequencies, last_question, question_text, training_pairs
 from eagle_train.runs.chat import Chat
 from eagle_train.runs.evaluate import Evaluator
@@ -66,7 +67,7 @@ def test_scores_count_what_has_no_answer_as_wrong():
         Answer("b", 3, "q", "", "", problem="gone"),
     ]
     result = Evaluation(tuple(answers), 1.0)
-    assert result.score() == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert result.score()[:3] == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert result.by_source()["b"].accuracy == 0.0
 
 
@@ -139,7 +140,9 @@ def test_a_run_is_evaluated_exported_and_chatted_with(run, tmp_path):
 
     # An exported folder gives the answers of the run.
     held = Source(annotation=ready.eval_facts.sources[0].annotation)
-    exported, facts = evaluate_exported(tmp_path / "model", held, tmp_path / "evaluation", world, max_new_tokens=4)
+    overrides = ["eval.max_new_tokens=4"]
+    [point], facts = evaluate_exported(tmp_path / "model", held, tmp_path / "evaluation", world, overrides=overrides)
+    exported = point.evaluation
     assert len(facts) == len(ready.eval_facts)
     for ours, theirs in zip(exported.answers, alone.answers, strict=True):
         assert (ours.line, ours.question, ours.expected, ours.problem) == (theirs.line, theirs.question, theirs.expected, theirs.problem)
@@ -169,10 +172,11 @@ def test_later_questions_add_media_and_a_failed_one_changes_nothing(tmp_path, ti
     printed = capsys.readouterr()
     assert "/image: nothing.png: there is no such file" in printed.err
     assert "bad.png" in printed.err
-    assert printed.err.count("error: ") == 3
+    assert printed.err.count("error: ") == 2
     assert [message["content"] for message in chat.messages if message["role"] == "user"] == [
         "What is this?",
         "<image-2>And this?",
+        "What is in <video>?",  # text: the conversation has no video
         "Is <image-3> darker than <image-1>?",
     ]
     assert chat.messages[0] == {"role": "system", "content": "Be brief."}

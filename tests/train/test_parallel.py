@@ -33,6 +33,13 @@ def same(config, other):
     """Losses, norms and final weights agree to 1e-5."""
     records = [list(Metrics(one.run.folder / "metrics.jsonl")) for one in (config, other)]
     assert len(records[0]) == len(records[1]) > 0
+    evaluations = [[record for record in some if record["kind"] == "eval"] for some in records]
+    assert len(evaluations[0]) == 2
+    for a, b in zip(*evaluations):
+        assert a["scores"] == b["scores"]
+        assert a["losses"]["held_out"] == pytest.approx(b["losses"]["held_out"], rel=1e-5)
+        assert a["losses"]["held_out"]["rows"] == 24, "25 rows, one of them gone"
+    records = [[record for record in some if record["kind"] == "step"] for some in records]
     for a, b in zip(*records):
         for key in ("loss", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), (key, a["total_step"])
@@ -55,7 +62,16 @@ STAGES = [
     {"name": "one", "max_tokens": 640, "steps": 2, "packs_per_step": 4, "lr": 1e-3, "eps": 1e-3},
     {"name": "two", "max_tokens": 1280, "steps": 1, "packs_per_step": 2, "lr": 1e-3, "eps": 1e-3, "train": ["connector", "language"]},
 ]
-#: Further stages, each trained by one process and by two with FSDP2: what is trained changes between stages.
+HELD_OUT = {
+    "data": {
+        "sources": {"rows": {"annotation": "rows.jsonl"}},
+        "eval_sources": {"held_out": {"annotation": "rows.jsonl"}},
+        "workers": 1,
+    },
+    "eval": {"metrics": {"held_out": "teacher_forced"}},
+}
+"""Validation losses and teacher-forced scores, computed over the same ranks as training."""
+#: Further stages, each trained by one process and by two with FSDP2 (lora: that share each pack): what is trained changes between stages.
 VARIATIONS = {
     "lora": [STAGES[0] | {"train": ["connector"]}, STAGES[1] | {"train": ["vision"], "parts": {"language": {"train": "lora", "lr": 1e-2}}}],
     "muon": [STAGES[0] | {"optimizer": "muon"}, STAGES[1] | {"optimizer": "muon", "carry_optimizer": True}],
@@ -69,7 +85,7 @@ def train_alone(colour_run_in, folder, stages, ema=None):
     """The run of one process."""
     torch.set_num_threads(1)
     model = colour_run_in(folder).model.model_dump() | {"ema": ema}
-    config = colour_run_in(folder, stages=stages, checkpoint={"every": 100}, model=model)
+    config = colour_run_in(folder, stages=stages, checkpoint={"every": 100}, model=model, **HELD_OUT)
     ready = get_ready(config)
     (folder / VANISHING).unlink()
     train(ready, start_world(config.parallel, "cpu"))
@@ -84,13 +100,12 @@ def alone(colour_run_in, tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_ranks(colour_run_in, tmp_path_factory):
     """The same run on two ranks, for each way of sharing it."""
-    ways = {"fsdp2": {"fsdp": True}, "replicated": {"fsdp": False}, "context-parallel": {"all_gather": 2}}
+    ways = {"fsdp2": {"fsdp": True}, "replicated": {"fsdp": False}, "context-parallel": {"all_gather": 2}, "lora": {"all_gather": 2}}
     configs, paths = {}, []
-    for way in (*ways, *VARIATIONS):
+    for way in {**ways, **VARIATIONS}:
         folder, parallel = tmp_path_factory.mktemp(way), ways.get(way, {})
-        configs[way] = colour_run_in(
-            folder, stages=VARIATIONS.get(way, STAGES), checkpoint={"every": 100}, parallel={"dtype": "float32", **parallel}
-        )
+        sections = {"checkpoint": {"every": 100}, "parallel": {"dtype": "float32", **parallel}, **HELD_OUT}
+        configs[way] = colour_run_in(folder, stages=VARIATIONS.get(way, STAGES), **sections)
         paths.append(folder / "ranks.yaml")
         paths[-1].write_text(dump_config(configs[way]))
     train_on_ranks(paths)

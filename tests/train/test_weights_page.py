@@ -59,14 +59,14 @@ def logits(model):
 @pytest.mark.filterwarnings("ignore")
 def test_the_page(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    out = eagle("train", "first.yaml", "--set", "run.name=first", *COMMON)
+    out = eagle("train", "first.yaml", *COMMON)
     assert "held_out" in out
     assert "held_out" in eagle("eval", "runs/first", "--device", "cpu")
     eagle("export", "runs/first", "exported", "--dtype", "float32")
     eagle_model.register()
     exported = AutoModelForImageTextToText.from_pretrained("exported").eval()
 
-    eagle("train", "lora.yaml", "--set", "run.name=second", *COMMON)
+    eagle("train", "lora.yaml", *COMMON)
     eagle("export", "runs/second", "merged", "--dtype", "float32")
     merged = AutoModelForImageTextToText.from_pretrained("merged").eval()
     expected = logits(merged)

@@ -17,11 +17,15 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
     checkpoint: Checkpoint = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.", metavar="DTYPE")] = "bfloat16",
+    vllm: Annotated[bool, typer.Option("--vllm", help="Also write vllm.yaml, options for vllm serve.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the LoRA adapters alone, in PEFT's format.")] = False,
     ema: Annotated[bool, typer.Option("--ema", help="Write the moving average of the weights (model.ema).")] = False,
 ) -> None:
-    """Write a run's weights in the layout of the released Eagle 2.5 checkpoints. LoRA adapters are merged into the weights."""
+    """Write a run's weights in the layout of Eagle 2.5.
+
+    The layout is that of the released checkpoints. LoRA adapters are merged into the weights.
+    """
     from eagle_train.config import ConfigError
 
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -41,3 +45,7 @@ def export(
     write = export_adapter if adapter else run_export
     done = write(config, output, checkpoint_path=path, dtype=dtype, ema=ema)
     print(f"wrote {output} (stage {done['from']['stage_name']}, step {done['from']['step']})")
+    if vllm:
+        from eagle_train.runs.serve import write_options
+
+        print(f"serve it: eagle serve {output}, or: vllm serve {output} --config {write_options(output)}")

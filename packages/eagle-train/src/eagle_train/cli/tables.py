@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from eagle_train.errors import counted
 
 if TYPE_CHECKING:
     from eagle_train.config import Config
-    from eagle_train.evaluation.metrics import Evaluation
+    from eagle_train.evaluation.metrics import Evaluation, Score
     from eagle_train.planning.stages import StageSchedule
     from eagle_train.runs.ready import Ready
     from eagle_train.runs.resources import Resources
@@ -42,11 +44,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def counted(number: int, singular: str) -> str:
-    """A number with its noun: `1 row`, `2 rows`."""
-    return f"{number} {singular}" + ("" if number == 1 else "s")
 
 
 def defaults_text(config: Config) -> str:
@@ -144,18 +141,22 @@ def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
 
 
 def score_table(result: Evaluation, *, baseline: bool = True) -> str:
-    """Accuracy next to the text-only baseline (if there is one), per source, and for questions that are not yes or no."""
-    rows = [("questions", "count", "right", "text-only")]
+    """Per source: accuracy with its 95 % interval, clustered by medium, the text-only baseline (if there is one), and the validation loss.
 
-    def add(name: str, score: tuple[int, float, float]) -> None:
-        rows.append((name, str(score[0]), f"{score[1]:.3f}", f"{score[2]:.3f}" if baseline else "-"))
+    Accuracy also for questions that are not yes or no.
+    """
+    rows = [("questions", "count", "right", "95 % interval", "text-only", "loss")]
+
+    def add(name: str, score: Score, loss: str = "") -> None:
+        text_only = f"{score.text_only:.3f}" if baseline else "-"
+        rows.append((name, str(score.questions), f"{score.accuracy:.3f}", _interval(score.low, score.high), text_only, loss))
 
     by_source = result.by_source()
     for source, score in by_source.items():
-        add(source, score)
+        add(source, score, f"{result.losses[source].loss:.4f}" if source in result.losses else "-")
         unread = sum(bool(answer.problem) for answer in result.answers if answer.source == source)
         if unread:
-            rows.append((f"  of them not answerable (counted wrong): {unread}", "", "", ""))
+            rows.append((f"  of them not answerable (counted wrong): {unread}", "", "", "", "", ""))
         for expected in ("open", "yes/no"):
             part = result.score(
                 lambda answer, source=source, closed=expected == "yes/no": (
@@ -165,3 +166,24 @@ def score_table(result: Evaluation, *, baseline: bool = True) -> str:
             if 0 < part.questions < score.questions:
                 add(f"  {expected}", part)
     return table(rows)
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]], *, baseline: bool = True) -> str:
+    """A line per source, number of frames and context length; rows: those of `Point.rows`."""
+    lines = [("source", "frames", "max_tokens", "questions", "unanswered", "right", "95 % interval", "text-only", "loss")]
+    for row in sorted(rows, key=lambda row: str(row["source"])):
+        lines.append(
+            (
+                row["source"],
+                *(str(row[key]) if row[key] is not None else "-" for key in ("frames", "max_tokens", "questions", "unanswered")),
+                f"{row['accuracy']:.3f}",
+                _interval(row["low"], row["high"]),
+                f"{row['text_only']:.3f}" if baseline else "-",
+                f"{row['loss']:.4f}" if "loss" in row else "-",
+            )
+        )
+    return table(lines)
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low:.3f} - {high:.3f}"

@@ -89,7 +89,7 @@ class RunConfig(Section):
         json_schema_extra=FREE, default="eagle", pattern=_FOLDER_NAME, description="Name of the run; its folder is <dir>/<name>."
     )
     dir: Path = Field(
-        json_schema_extra=FREE, default=Path("runs"), description="Where run folders live; relative to the configuration file."
+        json_schema_extra=FREE, default=Path("runs"), description="Folder of the run folders; relative to the configuration file."
     )
     seed: int = Field(default=0, ge=0, description="Seed of everything random: order of packs, subsampling, initial weights.")
     log_every: int = Field(
@@ -234,7 +234,7 @@ class Source(Section):
     repeat_time: float = Field(
         default=1.0,
         gt=0,
-        description="How often an epoch shows each row: 3 shows all three times, 0.25 shows a quarter (the same rows in every epoch and "
+        description="How often an epoch uses each row: 3 uses all three times, 0.25 uses a quarter (the same rows in every epoch and "
         "on every rank, chosen by seed), 1.5 all once and half of them twice.",
     )
     weight: float = Field(
@@ -275,7 +275,7 @@ class LimitsConfig(Section):
         default=178_956_970,
         ge=1,
         le=178_956_970,
-        description="Largest image in pixels; the default is where Pillow itself stops.",
+        description="Largest image in pixels; the default is Pillow's own limit.",
     )
     max_bytes: Bytes = Field(default=2**28, description="Largest image file in bytes.")
     max_frames: int = Field(default=1_000_000, ge=1, description="Most frames of a video file.")
@@ -325,9 +325,11 @@ class SamplingConfig(Section):
         description="ads: text, then frames, then tiles (Eq. 2); ads-fill: what ADS leaves over goes to single images; "
         "uniform: a fixed number of frames, for comparison; or the name of a strategy registered with eagle_sampling.",
     )
-    fps: float = Field(default=2.0, gt=0, description="Frames asked for per second of video.")
+    fps: float = Field(default=2.0, gt=0, description="Frames requested per second of video.")
     min_frames: int = Field(
-        default=8, ge=1, description="N_min: a video that would get fewer (and has more) drops its sample from the stage."
+        default=8,
+        ge=1,
+        description="N_min: a sample is dropped from the stage when one of its videos would get fewer frames than this and has more.",
     )
     max_frames: int | None = Field(default=None, ge=1, description="Most frames of one video or pages of one document; null: what fits.")
     placement: Literal["linspace", "center"] = Field(
@@ -397,7 +399,7 @@ class StageConfig(Section):
     )
     sources: dict[str, float] | None = Field(
         default=None,
-        description="Weight of each source in this stage, in place of the recipe's weight; sources not named here are left out.",
+        description="Weight of each source in this stage, in place of the recipe's weight; other sources are not used.",
     )
     loss_weighting: Literal["token", "sample", "sqrt"] = Field(
         default="sqrt",
@@ -426,7 +428,7 @@ class StageConfig(Section):
     def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for name, weight in (value or {}).items():
             if not weight > 0:
-                raise ValueError(f"weight of source {name!r} is {weight}; weights are > 0, leave a source out instead")
+                raise ValueError(f"weight of source {name!r} is {weight}; it must be above 0; to exclude a source, remove it here")
         return value
 
     @field_validator("betas")
@@ -493,11 +495,37 @@ class LoaderConfig(Section):
     prefetch: Bytes = Field(default=2**30, description="Bytes of finished batches waiting per rank (512MiB, 2GB).")
 
 
+MetricName = Literal["exact", "choice", "contains", "anls", "numeric", "temporal_iou", "f1", "judge", "teacher_forced", "likelihood"]
+
+
+class JudgeConfig(Section):
+    base_url: str = Field(
+        pattern=r"^https?://", description="Address of an OpenAI-compatible server, for example http://127.0.0.1:8000/v1."
+    )
+    model: str = Field(min_length=1, description="Name of the model there.")
+    key_variable: str = Field(default="OPENAI_API_KEY", description="Environment variable of the key; without it no key is sent.")
+    parallel: int = Field(default=8, ge=1, description="Requests at once.")
+    timeout: float = Field(default=60.0, gt=0, description="Seconds that a request may take.")
+    attempts: int = Field(default=5, ge=1, description="Attempts of a request when the server is busy or not reachable.")
+    max_tokens: int = Field(default=512, ge=1, description="Longest reply in tokens; models that reason first need room.")
+
+
 class EvalConfig(Section):
     every: int | None = Field(default=None, ge=1, description="Optimizer steps between evaluations; null: at the end of every stage.")
     limit: int | None = Field(default=None, ge=1, description="Rows used, the first ones of each source; null: all.")
-    batch_size: int = Field(default=16, ge=1, description="Questions answered together.")
+    batch_size: int = Field(default=16, ge=1, description="Questions of one batch.")
     max_new_tokens: int = Field(default=32, ge=1, description="Longest answer in tokens.")
+    metrics: dict[str, MetricName] = Field(
+        default_factory=dict,
+        description="Metric of each held-out source; others: exact. exact, contains, anls, numeric, temporal_iou and f1 compare the "
+        "generated answer. choice: the option it names, right only if right in all rotations. judge: by eval.judge; teacher_forced: right "
+        "when every answer token is the most likely one; likelihood: the most likely option. The last two generate nothing.",
+    )
+    loss: bool = Field(
+        default=True,
+        description="Compute the validation loss of every held-out source: all assistant turns, teacher-forced, in packs.",
+    )
+    judge: JudgeConfig | None = Field(default=None, description="The server of the metric judge.")
 
 
 def _tracker(value: Any) -> Any:
@@ -554,7 +582,7 @@ class Config(Section):
     )
     eval: EvalConfig = Field(
         default_factory=EvalConfig,
-        description="Evaluation by exact match.",
+        description="Evaluation on held-out rows: metrics, validation loss.",
         json_schema_extra=FREE,
     )
 
@@ -593,6 +621,11 @@ class Config(Section):
         """The adapters of parts that a stage trains as lora. They are in the model in every stage, and zero until trained."""
         used = [part for part in PARTS if any(stage.modes[part] == "lora" for stage in self.stages)]
         return {part: self.model.lora.get(part, LoraConfig()) for part in used}
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest context of all stages, in tokens."""
+        return max(stage.max_tokens for stage in self.stages)
 
     @property
     def facts_folder(self) -> Path:

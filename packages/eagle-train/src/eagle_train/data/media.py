@@ -115,8 +115,9 @@ class Media:
             raise RowError(
                 "bad-media", "a video file has fps, which is for lists of frames; sampling.fps sets how many frames of a file are taken"
             )
-        if isinstance(place, bytes) or "tar" in item:
-            stored = self._stored({**item, **({"bytes": place} if isinstance(place, bytes) else {})}, "video")
+        if isinstance(place, bytes):
+            item = {"bytes": place}
+        if (stored := self._stored(item, "video")) is not None:
             return VideoRef(self._as_file(stored, ".mp4"), start, end)
         return VideoRef(self.path(place, "video"), start, end)
 
@@ -197,7 +198,7 @@ class Media:
 
 def clip_of(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Bounds of a clip and rate of frames that stand in a mapping next to the video."""
-    return {key: mapping[key] for key in (*STARTS, *ENDS, "fps") if mapping.get(key) is not None}
+    return {key: mapping[key] for key in (*STARTS, *ENDS, "fps") if mapping.get(key) not in (None, "")}
 
 
 def _place(item: Mapping[str, Any], kind: str) -> Any:

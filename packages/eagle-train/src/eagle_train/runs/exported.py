@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,9 @@ from eagle_train.distributed.world import World
 from eagle_train.evaluation.evaluate import evaluate
 from eagle_train.evaluation.metrics import Evaluation
 from eagle_train.training.model import check_model_folder
+
+from .evaluate import eval_overrides, judged, make_judge, with_frames
+from .sweep import Point, sweep
 
 if TYPE_CHECKING:
     import torch
@@ -64,20 +67,30 @@ def evaluate_exported(
     world: World,
     *,
     limit: int | None = None,
-    max_new_tokens: int | None = None,
+    overrides: Sequence[str] = (),
+    frames: Sequence[int] = (),
+    lengths: Sequence[int] = (),
     on_prepare: Callable[[Progress], None] | None = None,
     on_answer: Callable[[int, int], None] | None = None,
-) -> tuple[Evaluation, Facts]:
-    """The evaluation of the model in `folder` on the rows of `source`, without a text-only baseline, since there are no training rows.
+) -> tuple[list[Point], Facts]:
+    """Evaluations of the model in `folder` on the rows of `source`, without a text-only baseline, since there are no training rows.
 
-    max_new_tokens: of an answer; default: `EvalConfig`'s. Every rank calls it. Raises ConfigError, PrepareError and EvaluationError.
+    overrides: `eval.KEY=VALUE`, in place of `EvalConfig`'s. frames, lengths: as in `sweep`; empty: one evaluation. Every rank calls it.
+    Raises ConfigError, PrepareError and EvaluationError.
     """
     model, processor = load_exported(folder, world.device)
     tokenizer = processor.tokenizer  # type: ignore[attr-defined]
     config = evaluation_config(folder, processor, model.config.text_config.max_position_embeddings, source, out)
-    if max_new_tokens is not None:
-        config = config.replaced(eval=config.eval.replaced(max_new_tokens=max_new_tokens))
+    config = eval_overrides(config, overrides)
     facts = world.first(lambda: prepare(config, tokenizer, evaluation=True, progress=on_prepare).facts)
     if facts is None:
         facts = load_facts(config, tokenizer, evaluation=True)
-    return evaluate(model, tokenizer, facts, config, world, processor.spec, limit=limit, progress=on_answer), facts
+
+    judge = make_judge(config)
+
+    def evaluate_at(count: int | None, length: int | None) -> Evaluation:
+        spec = with_frames(processor.spec, count)
+        made = evaluate(model, tokenizer, facts, config, world, spec, limit=limit, max_tokens=length, progress=on_answer)
+        return judged(made, judge, world)
+
+    return sweep(evaluate_at, frames=frames, lengths=lengths), facts

@@ -82,7 +82,7 @@ def train(
         done = evaluator.evaluate(model, step, limit=config.eval.limit, progress=lambda *_: trainer.check_stop())
         if on_answers is not None:
             on_answers(done.answers)
-        return {"scores": {name: score._asdict() for name, score in done.by_source().items()}, "accuracy": done.score().accuracy}
+        return done.record()
 
     with contextlib.ExitStack() as until_the_end:
 

@@ -1,11 +1,10 @@
-"""Checkpoints that survive a kill at any moment: written under another name, made durable, then renamed.
+"""Checkpoints that are complete or absent, also after a kill: written under another name, synced to disk, then renamed.
 
-A checkpoint is a folder `<stage>-<step>` (`<stage>-end` at the end of a stage) with `torch.distributed.checkpoint` files (weights,
-and the optimizer's state unless the stage is over and the next one does not carry it on) and `state.json`. A folder with that name is
-whole; one that starts with
-`.writing-` is what a kill left and is removed at the next start. Nothing else is ever deleted, except by the keep rule, and only
-after the newer checkpoint is complete.
-Whatever the number of ranks that wrote it, any other number can read it.
+A checkpoint is a folder `<stage>-<step>` (`<stage>-end` at the end of a stage) with `state.json` and files of
+`torch.distributed.checkpoint`: weights, their moving average, and the optimizer's state, unless the stage is over and the next one does not
+carry it on. A folder with that name is complete; one that starts with `.writing-` is incomplete and is removed at the next start. Nothing
+else is deleted, except by the keep rule, and only after the newer checkpoint is complete. Any number of ranks can read it, whatever number
+wrote it.
 """
 
 from __future__ import annotations
@@ -162,7 +161,7 @@ def read_progress(path: Path) -> Progress:
     try:
         return Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: is no checkpoint of a run ({error})") from error
+        raise CheckpointError(f"{path} is not a checkpoint of a run ({error})") from error
 
 
 def whole(folder: Path) -> list[Path]:

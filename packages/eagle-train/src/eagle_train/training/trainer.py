@@ -1,9 +1,9 @@
-"""The loop: stages in order, each step a number of packs over all ranks, every label counted once whoever reads it.
+"""The loop: stages in order, each step a number of packs over all ranks, every label counted once, on whichever rank it is read.
 
 One optimizer step of a rank: its packs of the step one after the other (accumulation), each loss divided by the label weights of all
-packs of all ranks, gradients summed, clipped by their global norm, one AdamW step. Nothing in it waits for the device; loss and
-gradient norm are looked at one step later, and before anything is saved.
-Everything is a function of (configuration, facts, step): a run that is killed and resumed makes the same numbers as one that isn't.
+packs of all ranks, gradients summed, clipped by their global norm, one optimizer step. Nothing in it waits for the device: loss and
+gradient norm are read one step later, and before anything is saved.
+Everything is a function of (configuration, facts, step): a run that is killed and resumed gives the same numbers as one that is not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eagle_cp import Layout
 from eagle_kernels import OffloadEngine
 from eagle_model.batch import PackedBatch
 from eagle_model.prompt import CachedEncoder
@@ -54,12 +53,12 @@ T = TypeVar("T")
 
 
 class TrainingError(TrainError, RuntimeError):
-    """The run can't go on: the message says at which step, which samples were in it, and what to try."""
+    """The run cannot continue: the message has the step, the samples in it, and the next step to try."""
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A step whose loss and gradient norm may still be on their way from the device."""
+    """A step whose loss and gradient norm may not have been copied from the device yet."""
 
     record: dict[str, Any]
     loss: Tensor
@@ -68,7 +67,7 @@ class _Pending:
 
 
 class Trainer:
-    """A run from its configuration: `train()` goes through all stages, from the newest checkpoint if there is one.
+    """Trains a run: `train()` goes through all stages, from the newest checkpoint if there is one.
 
     on_record: called on the main rank with every metrics record. on_evaluate: called on every rank with (model, steps of the run) when
     an evaluation is due; what it returns is written as an "eval" record. When it fails on any rank, an "eval_failed" record is written,
@@ -233,7 +232,7 @@ class Trainer:
                 self._settle()
                 try:
                     self._evaluate(stage.name, done_before + step + 1)
-                except Interrupted as stop:  # the same command makes up for it
+                except Interrupted as stop:  # the same command repeats the evaluation
                     self._save_and_stop(number, step + 1, optimizer, stop.signum)
                 begin = time.monotonic()
 
@@ -394,12 +393,7 @@ class Trainer:
     def _forward_backward(self, batch: PackedBatch) -> Tensor:
         """Loss of a pack (of this context parallel rank's part of it), with its gradients added."""
         described: Any = self.model.config
-        text = described.text_config
-        if self.world.context.size == 1:
-            layout = Layout.single(batch.cu_seqlens)
-        else:
-            heads = {"num_heads": text.num_attention_heads, "num_kv_heads": text.num_key_value_heads}
-            layout = Layout.build(batch.cu_seqlens, self.world.context, **heads)
+        layout = self.world.layout(batch.cu_seqlens, described.text_config, batch.prefixes)
         output = self.model(batch.shard(layout, described.tokens_per_tile).to(self.world.device), layout=layout)
         output.loss.backward()
         return output.loss.detach()
@@ -418,7 +412,7 @@ class Trainer:
             shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
             raise TrainingError(
                 f"stage {stage} step {step}: loss {loss}, gradient norm {norm}. Samples of the step: {shown}. "
-                "The last checkpoint is from before; lower stages.*.lr, or look at these rows with eagle show"
+                "The last checkpoint is older than this step. Lower stages.*.lr, or inspect these rows with eagle show"
             )
         if self.world.is_main and (step % self.config.run.log_every == 0 or step == pending.record["steps"]):
             self._record(pending.record | {"loss": loss, "grad_norm": norm, "eta": self._left(pending.record)})
@@ -435,7 +429,7 @@ class Trainer:
         return left * self._pace
 
     def _rewind(self, total_step: int) -> None:
-        """Forget what was written after a step of the run, by however many ranks: it comes again."""
+        """Remove what any rank wrote after a step of the run: it is written again."""
         self.metrics.rewind(total_step)
         for path in self.folder.glob("ledger-train*.jsonl"):
             Ledger(path).rewind(total_step)
@@ -445,7 +439,7 @@ class Trainer:
         if self.on_record is not None:
             self.on_record(record)
 
-    # ---- what a run is made of ---------------------------------------------------------------------------------------------------
+    # ---- model and reading --------------------------------------------------------------------------------------------------------
 
     def _new_model(self, modes: Any = None, *, weights: bool = True) -> nn.Module:
         """weights: False leaves pretrained weights unread, where a checkpoint of the run follows."""
