@@ -26,7 +26,7 @@ ImageRef = str | bytes | dict[str, Any]
 """An absolute path, bytes, `{"lmdb_file", "lmdb_key"}` or `{"tar", "member"}`: what `eagle_sampling.open_image` takes."""
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:[\w/+.-]*[;,]")
-"""What is no file: `clip1:2.png` is one, `s3://...` and `data:image/png;base64,...` aren't."""
+"""Addresses, which are not files: `s3://...`, `data:image/png;base64,...`; `clip1:2.png` is a file."""
 _LONGEST_PATH = 4096
 """Characters; Linux takes no longer path. What is longer is a picture in base64 that stands in a path's place."""
 _IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|jp2|heic|avif|ppm)$", re.IGNORECASE)
@@ -77,7 +77,7 @@ class Media:
         if _ADDRESS.match(value):
             raise RowError("bad-media", f"{what} {short(value)} is an address; media are read from files, download it first")
         if len(value) > _LONGEST_PATH:
-            raise RowError("bad-media", f"{what} {short(value)} has {len(value)} characters and is no path; media are read from files")
+            raise RowError("bad-media", f"{what} {short(value)} has {len(value)} characters and is not a path; media are read from files")
         if "\0" in value:
             raise RowError("bad-media", f"{what} {short(value)} has a zero byte")
         try:
