@@ -60,8 +60,8 @@ def media(tmp_path_factory, write_video):
         picture.save(folder / name, exif=exif)
     write_video(folder / "even.mp4", frames=40, fps=10)
     write_video(folder / "slow.mp4", frames=9, fps=3)
-    pages = [Image.new("RGB", (120, 160), (40 * index, 200, 100)) for index in range(5)]
     for name in ("pages.pdf", "pages.tif"):
+        pages = [Image.new("RGB", (120, 160), (40 * index, 200, 100)) for index in range(5)]
         pages[0].save(folder / name, save_all=True, append_images=pages[1:])
     return folder
 
