@@ -253,7 +253,7 @@ def test_bytes_are_media(tmp_path):
     video = of({"video": {"bytes": b"film", "start": 1}, "conversations": TALK}, form=form).videos[0]
     assert (Path(video.path).read_bytes(), video.start) == (b"film", 1.0)
     document = of({"document": {"bytes": b"%PDF-1"}, "conversations": TALK}, form=form).videos[0]
-    assert document.is_pdf
+    assert document.is_paged
     with pytest.raises(RowError, match="needs a folder of facts"):
         of({"video": b"film", "conversations": TALK})
 
