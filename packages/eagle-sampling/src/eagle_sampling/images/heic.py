@@ -12,9 +12,7 @@ from PIL import Image
 from ..limits import Limits, MediaError
 
 _BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"))
-_INSTALL = (
-    "is a HEIC image, whatever its name (photos of phones are); reading it needs pillow-heif: pip install 'eagle-sampling[heic]'"
-)
+_INSTALL = "is a HEIC image, whatever its name (photos of phones are); reading it needs pillow-heif: pip install 'eagle-sampling[heic]'"
 
 
 def is_heic(head: bytes) -> bool:
