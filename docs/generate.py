@@ -169,8 +169,9 @@ def _default(field: FieldInfo) -> str:
 
 def commands_page() -> str:
     """The help page of every verb, as the installed typer renders it."""
-    from eagle_train.cli.run import app
+    from eagle_train.cli.app import command
 
+    app = command()
     lines = [
         "# Commands",
         "",
@@ -198,15 +199,9 @@ def exit_codes() -> dict[int, str]:
 
 def verbs() -> list[str]:
     """Names of all verbs, groups followed by their own verbs."""
-    from typer.main import get_command
+    from eagle_train.cli import pages
 
-    from eagle_train.cli.run import app
-
-    result = []
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
-        result.append(name)
-        result += [f"{name} {inner}" for inner in getattr(command, "commands", {})]
-    return result
+    return pages.verbs()
 
 
 def help_of(app: Any, verb: str) -> str:

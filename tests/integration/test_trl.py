@@ -48,6 +48,19 @@ def test_supervised(make_model, tokenizer, tmp_path, data):
     assert untouched(same) == []
 
 
+def test_supervised_on_answers_only(make_model, tokenizer, tmp_path):
+    """The chat template marks answers, so that TRL masks the rest."""
+    rows = {"messages": [PROMPT + answer for answer in answers("The answer is blue.", "red")]}
+    arguments = trl.SFTConfig(output_dir=str(tmp_path), assistant_only_loss=True, **ARGUMENTS)
+    model = make_model()
+    trainer = trl.SFTTrainer(model, args=arguments, train_dataset=datasets.Dataset.from_dict(rows), processing_class=tokenizer)
+    labels = next(iter(trainer.get_train_dataloader()))["labels"]
+    kept = sorted(tokenizer.decode(row[row != -100]) for row in labels)
+    assert kept == ["The answer is blue.<|im_end|>", "red<|im_end|>"]
+    _, same = steps(trainer, model)
+    assert untouched(same) == []
+
+
 def test_supervised_with_images(make_model, make_batch, tokenizer, tmp_path):
     """SFTTrainer with a collator of its own, as vision-language models are trained."""
     model = make_model()

@@ -33,7 +33,7 @@ def check(where, dtype, approximate, relative_error):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "says"),
+    ("change", "error", "message"),
     [
         ({"approximate": "erf"}, ValueError, "approximate is 'erf'"),
         ({"weight": torch.ones(5, 7)}, ValueError, r"x is \(3, 8\) and weight \(5, 7\)"),
@@ -41,6 +41,6 @@ def check(where, dtype, approximate, relative_error):
         ({"bias": torch.ones(5).half()}, TypeError, "bias is torch.float16"),
     ],
 )
-def test_bad_input(change, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
         gelu_linear(**({"x": torch.ones(3, 8), "weight": torch.ones(5, 8), "bias": torch.ones(5)} | change))

@@ -283,7 +283,7 @@ def test_denominator_must_be_positive(denominator):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "says"),
+    ("change", "error", "message"),
     [
         ({"labels": torch.tensor([0, 1, 2, 6])}, ValueError, "1 labels are outside the weight's 6 rows, the first is 6"),
         ({"labels": torch.tensor([0, 1, 2, -5])}, ValueError, "the first is -5"),
@@ -303,9 +303,9 @@ def test_denominator_must_be_positive(denominator):
         ({"num_kept": 5}, ValueError, "num_kept is 5"),
     ],
 )
-def test_bad_input(change, error, says):
+def test_bad_input(change, error, message):
     inputs = {"hidden": torch.ones(4, 8), "weight": torch.ones(6, 8), "labels": torch.tensor([0, 1, 2, 3])}
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         linear_cross_entropy(**(inputs | change))
 
 

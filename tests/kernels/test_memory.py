@@ -63,7 +63,7 @@ def test_str_names_the_parts():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"tokens": 0}, "tokens is 0"),
         ({"mlp_rows": 0}, "mlp_rows is 0"),
@@ -78,8 +78,8 @@ def test_str_names_the_parts():
         ({"vision": dataclasses.replace(SIGLIP, patches=-1)}, "vision.patches is -1, expected 0 or more"),
     ],
 )
-def test_bad_input(change, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
         plan_memory(**({"decoder": QWEN, "tokens": 8} | change))
 
 

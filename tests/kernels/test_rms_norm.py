@@ -80,7 +80,7 @@ def test_reference_gradients_are_right():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "says"),
+    ("change", "error", "message"),
     [
         ({"weight": torch.ones(7)}, ValueError, "weight has shape"),
         ({"weight": torch.ones(8, dtype=torch.float16)}, TypeError, "weight is torch.float16"),
@@ -88,8 +88,8 @@ def test_reference_gradients_are_right():
         ({"weight": torch.ones(8, device="meta")}, ValueError, "weight is on meta"),
     ],
 )
-def test_bad_input(change, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
         rms_norm(**({"x": torch.ones(4, 8), "weight": torch.ones(8)} | change))
 
 

@@ -143,7 +143,7 @@ def test_scores_depend_on_distance_only():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "says"),
+    ("change", "error", "message"),
     [
         ({"k": torch.ones(3, 1, 8)}, ValueError, "tokens and head dimension"),
         ({"q": torch.ones(2, 2, 2, 8)}, ValueError, "tokens and head dimension"),
@@ -157,7 +157,7 @@ def test_scores_depend_on_distance_only():
         ({"k": torch.ones(4, 1, 8).half()}, TypeError, "k is torch.float16"),
     ],
 )
-def test_bad_input(change, error, says):
+def test_bad_input(change, error, message):
     inputs = {"q": torch.ones(4, 2, 8), "k": torch.ones(4, 1, 8), "positions": torch.arange(4), "inv_freq": torch.ones(4)}
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         rope(**(inputs | change))

@@ -107,7 +107,7 @@ def test_mlp_memory_does_not_grow_with_the_sequence():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "says"),
+    ("change", "error", "message"),
     [
         ({"w_up": torch.ones(11, 8)}, ValueError, "w_up has shape"),
         ({"w_down": torch.ones(12, 8)}, ValueError, "w_down has shape"),
@@ -115,6 +115,6 @@ def test_mlp_memory_does_not_grow_with_the_sequence():
         ({"rows": 0}, ValueError, "rows is 0"),
     ],
 )
-def test_bad_input(change, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
         swiglu_mlp(**(mlp_inputs("cpu", 3, 8, 12) | change))

@@ -162,9 +162,9 @@ def test_a_head_of_its_own_is_not_dropped(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("said", ["top", "inside", "nowhere"])
-def test_released_like_folder(make_model, make_config, tmp_path, tied, said):
-    """`llm_config`, a pooling head, shards, bfloat16, `select_layer` absent, and no head when it is tied, said in one place or none."""
+@pytest.mark.parametrize("stated", ["top", "inside", "nowhere"])
+def test_released_like_folder(make_model, make_config, tmp_path, tied, stated):
+    """`llm_config`, a pooling head, shards, bfloat16, `select_layer` absent, and no head when it is tied, stated in one place or none."""
     model = make_model(make_config(select_layer=-2, text_config={"tie_word_embeddings": tied})).to(torch.bfloat16)
     save_checkpoint(model.state_dict(), model.config, tmp_path, max_shard_bytes=40_000)
     file = tmp_path / "config.json"
@@ -174,8 +174,8 @@ def test_released_like_folder(make_model, make_config, tmp_path, tied, said):
     config["vision_config"].pop("vision_use_head")
     for part in (config, config["llm_config"]):
         part.pop("tie_word_embeddings", None)
-    if said != "nowhere":
-        (config if said == "top" else config["llm_config"])["tie_word_embeddings"] = tied
+    if stated != "nowhere":
+        (config if stated == "top" else config["llm_config"])["tie_word_embeddings"] = tied
     config["llm_config"].pop("rope_parameters")
     config["llm_config"] |= {"sliding_window": 131072, "use_sliding_window": False}
     for name in ("downsample_ratio", "mlp_connector_layers", "loss_version", "min_dynamic_patch", "max_dynamic_patch"):

@@ -90,6 +90,9 @@ def test_what_cannot_be_generated_is_said(chat):
         answer(model, batch, output_attentions=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="num_beam_groupz"):
         answer(model, batch, num_beam_groupz=2)
+    for known_elsewhere in ("mm_encoder_outputs", "cu_seq_lens_q"):
+        with pytest.raises((TypeError, ValueError), match=known_elsewhere):
+            answer(model, batch, **{known_elsewhere: {"image": torch.ones(1)}})
     with pytest.raises(ValueError, match="row 0"):
         answer(model, batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])})
 

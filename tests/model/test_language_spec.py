@@ -1,4 +1,4 @@
-"""The table of decoder traits: what a configuration says is built, and what no decoder of this package does is refused by name."""
+"""The table of decoder traits: what a configuration describes is built, and what no decoder of this package does is refused by name."""
 
 import pytest
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eagle_model.prompt import EAGLE_TOKENS, PromptError
+from eagle_model.prompt import EAGLE_TOKENS, IGNORE_INDEX, PromptError, TextEncoder, encode, render
 from eagle_model.tokenizer import add_eagle_tokens, load_tokenizer, train_tokenizer
 
 
@@ -46,6 +46,24 @@ def test_trained_tokenizer(small_tokenizer):
 def test_decoding_keeps_grounding_markup(small_tokenizer):
     ids = small_tokenizer("<ref>cat</ref><box>1</box><|im_end|>")["input_ids"]
     assert small_tokenizer.decode(ids, skip_special_tokens=True) == "<ref>cat</ref><box>1</box>"
+
+
+def test_assistant_mask_is_the_labels(small_tokenizer):
+    """The template marks what the prompt labels: every answer through <|im_end|>, nothing else."""
+    messages = [
+        {"role": "user", "content": "What is the colour of the shape?"},
+        {"role": "assistant", "content": "The answer is blue."},
+        {"role": "user", "content": [{"type": "text", "text": "Is there a red circle?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    made = small_tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    plain = [
+        message | {"content": message["content"] if isinstance(message["content"], str) else message["content"][0]["text"]}
+        for message in messages
+    ]
+    encoded = encode(render(plain), TextEncoder(small_tokenizer))
+    assert made["input_ids"] == list(encoded.input_ids)
+    assert made["assistant_masks"] == [int(label != IGNORE_INDEX) for label in encoded.labels]
 
 
 def test_add_eagle_tokens():

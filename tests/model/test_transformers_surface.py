@@ -168,7 +168,7 @@ def test_recomputation_repeats_dropout(make_model, batch):
     for layer in model.language_model.model.layers:
         layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, nn.Dropout(0.5))
     gradients = []
-    for mode in ("none", "full"):
+    for mode in ("keep", "recompute"):
         model.set_activation_checkpointing(mode)
         model.zero_grad()
         torch.manual_seed(5)
@@ -314,7 +314,7 @@ def test_auto_classes_and_attributes(make_model, tmp_path):
 
 @pytest.mark.parametrize("way", ["save_pretrained", "save_checkpoint"])
 def test_files_of_a_saved_model(make_model, make_config, small_tokenizer, tmp_path, way):
-    """generation_config.json ends at <|im_end|>, a card says how to load the folder, and all files have the mode that the umask gives."""
+    """generation_config.json ends at <|im_end|>, a card shows how to load it, and all files have the mode that the umask gives."""
     model = make_model(make_config(tokenizer=small_tokenizer))
     folder = tmp_path / "model"
 

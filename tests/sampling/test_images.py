@@ -297,7 +297,7 @@ def test_a_file_may_be_named_like_an_address(tmp_path, monkeypatch):
 def test_other_types_are_refused_by_name():
     for call in (image_size, open_image, read_bytes, exists):
         with pytest.raises(
-            TypeError, match=r"BytesIO is not accepted here: need the path of an image, its bytes, or .*lmdb_key.*pass its bytes"
+            TypeError, match=r"BytesIO is not accepted here: need the path of an image, its bytes, .*lmdb_key.*pass its bytes"
         ):
             call(io.BytesIO(encoded("png", (5, 4))))
         with pytest.raises(TypeError, match="int is not accepted here"):

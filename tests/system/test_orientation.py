@@ -105,12 +105,12 @@ def test_exif_blocks(name, tmp_path):
         data = CONTAINERS[name](exif_block(order, kind, value, count))
         turned = kind in (SHORT, LONG) and count == 1 and 5 <= value <= 8
         assert agreed(data, tmp_path) == (TALL if turned else WIDE), (order, kind, value, count)
-        if kind == SHORT and count == 1:  # what EXIF says
+        if kind == SHORT and count == 1:  # the orientation in EXIF
             assert agreed(data) == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
 
 
 def test_tiff_turned_as_pillow_turns_it(tmp_path):
-    """Pillow applies a TIFF's own orientation while decoding; nobody after it can tell."""
+    """Pillow applies a TIFF's own orientation while decoding; no later step can find it."""
     for order, kind, value, count in ENCODINGS:
         if kind != ASCII:  # with which Pillow refuses the file
             size = agreed(tiff(order, entry(order, 0x0112, kind, value, count)), tmp_path)
@@ -139,7 +139,7 @@ def test_what_is_no_exif_block_does_not_count(tmp_path):
     for name, data in cases.items():
         assert agreed(data, tmp_path) == WIDE, name
     with Image.open(io.BytesIO(cases["jpeg, XMP"])) as image:
-        assert ImageOps.exif_transpose(image).size == TALL, "XMP says so to Pillow"
+        assert ImageOps.exif_transpose(image).size == TALL, "Pillow reads it from XMP"
 
 
 @pytest.mark.parametrize("chunk_size", [100, 1000, 4096, 8192, 10_000, 1 << 20])

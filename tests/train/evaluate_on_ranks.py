@@ -1,4 +1,4 @@
-"""What each rank of test_evaluation_failures.py runs: evaluate_on_ranks.py CONFIG WAY, where WAY says what fails on which rank.
+"""What each rank of test_evaluation_failures.py runs: evaluate_on_ranks.py CONFIG WAY, where WAY names what fails on which rank.
 
 reading: rank 1 can't read its questions. everywhere: a layer of the model raises on every rank. collective: rank 1 raises while the other
 ranks wait for it in a layer.

@@ -110,7 +110,7 @@ def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colou
     world = start_world(colour_run().parallel, "cpu")
     with pytest.raises(ConfigError, match=r"27 layers at 131072 tokens take 23.6\d GiB .* can spare 10.00 GiB; .*recompute"):
         make_engine(config, described, world, available=10 * GIB)
-    # Four ranks of one host need four times as much, whoever of them asks first.
+    # Four ranks of one host need four times as much, whichever of them checks first.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"94.\d\d GiB for the 4 on the host of rank 0, which can spare 60.00 GiB"):
         make_engine(config, described, world, available=60 * GIB)
@@ -118,8 +118,8 @@ def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colou
 
 def test_auto_recomputes_on_a_gpu_and_keeps_on_a_cpu(colour_run):
     config = colour_run()
-    assert activation_mode(config, torch.device("cpu")) == "none"
-    assert activation_mode(config, torch.device("cuda")) == "full"
+    assert activation_mode(config, torch.device("cpu")) == "keep"
+    assert activation_mode(config, torch.device("cuda")) == "recompute"
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -130,7 +130,7 @@ def test_bfloat16_computes_and_float32_remembers(colour_run, device):
     def watch(trainer):
         step = torch.optim.AdamW.step
 
-        def look(optimizer, *args, **kwargs):
+        def count_steps(optimizer, *args, **kwargs):
             result = step(optimizer, *args, **kwargs)
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -138,7 +138,7 @@ def test_bfloat16_computes_and_float32_remembers(colour_run, device):
                     seen["states"] |= {value.dtype for key, value in optimizer.state[parameter].items() if key != "step"}
             return result
 
-        patch.setattr(torch.optim.AdamW, "step", look)
+        patch.setattr(torch.optim.AdamW, "step", count_steps)
         for layer in (*trainer.model.language_model.model.layers, *trainer.model.vision_model.vision_model.encoder.layers):
             layer.register_forward_hook(lambda module, args, output: seen["hidden"].add(output.dtype))
 

@@ -55,7 +55,7 @@ def folder(tmp_path, picture, write_video):
     (tmp_path / "cut.png").write_bytes(picture(400, 300)[:-2000])
     (tmp_path / "cut.webp").write_bytes(picture(400, 300, "WEBP")[:-500])
     (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.png").write_bytes(b"this is no image")
+    (tmp_path / "text.png").write_bytes(b"not an image")
     (tmp_path / "thin.png").write_bytes(png_of(1, 20000))
     (tmp_path / "huge.png").write_bytes(png_of(30000, 30000))
     (tmp_path / "bomb.png").write_bytes(picture()[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + picture()[24:])
@@ -110,7 +110,9 @@ def test_every_bad_row_is_in_the_ledger(folder, row, make_config, write_jsonl, t
         (row(answer=""), "no-labels"),
         (row("<image-2>", image="good.png"), "placeholders"),
         (row("<image> and <image>", image="good.png"), "placeholders"),
-        (row("<image>"), "placeholders"),
+        (row("<image>"), None),
+        (row("<image-1>"), "placeholders"),
+        (row("<image>", image=None), "bad-media"),
         (row("<video-1> <video-1>", video="good.mp4"), "placeholders"),
         ({"id": 1}, "bad-row"),
         ({"conversations": [{"from": "human", "value": 5}, {"from": "gpt", "value": "x"}]}, "bad-row"),
@@ -129,7 +131,7 @@ def test_every_bad_row_is_in_the_ledger(folder, row, make_config, write_jsonl, t
     ]
     (folder / "text.pdf").write_bytes(b"not a PDF")
     lines = [content for content, _ in cases]
-    lines.insert(5, b"  ")  # an empty line is no row
+    lines.insert(5, b"  ")  # an empty line is not a row
     write_jsonl(folder / "rows.jsonl", lines)
     limits = {"max_line_bytes": "64KiB"}
     report = prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"limits": {**limits, "max_bad_fraction": 1}}), tokenizer)
@@ -239,7 +241,7 @@ def test_the_command_line_trains_on_the_rest_and_accounts_for_every_row(folder, 
     assert all(entry.source == "s" and entry.detail for entry in entries.values())
     assert "eagle_train" not in done.stderr  # no traceback, no module names
 
-    # With the limits as they are unless told, the same rows stop the run, which names them.
+    # With the default limits the same rows stop the run, which names them.
     strict = eagle("prepare", path, "--set", "data.limits.max_bad_rows=5", "--set", "run.name=strict")
     assert strict.returncode == 3
     assert "Traceback" not in strict.stderr

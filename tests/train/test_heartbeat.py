@@ -14,18 +14,18 @@ from eagle_train.training.trainer import Trainer
 
 
 def test_only_what_takes_long_is_reported():
-    said = []
-    with Heartbeat(said.append, every=0.2) as beat:
+    lines = []
+    with Heartbeat(lines.append, every=0.2) as beat:
         for number in range(8):
             beat.begin(f"step {number}")
             time.sleep(0.05)
-        assert said == []
+        assert lines == []
         beat.begin("step 8")
         beat.at("forward/backward of pack 3 of 32")
         time.sleep(0.55)
-    assert said == ["step 8: 0 s, now in forward/backward of pack 3 of 32"] * 2
+    assert lines == ["step 8: 0 s, now in forward/backward of pack 3 of 32"] * 2
     time.sleep(0.3)
-    assert len(said) == 2  # nothing after the end
+    assert len(lines) == 2  # nothing after the end
 
 
 def test_a_slow_step_of_a_run(colour_run, monkeypatch):
@@ -40,7 +40,7 @@ def test_a_slow_step_of_a_run(colour_run, monkeypatch):
         return forward(self, batch)
 
     monkeypatch.setattr(Trainer, "_forward_backward", slow)
-    said = []
+    lines = []
     config = colour_run()
-    train(get_ready(config), start_world(config.parallel, "cpu"), on_slow=said.append)
-    assert any(re.fullmatch(r"step 1 of stage one: \d s, now in forward/backward of pack 2 of 2", line) for line in said), said
+    train(get_ready(config), start_world(config.parallel, "cpu"), on_slow=lines.append)
+    assert any(re.fullmatch(r"step 1 of stage one: \d s, now in forward/backward of pack 2 of 2", line) for line in lines), lines

@@ -56,22 +56,22 @@ def test_workers_give_what_the_process_itself_gives(tasks, reading, tokenizer):
 
 
 def test_no_more_is_read_ahead_than_the_bytes_allow(tasks, reading):
-    asked = []
+    requested = []
 
     def watched():
         for task in tasks:
-            asked.append(task.key)
+            requested.append(task.key)
             yield task
 
     size = tasks[0].nbytes(SPEC)
     with Loader(watched(), reading, workers=1, prefetch=2 * size) as loader:
         key, batch = loader.get()
         deadline = time.monotonic() + 20
-        while len(asked) < 3 and time.monotonic() < deadline:
+        while len(requested) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(0.3)
         assert key == 0
-        assert 2 <= len(asked) <= 5
+        assert 2 <= len(requested) <= 5
         assert loader.bytes_ahead <= 3 * size
         assert batch.batch.nbytes <= 1.5 * size
         assert len(list(loader)) == len(tasks) - 1
@@ -79,7 +79,7 @@ def test_no_more_is_read_ahead_than_the_bytes_allow(tasks, reading):
 
 def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(loader_module, "SLOW_SAMPLE", 2.0)
-    # A named pipe that nobody writes to: opening it never returns.
+    # A named pipe without a writer: opening it never returns.
     stuck = tasks[0].pack[0].address.line
     dying = tasks[1].pack[0].address.line
     for line in (stuck, dying):
@@ -100,7 +100,7 @@ def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tm
         assert len(given[number].sample_ids) == len(tasks[number].pack) - 1
     address = tasks[0].pack[0].address
     assert f"{address.annotation}:{stuck} (source {address.source}) is slow: " in caplog.text
-    assert "is left out" in caplog.text
+    assert "is not used" in caplog.text
 
 
 def test_a_reader_that_can_not_start_is_an_error_with_its_reason(tasks, reading):

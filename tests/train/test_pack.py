@@ -1,4 +1,4 @@
-"""Packs become arrays: targets, weights and tiles are right, and what can't be read is missing and told, never replaced."""
+"""Packs become arrays: targets, weights and tiles are right, and what can't be read is missing and reported, never replaced."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

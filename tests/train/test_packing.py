@@ -157,4 +157,4 @@ def test_speed():
         start = time.process_time()
         pack(lengths, CAPACITY, seed=seed)
         best = max(best, len(lengths) / (time.process_time() - start))
-    assert best > 100_000  # 310 000 to 330 000 a second beside other work; far below means a change of kind
+    assert best > 100_000  # 310 000 to 330 000 a second next to other work; far below means another algorithm

@@ -26,7 +26,7 @@ def native(monkeypatch):
 
 
 def test_the_cpus_own_words(monkeypatch):
-    """Where the kernel lists the processor's flags, torch says the same."""
+    """Where the kernel lists the processor's flags, torch agrees."""
     listed = Path("/proc/cpuinfo")
     if not listed.exists():
         pytest.skip("no /proc/cpuinfo")
@@ -73,4 +73,4 @@ def test_bfloat16_without_instructions_is_warned_of_once(colour_run, native, cap
     with caplog.at_level(logging.WARNING, "eagle_train"):
         train(get_ready(config), world)
     world.close()
-    assert sum("parallel.dtype is bfloat16, which this CPU has no instructions for" in text for text in caplog.messages) == warned
+    assert sum("parallel.dtype is bfloat16, for which this CPU has no instructions" in text for text in caplog.messages) == warned

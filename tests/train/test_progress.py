@@ -1,4 +1,4 @@
-"""The bar of prepare says which of its two times is which."""
+"""The bar of prepare labels its two times."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""The quickstart's data: questions are all there, first questions don't give second answers away, videos show what rows say."""
+"""The quickstart's data: questions are all there, first questions don't give second answers away, videos show what rows state."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ from eagle_train.quickstart.easy_vqa_data import (
     is_negated,
     load_split,
     pair_turns,
-    tells,
+    states_answer,
     usual_answers,
 )
 from eagle_train.quickstart.videos import FPS, SECONDS_PER_SCENE, encode
@@ -38,14 +38,14 @@ TURNS = [
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from(TURNS), max_size=12), st.integers(0, 99))
-def test_pairs_use_every_turn_once_and_tell_nothing_early(turns, seed):
+def test_pairs_use_every_turn_once_and_state_no_answer_early(turns, seed):
     rows = pair_turns(turns, np.random.default_rng(seed))
     assert sorted(turn for row in rows for turn in row) == sorted(turns)
     for row in rows:
         assert 1 <= len(row) <= 2
         if len(row) == 2:
             assert about_shape(row[0]) != about_shape(row[1])
-            assert not tells(row[0])
+            assert not states_answer(row[0])
 
 
 def test_descriptions_come_from_the_questions():
@@ -58,9 +58,9 @@ def test_every_question_of_the_package_is_used():
     split = load_split("test")
     assert len(split.paths) == 1000
     assert sum(map(len, split.turns.values())) == 9673
-    told = [said for turns in split.turns.values() if (said := description(turns))]
-    assert len(told) > 600
-    assert {word for said in told for word in said.split()} == {"a", *SHAPES, *COLOURS}
+    texts = [text for turns in split.turns.values() if (text := description(turns))]
+    assert len(texts) > 600
+    assert {word for text in texts for word in text.split()} == {"a", *SHAPES, *COLOURS}
 
 
 def test_comparisons_ask_what_cannot_be_guessed_and_leave_the_blind_answers_as_they_are():
@@ -81,8 +81,8 @@ def test_comparisons_ask_what_cannot_be_guessed_and_leave_the_blind_answers_as_t
         for question, answer in zip(texts[2::2], texts[3::2]):
             counted[question][answer] += 1
             unusual += answer != usual[question]
-    asked = sum(len(row["conversations"]) // 2 - 1 for row in plain + rows)
-    assert 0.25 < unusual / asked < 0.5
+    questions = sum(len(row["conversations"]) // 2 - 1 for row in plain + rows)
+    assert 0.25 < unusual / questions < 0.5
     assert {question: answers.most_common(1)[0][0] for question, answers in counted.items()} == usual
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in real processes: a checkpoint after the running step, one and two ranks, and messages that say what was saved."""
+"""SIGINT and SIGTERM in real processes: a checkpoint after the running step, one and two ranks, and messages about what was saved."""
 
 import os
 import signal
@@ -64,8 +64,8 @@ def test_a_signal_saves_after_the_running_step(colour_run, tmp_path, signum, ran
     progress = checkpoint.read_progress(checkpoint.latest(config.run.folder / "checkpoints"))
     assert 3 <= progress.step < 60
     assert steps_written(config) == progress.step
-    said = f"stopped; the same command continues after step {progress.step} of stage one (checkpoint one-{progress.step:08d})"
-    assert said in outputs[0][1]
+    message = f"stopped; the same command continues after step {progress.step} of stage one (checkpoint one-{progress.step:08d})"
+    assert message in outputs[0][1]
     assert all("stopped" not in error for _, error in outputs[1:])
     assert not (config.run.folder / "ledger-train.jsonl").exists()  # no sample was lost with a worker
 
@@ -118,22 +118,22 @@ def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_repeated(colo
         world = start_world(config.parallel, "cpu")
         return Trainer(config, ready.schedules, ready.tokenizer, world, on_evaluate=on_evaluate, stop=stop)
 
-    def look(model, stage):
+    def score(model, stage):
         return {"sum": float(sum(parameter.detach().double().sum() for parameter in model.parameters()))}
 
     def interrupted(model, stage):
         os.kill(os.getpid(), signal.SIGINT)
         stopped.check_stop()
-        return look(model, stage)
+        return score(model, stage)
 
-    straight = trainer("straight", look)
+    straight = trainer("straight", score)
     straight.train()
     with StopSignals() as stop:
         stopped = trainer("stopped", interrupted, stop)
         with pytest.raises(Interrupted, match=r"continues after step 2 of stage one \(checkpoint one-00000002\)"):
             stopped.train()
     assert [record["kind"] for record in stopped.metrics] == ["step", "step"]
-    again = trainer("stopped", look)
+    again = trainer("stopped", score)
     again.train()
     assert same_run(again.metrics) == same_run(straight.metrics)
 

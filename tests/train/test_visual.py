@@ -66,15 +66,15 @@ def test_columns_equal_the_plan_of_each_row(make_facts, content, max_tokens, str
         grids = [select_grid(*size, max_tiles=min(cap, limit or cap)) for size, cap in zip(row["images"], expected.image_caps)]
         assert list(planned.grids) == grids
         assert visual.tiles[index] == sum(tile_count(grid) for grid in grids) + sum(expected.frames)
-        for video, asked in zip(planned.videos, row["videos"]):
-            if isinstance(asked, int):
+        for video, wanted in zip(planned.videos, row["videos"]):
+            if isinstance(wanted, int):
                 assert video.times is None
                 assert len(set(video.indices.tolist())) == video.count
-                assert (video.indices[0], video.indices[-1]) == (0, asked - 1 if video.count > 1 else 0)
+                assert (video.indices[0], video.indices[-1]) == (0, wanted - 1 if video.count > 1 else 0)
             else:
                 assert len(video.times) == video.count
                 assert (np.diff(video.times) > 0).all()
-                assert video.times * asked[1] == pytest.approx(np.round(video.times * asked[1]))
+                assert video.times * wanted[1] == pytest.approx(np.round(video.times * wanted[1]))
 
 
 def test_tokenised_samples_fit_whatever_the_budget(tmp_path, row, picture, write_video, write_jsonl, make_config, tokenizer):

@@ -1,6 +1,6 @@
 """What each rank of test_parallel.py runs: the runs of some configuration files one after the other, from prepare to the last checkpoint.
 
-train_on_ranks.py PORT VANISHING PORT:CONFIG...: VANISHING is a file beside each configuration that goes away between preparing and
+train_on_ranks.py PORT VANISHING PORT:CONFIG...: VANISHING is a file next to each configuration that goes away between preparing and
 training; each run meets at a port of its own, or a fast rank would join the meeting of the run before.
 """
 

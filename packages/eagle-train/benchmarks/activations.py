@@ -85,7 +85,7 @@ def run(folder: Path, name: str, mode: str, steps: int, tokens: int, device: str
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    trainer = train(get_ready(config), world, on_record=records.append)
+    trainer = train(get_ready(config), world, on_record=records.append).trainer
     taken = time.perf_counter() - begin
     steps_made = [record for record in records if record["kind"] == "step"]
     host = trainer.engine.arena.capacity if trainer.engine is not None else 0

@@ -41,7 +41,7 @@ sys.path.append(str(Path(__file__).parents[2] / "eagle-sampling" / "benchmarks")
 from make_videos import FOLDER, make
 
 TILES_PER_SECOND = 27.0
-SPEC = VisualSpec()
+SPEC = VisualSpec(max_frames=120)
 METRICS = {
     "data_wait": Metric("share of the time", "lower"),
     "longest_wait_s": Metric("s", "lower"),
@@ -95,7 +95,6 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, float]:
         {
             "run": {"name": "loader"},
             "data": {"sources": {"all": {"annotation": "rows.jsonl"}}},
-            "sampling": {"max_frames": 120},
             "stages": [stage],
         },
         base=folder,
@@ -115,17 +114,17 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, float]:
         assert first is not None
         waited, begin, (parent, readers) = loader.waited, time.monotonic(), cpu_seconds()
         waits, tiles, most = [], 0, 0
-        batch = first[1]
+        tiles_now = len(first[1].batch.tiles)
         while True:
             for _ in range(20):  # the step: sleep, and read the number of bytes ahead 20 times
-                time.sleep(len(batch.batch.tiles) / (TILES_PER_SECOND * given.speed) / 20)
+                time.sleep(tiles_now / (TILES_PER_SECOND * given.speed) / 20)
                 most = max(most, loader.bytes_ahead)
-            tiles += len(batch.batch.tiles)
+            tiles += tiles_now
             before = loader.waited
             item = loader.get()
             if item is None:
                 break
-            batch = item[1]
+            tiles_now = len(item[1].batch.tiles)
             waits.append(loader.waited - before)
         elapsed = time.monotonic() - begin
         after = cpu_seconds()

@@ -22,17 +22,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from eagle_cp import Layout, exchange_tiles
-from eagle_kernels import offload_checkpoint
+from eagle_kernels import OffloadEngine, offload_checkpoint
 from eagle_model.batch import PackedBatch
 from eagle_model.checkpoint import HEAD, finish_folder, lacks_head
 from eagle_model.configuration import EagleConfig
 from eagle_model.language.attention import AttentionInputs, Norm
-from eagle_model.language.decoder import DecoderLayer, LanguageModel
-from eagle_model.language.head import Head, head_loss
+from eagle_model.language.decoder import LanguageModel
+from eagle_model.language.head import Head, head_loss, token_scores
 from eagle_model.padded import CACHE_FIELD, Arrangement, Backbone, EagleOutput, arrange, refuse_unknown
 from eagle_model.prompt import IGNORE_INDEX
 from eagle_model.vision.connector import make_connector, pixel_shuffle
-from eagle_model.vision.siglip import VisionModel, VisionTower
+from eagle_model.vision.siglip import VisionModel
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def tokens_per_tile(self) -> int:
-        """`k`: image tokens of one tile."""
+        """`k`: visual tokens of one tile."""
         return self.config.tokens_per_tile
 
     def image_features(self, tiles: Tensor) -> Tensor:
@@ -158,35 +158,31 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Parts may be on different devices (`device_map`).
         return hidden.index_copy(0, index.to(hidden.device), features.to(hidden))
 
-    def set_activation_checkpointing(self, mode: str, engine: Any = None) -> None:
+    def set_activation_checkpointing(self, mode: str, engine: OffloadEngine | None = None) -> None:
         """What backward finds of the activations of a layer.
 
-        `none` keeps all of them, `full` recomputes every layer from its input, `offload` also keeps the inputs of decoder layers in host
-        memory (`engine`: an `eagle_kernels.OffloadEngine`). Call it after adapters with dropout were added: recomputation restores the
-        random state only if something in the model draws random numbers. Raises ValueError for another mode, and for `offload` with
-        dropout.
+        `keep`: all of them. `recompute`: every layer is recomputed from its input. `offload`: the same, and the inputs of decoder layers
+        are in host memory until then (by `engine`; without one they stay on their devices). Call it after adapters with dropout were added:
+        recomputation restores the random state only if something in the model draws random numbers. Raises ValueError for another mode,
+        and for `offload` with dropout.
         """
-        if mode not in ("none", "full", "offload"):
-            raise ValueError(f"activation checkpointing mode {mode!r}; it must be 'none', 'full' or 'offload'")
+        if mode not in ("keep", "recompute", "offload"):
+            raise ValueError(f"activation checkpointing mode {mode!r}; it must be 'keep', 'recompute' or 'offload'")
         dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in self.modules())
         if dropout and mode == "offload":
             raise ValueError(
                 "activation checkpointing mode 'offload' does not restore the random state that dropout needs; set the dropout of the "
-                "adapters to 0 or use 'full'"
+                "adapters to 0 or use 'recompute'"
             )
-        full = None if mode == "none" else partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
-        decoder = partial(offload_checkpoint, engine=engine) if mode == "offload" else full
-        self._set_checkpoints(full, decoder)
+        recompute = None if mode == "keep" else partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+        self._set_checkpoints(recompute, partial(offload_checkpoint, engine=engine) if mode == "offload" else recompute)
 
     def _set_checkpoints(self, vision: Callable[..., Tensor] | None, decoder: Callable[..., Tensor] | None, every: int = 1) -> None:
         """Let the layers of the vision tower and of the decoder (every `every`-th) run through these functions."""
-        index = 0
-        for module in self.modules():
-            if isinstance(module, VisionTower):
-                module.checkpoint, module.checkpoint_every = vision, every
-            elif isinstance(module, DecoderLayer):
-                module.checkpoint = decoder if index % every == 0 else None
-                index += 1
+        tower = self.vision_model.vision_model
+        tower.checkpoint, tower.checkpoint_every = vision, every
+        for index, layer in enumerate(self.language_model.model.layers):
+            layer.checkpoint = decoder if index % every == 0 else None  # type: ignore[assignment]
         self.gradient_checkpointing = vision is not None or decoder is not None
 
     def _set_gradient_checkpointing(
@@ -219,12 +215,14 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        score_tokens: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Packed mode, `forward(batch, layout=layout)`, or padded mode, `forward(input_ids, ...)`.
 
         Packed: the first argument is a `PackedBatch` of tensors; layout: which tokens belong together (default: the batch on one rank).
-        Gives the loss, `sum_i w_i l_i / denominator`, or logits [T, V] of a batch without targets. With several context parallel ranks
+        Gives the loss, `sum_i w_i l_i / denominator`, or logits [T, V] of a batch without targets. score_tokens: instead of the loss, the
+        negative log-likelihood of every target and whether it is the most likely token. With several context parallel ranks
         the batch is the rank's own (`PackedBatch.shard`), and losses and gradients of the ranks add up.
 
         Padded, as transformers calls it: input_ids [B, L] or inputs_embeds [B, L, H]; attention_mask [B, L] (with a cache: over cached and
@@ -252,10 +250,10 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             }
             if wrong := [name for name, value in others.items() if value is not None]:
                 raise TypeError(f"packed mode takes a PackedBatch and layout=..., but {', '.join(wrong)} arrived too")
-            output = self._forward_packed(input_ids, layout)
+            output = self._forward_packed(input_ids, layout, score_tokens)
             return output if return_dict else output.to_tuple()
-        if layout is not None:
-            raise TypeError("layout belongs to packed mode, whose first argument is a PackedBatch")
+        if layout is not None or score_tokens:
+            raise TypeError("layout and score_tokens belong to packed mode, whose first argument is a PackedBatch")
         arrangement, output = self.run_padded(
             input_ids,
             attention_mask,
@@ -285,13 +283,15 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output = replace(output, loss=loss, logits=head(hidden))
         return output if return_dict else output.to_tuple()
 
-    def _forward_packed(self, batch: PackedBatch, layout: Layout | None) -> EagleOutput:
+    def _forward_packed(self, batch: PackedBatch, layout: Layout | None, score_tokens: bool) -> EagleOutput:
         if not isinstance(batch.input_ids, Tensor):
             raise TypeError(f"the packed batch holds {type(batch.input_ids).__name__} arrays; call batch.to(device) first")
         if layout is None:
             if batch.tile_plan is not None:
                 raise ValueError("the packed batch is one rank's part of a pack; pass the layout that it was split by")
-            layout = Layout.single(batch.cu_seqlens)
+            layout = batch.layout()
+        else:
+            batch.check_layout(layout)
         hidden = self.language_model.model.embed_tokens(batch.input_ids)
         if batch.tiles is not None:
             features = self.image_features(batch.tiles).flatten(0, 1)
@@ -303,6 +303,9 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         head = self.language_model.lm_head
         if batch.targets is None:
             return EagleOutput(logits=head(hidden))
+        if score_tokens:
+            losses, right = token_scores(head, hidden, batch.targets)
+            return EagleOutput(token_losses=losses, token_right=right)
         weights, denominator = batch.token_weights, batch.denominator
         loss = head_loss(head, hidden, batch.targets, token_weights=weights, denominator=denominator, num_kept=batch.num_kept)
         return EagleOutput(loss=loss)  # type: ignore[arg-type]
@@ -440,13 +443,18 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
             init.zeros_(bias)
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Also refuses arguments of `generate` that transformers defines for models of other kinds."""
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+        refuse_unknown(model_kwargs, signature(type(self).forward).parameters)
+
     def prepare_inputs_for_generation(  # type: ignore[override]  # releases of transformers have other parameters in other places
         self, input_ids: Any, *, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As in transformers, without what `forward` does not read.
 
-        `generate` refuses arguments that neither it nor `forward` knows before it calls this. What is dropped here are arguments that
-        releases of transformers add for models of other kinds.
+        Arguments of the caller that `forward` does not know are refused before (`_validate_model_kwargs`). What is dropped here are
+        arguments that `generate` itself adds, for models of other kinds.
         """
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
         known = {*signature(type(self).forward).parameters, "output_attentions"}

@@ -13,11 +13,22 @@ from transformers.utils.hub import cached_file
 
 from eagle_model.configuration import EagleConfig
 from eagle_model.eagle import HUB_OPTIONS
-from eagle_model.prompt import IGNORE_INDEX, CachedEncoder, PromptError, encode, with_system
+from eagle_model.prompt import IGNORE_INDEX, CachedEncoder, Encoded, PromptError, Segment, encode, with_system
 from eagle_model.prompt.chat import Conversation, chatml, flatten, parse_chatml
 from eagle_model.prompt.costs import PromptCosts
+from eagle_model.prompt.encode import TextEncoder
 from eagle_model.tokenizer import CHAT_TEMPLATE, check_tokenizer, load_tokenizer
-from eagle_model.visual import VisualSpec, as_video, load_image, measure_video, plan_sample, read_tiles, size_of
+from eagle_model.visual import (
+    SamplePlan,
+    VideoRef,
+    VisualSpec,
+    as_video,
+    load_image,
+    measure_video,
+    plan_sample,
+    read_tiles,
+    size_of,
+)
 
 FILE = "processor_config.json"
 #: Settings that a call, or a single medium of it, may change; the others belong to the model.
@@ -52,6 +63,25 @@ class Processed(NamedTuple):
     input_ids: np.ndarray
     labels: np.ndarray
     tiles: np.ndarray
+
+
+class RequestPlan(NamedTuple):
+    """One conversation with the plan of its media: messages with the system message; opened images; videos; how its prompt reads.
+
+    max_tokens: the budget that it was planned for, None without one.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    images: list[Any]
+    videos: list[VideoRef]
+    plan: SamplePlan
+    spec: VisualSpec
+    segments: list[Segment]
+    max_tokens: int | None
+
+    def encode(self, encoder: TextEncoder) -> Encoded:
+        """input_ids and labels, int64 [T]."""
+        return encode(self.segments, encoder)
 
 
 class EagleProcessor(ProcessorMixin):
@@ -98,24 +128,19 @@ class EagleProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values"]
 
-    def process(
+    def plan_request(
         self,
         messages: Sequence[Mapping[str, Any]],
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         max_tokens: int | None = None,
         **settings: Any,
-    ) -> Processed:
-        """One conversation. Messages have text content with placeholders; images as `eagle_model.visual.load_image` takes them, videos and
-        documents as `as_video` takes them.
-
-        max_tokens: the budget of the whole prompt; frames and tiles are chosen to fit (ADS). Default: the processor's; without one every
-        medium gets all that it wants. settings: `CALL_SETTINGS`, for this call (num_frames: just so many frames of every video); an image
-        may be a mapping with `max_tiles`, a video one with `fps`, `num_frames`, `min_frames`, `max_frames` or `placement` of its own.
-        Raises PromptError, BudgetError (it can't fit), MediaError (unreadable media) or ValueError.
-        """
+    ) -> "RequestPlan":
+        """What the media of one conversation get, before any of their pixels is read (images are opened). Arguments and errors as in
+        `process`."""
         spec = _changed(self.spec, settings)
         messages = with_system(messages, self.system_prompt)
         budget = self.max_tokens if max_tokens is None else max_tokens
@@ -136,9 +161,40 @@ class EagleProcessor(ProcessorMixin):
             image_limits=[own.get("max_tiles", spec.max_tiles) for _, own in opened],
             video_specs=[_changed(spec, own) for _, own in given],
         )
-        tiles = read_tiles(messages, pictures, refs, plan, spec)
-        encoded = encode(plan.render(messages, spec, add_generation_prompt=add_generation_prompt), self.costs.encoder)
-        return Processed(*encoded, tiles)
+        segments = plan.render(messages, spec, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        return RequestPlan(messages, pictures, refs, plan, spec, segments, budget)
+
+    def process(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        max_tokens: int | None = None,
+        **settings: Any,
+    ) -> Processed:
+        """One conversation. Messages have text content with placeholders; images as `eagle_model.visual.load_image` takes them, videos and
+        documents as `as_video` takes them.
+
+        continue_final_message: leave the last message, an assistant's, open, so that its text is continued.
+        max_tokens: the budget of the whole prompt; frames and tiles are chosen to fit (ADS). Default: the processor's; without one every
+        medium gets all that it wants. settings: `CALL_SETTINGS`, for this call (num_frames: just so many frames of every video); an image
+        may be a mapping with `max_tiles`, a video one with `fps`, `num_frames`, `min_frames`, `max_frames` or `placement` of its own.
+        Raises PromptError, BudgetError (it can't fit), MediaError (unreadable media) or ValueError.
+        """
+        request = self.plan_request(
+            messages,
+            images,
+            videos,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            max_tokens=max_tokens,
+            **settings,
+        )
+        tiles = read_tiles(request.messages, request.images, request.videos, request.plan, request.spec)
+        return Processed(*request.encode(self.costs.encoder), tiles)
 
     def __call__(  # type: ignore[override]
         self,

@@ -20,7 +20,7 @@ def prepare(
 ) -> PrepareReport:
     """Measure every row of the training sources (of the held-out ones with `evaluation`), or find it measured.
 
-    again: measure rows again that were left out for their media. Raises PrepareError (too many bad rows) and ConfigError.
+    again: measure rows again that were not used because of their media. Raises PrepareError (too many bad rows) and ConfigError.
     """
     from eagle_train.data.prepare import prepare as measure
     from eagle_train.training.model import load_run_tokenizer
@@ -39,7 +39,7 @@ def plan(config: Config) -> list[StageSchedule]:
 
 
 def train(config: Config, *, device: str | None = None, on_record: Callable[[dict[str, Any]], None] | None = None) -> Trained:
-    """Prepare, plan, and train what is left of the run, with evaluations on the way; `eagle train` in one process.
+    """Prepare, plan, and train the remaining steps of the run, with its evaluations; `eagle train` in one process.
 
     device: `cpu` or `cuda`; default: a GPU when there is one. on_record: called with every record of metrics.jsonl.
     Raises ConfigError, PrepareError, TrainingError and CheckpointError.
@@ -48,12 +48,21 @@ def train(config: Config, *, device: str | None = None, on_record: Callable[[dic
     from eagle_train.runs.folder import resolve_dtype
     from eagle_train.runs.ready import get_ready
     from eagle_train.runs.train import train as train_run
+    from eagle_train.watching.trackers import open_trackers
 
     device = device_kind(device)
     config = resolve_dtype(config, device)
     world = start_world(config.parallel, device)
     try:
-        return train_run(get_ready(config, world), world, on_record=on_record)
+        ready = get_ready(config, world)
+        with open_trackers(config, main=world.is_main) as trackers:
+
+            def recorded(record: dict[str, Any]) -> None:
+                trackers.record(record)
+                if on_record is not None:
+                    on_record(record)
+
+            return train_run(ready, world, on_record=recorded, on_answers=trackers.answers)
     finally:
         world.close()
 

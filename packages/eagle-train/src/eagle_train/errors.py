@@ -11,15 +11,17 @@ RUN_FAILED, WRONG_USE, BAD_DATA, EVALUATION_FAILED, INTERRUPTED, TERMINATED = 1,
 
 
 class TrainError(Exception):
-    """The base class."""
+    """The base class. on_every_rank: whether every rank raises it, with the same message, so that the main rank alone prints it."""
 
     exit_code = RUN_FAILED
+    on_every_rank = False
 
 
 class EvaluationError(TrainError, RuntimeError):
     """The model can't answer, on at least one rank; raised on every rank with the same message."""
 
     exit_code = EVALUATION_FAILED
+    on_every_rank = True
 
 
 def describe(error: BaseException) -> str:
@@ -27,3 +29,8 @@ def describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
+
+
+def counted(number: int, singular: str) -> str:
+    """A number with its noun, for messages: `1 row`, `2 rows`."""
+    return f"{number} {singular}" + ("" if number == 1 else "s")

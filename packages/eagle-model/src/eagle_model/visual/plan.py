@@ -109,7 +109,14 @@ class SamplePlan:
         """Tiles of the sample: of its images with thumbnails, frames and pages."""
         return sum(tile_count(grid, thumbnail=spec.thumbnail) for grid in self.grids) + sum(video.count for video in self.videos)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], spec: VisualSpec, *, add_generation_prompt: bool = False) -> list[Segment]:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        spec: VisualSpec,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+    ) -> list[Segment]:
         """The prompt of the sample as segments (`eagle_model.prompt.render`); raises PromptError."""
         k = spec.tokens_per_tile
         return render(
@@ -120,6 +127,7 @@ class SamplePlan:
                 for video in self.videos
             ],
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
 
 

@@ -1,6 +1,6 @@
 """`python -m eagle_train.cli`, which is what torchrun starts."""
 
-from . import main
+from .main import main
 
 if __name__ == "__main__":
     main()

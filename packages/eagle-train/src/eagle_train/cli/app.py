@@ -1,15 +1,22 @@
 """The command that verbs add themselves to."""
 
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from eagle_train import __version__
 
+VERBS = (
+    *("doctor", "init", "prepare", "data", "show", "plan", "train", "eval", "chat", "export", "serve", "report", "tokenizer", "lmdb"),
+    *("curate", "needle"),
+)
+"""In the order of the help page."""
+
 # Plain help: rich would cost a third of the time that --help may take.
 app = typer.Typer(
     name="eagle",
-    help="Train long-context vision-language models: eagle train quickstart shows it all in minutes. --debug shows tracebacks.",
+    help="Train long-context vision-language models. Start with eagle train quickstart. --debug shows tracebacks.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -18,8 +25,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(f"eagle-train {__version__}")
         raise typer.Exit
 
@@ -27,3 +34,10 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)] = False):
     pass
+
+
+def command() -> typer.Typer:
+    """The command with all its verbs, each in the file of its name."""
+    for verb in VERBS:
+        import_module(f".{verb}", __package__)
+    return app

@@ -1,4 +1,4 @@
-"""What `eagle doctor` looks at: versions, devices, which implementations run, codecs, memory, and cures for problems."""
+"""`eagle doctor`: versions, devices, the implementations that run, codecs, memory, and a next step for each problem."""
 
 from __future__ import annotations
 
@@ -10,15 +10,35 @@ import re
 import shutil
 from typing import NamedTuple
 
+import typer
+
+from eagle_train.errors import counted
+
+from .app import app
 from .tested import TESTED
 
 
+@app.command()
+def doctor() -> None:
+    """Check machine and installation; print a next step per problem."""
+    report = examine()
+    width = max(len(finding.name) for finding in report)
+    for finding in report:
+        print(f"{finding.name:<{width}}  {finding.value}")
+    problems = [finding for finding in report if finding.remedy]
+    for finding in problems:
+        print(f"problem: {finding.name}: {finding.value}; {finding.remedy}")
+    if any(finding.serious for finding in problems):
+        raise typer.Exit(1)
+    print(f"{counted(len(problems), 'problem')}, none that stops training" if problems else "no problem found")
+
+
 class Finding(NamedTuple):
-    """One line; `cure` says what to do when it is a problem, `serious` that training can't work so."""
+    """One line. remedy: the next step when it is a problem. serious: training can't work with it."""
 
     name: str
     value: str
-    cure: str = ""
+    remedy: str = ""
     serious: bool = False
 
 
@@ -27,18 +47,22 @@ PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "pillow", "av", "lmdb", "pyarrow", "pydantic", "typer", "safetensors"),
 )
 OPTIONAL = {
-    "flash-attn-4": "the fastest attention on NVIDIA GPUs: pip install flash-attn-4",
+    "flash-attn-4": "the fastest attention on Hopper GPUs: pip install 'eagle-train[gpu]'",
+    "torchao": "the 8-bit optimizer: pip install 'eagle-train[gpu]'",
+    "tensorboard": "a tracker: pip install 'eagle-train[trackers]'",
+    "wandb": "a tracker: pip install 'eagle-train[trackers]'",
+    "gguf": "language models in GGUF files: pip install 'eagle-train[gguf]'",
     "easy-vqa": "the quickstart's images: pip install 'eagle-train[quickstart]'",
     "pypdfium2": "PDF documents: pip install 'eagle-sampling[pdf]'",
 }
 
 
 def examine() -> list[Finding]:
-    """All findings, quick ones first."""
+    """All findings, cheap ones first."""
     return [
         Finding("python", platform.python_version()),
         *(_version(name) for name in PACKAGES),
-        *(_optional(name, cure) for name, cure in OPTIONAL.items()),
+        *(_optional(name, remedy) for name, remedy in OPTIONAL.items()),
         *_machine(),
         *_devices(),
         *_kernels(),
@@ -47,7 +71,7 @@ def examine() -> list[Finding]:
 
 
 def untested(name: str, version: str) -> str:
-    """What to do about a version outside the tested range of a package; empty inside it. Patch releases of a tested release count as it."""
+    """The next step for a version outside the tested range of a package; empty inside it. Patch releases count as their release."""
     if name not in TESTED:
         return ""
     (oldest, newest), here = TESTED[name], _numbers(version)
@@ -89,7 +113,7 @@ def _machine() -> list[Finding]:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         findings.append(Finding("memory", f"{total / 2**30:.0f} GiB", "" if total > 3 * 2**30 else "prepare with data.workers: 1"))
     free = shutil.disk_usage(".").free
-    findings.append(Finding("disk here", f"{free / 2**30:.0f} GiB free", "" if free > 2**30 else "checkpoints need room: set run.dir"))
+    findings.append(Finding("disk here", f"{free / 2**30:.0f} GiB free", "" if free > 2**30 else "set run.dir to a larger disk"))
     return findings
 
 
@@ -99,18 +123,18 @@ def _devices() -> list[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         found = os.path.exists("/proc/driver/nvidia/version")
-        cure = "this torch was built without CUDA: reinstall torch from the default index" if found and built is None else ""
+        remedy = "this torch was built without CUDA: reinstall torch from the default index" if found and built is None else ""
         if found and built is not None:
-            cure = f"the driver doesn't work with CUDA {built}: check nvidia-smi, or install a torch for your driver"
-        return [Finding("GPU", "none that torch can use; tiny models train on the CPU", cure)]
+            remedy = f"the driver doesn't work with CUDA {built}: check nvidia-smi, or install a torch for your driver"
+        return [Finding("GPU", "none that torch can use; tiny models train on the CPU", remedy)]
     findings = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
-        cure = "" if capability >= (8, 0) else "bfloat16 and the fused operators need compute capability 8.0 (Ampere) or newer"
+        remedy = "" if capability >= (8, 0) else "bfloat16 and the fused operators need compute capability 8.0 (Ampere) or newer"
         findings.append(
             Finding(
-                f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{capability[0]}{capability[1]}", cure
+                f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{capability[0]}{capability[1]}", remedy
             )
         )
     return findings
@@ -144,9 +168,9 @@ def _codecs() -> list[Finding]:
 
     names = {"h264": "h264", "hevc": "hevc", "vp9": "vp9", "av1": ("libdav1d", "av1"), "mpeg4": "mpeg4"}
     missing = [name for name, codecs in names.items() if not any(codec in av.codecs_available for codec in _as_tuple(codecs))]
-    cure = f"videos in {', '.join(missing)} can't be read: install PyAV from its wheel (pip install av), it brings them" if missing else ""
+    remedy = f"videos in {', '.join(missing)} can't be read: install the wheel of PyAV (pip install av)" if missing else ""
     version = ".".join(str(number) for number in av.library_versions["libavcodec"])
-    return [Finding("video codecs", f"libavcodec {version}: " + ", ".join(name for name in names if name not in missing), cure)]
+    return [Finding("video codecs", f"libavcodec {version}: " + ", ".join(name for name in names if name not in missing), remedy)]
 
 
 def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:

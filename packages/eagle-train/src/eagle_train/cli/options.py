@@ -9,13 +9,16 @@ import typer
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration (YAML); eagle init writes one.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, for example runs/quickstart.", show_default=False)]
+ModelFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Run folder, or the folder of an exported or released model.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change one value: --set stages.0.lr=1e-5. May be given often.", metavar="KEY=VALUE"),
+    typer.Option("--set", help="Change one value: --set stages.0.lr=1e-5. May be repeated.", metavar="KEY=VALUE"),
 ]
 Checkpoint = Annotated[
     str | None,
     typer.Option(help="Checkpoint of the run by name, or its folder; default: the newest.", metavar="NAME", show_default=False),
 ]
 ShowDefaults = Annotated[bool, typer.Option("--show-defaults", help="Also print every value that the file does not set.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: a GPU when there is one.", show_default=False)]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU when there is one.", metavar="DEVICE", show_default=False)]

@@ -1,4 +1,4 @@
-"""What training says while it runs: on a terminal one line that moves, in a file a line now and then."""
+"""Progress of a verb: on a terminal one line that is rewritten, in a file a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 
+def is_main_rank() -> bool:
+    """Whether this process is the main rank of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 class Printer:
-    """Prints messages and the progress line; `silent` for ranks that aren't the first."""
+    """Prints messages and the progress line; `silent` for ranks other than the main rank."""
 
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
@@ -21,15 +26,15 @@ class Printer:
         self._open = False
         self._last = 0.0
 
-    def say(self, text: str) -> None:
-        """A message of its own."""
+    def message(self, text: str) -> None:
+        """Print a message on a line of its own."""
         if self.silent:
             return
         self._close()
         print(text, flush=True)
 
     def record(self, record: dict[str, Any]) -> None:
-        """A metrics record: a step moves the line, an evaluation is a message."""
+        """Print a metrics record: a step replaces the progress line, an evaluation is a message."""
         from eagle_train.training.metrics import progress_line
 
         if self.silent:
@@ -38,14 +43,14 @@ class Printer:
             scores = ", ".join(
                 f"{name} {score['accuracy']:.3f} (text-only {score['text_only']:.3f})" for name, score in record["scores"].items()
             )
-            self.say(f"{record['stage']}  after step {record['total_step']}: {scores}")
+            self.message(f"{record['stage']}  after step {record['total_step']}: {scores}")
         elif record["kind"] == "eval_failed":
             self._close()  # the error itself is logged
         elif record["kind"] == "step":
             self.line(progress_line(record), last=record["step"] == record["steps"])
 
     def line(self, text: str, last: bool = False) -> None:
-        """One line that replaces the one before; where that can't be, one line in ten seconds."""
+        """One line that replaces the one before on a terminal; elsewhere at most one line in ten seconds."""
         if self.silent:
             return
         if self.moving:
@@ -64,7 +69,7 @@ class Printer:
             self._open = False
 
     def preparing(self) -> Any:
-        """Progress of prepare: a context that gives its callback."""
+        """Progress of prepare: a context manager that yields its callback."""
         if self.silent:
             return nullcontext(None)
         self._close()
@@ -74,12 +79,12 @@ class Printer:
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A count that moves."""
+        """Progress of a count: a context manager that yields its callback."""
         yield lambda done, total: self.line(f"{done} of {total} {what}", last=done == total)
 
 
 def quiet() -> None:
-    """Our own log messages as plain lines; libraries only when something is wrong."""
+    """Log messages of eagle_train as plain lines, and those of libraries from warnings up."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("eagle_train").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

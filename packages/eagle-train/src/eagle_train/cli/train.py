@@ -1,14 +1,15 @@
-"""Verbs about training: train (and its quickstart), export."""
+"""`eagle train`: train a run, or the quickstart."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .app import app
-from .options import Checkpoint, Device, Overrides, RunFolder, ShowDefaults
+from .options import Device, Overrides, ShowDefaults
 
 if TYPE_CHECKING:
     from eagle_train.training.stop import StopSignals
@@ -22,18 +23,36 @@ def train(
     device: Device = None,
     show_defaults: ShowDefaults = False,
     folder: Annotated[
-        Path | None, typer.Option("--dir", help="quickstart only: where its data and its run go; left out: runs.", show_default=False)
+        Path | None, typer.Option("--dir", help="quickstart only: folder of its data and its run; default: runs.", show_default=False)
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="quickstart only: remove an earlier quickstart run first.")] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine; default: one per visible GPU, else 1.", metavar="N", show_default=False),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines, each with the same command.", metavar="N")] = 1,
+    rdzv: Annotated[
+        str | None,
+        typer.Option(help="With --nodes: the machine where all meet, the same for each.", metavar="HOST[:PORT]", show_default=False),
+    ] = None,
+    print_launch: Annotated[
+        str | None, typer.Option(help="Print a batch script instead; slurm is known.", metavar="SYSTEM", show_default=False)
+    ] = None,
 ) -> None:
-    """Prepare, plan, train all stages, evaluate. The same command continues a run that was interrupted.
+    """Prepare, plan, train all stages, evaluate. The same command continues an interrupted run.
 
-    Several GPUs or machines: torchrun --nproc-per-node 8 -m eagle_train.cli train CONFIG.
+    One process per visible GPU is started, unless torchrun or SLURM started this one among others.
     """
+    from . import launch
+
+    if print_launch is not None:
+        _print_launch(print_launch, config, overrides, nproc, nodes)
+        return
+    if not launch.join_slurm() and not launch.is_launched() and config != "quickstart":
+        _launch(config, overrides, device, nproc, nodes, rdzv)
     from eagle_train.training.stop import StopSignals
 
-    from .progress import quiet
-    from .run import is_main_rank
+    from .progress import is_main_rank, quiet
 
     quiet()
     with StopSignals(quiet=not is_main_rank()) as stop:
@@ -43,8 +62,31 @@ def train(
             _train(config, folder is not None or fresh, overrides, device, show_defaults, stop)
 
 
+def _print_launch(system: str, path: str, overrides: list[str] | None, nproc: int | None, nodes: int) -> None:
+    from eagle_train.config import ConfigError, load_config
+
+    from . import launch
+
+    if system != "slurm":
+        raise ConfigError(f"--print-launch {system}: expected slurm")
+    config = load_config(path, overrides or ())
+    print(launch.slurm_script(launch.without_launch_options(sys.argv[1:]), nproc, nodes, config.run.name))
+
+
+def _launch(path: str, overrides: list[str] | None, device: str | None, nproc: int | None, nodes: int, rdzv: str | None) -> None:
+    """Replace this process by torchrun when there is more than one process to start."""
+    from eagle_train.config import load_config
+
+    from . import launch
+
+    config = load_config(path, overrides or ())  # what is wrong with it is reported once
+    count = launch.processes(nproc, device)
+    if count * nodes > 1:
+        launch.start(launch.torchrun(launch.without_launch_options(sys.argv[1:]), count, nodes, rdzv, config.run.name))
+
+
 def _quickstart(folder: Path | None, fresh: bool, overrides: list[str] | None, device: str | None, stop: StopSignals) -> None:
-    from eagle_train.quickstart.run import run_quickstart
+    from eagle_train.quickstart.quickstart import run_quickstart
 
     from .progress import Printer
     from .tables import plan_table, score_table
@@ -67,62 +109,51 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     from eagle_train.runs.ready import get_ready
     from eagle_train.runs.train import train
     from eagle_train.watching.report import write_report
+    from eagle_train.watching.trackers import open_trackers
 
     from .progress import Printer
-    from .tables import defaults_text, plan_table, rows_line, score_table, start_line
+    from .tables import defaults_text, plan_table, position_warnings, rows_line, score_table, start_line
 
     device = device_kind(device)
     config = resolve_dtype(config, device)
     world = start_world(config.parallel, device)
     printer = Printer(silent=not world.is_main)
     if show_defaults:
-        printer.say(defaults_text(config))
+        printer.message(defaults_text(config))
     try:
         with printer.preparing() as progress:
             ready = get_ready(config, world, progress)
-        printer.say(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
+        printer.message(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
 
         def started(trainer: Trainer) -> None:
-            printer.say(plan_table(trainer.schedules))
-            printer.say(start_line(trainer))
+            printer.message(plan_table(trainer.schedules))
+            for warning in position_warnings(ready):
+                printer.message(warning)
+            printer.message(start_line(trainer))
 
-        trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.say)
+        with open_trackers(config, main=world.is_main) as trackers:
+
+            def recorded(record: dict[str, Any]) -> None:
+                printer.record(record)
+                trackers.record(record)
+
+            trained = train(
+                ready,
+                world,
+                on_record=recorded,
+                on_start=started,
+                stop=stop,
+                on_slow=printer.message,
+                on_answers=trackers.answers,
+            )
         result = trained.final_evaluation(limit=config.eval.limit)
         if world.is_main and result is not None:
             result.write(config.run.folder / "answers.jsonl")
-            printer.say(score_table(result))
+            printer.message(score_table(result))
         if world.is_main:
             write_report(config.run.folder)
-            printer.say(rows_line(ready.schedules, trained.trainer.missing))
-            printer.say(f"run folder: {config.run.folder}\nask it: eagle chat {config.run.folder} --image picture.png 'a question'")
+            printer.message(rows_line(ready.schedules, trained.trainer.missing))
+            printer.message(f"run folder: {config.run.folder}\ntry it: eagle chat {config.run.folder} --image picture.png 'a question'")
         trained.check_evaluations()
     finally:
         world.close()
-
-
-@app.command()
-def export(
-    run: RunFolder,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
-    checkpoint: Checkpoint = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
-) -> None:
-    """Write a run's weights in the layout of the released Eagle 2.5 checkpoints."""
-    from eagle_train.config import ConfigError
-
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ConfigError(f"--dtype {dtype}: one of bfloat16, float16, float32")
-    if output.exists() and not (output.is_dir() and (force or not any(output.iterdir()))):
-        raise ConfigError(f"{output} exists and is not an empty folder; name another one, or add --force to write into that folder")
-    from .progress import quiet
-
-    quiet()
-    from eagle_train.runs.export import export as run_export
-    from eagle_train.runs.folder import open_run
-    from eagle_train.training.checkpoint import find_checkpoint
-
-    config = open_run(run)
-    path = find_checkpoint(config.run.folder / "checkpoints", checkpoint) if checkpoint is not None else None
-    done = run_export(config, output, checkpoint_path=path, dtype=dtype)
-    print(f"wrote {output} (stage {done['from']['stage_name']}, step {done['from']['step']})")

@@ -2,7 +2,7 @@
 
 Each rank of a group reads its share of a pack's tiles. A sample that one of them can't read must be missing for all, and then every share
 of the pack's tiles is another one. The sums that a step needs anyway also count new missing samples; only if there are any do the ranks
-compare and read that pack again without them.
+compare and read that pack again without those samples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Totals(NamedTuple):
     samples: int
     missing: int
     labels: int
-    #: How many ranks got SIGINT and SIGTERM, and whether the main rank asks for a checkpoint after this step.
+    #: How many ranks got SIGINT and SIGTERM, and whether the main rank requests a checkpoint after this step.
     interrupts: int = 0
     terminations: int = 0
     saves: int = 0
@@ -51,14 +51,14 @@ def agree(
         numbers = [[p.batch.label_weight, p.tokens, p.tile_count, len(p.sample_ids), len(p.missing), p.batch.num_kept] for p in packs]
         # float64 on the CPU (gloo): known before the first forward, and no device waits for it.
         # The ranks of a context group hold the same packs: the first of them counts.
-        mine = torch.tensor(numbers, dtype=torch.float64).sum(0) * (world.context.rank == 0)
+        own = torch.tensor(numbers, dtype=torch.float64).sum(0) * (world.context.rank == 0)
         changed = sum(pack.missing.keys() != known.keys() for pack, known in zip(packs, agreed)) if world.context.size > 1 else 0
-        weight, *counts, changed = world.sum(torch.cat([mine, torch.tensor([*requests, changed], dtype=torch.float64)])).tolist()
+        weight, *counts, changed = world.sum(torch.cat([own, torch.tensor([*requests, changed], dtype=torch.float64)])).tolist()
         if not changed:
             return packs, Totals(weight, *map(int, counts))
-        everyone = world.gather([pack.missing for pack in packs])[group]
+        of_ranks = world.gather([pack.missing for pack in packs])[group]
         for place, known in enumerate(agreed):
-            union = {number: entry for missing in reversed(everyone) for number, entry in missing[place].items()}
+            union = {number: entry for missing in reversed(of_ranks) for number, entry in missing[place].items()}
             if union.keys() != known.keys():
                 agreed[place] = dict(sorted(union.items()))
                 packs[place] = read_again(place, agreed[place])

@@ -20,8 +20,8 @@ def has_bfloat16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu: Any = torch.cpu
-    asked = [getattr(cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    if any(supported() for supported in asked if supported is not None):
+    checks = [getattr(cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    if any(supported() for supported in checks if supported is not None):
         return True
     capabilities = cpu.get_capabilities() if hasattr(cpu, "get_capabilities") else {}
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
@@ -36,7 +36,7 @@ def warn_of_slow_bfloat16(config: Config, device: str) -> None:
     """Log a warning when bfloat16 is configured and the device does not compute it natively."""
     if config.parallel.dtype == "bfloat16" and not has_bfloat16(device):
         logger.warning(
-            "parallel.dtype is bfloat16, which this %s has no instructions for; on such a CPU a step of SmolLM2-135M took 163 s in "
+            "parallel.dtype is bfloat16, for which this %s has no instructions; on such a CPU a step of SmolLM2-135M took 163 s in "
             "bfloat16 and 15 s in float32. Set parallel.dtype: auto or float32",
             "CPU" if device == "cpu" else "GPU",
         )

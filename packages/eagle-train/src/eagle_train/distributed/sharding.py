@@ -14,7 +14,7 @@ from .world import World
 def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Module:
     """FSDP2 over all ranks: a unit for every layer, one for the rest; master weights float32, computation in `config.dtype`.
 
-    Ranks of a context group see the same parameters and other tokens, so for parameters they are data ranks too.
+    Ranks of a context group have the same parameters and different tokens, so for parameters they are data ranks too.
     With `config.fsdp` false parameters are replicated and only gradients are summed. A single float32 rank stays as it is. Raises
     ConfigError when `config.dtype` isn't the precision that `world` was started for.
     """
@@ -35,7 +35,7 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
-        # A single rank sums what it alone has: a factor would only cost a copy of every gradient.
+        # On a single rank the sum is the gradient itself: a factor would only cost a copy of every gradient.
         if world.size > 1 and hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]

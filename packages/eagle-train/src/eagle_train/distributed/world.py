@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from eagle_cp import ContextMesh
+from eagle_cp import ContextMesh, Layout
 from eagle_train.config import ConfigError, ParallelConfig
 from eagle_train.errors import TrainError
 
@@ -21,7 +21,7 @@ from .precision import auto_dtype
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a collective may wait: a rank may be reading a long video meanwhile."""
 PATIENCE = datetime.timedelta(days=7)
-"""How long ranks wait for what only the first one does: it may be measuring a hundred million rows."""
+"""How long ranks wait for work of the main rank: it may be measuring a hundred million rows."""
 
 T = TypeVar("T")
 
@@ -37,9 +37,13 @@ class RankError(TrainError, RuntimeError):
 class MainRankError(RankError):
     """The main rank stopped, which it reports itself."""
 
+    on_every_rank = True
+
 
 class DeviceError(ConfigError):
-    """The device that is asked for can't be used by this rank; other ranks may have one."""
+    """The requested device can't be used by this rank; other ranks may have one."""
+
+    on_every_rank = False
 
 
 @dataclass
@@ -60,6 +64,14 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def layout(self, cu_seqlens: Sequence[int], text_config: Any, prefixes: Sequence[int] = ()) -> Layout:
+        """How the ranks of a context parallel group share a pack. text_config: of the language model, for its numbers of heads. prefixes: of
+        a `PackedBatch`."""
+        if self.context.size == 1:
+            return Layout.single(cu_seqlens, prefixes or None)
+        heads = {"num_heads": text_config.num_attention_heads, "num_kv_heads": text_config.num_key_value_heads}
+        return Layout.build(cu_seqlens, self.context, prefixes=prefixes or None, **heads)
+
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""
         if self.size > 1:
@@ -72,25 +84,25 @@ class World:
             dist.barrier()
 
     def first(self, work: Callable[[], T]) -> T | None:
-        """Let the main rank do `work` while the others wait, for days if need be. Returns its result there and None elsewhere.
+        """Call `work` on the main rank while the others wait, for days if need be. Returns its result there and None elsewhere.
 
         What `work` raises is raised on the main rank, and RankError with the same message on the others; a main rank that is killed
         ends them too.
         """
         if self.size == 1:
             return work()
-        told: list[str | None] = [None]
+        failure: list[str | None] = [None]
         if not self.is_main:
-            dist.broadcast_object_list(told, src=0, group=self.patient)
-            if told[0] is not None:
-                raise MainRankError(f"rank 0 stopped: {told[0]}")
+            dist.broadcast_object_list(failure, src=0, group=self.patient)
+            if failure[0] is not None:
+                raise MainRankError(f"rank 0 stopped: {failure[0]}")
             return None
         try:
             result = work()
         except Exception as error:
             dist.broadcast_object_list([str(error) or type(error).__name__], src=0, group=self.patient)
             raise
-        dist.broadcast_object_list(told, src=0, group=self.patient)
+        dist.broadcast_object_list(failure, src=0, group=self.patient)
         return result
 
     def gather(self, value: Any) -> list[Any]:
@@ -101,31 +113,31 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def failures(self, mine: str | None) -> list[str]:
-        """Failures as `rank N: ...`, on all ranks the same; empty when `mine` is None everywhere. A collective of all ranks.
+    def failures(self, own: str | None) -> list[str]:
+        """Failures as `rank N: ...`, on all ranks the same; empty when `own` is None everywhere. A collective of all ranks.
 
-        Raises RankError on a rank that failed when the others don't come within `FAILED_PATIENCE`: they wait for it in another collective
+        Raises RankError on a rank that failed when the others don't arrive within `FAILED_PATIENCE`: they wait for it in another collective
         (for example in a layer of a sharded model), and the process group can't be used again.
         """
         if self.size == 1:
-            return [] if mine is None else [mine]
+            return [] if own is None else [own]
         failed = torch.zeros(self.size, dtype=torch.int32)
-        failed[self.rank] = mine is not None
+        failed[self.rank] = own is not None
         # On a group of its own, so that it never meets a collective of the model.
         work = dist.all_reduce(failed, group=self.patient, async_op=True)
         assert work is not None
         try:
-            work.wait(PATIENCE if mine is None else FAILED_PATIENCE)
+            work.wait(PATIENCE if own is None else FAILED_PATIENCE)
         except RuntimeError as error:
-            if mine is None:
-                raise RankError(f"rank {self.rank} lost another rank ({error}); the message of that rank says why") from error
+            if own is None:
+                raise RankError(f"rank {self.rank} lost another rank ({error}); see the message of that rank") from error
             raise RankError(
-                f"rank {self.rank} failed while the others waited for it in a collective: {mine}. The run ends here; "
+                f"rank {self.rank} failed while the others waited for it in a collective: {own}. The run ends here; "
                 "the same command continues from the newest checkpoint"
             ) from error
         if not failed.any():
             return []
-        return [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(mine)) if text is not None]
+        return [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(own)) if text is not None]
 
     def close(self) -> None:
         """Leave the process group, if it was made here."""
@@ -135,24 +147,27 @@ class World:
 
 
 def device_kind(device: str | None) -> str:
-    """`cpu` or `cuda`: the one that is asked for, or a GPU when there is one. Raises ConfigError for another name, or without a GPU."""
+    """`cpu` or `cuda`: the requested one, or a GPU when there is one. Raises ConfigError for another name, or without a GPU."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device!r}: expected cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
+        raise ConfigError(f"device {device!r}: expected cpu or cuda; CUDA_VISIBLE_DEVICES chooses the GPU")
     if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device 'cuda': torch finds no GPU here; eagle doctor says what it finds")
+        raise DeviceError("device 'cuda': torch finds no GPU; eagle doctor prints what is installed")
     return device
 
 
 def alone(device: str | None = None) -> World:
-    """This process by itself, whatever runs beside it: for what needs a model and no other rank. Raises ConfigError for another device."""
+    """This process as the only rank, also under torchrun. Raises ConfigError for another device."""
     return World(0, 1, torch.device(device_kind(device)), 0, 1, ContextMesh.single(), None)
 
 
-def for_evaluation(config: ParallelConfig) -> ParallelConfig:
-    """How ranks evaluate a trained model, whatever it was trained on: the whole model on every rank, in float32."""
-    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": 1, "all_gather": 1})
+def for_evaluation(config: ParallelConfig, *, ulysses: int = 1, all_gather: int = 1) -> ParallelConfig:
+    """How ranks evaluate a trained model, whatever it was trained on: the whole model on every rank, in float32.
+
+    ulysses, all_gather: ranks that share a pack of teacher-forced scoring.
+    """
+    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": ulysses, "all_gather": all_gather})
 
 
 def start_world(config: ParallelConfig, device: str | None = None) -> World:

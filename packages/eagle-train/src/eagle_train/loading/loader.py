@@ -1,9 +1,9 @@
-"""Packs read ahead of the step by worker processes, in order, within a bound of bytes; a stuck file costs its sample and nothing more.
+"""Packs read ahead of the step by worker processes, in order, within a bound of bytes; a file that blocks costs only its sample.
 
-Each worker is a process with a pipe. It gets the tasks of some packs, says which sample it begins, and sends back finished batches.
-The parent (one thread) hands out tasks while the bytes of what was asked for and not yet used stay below the bound, hands batches on in
-the order of the tasks, and watches the clock: a worker that sits on one sample for longer than `stuck_after` is killed, a new one does
-the pack again without that sample, and the sample goes to the ledger. So does a sample whose decoder takes its process down.
+Each worker is a process with a pipe. It receives the tasks of some packs, publishes which sample it reads, and sends back finished batches.
+The parent (one thread) assigns tasks while the bytes of batches that are requested and not yet used stay below the bound, returns batches
+in the order of the tasks, and measures time: a worker that reads one sample for longer than `stuck_after` is killed, a new one reads the
+pack again without that sample, and the sample goes to the ledger. So does a sample whose decoder ends its process.
 Order and content never depend on timing (except for what a time limit cut).
 """
 
@@ -41,7 +41,7 @@ SLOW_SAMPLE = 30.0
 
 
 class Reading(NamedTuple):
-    """What a worker must know next to its tasks. tokenizer: its folder."""
+    """What a worker needs besides its tasks. tokenizer: its folder."""
 
     tokenizer: str
     spec: VisualSpec
@@ -64,7 +64,7 @@ class Task(NamedTuple):
 
 
 class LoaderError(TrainError, RuntimeError):
-    """The loader can't go on; the message has the worker's own traceback."""
+    """The loader can't continue; the message has the worker's own traceback."""
 
 
 def make_encoder(tokenizer: str) -> CachedEncoder:
@@ -80,7 +80,7 @@ class _Worker:
     pipe: Connection
     place: Any  # shared int: the sample (place in the pack) that is being read, -1 for none
     number: int | None = None  # the task it has
-    seen: int = -1
+    last_place: int = -1
     since: float = 0.0
     named: bool = False
 
@@ -96,8 +96,8 @@ class _Slot:
 class Loader:
     """Iterate over `(key, LoadedPack)` in the order of `tasks`; use as a context manager, or call `close`.
 
-    workers: processes; 0 reads in the calling thread when a batch is asked for. prefetch: bytes of batches that may be on their way or
-    waiting (one batch is always allowed). `waited` is the time that the consumer spent waiting; `seconds_by_source` where reading went.
+    workers: processes; 0 reads in the calling thread when a batch is requested. prefetch: bytes of batches that may be in progress or
+    waiting (one batch is always allowed). `waited` is the time that the consumer waited; `seconds_by_source` is reading time by source.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Loader:
 
     @property
     def bytes_ahead(self) -> int:
-        """Bytes of the batches that are on their way (as their plans estimate them) or waiting; at most `prefetch` and one batch more."""
+        """Bytes of the batches that are in progress (as their plans estimate them) or waiting; at most `prefetch` and one batch more."""
         return self._bytes
 
     def __iter__(self) -> Iterator[tuple[Any, LoadedPack]]:
@@ -209,7 +209,7 @@ class Loader:
         if (self._thread is not None and not self._closed) or (self._thread is not None and self._thread.is_alive()):
             try:
                 self._wake_write.send_bytes(b"1")
-            except OSError:  # the thread is gone, nobody needs waking
+            except OSError:  # the thread has ended and needs no wake-up
                 return
 
     def _start(self) -> _Worker:
@@ -232,7 +232,7 @@ class Loader:
                     else:
                         self._receive(pipes[pipe])
                 self._watch()
-        except BaseException as error:  # whatever it is, the consumer must hear of it instead of waiting for ever
+        except BaseException as error:  # any error: the consumer would wait for ever without it
             with self._condition:
                 self._error = error
                 self._condition.notify_all()
@@ -258,10 +258,10 @@ class Loader:
     def _send(self, worker: _Worker) -> None:
         assert worker.number is not None
         slot = self._slots[worker.number]
-        worker.seen, worker.since = -1, time.monotonic()
+        worker.last_place, worker.since = -1, time.monotonic()
         try:
             worker.pipe.send((slot.task, slot.skip))
-        except OSError:  # the process died; _receive sees the closed pipe and starts another
+        except OSError:  # the process died; _receive finds the closed pipe and starts another
             return
 
     def _receive(self, worker: _Worker) -> None:
@@ -283,12 +283,12 @@ class Loader:
         worker.number = None
 
     def _watch(self) -> None:
-        """Name slow samples, and give up on stuck ones."""
+        """Log slow samples, and stop reading ones that block."""
         now = time.monotonic()
         for worker in list(self._workers):
             place = worker.place.value
-            if worker.number is None or place < 0 or place != worker.seen:
-                worker.seen, worker.since, worker.named = place, now, False
+            if worker.number is None or place < 0 or place != worker.last_place:
+                worker.last_place, worker.since, worker.named = place, now, False
                 continue
             elapsed = now - worker.since
             if elapsed > SLOW_SAMPLE and not worker.named:
@@ -316,14 +316,14 @@ class Loader:
         if place >= 0:
             slot = self._slots[worker.number]
             address = slot.task.pack[place].address
-            logger.warning("%s:%d (source %s) is left out: %s", address.annotation, address.line, address.source, detail)
+            logger.warning("%s:%d (source %s) is not used: %s", address.annotation, address.line, address.source, detail)
             slot.skip[place] = Entry(address.source, address.line, reason, detail, "train")
         self._send(fresh)
 
 
 @contextmanager
 def _without_signals() -> Iterator[None]:
-    """Processes that start here ignore SIGINT and SIGTERM: a terminal sends Ctrl-C to them too, and the running step needs them."""
+    """Processes that start here ignore SIGINT and SIGTERM: a terminal sends Ctrl-C to them too, and the running step depends on them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -350,7 +350,7 @@ def read(task: Task, encoder: CachedEncoder, reading: Reading, skip: dict[int, E
 
 
 def work(pipe: Connection, place: Any, reading: Reading) -> None:
-    """The body of a worker process: tasks in, batches out, until the pipe closes. `place` tells which sample is being read."""
+    """The body of a worker process: tasks in, batches out, until the pipe closes. `place` is the sample that is being read."""
 
     def begins(number: int, _: Address) -> None:
         place.value = number

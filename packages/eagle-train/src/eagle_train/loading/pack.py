@@ -1,7 +1,7 @@
 """A pack of planned samples becomes a packed batch: ids, targets, positions, loss weights and tiles. Pixels are read here, once.
 
-Nothing is substituted. A sample whose media can't be read any more is left out of the pack and its reason is kept in `missing`; because
-loss denominators are summed from the batches that were made (`label_weight`), they stay right.
+Nothing is substituted. A sample whose media can't be read any more is missing from the pack and its reason is in `missing`; loss
+denominators stay right, because they are summed from the batches that were made (`label_weight`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class LoadedPack:
     """A packed batch and where it comes from.
 
     batch: numpy arrays of the whole pack; its tiles are this process's share. sample_ids: (source, line) of each sample. tile_count: tiles
-    of the whole pack. planned_tokens: what the plan expected (an upper bound). missing: place in the pack -> why it isn't here.
-    seconds_by_source: where reading went.
+    of the whole pack. planned_tokens: tokens of the plan (an upper bound). missing: place in the pack -> ledger entry.
+    seconds_by_source: reading time by source.
     """
 
     batch: PackedBatch
@@ -79,14 +79,16 @@ def load_pack(
     limits: Limits | None = None,
     share: Share = WHOLE,
     skip: dict[int, Entry] | None = None,
+    change: Callable[[int, Sample], Sample] | None = None,
     on_sample: Callable[[int, Address], None] | None = None,
     clock: Callable[[], float] | None = None,
 ) -> LoadedPack:
     """Read the samples of a pack: the text of all, and the tiles of this process's share.
 
-    skip: samples (by place in the pack) that are already known not to work, with their ledger entries.
-    on_sample: called before each sample, for whoever watches the time. clock: seconds, to account reading to sources.
-    With more than one rank a sample that can't be read moves the shares of all: see `eagle_train.distributed.agreement`.
+    skip: samples (by place in the pack) that are known to be unreadable, with their ledger entries. change: what a sample is read as, by
+    its place (evaluation puts other answers in); the plan must hold for it.
+    on_sample: called with the place of each sample before it is read. clock: seconds, for the reading time by source.
+    With more than one rank a sample that can't be read changes the shares of all: see `eagle_train.distributed.agreement`.
     """
     limits, skip = limits or Limits(), skip or {}
     missing: dict[int, Entry] = {}
@@ -111,18 +113,21 @@ def load_pack(
                 seconds[address.source] = seconds.get(address.source, 0.0) + clock() - begin
         return None
 
-    def read_text(planned: Planned) -> tuple[Sample, Encoded]:
+    def read_text(place: int) -> tuple[Sample, Encoded]:
+        planned = pack[place]
         sample = load_sample(planned.address)
+        if change is not None:
+            sample = change(place, sample)
         tokens = encode(planned.plan.render(sample.messages, spec), encoder)
         if len(tokens.input_ids) > planned.plan.tokens:
             raise MediaChanged(f"the row has {len(tokens.input_ids)} tokens, prepare counted {planned.plan.tokens}")
         return sample, tokens
 
     rows: dict[int, tuple[Sample, Encoded]] = {}
-    for place, planned in enumerate(pack):
+    for place in range(len(pack)):
         if place in skip:
             missing[place] = skip[place]
-        elif (row := attempt(place, partial(read_text, planned))) is not None:
+        elif (row := attempt(place, partial(read_text, place))) is not None:
             rows[place] = row
 
     counts = {place: pack[place].plan.tile_count(spec) for place in rows}

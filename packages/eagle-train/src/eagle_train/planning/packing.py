@@ -94,8 +94,8 @@ def _pack_window(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
 
 
 def _least_packs(descending: np.ndarray, capacity: int) -> int:
-    """A lower bound of the packs needed: tokens over capacity, or, when many are longer than half a pack, those and what fits nowhere
-    beside them (the bound L2 of Martello and Toth, 1990: the best over all lengths that count as too short to matter)."""
+    """A lower bound of the packs needed: tokens over capacity, or, when many are longer than half a pack, those and what fits into
+    none of them (the bound L2 of Martello and Toth, 1990: the best over all lengths that count as negligible)."""
     total = np.concatenate([[0], np.cumsum(descending)])
     lengths = -descending  # rising, for searchsorted
     halves = int(np.searchsorted(lengths, -(capacity // 2)))  # samples longer than half a pack
@@ -104,14 +104,14 @@ def _least_packs(descending: np.ndarray, capacity: int) -> int:
         return len(descending)
     stop = np.searchsorted(lengths, -shortest, side="right")  # samples at least as long as each of `shortest`
     alone = np.searchsorted(lengths, shortest - capacity)  # samples that leave no room for one of them
-    beside = (halves - alone) * capacity - (total[halves] - total[alone])
-    return halves + max(0, int(np.max(-(-(total[stop] - total[halves] - beside) // capacity))))
+    fits = (halves - alone) * capacity - (total[halves] - total[alone])
+    return halves + max(0, int(np.max(-(-(total[stop] - total[halves] - fits) // capacity))))
 
 
 def _deal(descending: np.ndarray, capacity: int, count: int, share: float, most: int | None = None) -> tuple[np.ndarray, int]:
     """`share` of the tokens, longest samples first, in rounds over `count` packs; the rest, and what did not fit, by best fit.
 
-    Gives up, with a number above `most`, when it needs more packs than that.
+    Stops, and returns a number above `most`, when it needs more packs than that.
     """
     stop = int(np.searchsorted(np.cumsum(descending), share * descending.sum()))
     bins = np.empty(len(descending), np.int64)

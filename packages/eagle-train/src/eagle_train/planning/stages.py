@@ -29,7 +29,7 @@ from .visual import plan_visual, sample_plan
 
 
 class Planned(NamedTuple):
-    """A sample of a pack: where its row stands, and what its media get."""
+    """A sample of a pack: the address of its row, and the plan of its media."""
 
     address: Address
     plan: SamplePlan
@@ -83,6 +83,10 @@ class StagePlan:
     def steps(self) -> int:
         return self.packs // self.stage.packs_per_step
 
+    def rows(self) -> np.ndarray:
+        """Distinct rows of the facts in the epoch, int64, rising."""
+        return np.unique(self.pack_rows)
+
     def rows_of(self, pack: int) -> np.ndarray:
         """Rows of the facts in pack `pack`, int64 [samples]."""
         return self.pack_rows[self.pack_offsets[pack] : self.pack_offsets[pack + 1]]
@@ -120,7 +124,7 @@ class StagePlan:
 
     def summary(self) -> PlanSummary:
         """Counts, fill and balance; a few column sums."""
-        used = np.unique(self.pack_rows)
+        used = self.rows()
         tokens = self.visual.tokens[self.pack_rows]
         frames = np.concatenate([[0], np.cumsum(self.visual.frames, dtype=np.int64)])
         frames = frames[self.visual.video_offsets[1:]] - frames[self.visual.video_offsets[:-1]]
@@ -185,7 +189,7 @@ def nothing_to_train(facts: Facts, stage: StageConfig, visual: VisualPlans, seed
     drawable = np.unique(drawable_rows(facts, stage, seed))
     return ValueError(
         f"stage {stage.name}: none of {len(facts)} rows can be used ({np.count_nonzero(visual.status[drawable])} do not fit "
-        f"{stage.max_tokens} tokens, {len(facts) - len(drawable)} are never drawn); raise max_tokens, or look at the ledger and at the "
+        f"{stage.max_tokens} tokens, {len(facts) - len(drawable)} are never drawn); raise max_tokens, or check the ledger and the "
         "stage's sources, their repeat_time and weight"
     )
 
@@ -261,7 +265,7 @@ def order_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int, seed: in
 class StageSchedule:
     """All epochs of a stage as one run of steps; plans of epochs are made when they are needed and the last two are kept.
 
-    Threads may share it (the loader's asks ahead of the trainer's): one plans, and the others wait for it.
+    Threads may share it (the loader's is ahead of the trainer's): one plans, and the others wait for it.
     """
 
     def __init__(self, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec) -> None:

@@ -32,8 +32,8 @@ MODEL = {
     "patch_initializer_range": 0.25,
 }
 """0.3 M parameters, small enough for two cores. The usual initializer_range of 0.02 is made for
-widths in the thousands; with it this model had not found the shapes after 1000 steps, with about 1 / sqrt(width) it has after 600.
-The tower alone, taught shapes for 1000 steps, gets 0.93 of them right with this patch embedding and 0.78 with a third of it."""
+widths in the thousands; with it this model did not learn the shapes in 1000 steps, with about 1 / sqrt(width) it does in 600.
+The tower alone, trained on shapes for 1000 steps, gets 0.93 of them right with this patch embedding and 0.78 with a third of it."""
 
 
 SOURCES = ("descriptions", "comparisons", "negations", "questions", "videos")
@@ -95,7 +95,7 @@ def _first(split: Split, images: int | None) -> Split:
 
 
 def _shuffled(turns: list[Turn], rng: np.random.Generator) -> list[Turn]:
-    """In any order, since each may be the first question that somebody asks."""
+    """In any order, since each may be the first question of a conversation."""
     return [turns[index] for index in rng.permutation(len(turns))]
 
 
@@ -157,7 +157,7 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
         "checkpoint": {"every": 400, "keep": 1},
         "parallel": {"dtype": "float32"},
         # On two cores a worker that reads takes turns with the threads that compute, and they wait for each other. Reading here takes
-        # a seventh of the time, and 14 000 tokens a second were seen; with a worker beside it about 12 000.
+        # a seventh of the time, and 14 000 tokens a second were seen; next to a worker about 12 000.
         "loader": {"workers": 0},
         "eval": {"limit": 60, "batch_size": 128, "max_new_tokens": 16},
     }

@@ -1,9 +1,9 @@
 """easy-VQA as rows: one shape in one colour on each of 5 000 images, 48 248 questions about them, and videos made of the images.
 
 Training rows hold up to two turns about one image, one on its shape and one on its colour, in an order in which the first question
-doesn't give the second answer away. Turning and mirroring an image changes none of its answers, so rows see it in different positions.
-A third kind of row says what is shown and then asks yes/no questions. What they compare stands there as text, so that comparing
-can be learned before seeing, which it is not always in these few minutes: seven of eight answers about colours can be guessed.
+doesn't give the second answer away. Turning and mirroring an image changes none of its answers, so rows show it in different positions.
+A third kind of row describes the image and then has yes/no questions about it. What they compare is there as text, so that comparing
+can be learned before vision, which does not always succeed in these few minutes: seven of eight answers about colours can be guessed.
 Held-out rows are the package's own test questions, one each, on the images as they are.
 """
 
@@ -57,13 +57,13 @@ def load_split(name: str) -> Split:
 
 
 def description(turns: Iterable[Turn]) -> str | None:
-    """`a red circle`, when the questions of an image tell both; they never contradict each other.
+    """`a red circle`, when the questions of an image state both; they never contradict each other.
 
     The article is there for the tokens: behind it, words have those that they have in questions, and can be compared as they are.
     """
     known = {word for turn in turns if not is_yes_or_no(turn) for word in f"{turn.question} {turn.answer}".replace("?", " ").split()}
-    colour = next((word for word in COLOURS if word in known), None)
-    shape = next((word for word in SHAPES if word in known), None)
+    colour = next((name for name in COLOURS if name in known), None)
+    shape = next((name for name in SHAPES if name in known), None)
     return f"a {colour} {shape}" if colour and shape else None
 
 
@@ -74,18 +74,18 @@ def about_shape(turn: Turn) -> bool:
     return turn.answer in SHAPES
 
 
-def tells(turn: Turn) -> bool:
-    """Whether the question itself says what is in the image ("what is the blue shape?")."""
+def states_answer(turn: Turn) -> bool:
+    """Whether the question itself states what is in the image ("what is the blue shape?")."""
     return not is_yes_or_no(turn) and any(word in turn.question for word in (*SHAPES, *COLOURS))
 
 
 def is_yes_or_no(turn: Turn) -> bool:
-    """Whether it is such a question."""
+    """Whether it is a yes/no question."""
     return turn.answer in ("yes", "no")
 
 
 def is_negated(turn: Turn) -> bool:
-    """Whether it asks for what is not there ("is there not a circle?", "is no circle present?")."""
+    """Whether the question is negated ("is there not a circle?", with no before the noun)."""
     return not {"not", "no"}.isdisjoint(turn.question.split())
 
 
@@ -99,7 +99,7 @@ def usual_answers(split: Split) -> dict[str, str]:
 
 
 def pair_turns(turns: Sequence[Turn], rng: np.random.Generator) -> list[list[Turn]]:
-    """Conversations of one or two turns that use every turn once: shape and colour, the telling question last."""
+    """Conversations of one or two turns that use every turn once: shape and colour; the question that states one of them comes last."""
     mixed = [turns[index] for index in rng.permutation(len(turns))]
     piles = [[turn for turn in mixed if about_shape(turn)], [turn for turn in mixed if not about_shape(turn)]]
     rows = []
@@ -107,8 +107,8 @@ def pair_turns(turns: Sequence[Turn], rng: np.random.Generator) -> list[list[Tur
         row = [pile.pop() for pile in piles if pile]
         if rng.random() < 0.5:
             row.reverse()
-        row.sort(key=tells)
-        if len(row) == 2 and tells(row[0]):  # both tell: each would be the other's answer
+        row.sort(key=states_answer)
+        if len(row) == 2 and states_answer(row[0]):  # each question would state the other's answer
             rows.append([row.pop()])
         rows.append(row)
     return rows
@@ -152,9 +152,11 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def description_rows(split: Split, database: str, positions: int) -> list[dict[str, Any]]:
-    """What is shown, for every image whose questions tell, in every position."""
-    told = {number: said for number, turns in split.turns.items() if (said := description(turns))}
-    return [image_row(number, position, [Turn(DESCRIBE, said)], database) for position in range(positions) for number, said in told.items()]
+    """A description of every image whose questions state it, in every position."""
+    described = {number: text for number, turns in split.turns.items() if (text := description(turns))}
+    return [
+        image_row(number, position, [Turn(DESCRIBE, text)], database) for position in range(positions) for number, text in described.items()
+    ]
 
 
 def question_rows(split: Split, database: str, positions: int, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -169,7 +171,7 @@ def question_rows(split: Split, database: str, positions: int, rng: np.random.Ge
 def comparison_rows(
     split: Split, database: str, positions: Iterable[int], rng: np.random.Generator, *, negated: bool
 ) -> list[dict[str, Any]]:
-    """What is shown, then yes/no questions: those that can't be guessed, two on colours that can, and all on shapes.
+    """A description, then yes/no questions: those that can't be guessed, two on colours that can, and all on shapes.
 
     Without `negated` there is no "is there not a circle?" among them: with it the answer is the comparison turned round or not, of which
     neither half shows before the other is known.
@@ -178,10 +180,10 @@ def comparison_rows(
     rows = []
     for position in positions:
         for number, turns in split.turns.items():
-            said = description(turns)
-            if said is None:
+            text = description(turns)
+            if text is None:
                 continue
-            asked, guessable = [Turn(DESCRIBE, said)], 0
+            chosen, guessable = [Turn(DESCRIBE, text)], 0
             for turn in (turns[index] for index in rng.permutation(len(turns))):
                 if not is_yes_or_no(turn) or (is_negated(turn) and not negated):
                     continue
@@ -189,8 +191,8 @@ def comparison_rows(
                     guessable += 1
                     if guessable > 2:
                         continue
-                asked.append(turn)
-            rows.append(image_row(number, position, asked, database))
+                chosen.append(turn)
+            rows.append(image_row(number, position, chosen, database))
     return rows
 
 

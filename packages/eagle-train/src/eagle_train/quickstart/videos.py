@@ -1,4 +1,4 @@
-"""Videos for the quickstart: real H.264, one easy-VQA image after the other, a second each, and questions about when what was seen."""
+"""Videos for the quickstart: real H.264, one easy-VQA image after the other, a second each, and questions about their order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AT_END = "what is shown at the end?"
 AT_START = "what is shown at the start?"
 IN_ORDER = "in what order?"
 LONGEST_ORDER = 3
-"""Scenes up to which the order is asked for: beyond, one wrong shape anywhere would make the answer wrong."""
+"""Longest clip, in scenes, with a question about the order: one wrong shape makes the whole answer wrong."""
 
 
 class Clip(NamedTuple):
@@ -32,7 +32,7 @@ class Clip(NamedTuple):
 def encode(path: Path, images: Sequence[Image.Image]) -> None:
     """Each image for `SECONDS_PER_SCENE` second, `FPS` frames a second, H.264 in MP4."""
     with av.open(str(path), "w") as container:
-        # Nearly lossless: colours are what is asked about.
+        # Nearly lossless, since the questions are about colours.
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "12", "g": str(FPS * 4)})
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
@@ -45,10 +45,10 @@ def encode(path: Path, images: Sequence[Image.Image]) -> None:
 
 
 def make_clips(split: Split, folder: Path, lengths: Sequence[int], rng: np.random.Generator) -> list[Clip]:
-    """One clip of each length (in scenes), of images drawn at random among those whose questions tell what they show."""
+    """One clip of each length (in scenes), of images drawn at random among those whose questions state what they show."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = {number: said for number, turns in split.turns.items() if (said := description(turns))}
-    numbers = np.array(sorted(told))
+    described = {number: text for number, turns in split.turns.items() if (text := description(turns))}
+    numbers = np.array(sorted(described))
     clips = []
     for index, length in enumerate(lengths):
         chosen = rng.choice(numbers, length, replace=False).tolist()
@@ -58,7 +58,7 @@ def make_clips(split: Split, folder: Path, lengths: Sequence[int], rng: np.rando
                 images.append(file.convert("RGB"))
         path = folder / f"{index:04d}.mp4"
         encode(path, images)
-        clips.append(Clip(path, tuple(told[number] for number in chosen)))
+        clips.append(Clip(path, tuple(described[number] for number in chosen)))
     return clips
 
 

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from eagle_model.processor import EagleProcessor
 from eagle_train.distributed.world import alone
 from eagle_train.evaluation.generate import generate
-from eagle_train.training.model import check_model_folder
 
 
 class Chat:
-    """Keeps what was said; `ask` answers greedily. images and videos belong to the first question."""
+    """A conversation with a model.
+
+    images, videos: media of the first question. system: system message; None: that of the processor. temperature: 0 decodes greedily,
+    larger values sample. settings: arguments of `EagleProcessor.process` for every question (`fps`, `max_tiles`, ...).
+    """
 
     def __init__(
         self,
@@ -26,31 +28,25 @@ class Chat:
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        system: str | None = None,
+        **settings: Any,
     ) -> None:
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.settings = model, processor, settings
         self.images, self.videos = list(images), list(videos)
-        self.max_new_tokens = max_new_tokens
-        self.messages: list[dict[str, str]] = []
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 
     @classmethod
     def open(
-        cls,
-        folder: str | Path,
-        *,
-        images: Sequence[Path] = (),
-        videos: Sequence[Path] = (),
-        device: str | None = None,
-        max_new_tokens: int = 256,
+        cls, folder: str | Path, *, images: Sequence[Path] = (), videos: Sequence[Path] = (), device: str | None = None, **options: Any
     ) -> Chat:
-        """From a run folder (its newest checkpoint), or a folder of an exported or released model.
+        """From a run folder (its newest checkpoint), or a folder of an exported or released model. options: as in the class.
 
         Raises ConfigError for another folder, before anything is loaded, and FileNotFoundError for a medium that does not exist.
         """
         folder = Path(folder)
-        for path in (*images, *videos):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: there is no such file")
-        media = {"images": [str(path) for path in images], "videos": [str(path) for path in videos]}
+        media = {"images": existing(images), "videos": existing(videos)}
         world = alone(device)
         if (folder / "config.yaml").is_file():
             from eagle_train.training.model import load_run_tokenizer
@@ -61,20 +57,40 @@ class Chat:
             config = open_run(folder)
             tokenizer = load_run_tokenizer(config)
             model, _ = load_trained(config, tokenizer, world)
-            return cls(model, run_processor(config, tokenizer, model.config), max_new_tokens=max_new_tokens, **media)
-        from eagle_model.eagle import EagleForConditionalGeneration
+            return cls(model, run_processor(config, tokenizer, model.config), **media, **options)
+        from .exported import load_exported
 
-        check_model_folder(folder)
-        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-        model = EagleForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(world.device).eval()
-        return cls(model, EagleProcessor.from_pretrained(folder), max_new_tokens=max_new_tokens, **media)  # type: ignore[arg-type]
+        return cls(*load_exported(folder, world.device), **media, **options)
 
-    def ask(self, question: str) -> str:
-        """The answer, which the next question may refer to. Raises PromptError, MediaError, or BudgetError when it doesn't fit."""
-        messages = [*self.messages, {"role": "user", "content": question}]
-        made = self.processor.process(messages, self.images, self.videos, add_generation_prompt=True)
-        device = next(self.model.parameters()).device
-        tokenizer = self.processor.tokenizer  # type: ignore[attr-defined]
-        [answer] = generate(self.model, tokenizer, [made.input_ids], made.tiles, max_new_tokens=self.max_new_tokens, device=device)
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-        return answer
+    def answer(self, question: str, images: Sequence[Path] = (), videos: Sequence[Path] = ()) -> str:
+        """The answer, which the next question may refer to. images, videos: further media, which belong to this question.
+
+        Media without a placeholder (`<image-N>`, `<video-N>`, counted over the conversation) come before the question. Raises PromptError,
+        MediaError, FileNotFoundError, or BudgetError when it doesn't fit; the conversation is then as it was before.
+        """
+        all_images, all_videos = [*self.images, *existing(images)], [*self.videos, *existing(videos)]
+        new = [("image", len(self.images), len(images)), ("video", len(self.videos), len(videos))]
+        placeholders = [f"<{kind}-{before + number}>" for kind, before, count in new for number in range(1, count + 1)]
+        content = "".join(placeholder for placeholder in placeholders if placeholder not in question) + question
+        messages = [*self.messages, {"role": "user", "content": content}]
+        made = self.processor.process(messages, all_images, all_videos, add_generation_prompt=True, **self.settings)
+        [text] = generate(
+            self.model,
+            self.processor.tokenizer,  # type: ignore[attr-defined]
+            [made.input_ids],
+            made.tiles,
+            max_new_tokens=self.max_new_tokens,
+            device=next(self.model.parameters()).device,
+            temperature=self.temperature,
+        )
+        self.images, self.videos = all_images, all_videos
+        self.messages = [*messages, {"role": "assistant", "content": text}]
+        return text
+
+
+def existing(paths: Sequence[Path]) -> list[str]:
+    """The paths as text; raises FileNotFoundError for one that is not a file."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: there is no such file")
+    return [str(path) for path in paths]

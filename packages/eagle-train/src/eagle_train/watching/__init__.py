@@ -1,1 +1,1 @@
-"""What a run tells people: metrics, plots, and pictures of samples and packs."""
+"""Views of a run for people: progress, plots, and pictures of samples and packs."""

@@ -1,4 +1,4 @@
-"""What a row or pack looks like to the model: the views of `eagle show`. No model is made."""
+"""A row or pack as the model gets it: the views of `eagle show`. No model is made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from eagle_train.data.prepare import load_facts
 from eagle_train.data.sample import load_sample
 from eagle_train.planning.stages import Planned, StageSchedule
 from eagle_train.planning.visual import plan_visual, sample_plan, visual_spec
-from eagle_train.training.model import load_run_tokenizer, model_config
+from eagle_train.training.model import load_run_tokenizer
+from eagle_train.training.sizes import model_sizes
 
 from .show import SampleView, view_sample
 
@@ -32,7 +33,7 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
     if stage is not None and stage not in names:
         raise ConfigError(f"no stage is called {stage!r}; they are {', '.join(names)}")
     chosen = config.stages[names.index(stage) if stage is not None else (-1 if evaluation else 0)]
-    spec = visual_spec(config, model_config(config, tokenizer))
+    spec = visual_spec(config, model_sizes(config, tokenizer))
     if row is None and evaluation:
         raise ConfigError("held-out rows aren't packed; name one with --row source:line")
     if row is None:
@@ -59,5 +60,5 @@ def find_row(facts: Facts, name: str) -> int:
             found = (lines == int(line)).nonzero()[0]
             if len(found):
                 return source.first + int(found[0])
-            raise ConfigError(f"source {source_name} has no usable row in line {line}; if the line exists, the ledger says why")
+            raise ConfigError(f"source {source_name} has no usable row in line {line}; if the line exists, the reason is in the ledger")
     raise ConfigError(f"{name!r}: expected source:line with a source of {', '.join(source.name for source in facts.sources)}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from eagle_train.errors import counted
 from eagle_train.training.metrics import Metrics, duration
 
 
@@ -25,15 +26,15 @@ def summary(folder: str | Path) -> str:
     steps = _steps(records)
     lines, missed = [], 0
     for name in dict.fromkeys(record["stage"] for record in steps):
-        mine = [record for record in steps if record["stage"] == name]
-        last = mine[-1]
-        speed = float(np.median([record["tokens_per_second"] for record in mine]))
+        own = [record for record in steps if record["stage"] == name]
+        last = own[-1]
+        speed = float(np.median([record["tokens_per_second"] for record in own]))
         # A running sum: steps between two lines of metrics count as well.
-        seen = last.get("seen_missing", missed + sum(record["missing"] for record in mine))  # runs from before it was written
-        missing, missed = seen - missed, seen
+        total = last.get("seen_missing", missed + sum(record["missing"] for record in own))  # runs from before it was written
+        missing, missed = total - missed, total
         lines.append(
-            f"stage {name}: step {last['step']} of {last['steps']}, loss {mine[0]['loss']:.3f} -> {last['loss']:.3f}, "
-            f"{speed:,.0f} tok/s, {missing} samples missing"
+            f"stage {name}: step {last['step']} of {last['steps']}, loss {own[0]['loss']:.3f} -> {last['loss']:.3f}, "
+            f"{speed:,.0f} tok/s, {counted(missing, 'sample')} missing"
         )
     for record in [record for record in records if record["kind"] in ("eval", "final")][-1:]:
         for source, score in record["scores"].items():
@@ -49,7 +50,7 @@ def summary(folder: str | Path) -> str:
 def _steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     steps = [record for record in records if record["kind"] == "step"]
     if not steps:
-        raise ValueError("metrics.jsonl has no steps yet: train first")
+        raise ValueError("metrics.jsonl has no steps yet; eagle train writes them")
     return steps
 
 
@@ -74,11 +75,11 @@ def _draw(records: list[dict[str, Any]], path: Path) -> None:
     rate.set_ylabel("learning rate (dotted)")
     scored = [record for record in records if record["kind"] in ("eval", "final")]
     for index, source in enumerate(dict.fromkeys(name for record in scored for name in record["scores"])):
-        mine = [record for record in scored if source in record["scores"]]
+        own = [record for record in scored if source in record["scores"]]
         colour = f"C{index + 2}"
-        score_axes.plot([r["total_step"] for r in mine], [r["scores"][source]["accuracy"] for r in mine], "o-", color=colour, label=source)
+        score_axes.plot([r["total_step"] for r in own], [r["scores"][source]["accuracy"] for r in own], "o-", color=colour, label=source)
         score_axes.axhline(
-            mine[-1]["scores"][source]["text_only"], color=colour, linestyle="--", linewidth=0.8, label=f"{source}, text-only"
+            own[-1]["scores"][source]["text_only"], color=colour, linestyle="--", linewidth=0.8, label=f"{source}, text-only"
         )
     score_axes.set_ylim(0, 1)
     score_axes.set_ylabel("share of right answers")

@@ -1,4 +1,4 @@
-"""A sample or a pack as people see it: its tiles, its frames with their times, its text coloured by the loss mask, its budget.
+"""A sample or a pack for people: its tiles, its frames with their times, its text coloured by the loss mask, its budget.
 
 `view_sample` turns a planned sample into a `SampleView`: the same prompt and the same tiles that training makes, tiles reduced to
 small pictures. `to_html` (one self-contained file) and `to_terminal` (a rich renderable) are pure functions of views.
@@ -24,6 +24,7 @@ from eagle_model.visual import MediaChanged, SamplePlan, VideoPlan, VideoRef, Vi
 from eagle_sampling import Limits, MediaError
 from eagle_tiling import Grid, tile_count
 from eagle_train.data.sample import Sample
+from eagle_train.errors import counted
 
 PICTURE_SIDE = 112
 """Pixels of a tile's picture; as JPEG about 4 kB."""
@@ -33,7 +34,7 @@ MOST_PICTURES = 96
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One tile, frame or page: a caption, and a JPEG as a data address (None where the reading failed, or the picture is left out)."""
+    """One tile, frame or page: a caption, and a JPEG as a data address (None where reading failed, or pictures are off)."""
 
     caption: str
     data: str | None
@@ -56,7 +57,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class SampleView:
-    """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is what the plan allowed for."""
+    """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is the length in the plan."""
 
     source: str
     line: int
@@ -88,7 +89,7 @@ def view_sample(
         budget: `max_tokens` of the stage.
         pictures: False reads no media (for the terminal).
 
-    Media that can't be read become notes, not errors: this is for looking at problems.
+    Media that can't be read become notes, not errors, since views are for finding problems.
     """
     segments = plan.render(sample.messages, spec)
     encoded = encode(segments, tokenizer)
@@ -181,12 +182,12 @@ def _frame_pictures(
     return {int(number): picture_of(tile) for number, tile in zip(chosen, tiles)}
 
 
-def picture_of(tile: np.ndarray) -> str:
-    """A tile, uint8 [s, s, 3], as a small JPEG in a `data:` address."""
+def picture_of(tile: np.ndarray, *, side: int = PICTURE_SIDE) -> str:
+    """A tile or frame, uint8 [h, w, 3], as a JPEG in a `data:` address; what is wider than `side` pixels is reduced to a square."""
     buffer = io.BytesIO()
     image = Image.fromarray(np.asarray(tile))
-    if image.width > PICTURE_SIDE:
-        image = image.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BOX)
+    if image.width > side:
+        image = image.resize((side, side), Image.Resampling.BOX)
     image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -205,7 +206,7 @@ def to_html(views: Sequence[SampleView], *, title: str, capacity: int | None = N
 def _groups(pieces: Sequence[Piece]) -> Iterator[tuple[str, list[Piece]]]:
     """Pieces in runs: prose (text and special tokens), the tiles of an image, and strips of frames.
 
-    Tags and headers between the frames of a strip are left out of the prose: the captions say the same.
+    Tags and headers between the frames of a strip are not in the prose, since the captions repeat them.
     """
     kind, run = "prose", []
     for index, piece in enumerate(pieces):
@@ -227,7 +228,7 @@ def to_terminal(views: Sequence[SampleView], *, title: str, capacity: int | None
     if capacity is not None:
         total = sum(view.length for view in views)
         bar = _bar([(view.length, ("cyan", "blue")[index % 2]) for index, view in enumerate(views)], capacity, width)
-        parts += [bar, RichText(f"{total} of {capacity} tokens ({total / capacity:.1%}), {len(views)} samples")]
+        parts += [bar, RichText(f"{total} of {capacity} tokens ({total / capacity:.1%}), {counted(len(views), 'sample')}")]
     for view in views:
         parts.append(Panel(_terminal_sample(view, width), title=f"{view.source}:{view.line}", title_align="left"))
     return Panel(Group(*parts), title=title)
@@ -239,7 +240,7 @@ def _terminal_sample(view: SampleView, width: int) -> RenderableType:
         if kind == "frame":
             times = [piece.text for piece in pieces]
             shown = times if len(times) <= 6 else [*times[:3], "...", *times[-2:]]
-            text.append(f" [{len(times)} frames: {', '.join(shown)}] ", style="magenta")
+            text.append(f" [{counted(len(times), 'frame')}: {', '.join(shown)}] ", style="magenta")
             continue
         for piece in pieces:
             style = "bold green" if piece.labelled else "dim cyan" if piece.kind == "special" else "magenta" if kind == "image" else ""

@@ -1,4 +1,4 @@
-"""The quickstart's whole way in small: built, prepared, planned, trained in three stages, asked, exported, and continued."""
+"""The whole quickstart with less data: built, prepared, planned, trained in three stages, evaluated, exported, and continued."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from eagle_model.eagle import EagleForConditionalGeneration
 from eagle_train.cli.tables import plan_table, score_table
 from eagle_train.config import ConfigError
 from eagle_train.quickstart.build import Size
-from eagle_train.quickstart.run import run_quickstart
+from eagle_train.quickstart.quickstart import run_quickstart
 from eagle_train.runs.folder import remove_run
 from eagle_train.training.checkpoint import whole
 from eagle_train.training.metrics import Metrics
@@ -15,15 +15,15 @@ from eagle_train.training.metrics import Metrics
 SIZE = Size(images=40, positions=1, train_clips=6, test_clips=3, steps=(4, 3, 2))
 
 
-class Ear:
-    """Keeps what is said."""
+class Recorder:
+    """Keeps messages."""
 
     def __init__(self):
-        self.said = []
+        self.messages = []
         self.steps = 0
 
-    def say(self, text):
-        self.said.append(text)
+    def message(self, text):
+        self.messages.append(text)
 
     def record(self, record):
         self.steps += record["kind"] == "step"
@@ -39,10 +39,10 @@ class Ear:
 
 def test_quickstart_in_small(tmp_path):
     torch.set_num_threads(1)
-    ear = Ear()
+    output = Recorder()
     options = {"size": SIZE, "overrides": ["loader.workers=0", "data.workers=1"], "tables": (plan_table, score_table)}
-    result = run_quickstart(tmp_path, ear, **options)
-    text = "\n".join(ear.said)
+    result = run_quickstart(tmp_path, output, **options)
+    text = "\n".join(output.messages)
     run = tmp_path / "quickstart"
     assert f"Run folder: {run}" in text
     assert "eagle chat" in text
@@ -60,7 +60,7 @@ def test_quickstart_in_small(tmp_path):
     assert EagleForConditionalGeneration.from_pretrained(run / "model").num_parameters() > 100_000
 
     # The same command again has nothing left to train, and gives the same answers.
-    again = run_quickstart(tmp_path, ear, **options)
+    again = run_quickstart(tmp_path, output, **options)
     assert again.answers == result.answers
     assert [record["kind"] for record in Metrics(run / "metrics.jsonl")].count("final") == 1
 
@@ -68,7 +68,7 @@ def test_quickstart_in_small(tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "config.yaml").write_text("mine: 1")
     with pytest.raises(ConfigError, match="precious is not removed: it holds no run"):
-        run_quickstart(tmp_path, ear, fresh=True, **(options | {"overrides": ["run.name=precious"]}))
+        run_quickstart(tmp_path, output, fresh=True, **(options | {"overrides": ["run.name=precious"]}))
     assert (tmp_path / "precious" / "config.yaml").read_text() == "mine: 1"
     remove_run(run)
     assert not run.exists()
@@ -77,9 +77,9 @@ def test_quickstart_in_small(tmp_path):
 @pytest.mark.gpu
 def test_quickstart_where_there_is_a_gpu(tmp_path):
     """Which it takes by itself, in float32."""
-    ear = Ear()
-    result = run_quickstart(tmp_path, ear, size=SIZE, overrides=["loader.workers=0", "data.workers=1"])
-    assert "on cuda" in "\n".join(ear.said)
+    output = Recorder()
+    result = run_quickstart(tmp_path, output, size=SIZE, overrides=["loader.workers=0", "data.workers=1"])
+    assert "on cuda" in "\n".join(output.messages)
     steps = [record for record in Metrics(tmp_path / "quickstart" / "metrics.jsonl") if record["kind"] == "step"]
     assert [record["stage"] for record in steps if record["step"] == record["steps"]] == ["short", "middle", "long"]
     assert not [answer for answer in result.answers if answer.problem]

@@ -1,4 +1,4 @@
-"""`eagle train quickstart`: build the data, prepare, plan, train three stages, ask all held-out questions, say where everything is."""
+"""`eagle train quickstart`: build the data, prepare, plan, train three stages, evaluate all held-out questions."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from eagle_train.watching.report import write_report
 from .build import Size, build, configuration, write_configuration
 
 
-class Says(Protocol):
-    """Where the quickstart tells what happens."""
+class Output(Protocol):
+    """Where the quickstart prints (`eagle_train.cli.progress.Printer`)."""
 
-    def say(self, text: str) -> None: ...
+    def message(self, text: str) -> None: ...
     def record(self, record: dict[str, Any]) -> None: ...
     def preparing(self) -> Any: ...
     def counting(self, what: str) -> Any: ...
@@ -32,7 +32,7 @@ class Says(Protocol):
 
 def run_quickstart(
     folder: Path,
-    printer: Says,
+    printer: Output,
     *,
     overrides: Sequence[str] = (),
     fresh: bool = False,
@@ -41,11 +41,11 @@ def run_quickstart(
     tables: tuple[Callable[..., str], Callable[..., str]] | None = None,
     stop: StopSignals | None = None,
 ) -> Evaluation:
-    """The whole way from nothing; continues what an earlier call began. Returns the answers to all held-out questions.
+    """Run all steps, or continue an earlier call. Returns the answers to all held-out questions.
 
     fresh: remove the run that an earlier call made, first. device: cpu or cuda; None takes a GPU when there is one. stop: signals that
-    are handled (default: none). Raises
-    EvaluationError when the model is trained and an evaluation failed.
+    are handled (default: none).
+    Raises EvaluationError when the model is trained and an evaluation failed.
     """
     begin = time.monotonic()
     size, device = size or Size(), device_kind(device)
@@ -57,9 +57,9 @@ def run_quickstart(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "quickstart.yaml"
     data = folder / "quickstart-data"
-    printer.say(f"{clock()} building rows from easy-VQA, encoding H.264 videos from its images, training a tokenizer")
+    printer.message(f"{clock()} building rows from easy-VQA, encoding H.264 videos from its images, training a tokenizer")
     counts = build(data, size)
-    printer.say("  " + ", ".join(f"{name}: {count} rows" for name, count in counts.items()))
+    printer.message("  " + ", ".join(f"{name}: {count} rows" for name, count in counts.items()))
     if fresh or not path.is_file():
         write_configuration(path, configuration(data, size))
     config = load_config(path, overrides)
@@ -70,45 +70,43 @@ def run_quickstart(
         remove_run(config.run.folder)
     world = start_world(config.parallel, device)
     try:
-        printer.say(f"{clock()} preparing: what every row costs, once for all context lengths")
+        printer.message(f"{clock()} preparing: every row is measured once, for all context lengths")
         with printer.preparing() as progress:
             ready = get_ready(config, world, progress)
-        printer.say(f"{clock()} {len(ready.facts)} training rows and {len(ready.eval_facts or ())} held-out rows are ready; the plan:")
+        printer.message(f"{clock()} {len(ready.facts)} training rows and {len(ready.eval_facts or ())} held-out rows are ready; the plan:")
 
         def started(trainer: Any) -> None:
             if tables is not None:
-                printer.say(tables[0](trainer.schedules))
+                printer.message(tables[0](trainer.schedules))
             parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-            printer.say(
+            printer.message(
                 f"{clock()} training {parameters:,} parameters from random weights, {trainer.total_steps} steps, on {world.device.type}"
             )
 
-        trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.say)
-        printer.say(f"{clock()} trained; evaluating all held-out questions")
+        trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.message)
+        printer.message(f"{clock()} trained; evaluating all held-out questions")
         with printer.counting("questions") as counted:
             result = trained.final_evaluation(progress=counted)
         if world.is_main and result is not None:
             run = config.run.folder
             result.write(run / "answers.jsonl")
-            scores = {name: score._asdict() for name, score in result.by_source().items()}
             Metrics(run / "metrics.jsonl").replace(
                 {
                     "kind": "final",
                     "stage": "final",
                     "total_step": trained.trainer.total_steps,
-                    "scores": scores,
-                    "accuracy": result.score().accuracy,
+                    **result.record(),
                 }
             )
             if tables is not None:
-                printer.say(tables[1](result))
+                printer.message(tables[1](result))
             by_question = sorted({answer.question for answer in result.answers if "video" in answer.source})
             for question in by_question:
                 score = result.score(lambda answer, question=question: answer.question == question)
-                printer.say(f"  video, {question!r}: {score.accuracy:.3f} of {score.questions} right, {score.text_only:.3f} text-only")
+                printer.message(f"  video, {question!r}: {score.accuracy:.3f} of {score.questions} right, {score.text_only:.3f} text-only")
             plot = write_report(run)
             export(config, run / "model", dtype="float32")
-            printer.say(farewell(run, plot, data, result, clock()))
+            printer.message(results_text(run, plot, data, result, clock()))
         trained.check_evaluations()
         assert result is not None
         return result
@@ -116,7 +114,7 @@ def run_quickstart(
         world.close()
 
 
-def farewell(run: Path, plot: Path, data: Path, result: Evaluation, took: str) -> str:
+def results_text(run: Path, plot: Path, data: Path, result: Evaluation, took: str) -> str:
     """Where things are, and what to try next."""
     video = data / "videos" / "test" / "0000.mp4"
     picture = _example(result)
@@ -126,7 +124,7 @@ def farewell(run: Path, plot: Path, data: Path, result: Evaluation, took: str) -
             f"  plot of loss and accuracy: {plot}",
             f"  every answer: {run / 'answers.jsonl'}",
             f"  the model as a checkpoint in Eagle 2.5's layout: {run / 'model'}",
-            "Ask it yourself:",
+            "Questions to it:",
             f"  eagle chat {run} --video {video} 'what is shown at the end?'",
             *([f"  eagle chat {run} --image {picture[0]} '{picture[1]}'"] if picture else []),
         ]
@@ -134,7 +132,7 @@ def farewell(run: Path, plot: Path, data: Path, result: Evaluation, took: str) -
 
 
 def _example(result: Evaluation) -> tuple[str, str] | None:
-    """A held-out picture to ask about."""
+    """A held-out picture and a question about it."""
     try:
         import easy_vqa
     except ImportError:

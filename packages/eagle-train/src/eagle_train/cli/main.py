@@ -1,8 +1,7 @@
-"""The verbs by name, and what their end means to a shell.
+"""From a command line to an exit code: a stored help page, or a verb and what its end means to a shell.
 
-Exit codes: 0 it worked; 1 the run failed; 2 the command line or the configuration is wrong; 3 the data: too many bad rows, damaged media,
-or facts are missing; 4 an evaluation failed (after train: training is complete); 130 interrupted by SIGINT, 143 by
-SIGTERM. Errors are one message without a traceback, unless `--debug` is given.
+Exit codes are those of `eagle_train.errors`: an error class states its own in `exit_code`. Errors are one message without a traceback,
+unless `--debug` is passed.
 """
 
 from __future__ import annotations
@@ -11,17 +10,33 @@ import os
 import sys
 from typing import NoReturn
 
-from . import answers, data, inspection, train  # noqa: F401  (they add their verbs)
-from .app import app
+from eagle_train.errors import INTERRUPTED, RUN_FAILED
 
-RUN_FAILED, WRONG_USE, BAD_DATA, EVALUATION_FAILED, INTERRUPTED = 1, 2, 3, 4, 130
+from .pages import stored_page
+from .progress import is_main_rank
 
 
-def main(given: list[str]) -> NoReturn:
-    """Run a command line and exit with a code that says how it ended."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command line (default: that of the process) and exit with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    page = stored_page(given)
+    try:
+        if page is not None:
+            print(page, flush=True)
+            sys.exit(0)
+        run(given)
+    except BrokenPipeError:  # the reader of the output has closed it (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def run(given: list[str]) -> NoReturn:
+    """Run a verb and exit with its exit code."""
+    from .app import command
+
     debug = "--debug" in given
     try:
-        app(args=[argument for argument in given if argument != "--debug"], prog_name="eagle")
+        command()(args=[argument for argument in given if argument != "--debug"], prog_name="eagle")
     except KeyboardInterrupt:
         interrupted(given)
     except SystemExit as end:
@@ -31,7 +46,7 @@ def main(given: list[str]) -> NoReturn:
     except BrokenPipeError:
         raise
     except BaseException as error:
-        if type(error).__name__ == "Interrupted":  # named, so that a command that trains nothing need not import it
+        if hasattr(error, "signum"):  # eagle_train.training.stop.Interrupted, which a verb that trains nothing need not import
             stopped(error)
         if debug or not isinstance(error, Exception):
             raise
@@ -40,17 +55,12 @@ def main(given: list[str]) -> NoReturn:
     sys.exit(0)
 
 
-def is_main_rank() -> bool:
-    """Whether this is the process that reports, of those that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def report(error: Exception) -> None:
-    """Print an error once: ranks other than the main rank leave to it what every rank finds, and name themselves for what is theirs."""
+    """Print an error once: the main rank prints what every rank raises, and another rank names itself for what is its own."""
     text = str(error) or type(error).__name__
     if not is_main_rank():
         write_error_file(f"rank {os.environ['RANK']}: {text}")
-        if same_everywhere(error):
+        if getattr(error, "on_every_rank", False):
             return
         text = f"rank {os.environ['RANK']}: {text}"
     else:
@@ -60,14 +70,8 @@ def report(error: Exception) -> None:
         print("(this error has no message of its own in eagle; --debug shows where it comes from)", file=sys.stderr)
 
 
-def same_everywhere(error: BaseException) -> bool:
-    """Whether every rank raises this error, with the same message, so that the main rank's is enough."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"ConfigError", "EvaluationError", "MainRankError"}) and "DeviceError" not in names
-
-
 def write_error_file(text: str) -> None:
-    """Give torchrun the message for the summary that it prints last, in the file that it names for this."""
+    """Write the message for torchrun's summary, in the file that torchrun names for this."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         import json
@@ -79,19 +83,21 @@ def write_error_file(text: str) -> None:
 
 
 def stopped(error: BaseException) -> NoReturn:
-    """Say what a signal ended and what was saved, and exit."""
+    """Print which state a signal left, and exit with 128 plus its number."""
     if is_main_rank() and str(error):
         print(f"\n{error}", file=sys.stderr)
     sys.exit(128 + error.signum)  # type: ignore[attr-defined]
 
 
 def interrupted(given: list[str]) -> NoReturn:
-    """Say what became of the command, and exit."""
+    """Print what the same command would do again, and exit."""
     what = ""
     if given[:1] == ["train"]:
         what = "; nothing was trained yet"
     elif given[:1] == ["prepare"]:
         what = "; the same command measures no row again whose part of the facts is complete"
+    elif given[:1] == ["curate"]:
+        what = "; the same command continues: videos that are done and answers of the endpoint are kept"
     elif given[:2] == ["lmdb", "build"]:
         what = "; the same command continues with the images that are not in the LMDB yet"
     if is_main_rank():
@@ -100,15 +106,8 @@ def interrupted(given: list[str]) -> NoReturn:
 
 
 def exit_code(error: BaseException) -> int:
-    """The code for an error, from what kind of error it is."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    if "ConfigError" in names:
-        return WRONG_USE
-    if names & {"PrepareError", "MediaError"}:
-        return BAD_DATA
-    if "EvaluationError" in names:
-        return EVALUATION_FAILED
-    return RUN_FAILED
+    """The code that the class of an error states; 1 for any other class."""
+    return int(getattr(error, "exit_code", RUN_FAILED))
 
 
 def expected(error: BaseException) -> bool:

@@ -1,0 +1,40 @@
+"""`eagle show`: a sample or a pack as the model gets it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .options import ConfigFile, Overrides
+
+
+@app.command()
+def show(
+    config: ConfigFile,
+    row: Annotated[str | None, typer.Option(help="A row, as source:line.", metavar="SOURCE:LINE", show_default=False)] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Stage whose budget is used; default: the first.", metavar="NAME", show_default=False)
+    ] = None,
+    pack: Annotated[int, typer.Option(help="Without --row: number of the pack in the stage's first epoch.", metavar="N")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with pictures.", metavar="FILE", show_default=False)] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Show a held-out row.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Show a sample or a pack as the model gets it.
+
+    Tiles, frames with their times, text with its loss mask, and the budget. Rows are prepared first (eagle prepare or eagle plan).
+    """
+    from rich.console import Console
+
+    from eagle_train.config import load_config
+    from eagle_train.watching.preview import view
+    from eagle_train.watching.show import to_html, to_terminal
+
+    found = view(load_config(config, overrides or ()), row=row, stage=stage, pack=pack, evaluation=held_out)
+    Console().print(to_terminal(found.views, title=found.title, capacity=found.capacity))
+    if html is not None:
+        html.write_text(to_html(found.views, title=found.title, capacity=found.capacity), encoding="utf-8")
+        print(f"wrote {html}")
