@@ -70,7 +70,8 @@ class VideoFacts:
     """What planning must know of a video, clip or document.
 
     frames: frames of the clip, or pages. seconds: length of the clip; None: pages, or frames that were chosen already, all of which are
-    wanted. last_time: largest time that the prompt can print; None: no times. start, end: bounds of the clip in seconds, as asked for.
+    wanted. last_time: largest time that the prompt can print; None: no times. start, end: bounds of the clip in seconds on the file's
+    timeline, like `times`; start is None for a whole file whose first frame appears at 0. Times in prompts count from `start`.
     width, height: pixels as displayed. times: times of the file's frames. frame_times, fps: of frames that were chosen already.
     """
 
@@ -192,21 +193,23 @@ def measure_video(ref: VideoRef, limits: Limits | None = None, *, info: VideoInf
     if info.times is None:
         raise MediaError(f"{ref.path}: the times of its frames can't be known; convert it to MP4 first")
     times = info.times.times()
+    origin = float(times[0])  # a transport stream may begin at any time, a cut file at its first frame that can be shown
     try:
-        first, stop = clip_range(times, ref.start, ref.end)
+        first, stop = clip_range(times - origin, ref.start, ref.end)
     except ValueError as error:
-        raise ClipError(f"{ref.path}: {error}") from error
-    last_end = float(times[0]) + (info.duration or 0.0)
-    begin = float(times[first]) if ref.start is None else ref.start
-    finish = last_end if ref.end is None else min(ref.end, last_end)
+        raise ClipError(f"{ref.path}: {error} (counted from the file's first frame)") from error
+    start = origin + (ref.start or 0.0)
+    last_end = origin + (info.duration or 0.0)
+    begin = float(times[first]) if ref.start is None else start
+    finish = last_end if ref.end is None else min(origin + ref.end, last_end)
     return VideoFacts(
         frames=stop - first,
         width=info.width,
         height=info.height,
         seconds=max(finish - begin, 0.0),
-        last_time=max(float(times[stop - 1]) - (ref.start or 0.0), 0.0),
-        start=ref.start,
-        end=ref.end,
+        last_time=max(float(times[stop - 1]) - start, 0.0),
+        start=ref.start if origin == 0 else start,
+        end=None if ref.end is None else origin + ref.end,
         times=info.times,
     )
 
