@@ -289,7 +289,9 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if layout is None:
             if batch.tile_plan is not None:
                 raise ValueError("the packed batch is one rank's part of a pack; pass the layout that it was split by")
-            layout = Layout.single(batch.cu_seqlens)
+            layout = batch.layout()
+        else:
+            batch.check_layout(layout)
         hidden = self.language_model.model.embed_tokens(batch.input_ids)
         if batch.tiles is not None:
             features = self.image_features(batch.tiles).flatten(0, 1)

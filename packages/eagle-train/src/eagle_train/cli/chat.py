@@ -39,7 +39,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", metavar="N")] = 256,
     device: Device = None,
 ) -> None:
-    """Answer a question about images and videos, or hold a conversation.
+    """Answer questions about images, videos and documents.
 
     In a conversation /image FILE and /video FILE attach a medium to the next question, and an empty line ends it.
     """
@@ -79,7 +79,7 @@ def lines() -> Iterator[str]:
 
 
 def converse(conversation: Chat, questions: Iterator[str]) -> None:
-    """Answer every question; one that can't be answered is reported and its media are dropped, and the conversation goes on."""
+    """Answer every question; one that can't be answered is reported and its media are dropped, and the conversation continues."""
     from eagle_model import ModelError
     from eagle_sampling import MediaError
 

@@ -42,7 +42,7 @@ LONGEST_SPAN = max(scale.span for scale in SCALES)
 
 
 class Boundary(NamedTuple):
-    """frame: the first frame of the new shot (0-based; in a gradual transition, its middle). span: frames over which the change was seen."""
+    """frame: the first frame of the new shot (0-based; of a gradual transition its middle). span: frames over which it was seen."""
 
     frame: int
     span: int

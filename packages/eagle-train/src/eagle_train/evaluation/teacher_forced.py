@@ -165,7 +165,7 @@ def _score_pack(model: nn.Module, loaded: LoadedPack, world: World) -> list[np.n
     labelled = targets != IGNORE_INDEX
     starts = labelled & ~np.concatenate([[False], labelled[:-1]])
     turns = np.where(labelled, np.cumsum(starts) - 1, -1)
-    layout = world.layout(batch.cu_seqlens, described.text_config)  # type: ignore[union-attr]
+    layout = world.layout(batch.cu_seqlens, described.text_config, batch.prefixes)  # type: ignore[union-attr]
     with torch.no_grad():
         part = batch.shard(layout, described.tokens_per_tile).to(world.device)  # type: ignore[union-attr, arg-type]
         output = model(part, layout=layout, score_tokens=True)

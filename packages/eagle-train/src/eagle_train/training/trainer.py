@@ -393,7 +393,7 @@ class Trainer:
     def _forward_backward(self, batch: PackedBatch) -> Tensor:
         """Loss of a pack (of this context parallel rank's part of it), with its gradients added."""
         described: Any = self.model.config
-        layout = self.world.layout(batch.cu_seqlens, described.text_config)
+        layout = self.world.layout(batch.cu_seqlens, described.text_config, batch.prefixes)
         output = self.model(batch.shard(layout, described.tokens_per_tile).to(self.world.device), layout=layout)
         output.loss.backward()
         return output.loss.detach()
