@@ -48,6 +48,7 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self._new: list[str] = []
         self._kept = _Kept()
+        self._stop = Event()
         self.attach(images, videos)
 
     def attach(self, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> None:
@@ -93,6 +94,14 @@ class Chat:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         model = EagleForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(world.device).eval()
         return cls(model, EagleProcessor.from_pretrained(folder), max_new_tokens=max_new_tokens, **media)  # type: ignore[arg-type]
+
+    def detach(self, images: Sequence[Any], videos: Sequence[Any]) -> None:
+        """Take back what `attach` added, when the question was refused. images, videos: those of before."""
+        self.images, self.videos, self._new = list(images), list(videos), []
+
+    def stop(self) -> None:
+        """End the answer that is being generated, from another thread; what was said so far is its text."""
+        self._stop.set()
 
     def answer(self, question: str) -> str:
         """The greedy answer, which the next question may refer to. Raises PromptError, MediaError, or BudgetError when it doesn't fit."""
@@ -142,6 +151,7 @@ class Chat:
         # is called whatever happens.
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failed = Event(), list[BaseException]()
+        self._stop = stop
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
         def work() -> None:
