@@ -63,7 +63,12 @@ def _factor(old: float, new: float | None, better: str) -> float:
 
 def failures(rows: Sequence[Change], threshold: float, contenders: Sequence[str]) -> list[Change]:
     """The changes of `contenders` that are missing in NEW or worse than `threshold`."""
-    return [row for row in rows if row.contender in contenders and (row.new is None or row.factor > threshold)]
+    return [row for row in rows if _decides(row.contender, contenders) and (row.new is None or row.factor > threshold)]
+
+
+def _decides(contender: str, chosen: Sequence[str]) -> bool:
+    """Whether a contender is one of the chosen or a variant of it, such as "ours, out=" or "ours u=2 r=1" of "ours"."""
+    return any(contender == name or contender.startswith((f"{name},", f"{name} ")) for name in chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("old", type=Path, metavar="OLD.json")
     parser.add_argument("new", type=Path, metavar="NEW.json")
     parser.add_argument("--threshold", type=float, default=1.05, help="largest factor that passes (default: 1.05, 5 %% worse)")
-    parser.add_argument("--contender", nargs="+", default=["ours"], help="contenders that decide the exit code (default: ours)")
+    parser.add_argument("--contender", nargs="+", default=["ours"], help="they decide the exit code (default: ours)")
     parser.add_argument("--metric", nargs="+", default=[], help="metrics to compare (default: all with a direction)")
     options = parser.parse_args(arguments)
     if not 0.0 < options.threshold < math.inf:
@@ -84,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ResultError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    if not any(row.contender in options.contender for row in rows):
+    if not any(_decides(row.contender, options.contender) for row in rows):
         print(f"compare: OLD has no figures of {', '.join(options.contender)}; choose with --contender", file=sys.stderr)
         return 2
     failed = failures(rows, options.threshold, options.contender)

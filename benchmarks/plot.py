@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.results import ResultError, read
+from benchmarks.tables import label
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         axes.barh([place for place, _ in bars], [value for _, value in bars], height, label=contender)
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(cases))], cases, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{options.metric} {result.metrics[options.metric].unit} ({result.benchmark}; {result.environment})", fontsize=7)
+    axes.set_xlabel(f"{label(result, options.metric)} ({result.benchmark}; {result.environment})", fontsize=7)
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(options.out or options.result.with_suffix(".png"), dpi=130)

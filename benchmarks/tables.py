@@ -16,10 +16,15 @@ def document(result: Result) -> str:
 def table(result: Result) -> str:
     """One row per case and contender, one column per metric that occurs."""
     names = [name for name in result.metrics if any(name in case.metrics for case in result.cases)]
-    units = (result.metrics[name].unit for name in names)
-    head = ["case", "contender", *(f"{name}, {unit}" if unit not in ("", name) else name for name, unit in zip(names, units))]
+    head = ["case", "contender", *(label(result, name) for name in names)]
     rows = [[case.case, case.contender, *(number(case.metrics.get(name)) for name in names)] for case in result.cases]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def label(result: Result, metric: str) -> str:
+    """Name and unit of a metric, once if they are equal."""
+    unit = result.metrics[metric].unit
+    return metric if unit in ("", metric) else f"{metric}, {unit}"
 
 
 def number(value: float | None) -> str:

@@ -1,6 +1,6 @@
 """A new Eagle from a SigLIP vision tower and a language model; only the connector starts from random weights.
 
-The two parts are folders of safetensors or names on the Hugging Face hub, for example `google/siglip2-so400m-patch14-384` and
+The two parts are folders of safetensors or names on the Hugging Face hub, for example `google/siglip2-so400m-patch16-512` and
 `Qwen/Qwen2.5-0.5B`. So that this runs anywhere in seconds, tiny ones are made on the spot; with real ones only `make_parts` goes.
 
     python examples/siglip_plus_language_model/main.py [FOLDER]

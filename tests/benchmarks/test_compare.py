@@ -67,6 +67,18 @@ def test_exit_code(compare, new, options, code):
     assert compare(result(), new, *options)[0] == code
 
 
+def test_variants_of_a_contender_decide_too(compare):
+    old, new = result(), result()
+    for made, ms in ((old, 1.0), (new, 2.0)):
+        made.add("a", "ours, out=", ms=ms)
+        made.add("a", "oursish", ms=ms)
+    code, text = compare(old, new)
+    assert code == 1
+    assert "| a | ours, out= | ms | 1 | 2 | 2.000 | worse |" in text
+    assert "| a | oursish | ms | 1 | 2 | 2.000 |  |" in text
+    assert compare(old, new, "--contender", "rival")[0] == 0
+
+
 def test_worse_and_missing_figures_are_named(compare):
     new = result(ms=9.0)
     del new.cases[0].metrics["rate"]

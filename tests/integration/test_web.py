@@ -95,14 +95,14 @@ def test_a_conversation(browser_page, files, folder):
     chat = Chat.open(folder, device="cpu")
     page = browser_page
     ask(page, "What is it?", files / "wide.png")
-    chat.attach([str(files / "wide.png")])
-    request = chat.plan("What is it?")
+    image = [str(files / "wide.png")]
+    request = chat.plan("What is it?", image)
     expected = len(request.encode(chat.processor.costs.encoder).input_ids)
     page.wait_for_function("n => document.querySelector('#budget').innerText.startsWith(`${n} tokens`)", arg=expected)
     page.wait_for_function("() => document.querySelectorAll('#seen img').length == 1")
     columns, rows = request.plan.grids[0]
     assert f"image 1: {columns} x {rows}" in page.inner_text("#seen")
-    answer = chat.answer("What is it?")
+    answer = chat.answer("What is it?", image)
     letters = re.sub("[^A-Za-z]", "", answer)  # the model is random: its answers hold half characters, which browsers show in their own way
     assert len(letters) > 20
     try:
@@ -115,7 +115,7 @@ def test_a_conversation(browser_page, files, folder):
 
     ask(page, "And this?", files / "clip.mp4")
     page.wait_for_function("() => document.querySelectorAll('#seen img').length > 3")
-    assert "video 1 at 0.00 s" in page.inner_text("#seen")
+    assert "0.00 s, frame 1" in page.inner_text("#seen")
 
     page.click("text=New conversation")
     page.wait_for_function("() => document.querySelectorAll('#history .message').length == 0")

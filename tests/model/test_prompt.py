@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from eagle_model.prompt import (
     EAGLE_TOKENS,
+    IGNORE_INDEX,
     PromptError,
     Special,
     Text,
@@ -153,8 +154,8 @@ def test_placeholders():
         ([user("<image-1><image-1>")], 1, 0, "more than once"),
         ([user("<image><image>")], 3, 0, "without a number"),
         ([user("<image><image-1>")], 2, 0, "stands too"),
-        ([user("<image>")], 0, 0, "has no image"),
-        ([user("<video>")], 1, 0, "has no video"),
+        ([user("<video-1>")], 1, 0, "has no video"),
+        ([{**user("<image-1>"), "numbered": True}, user("<image-1>")], 1, 0, "more than once"),
         ([assistant("x")], 1, 0, "no user message"),
         ([], 0, 0, "no messages"),
         ([{"role": "human", "content": "x"}], 0, 0, "human"),
@@ -164,6 +165,31 @@ def test_placeholders():
 def test_placeholder_errors(messages, images, videos, words):
     with pytest.raises(PromptError, match=words):
         render(messages, images=[1] * images, videos=[VideoSpan([0.0], 1.0, 1)] * videos)
+
+
+def test_tags_without_a_medium_of_their_kind_are_text():
+    assert "user\nWhat is <video>?<" in to_text(render([user("What is <video>?")]))
+    assert "user\n<image 1><img></img>Does <video> show <video>?<" in to_text(render([user("Does <video> show <video>?")], images=[0]))
+    from_blocks = {**user("<image-2> Is <image> a tag?"), "numbered": True}
+    assert "user\n<image 2><img></img> Is <image> a tag?<" in to_text(render([user("<image>"), from_blocks], images=[0, 0]))
+    assert "user\n<image 1><img></img>" in to_text(render([user("<image>"), from_blocks], images=[0, 0]))
+
+
+def test_answers_that_are_not_learned_have_no_labels(qwen_tokenizer):
+    talk = [user("q"), {**assistant("wrong"), "train": False}, user("again"), assistant("right")]
+    encoded = encode(render(talk), qwen_tokenizer)
+    assert qwen_tokenizer.decode(encoded.labels[encoded.labels != IGNORE_INDEX]) == "right<|im_end|>"
+    everything = encode(render([{**message, "train": True} for message in talk]), qwen_tokenizer)
+    assert encoded.input_ids.tolist() == everything.input_ids.tolist()
+
+
+def test_an_image_in_an_answer_is_context(qwen_tokenizer):
+    talk = [user("draw"), {**assistant("<image-1> Done."), "numbered": True}]
+    segments = render(talk, images=[2])
+    assert "assistant\n<image 1><img><IMG_CONTEXT><IMG_CONTEXT></img> Done.<|im_end|>" in to_text(segments)
+    labels = encode(segments, qwen_tokenizer).labels
+    learned = qwen_tokenizer.decode(labels[labels != IGNORE_INDEX])
+    assert learned == " Done.<|im_end|>"
 
 
 def test_video_errors():

@@ -60,9 +60,16 @@ def encode_video(
 
 def decode_all(path: Path, size: tuple[int, int] | None = None, rotation: int = 0, mirrored: bool = False) -> dict[int, np.ndarray]:
     """Presentation tick -> picture, for every frame of a plain decode of the whole file, converted as `read_frames` does."""
+    return dict(decode_in_order(path, size, rotation, mirrored))
+
+
+def decode_in_order(
+    path: Path, size: tuple[int, int] | None = None, rotation: int = 0, mirrored: bool = False
+) -> list[tuple[int, np.ndarray]]:
+    """The same as (tick, picture) pairs: ticks of some containers are decoding times, and may repeat."""
     from eagle_sampling.video.decode import Painter
 
-    pictures = {}
+    pictures = []
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "NONE"
         packets = container.demux(video=0)
@@ -78,7 +85,7 @@ def decode_all(path: Path, size: tuple[int, int] | None = None, rotation: int = 
                     width, height = height, width
                 picture = np.zeros((1, height, width, 3), np.uint8)
                 Painter(picture, rotation, mirrored, lambda: False).paint(frame, [0])
-                pictures[frame.pts] = picture[0]
+                pictures.append((frame.pts, picture[0]))
             if packet is None:
                 break
     return pictures
@@ -107,6 +114,11 @@ def pictures() -> Callable[..., list[np.ndarray]]:
 @pytest.fixture(scope="session")
 def truth() -> Callable[..., dict[int, np.ndarray]]:
     return decode_all
+
+
+@pytest.fixture(scope="session")
+def shown_in_order() -> Callable[..., list[tuple[int, np.ndarray]]]:
+    return decode_in_order
 
 
 @pytest.fixture(scope="session")

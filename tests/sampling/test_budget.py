@@ -250,8 +250,8 @@ def test_refusals(change, words):
 
 
 def test_strategies_are_named():
-    assert tuple(STRATEGIES) == ("ads", "ads-fill", "uniform")
-    assert [strategy.by_rate for strategy in STRATEGIES.values()] == [True, True, False]
+    assert tuple(STRATEGIES)[:3] == ("ads", "ads-fill", "uniform"), "others may be registered after them"
+    assert [strategy.by_rate for strategy in STRATEGIES.values()][:3] == [True, True, False]
     assert CAPS == (12, 8, 6, 4, 2, 1)
 
 

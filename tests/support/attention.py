@@ -36,6 +36,25 @@ def reference_gradients(q, k, v, dout, *arguments, **options):
     return [out.detach(), *torch.autograd.grad(out, exact, dout.double())]
 
 
+def tree_keys(lengths, prefixes):
+    """Key rows of every document of a pack with its prefix before them, as an index, and their cumulative lengths: `reference_attention`
+    with these keys runs every branch as a separate document."""
+    cu, index, lengths_k = cumulative(lengths), [], []
+    for i, p in enumerate(prefixes):
+        rows = [*(range(cu[p], cu[p + 1]) if p >= 0 else ()), *range(cu[i], cu[i + 1])]
+        index += rows
+        lengths_k.append(len(rows))
+    return torch.tensor(index), cumulative(lengths_k)
+
+
+def tree_reference(q, k, v, dout, lengths, prefixes, **options):
+    """Output and gradients in float64, [out, dq, dk, dv], of branches as separate documents; those of a prefix are summed."""
+    index, cu_k = tree_keys(lengths, prefixes)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out = reference_attention(exact[0], exact[1][index], exact[2][index], cumulative(lengths), cu_k, **options)
+    return [out.detach(), *torch.autograd.grad(out, exact, dout.double())]
+
+
 def make_inputs(case):
     """q, k, v, dout of the whole pack, the same in every process."""
     generator = torch.Generator().manual_seed(case["seed"])
@@ -59,7 +78,12 @@ def split_attention(meshes, case):
     """One rank's part: its tokens, local output and gradients, and the record of its collectives."""
     mesh = meshes[case["ulysses"]]
     layout = Layout.build(
-        cumulative(case["lengths"]), mesh, num_heads=case["heads"], num_kv_heads=case["kv_heads"], tolerance=case.get("tolerance", 0.02)
+        cumulative(case["lengths"]),
+        mesh,
+        num_heads=case["heads"],
+        num_kv_heads=case["kv_heads"],
+        tolerance=case.get("tolerance", 0.02),
+        prefixes=case.get("prefixes"),
     )
     q, k, v, dout = (layout.shard(x) for x in make_inputs(case))
     for x in (q, k, v):

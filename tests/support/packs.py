@@ -4,13 +4,15 @@ from itertools import accumulate
 
 import torch
 
+from eagle_cp import Layout
 from eagle_model import PackedBatch
 
 
-def make_pack(input_ids, lengths=None, *, tiles=None, image=100, targets=None, token_weights=None, denominator=None):
+def make_pack(input_ids, lengths=None, *, tiles=None, image=100, targets=None, token_weights=None, denominator=None, prefixes=()):
     """A `PackedBatch` of flat ids [T] (a tensor) of samples of these lengths (default: one sample).
 
     image: the id of visual tokens. targets: [T], or None for logits. token_weights: default 1. denominator: a number or None.
+    prefixes: the sample that each one continues, or -1.
     """
     lengths = lengths or [len(input_ids)]
     weights = torch.ones(len(input_ids)) if token_weights is None else token_weights
@@ -18,7 +20,7 @@ def make_pack(input_ids, lengths=None, *, tiles=None, image=100, targets=None, t
     return PackedBatch(
         input_ids=input_ids,
         targets=targets,
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        position_ids=Layout.single([0, *accumulate(lengths)], prefixes or None).position_ids(),
         token_weights=weights,
         cu_seqlens=(0, *accumulate(lengths)),
         tiles=tiles,
@@ -26,4 +28,5 @@ def make_pack(input_ids, lengths=None, *, tiles=None, image=100, targets=None, t
         num_kept=int(kept.sum()),
         label_weight=float(weights[kept].sum()),
         denominator=None if denominator is None else torch.as_tensor(denominator),
+        prefixes=tuple(prefixes),
     )

@@ -1,6 +1,7 @@
 """A byte tokenizer with Eagle's tokens, small media files, and facts without files for tests of planning."""
 
 import json
+import subprocess
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eagle_model.prompt.costs import FrameCosts
 from eagle_sampling import TimeTable
+from eagle_train.cli.main import main
 from eagle_train.config import Config, parse_config
 from eagle_train.data.facts import SCHEMA, Facts, FactsSource
 from tests.support import media
@@ -95,7 +97,7 @@ def make_facts() -> Callable[..., Facts]:
             columns["image_height"].append([height for _, height in content.get("images", ())])
             videos: list[dict[str, Any]] = []
             for video in content.get("videos", ()):
-                facts = {"start": None, "end": None, "width": 64, "height": 48}
+                facts = {"start": None, "end": None, "fps": None, "width": 64, "height": 48}
                 if isinstance(video, int):
                     videos.append({**facts, "frames": video, "seconds": None, "last_time": None, "times": []})
                 else:
@@ -103,7 +105,7 @@ def make_facts() -> Callable[..., Facts]:
                     table = TimeTable.from_ticks(range(frames), Fraction(1, fps))
                     known = {"frames": frames, "seconds": frames / fps, "last_time": (frames - 1) / fps, "times": table.to_list()}
                     videos.append(facts | known)
-            for name in ("frames", "seconds", "last_time", "start", "end", "width", "height", "times"):
+            for name in ("frames", "seconds", "last_time", "start", "end", "fps", "width", "height", "times"):
                 columns[f"video_{name}"].append([video[name] for video in videos])
         if sources is None:
             sources = [FactsSource("all", Path("all.jsonl"), Path("."), 0, len(rows), 0, 1.0, 1.0, None)]
@@ -158,3 +160,18 @@ def colour_run_in(tokenizer: PreTrainedTokenizerFast, write_jsonl: Any, write_vi
         return parse_config({**defaults, **sections}, base=folder)
 
     return make
+
+
+@pytest.fixture
+def eagle_here(capsys, monkeypatch):
+    """The command `eagle` in this process, which has torch already; for what doesn't depend on being a process."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # verbs set it; so it is taken back
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        return subprocess.CompletedProcess(arguments, ended.value.code or 0, *capsys.readouterr())
+
+    return run

@@ -1,6 +1,5 @@
 """A conversation: every turn answers as it would without kept keys and values, and computes only what is new."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,10 +25,10 @@ def video(tmp_path_factory):
     return str(write_video(tmp_path_factory.mktemp("v") / "v.mp4", [random_pixels(seed, (64, 48)) for seed in range(20)], fps=10))
 
 
-def afresh(chat, question, placed=""):
+def afresh(chat, question, placed="", images=(), videos=()):
     """The answer to the next question from the whole prompt."""
     messages = [*chat.messages, {"role": "user", "content": placed + question}]
-    made = chat.processor.process(messages, chat.images, chat.videos, add_generation_prompt=True, **chat.settings)
+    made = chat.processor.process(messages, [*chat.images, *images], [*chat.videos, *videos], add_generation_prompt=True, **chat.settings)
     device = torch.device("cpu")
     return generate(chat.model, chat.processor.tokenizer, [made.input_ids], made.tiles, max_new_tokens=8, device=device)[0]
 
@@ -48,8 +47,8 @@ def test_turns_equal_the_whole_prompt(model, processor, video):
     chat = Chat(model, processor, images=[random_image(1, (90, 40))], max_new_tokens=8)
     assert afresh(chat, "What is it?", "<image-1>") == chat.answer("What is it?")
     assert afresh(chat, "And the colour?") == chat.answer("And the colour?")
-    chat.attach([random_image(2)], [video])
-    assert afresh(chat, "Like these?", "<image-2><video-1>") == chat.answer("Like these?")
+    more = [random_image(2)], [video]
+    assert afresh(chat, "Like these?", "<image-2><video-1>", *more) == chat.answer("Like these?", *more)
     assert afresh(chat, "Why?") == chat.answer("Why?")
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 4
 
@@ -112,6 +111,4 @@ def test_an_error_leaves_the_conversation(model, processor):
 
 def test_sampling_draws(model, processor):
     torch.manual_seed(0)
-    answers = {"".join(Chat(model, processor).stream("a", temperature=5.0, max_new_tokens=8)) for _ in range(4)}
-    assert len(answers) > 1
-    assert np.all([isinstance(one, str) for one in answers])
+    assert len({Chat(model, processor, temperature=5.0, max_new_tokens=8).answer("a") for _ in range(4)}) > 1

@@ -77,7 +77,7 @@ def test_a_model_of_another_size_is_refused_with_the_folder(tmp_path, world):
     path = checkpoint.write(tmp_path, at(1, done=True), model, None, world)
     with pytest.raises(checkpoint.CheckpointError, match="s0-end"):
         checkpoint.read(path, make(width=6)[0], None, world)
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
+    with pytest.raises(checkpoint.CheckpointError, match="not a checkpoint"):
         checkpoint.read(tmp_path, model, None, world)
     (path / "__0_0.distcp").write_bytes(b"")
     with pytest.raises(checkpoint.CheckpointError, match=r"s0-end: can't be read.*: a file in it ends too early\. .*remove that folder"):

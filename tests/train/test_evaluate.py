@@ -5,16 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
-from eagle_train.config import dump_config, load_config
+from eagle_model import EagleForConditionalGeneration, EagleProcessor, preset
+from eagle_train.cli.chat import converse
+from eagle_train.config import Source, dump_config, load_config
 from eagle_train.data.prepare import prepare
 from eagle_train.data.sample import load_sample
 from eagle_train.distributed.world import start_world
-from eagle_train.evaluation.metrics import Answer, Evaluation, normalised
+from eagle_train.evaluation.metrics import Answer, Evaluation
+from eagle_train.evaluation.options import normalised
 from eagle_train.evaluation.text_only import Frequencies, last_question, question_text, training_pairs
 from eagle_train.runs.chat import Chat
 from eagle_train.runs.evaluate import Evaluator
 from eagle_train.runs.export import export
+from eagle_train.runs.exported import evaluate_exported
 from eagle_train.runs.folder import open_run
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
@@ -62,8 +67,19 @@ def test_scores_count_what_has_no_answer_as_wrong():
         Answer("b", 3, "q", "", "", problem="gone"),
     ]
     result = Evaluation(tuple(answers), 1.0)
-    assert result.score() == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert result.score()[:3] == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert result.by_source()["b"].accuracy == 0.0
+
+
+@pytest.fixture
+def tiny_folder(tmp_path, tokenizer):
+    """A released model with random weights."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = preset("tiny", tokenizer=tokenizer)
+    EagleForConditionalGeneration(config).save_pretrained(tmp_path / "tiny")
+    EagleProcessor.for_config(tokenizer, config).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
 
 
 @pytest.fixture
@@ -121,6 +137,58 @@ def test_a_run_is_evaluated_exported_and_chatted_with(run, tmp_path):
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         Chat.open(moved, images=[tmp_path / "nothing.png"])
+
+    # An exported folder gives the answers of the run.
+    held = Source(annotation=ready.eval_facts.sources[0].annotation)
+    overrides = ["eval.max_new_tokens=4"]
+    [point], facts = evaluate_exported(tmp_path / "model", held, tmp_path / "evaluation", world, overrides=overrides)
+    exported = point.evaluation
+    assert len(facts) == len(ready.eval_facts)
+    for ours, theirs in zip(exported.answers, alone.answers, strict=True):
+        assert (ours.line, ours.question, ours.expected, ours.problem) == (theirs.line, theirs.question, theirs.expected, theirs.problem)
+        assert ours.given == theirs.given
+
+
+def test_later_questions_add_media_and_a_failed_one_changes_nothing(tmp_path, tiny_folder, capsys):
+    for number in range(3):
+        Image.new("RGB", (64, 64), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    chat = Chat.open(tiny_folder, images=[tmp_path / "0.png"], device="cpu", max_new_tokens=2, system="Be brief.", max_tiles=1)
+    seen = []
+    process = chat.processor.process
+    chat.processor.process = lambda *given, **options: seen.append((given, options)) or process(*given, **options)
+    questions = [
+        "What is this?",
+        "/image nothing.png",
+        f"/image {tmp_path / '1.png'}",
+        "And this?",
+        f"/image {tmp_path / 'bad.png'}",
+        "And this one?",
+        "What is in <video>?",
+        f"/image {tmp_path / '2.png'}",
+        "Is <image-3> darker than <image-1>?",
+    ]
+    converse(chat, iter(questions))
+    printed = capsys.readouterr()
+    assert "/image: nothing.png: there is no such file" in printed.err
+    assert "bad.png" in printed.err
+    assert printed.err.count("error: ") == 2
+    assert [message["content"] for message in chat.messages if message["role"] == "user"] == [
+        "What is this?",
+        "<image-2>And this?",
+        "What is in <video>?",  # text: the conversation has no video
+        "Is <image-3> darker than <image-1>?",
+    ]
+    assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    assert chat.images == [str(tmp_path / f"{number}.png") for number in range(3)]
+    assert all(options["max_tiles"] == 1 for _, options in seen)
+
+
+def test_temperature_samples(tiny_folder):
+    torch.manual_seed(0)
+    answers = {Chat.open(tiny_folder, device="cpu", max_new_tokens=8, temperature=50.0).answer("hi") for _ in range(3)}
+    assert len(answers) > 1
+    assert len({Chat.open(tiny_folder, device="cpu", max_new_tokens=8).answer("hi") for _ in range(2)}) == 1
 
 
 def test_a_run_that_moved_with_its_project_is_the_same_run(colour_run_in, tmp_path):

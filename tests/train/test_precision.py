@@ -73,4 +73,4 @@ def test_bfloat16_without_instructions_is_warned_of_once(colour_run, native, cap
     with caplog.at_level(logging.WARNING, "eagle_train"):
         train(get_ready(config), world)
     world.close()
-    assert sum("parallel.dtype is bfloat16, which this CPU has no instructions for" in text for text in caplog.messages) == warned
+    assert sum("parallel.dtype is bfloat16, for which this CPU has no instructions" in text for text in caplog.messages) == warned

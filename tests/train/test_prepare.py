@@ -15,9 +15,10 @@ from eagle_model.prompt import VideoSpan, encode, render
 from eagle_model.prompt.costs import PromptCosts
 from eagle_sampling import TimeTable
 from eagle_train.config import ConfigError, dump_config
-from eagle_train.data.annotation import index_annotation, read_lines
 from eagle_train.data.prepare import PrepareError, load_facts, prepare, tokenizer_fingerprint
 from eagle_train.data.sample import RowError, load_sample
+from eagle_train.data.sources import open_rows
+from eagle_train.data.sources.index import index_file
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_second_run_finds_everything(media, rows, make_config, write_jsonl, toke
     assert second.facts.table.equals(first.facts.table)
     assert load_facts(config, tokenizer).table.equals(first.facts.table)
     assert [(step.rows_done, step.rows_total) for step in seen] == [(6, 6)]
-    next((media / "runs/test/facts").glob("s-*/done.json")).unlink()  # a run that was killed at its very end
+    next((media / "runs/test/facts").glob("s-*/done-*.json")).unlink()  # a run that was killed at its very end
     third = prepare(config, tokenizer, progress=seen.append)
     assert (third.rows_reused, third.facts.table.equals(first.facts.table)) == (6, True)
     assert [(step.rows_done, step.rows_total) for step in seen[1:]] == [(2, 6), (4, 6), (6, 6)]
@@ -191,7 +192,9 @@ def test_kill_nine_loses_at_most_a_shard_a_worker(tmp_path, row, make_config, wr
         time.sleep(0.1)
     config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 50})
     folder = next(path for path in (tmp_path / "runs/test/facts").iterdir() if path.name.startswith("s-"))
-    (folder / "part-00079.parquet.99999.tmp").write_bytes(b"half a file")
+    shards = index_file(str(tmp_path / "rows.jsonl"), 50, tmp_path / "cache").shards
+    missing = next(name for shard in shards if not (folder / (name := f"part-{shard.digest}.parquet")).exists())
+    (folder / f"{missing}.99999.tmp").write_bytes(b"half a file")
     report = prepare(config, tokenizer)
     assert 300 <= report.rows_reused < count
     assert report.facts.column("line").tolist() == list(range(1, count + 1))
@@ -291,18 +294,19 @@ def test_damaged_parts_are_made_again(media, rows, make_config, write_jsonl, tok
     config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 1})
     facts = prepare(config, tokenizer).facts
     folder = next((media / "runs/test/facts").glob("s-*"))
-    parts = sorted(folder.glob("*.parquet"))
+    done = json.loads(next(folder.glob("done-*.json")).read_text())
+    parts = [folder / name for name, _, _ in done["parts"]]
     parts[0].write_bytes(b"")
     parts[1].write_bytes(bytes(parts[1].stat().st_size))
     parts[2].write_bytes((whole := parts[2].read_bytes())[:-1000] + bytes(992) + whole[-8:])
-    (folder / "done.json").write_bytes(bytes(100))
+    next(folder.glob("done-*.json")).write_bytes(bytes(100))
     next((media / "runs/test/facts/index").iterdir()).write_bytes(b"")
     with pytest.raises(PrepareError, match="no facts"):
         load_facts(config, tokenizer)
     again = prepare(config, tokenizer)
     assert (again.rows_reused, again.facts.table.equals(facts.table)) == (3, True)
     parts[0].write_bytes(b"")
-    with pytest.raises(OSError, match=r"part-00000.parquet: can't be read .* remove the folder"):
+    with pytest.raises(OSError, match=r"part-\w+.parquet: can't be read .* remove the folder"):
         load_facts(config, tokenizer)
 
 
@@ -350,21 +354,22 @@ def test_lines_are_found_whatever_their_ends(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     for shard_rows in (1, 2, 3, 100):
-        index = index_annotation(path, shard_rows, tmp_path / f"cache{shard_rows}")
-        lines = [line for shard in index.shards for line in read_lines(path, shard, 100)]
-        assert index.lines == 6
-        assert [number for number, _, _ in lines] == [1, 2, 3, 4, 5, 6]
-        assert isinstance(lines[4][2], RowError)
-        for number, offset, line in lines:
-            if number != 5:
-                assert content[offset : offset + len(line)] == line
-        assert lines[5][2] == b'{"d": 4}'
-        assert index_annotation(path, shard_rows, tmp_path / f"cache{shard_rows}") == index
+        index = index_file(str(path), shard_rows, tmp_path / f"cache{shard_rows}")
+        lines = [line for shard in index.shards for line in open_rows(str(path)).read(shard, 100)]
+        assert index.rows == 6
+        assert [line.content for line in lines if not isinstance(line.content, RowError)] == [{"a": 1}, None, {"b": 2}, None, {"d": 4}]
+        assert isinstance(lines[4].content, RowError)
+        for start, size, line in lines:
+            if isinstance(line, dict):
+                assert open_rows(str(path)).get(start, size) == line
+        assert index_file(str(path), shard_rows, tmp_path / f"cache{shard_rows}") == index
 
 
-def test_json_array_is_named(tmp_path, row, make_config, tokenizer):
+def test_json_array_is_read_whatever_its_name(tmp_path, row, make_config, tokenizer):
     (tmp_path / "rows.jsonl").write_text(json.dumps([row()]))
-    with pytest.raises(ConfigError, match=r"JSON array.*jq"):
+    assert prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer).good_rows == 1
+    (tmp_path / "rows.jsonl").write_text(json.dumps([row()])[:-1])
+    with pytest.raises(ConfigError, match="has no end; the file is cut off"):
         prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eagle_train.data.sample import RowError, Sample, VideoRef, normalise, parse_row, read_row
+from eagle_train.data.sample import RowError, RowFormat, Sample, VideoRef, normalise, parse_row
+from eagle_train.data.sources import open_rows
 
 TALK = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
 MESSAGES = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -79,6 +80,26 @@ def test_images(media, images):
         ({"video": {"path": "v.mp4", "start": 1, "end": 2.5}}, (VideoRef("/media/v.mp4", 1.0, 2.5),)),
         ({"video": {"video": "v.mp4", "start_time": 0, "end_time": 2}}, (VideoRef("/media/v.mp4", 0.0, 2.0),)),
         ({"video": {"path": "v.mp4", "end": 4}}, (VideoRef("/media/v.mp4", None, 4.0),)),
+        ({"video": {"path": "v.mp4", "start": 1, "end": None}}, (VideoRef("/media/v.mp4", 1.0),)),
+        ({"video": {"path": "v.mp4", "begin": 1, "finish": 2}}, (VideoRef("/media/v.mp4", 1.0, 2.0),)),
+        ({"video": "v.mp4", "start": 1, "end": 2}, (VideoRef("/media/v.mp4", 1.0, 2.0),)),
+        ({"video": "v.mp4", "video_start": 1, "video_end": 2.5}, (VideoRef("/media/v.mp4", 1.0, 2.5),)),
+        ({"videos": ["v.mp4"], "clip_start": 1, "clip_end": 2}, (VideoRef("/media/v.mp4", 1.0, 2.0),)),
+        ({"video": "v.mp4", "start": "1.5", "end": ""}, (VideoRef("/media/v.mp4", 1.5),)),
+        ({"data": [{"type": "video", "video_list": ["v.mp4"], "start": 3}]}, (VideoRef("/media/v.mp4", 3.0),)),
+        ({"video": "v.mp4", "fps": 29.97, "duration": 8}, (VideoRef("/media/v.mp4"),)),
+        ({"video": ["1.jpg", "2.jpg"]}, (VideoRef(frames=("/media/1.jpg", "/media/2.jpg")),)),
+        ({"video": "1.jpg"}, (VideoRef(frames=("/media/1.jpg",)),)),
+        ({"videos": [["1.jpg"], "v.mp4"]}, (VideoRef(frames=("/media/1.jpg",)), VideoRef("/media/v.mp4"))),
+        (
+            {"video": {"frames": ["1.jpg", "2.jpg", "3.jpg"], "fps": 4}},
+            (VideoRef(frames=("/media/1.jpg", "/media/2.jpg", "/media/3.jpg"), times=(0.0, 0.25, 0.5), fps=4),),
+        ),
+        ({"video": ["1.jpg", "2.jpg"], "fps": 2}, (VideoRef(frames=("/media/1.jpg", "/media/2.jpg"), times=(0.0, 0.5), fps=2),)),
+        (
+            {"video": {"video": ["1.jpg", "2.jpg", "3.jpg"], "fps": 4, "start": 0.25, "end": 0.5}},
+            (VideoRef(frames=("/media/2.jpg", "/media/3.jpg"), times=(0.0, 0.25), fps=4),),
+        ),
         ({"data": [{"type": "video", "video_list": ["v.mp4", {"path": "w.mp4"}]}]}, (VideoRef("/media/v.mp4"), VideoRef("/media/w.mp4"))),
         ({"document": ["1.png", "2.png"]}, (VideoRef(frames=("/media/1.png", "/media/2.png")),)),
         ({"document": [["1.png"], ["2.png"]]}, (VideoRef(frames=("/media/1.png",)), VideoRef(frames=("/media/2.png",)))),
@@ -96,7 +117,151 @@ def test_images(media, images):
 def test_videos_and_documents(media, videos):
     sample = of({"conversations": TALK, **media})
     assert sample.videos == videos
-    assert [video.is_document for video in sample.videos] == [bool(video.frames) or video.path.endswith(".pdf") for video in videos]
+    assert [video.is_document for video in sample.videos] == [
+        (bool(video.frames) and video.times is None) or str(video.path).endswith(".pdf") for video in videos
+    ]
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(f"{a}start{b}", f"{a}end{b}") for a, b in (("", ""), ("", "_time"), ("video_", ""), ("clip_", ""))]
+)
+@pytest.mark.parametrize("place", ["mapping", "part", "part url", "inner", "row", "data"])
+def test_bounds_of_clips_in_every_place(place, start, end):
+    bounds = {start: 1.0, end: 2.0}
+    parts = {
+        "part": {"type": "video", "video": "v.mp4", **bounds},
+        "part url": {"type": "video_url", "video_url": {"url": "v.mp4"}, **bounds},
+        "inner": {"type": "video", "video": {"path": "v.mp4", **bounds}},
+    }
+    rows = {
+        "mapping": {"video": {"path": "v.mp4", **bounds}, "conversations": TALK},
+        "row": {"video": "v.mp4", **bounds, "conversations": TALK},
+        "data": {"data": [{"type": "video", "video": "v.mp4", **bounds}], "conversations": TALK},
+    }
+    row = rows.get(place) or {"messages": [{"role": "user", "content": [parts[place]]}, MESSAGES[1]]}
+    assert of(row).videos == (VideoRef("/media/v.mp4", 1.0, 2.0),)
+
+
+@pytest.mark.parametrize(
+    ("key", "no", "yes"),
+    [(key, *pair) for key in ("loss", "train", "trainable", "weight", "loss_mask") for pair in ((False, True), (0, 1), (0.0, 1.0))],
+)
+def test_turns_say_whether_they_are_learned(key, no, yes):
+    turns = [MESSAGES[0], {**MESSAGES[1], key: no}, MESSAGES[0], {**MESSAGES[1], key: yes}, MESSAGES[0], {**MESSAGES[1], key: None}]
+    learned = [message.get("train", True) for message in of({"messages": turns}).messages]
+    assert learned == [True, False, True, True, True, True]
+
+
+def test_a_system_message_in_the_row():
+    assert of({"system": "S", "conversations": TALK}, system="other").messages == [{"role": "system", "content": "S"}, *MESSAGES]
+    said = [{"role": "system", "content": "S"}, *MESSAGES]
+    assert of({"system": "S", "messages": said}).messages == said
+    assert of({"system": "", "messages": MESSAGES}, system="mine").messages[0]["content"] == "mine"
+
+
+def test_placeholders_of_several_documents():
+    row = {"documents": [["1.png"], ["2.png"]], "video": "v.mp4"}
+    talk = [{"from": "human", "value": "<video> or <document> or\n<document>?"}, TALK[1]]
+    assert of({**row, "conversations": talk}).messages[0]["content"] == "<video-1> or <video-2> or\n<video-3>?"
+    with pytest.raises(RowError, match="3 placeholders <document> without a number, but 2 documents"):
+        of({**row, "conversations": [{"from": "human", "value": "<document>" * 3}, TALK[1]]})
+    with pytest.raises(RowError, match="<document-3> has no document: the row has 2"):
+        of({**row, "conversations": [{"from": "human", "value": "<document-3>"}, TALK[1]]})
+
+
+def test_parts_without_a_medium_show_those_of_the_row():
+    """TRL's form: `{"type": "image"}` in the content, and the images in a column."""
+    parts = [
+        {"type": "image"},
+        {"type": "text", "text": "or"},
+        {"type": "image", "text": None, "image": None},
+        {"type": "text", "text": "?"},
+    ]
+    row = {"images": ["a.png", {"bytes": None, "path": "b.png"}], "messages": [{"role": "user", "content": parts}, MESSAGES[1]]}
+    sample = of(row)
+    assert (sample.messages[0]["content"], sample.images) == ("<image-1>or<image-2>?", ("/media/a.png", "/media/b.png"))
+    for images in (["a.png"], ["a.png"] * 3):
+        with pytest.raises(RowError, match=rf"the row has {len(images)}"):
+            of({**row, "images": images})
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"path": "a.png"},
+        {"url": "a.png"},
+        {"image": "a.png"},
+        {"image": {"path": "a.png"}},
+        {"image_url": {"url": "a.png", "detail": "low"}},
+    ],
+)
+def test_images_of_parts(part):
+    kind = "image_url" if "image_url" in part else "image"
+    row = {
+        "messages": [{"role": "user", "content": [[{"type": kind, **part}], {"type": "text", "text": "Is <image> a tag?"}]}, MESSAGES[1]]
+    }
+    assert of(row).images == ("/media/a.png",)
+    assert of(row).messages[0] == {"role": "user", "content": "<image-1>Is <image> a tag?", "numbered": True}
+
+
+def test_images_in_answers_are_context():
+    row = {
+        "messages": [MESSAGES[0], {"role": "assistant", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Done."}]}]
+    }
+    assert of(row).messages[1] == {"role": "assistant", "content": "<image-1>Done.", "numbered": True}
+
+
+def test_columns_of_tables_that_are_null():
+    row = {
+        "image": None,
+        "images": [],
+        "video": [None],
+        "id": 7,
+        "document": "",
+        "start": None,
+        "data": None,
+        "system": None,
+        "conversations": None,
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Q", "image": None}], "loss": None, "tool_calls": []},
+            {"role": "assistant", "content": "A", "value": None},
+        ],
+    }
+    row.pop("document")
+    assert of(row) == Sample(MESSAGES, (), (), "s", 3)
+    with pytest.raises(RowError, match="'image' of the row is null"):
+        of({"image": None, "conversations": [{"from": "human", "value": "<image>?"}, TALK[1]]})
+
+
+def test_ways_to_hold_turns():
+    assert of({"conversations": '[{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]'}).messages == MESSAGES
+    assert of({"texts": [{"user": "Q", "assistant": "A", "source": "x"}]}).messages == MESSAGES
+    form = RowFormat(columns=(("question", "q"), ("answer", "a")))
+    assert of({"q": "Q", "a": "A", "images": None}, form=form).messages == MESSAGES
+    assert of({"q": 4, "a": 0.5}, form=form).messages[1]["content"] == "0.5"
+    assert of({"a": "A"}, form=RowFormat(columns=(("answer", "a"),), question="Q")).messages == MESSAGES
+    with pytest.raises(RowError, match="both hold the turns"):
+        of({"conversations": TALK, "messages": MESSAGES})
+    with pytest.raises(RowError, match="has an answer and no question"):
+        of({"a": "A"}, form=form)
+
+
+def test_bytes_are_media(tmp_path):
+    assert of({"image": {"bytes": b"x", "path": "a.png"}, "conversations": TALK}).images == (b"x",)
+    assert of({"image": b"x", "conversations": TALK}).images == (b"x",)
+    form = RowFormat(media=str(tmp_path / "media"))
+    video = of({"video": {"bytes": b"film", "start": 1}, "conversations": TALK}, form=form).videos[0]
+    assert (Path(video.path).read_bytes(), video.start) == (b"film", 1.0)
+    document = of({"document": {"bytes": b"%PDF-1"}, "conversations": TALK}, form=form).videos[0]
+    assert document.is_pdf
+    with pytest.raises(RowError, match="needs a folder of facts"):
+        of({"video": b"film", "conversations": TALK})
+
+
+def test_metadata_changes_nothing():
+    metadata = {"id": "a.b", "source": "made", "image_id": 7, "width": [3], "score": 0.5, "url": "https://example.org/page", "img": None}
+    assert of({**metadata, "conversations": TALK}) == Sample(MESSAGES, (), (), "s", 3)
+    assert of({"img": "x", "conversations": TALK}, form=RowFormat(ignore=("img",))) == Sample(MESSAGES, (), (), "s", 3)
 
 
 def test_mixed_and_interleaved():
@@ -166,6 +331,33 @@ def test_content_parts_stand_where_they_are_shown():
         ({"conversations": TALK, "video": {"path": "v", "start": -1}}, "bad-media", "expected seconds"),
         ({"conversations": TALK, "video": {"path": "v", "start": 3, "end": 3}}, "bad-media", "not after its start"),
         ({"conversations": TALK, "document": [[]]}, "bad-media", "no pages"),
+        ({"conversations": TALK, "img": "x"}, "unknown-key", "the row has 'img' = 'x', which nothing reads"),
+        ({"conversations": TALK, "pdf": "a.pdf"}, "unknown-key", "'pdf'"),
+        ({"conversations": TALK, "attachment": ["a.JPG"]}, "unknown-key", "'attachment'"),
+        ({"conversations": TALK, "blob": b"abc"}, "unknown-key", "'blob' = <3 bytes>"),
+        ({"conversations": TALK, "tools": [{"name": "f"}]}, "unknown-key", "'tools'"),
+        ({"conversations": TALK, "weight": 0.5, "loss": False}, "unknown-key", "'loss'"),
+        ({"conversations": [TALK[0], {**TALK[1], "image": "a.png"}]}, "unknown-key", "turn 2 has 'image'; media stand in the row itself"),
+        ({"conversations": [TALK[0], {**TALK[1], "tool_calls": [{}, 1]}]}, "unknown-key", "'tool_calls'"),
+        ({"conversations": [TALK[0], {**TALK[1], "weight": 0.5}]}, "bad-row", "weight of turn 2 is 0.5"),
+        ({"conversations": [TALK[0], {**TALK[1], "loss": True, "train": False}]}, "bad-row", "keep one of them"),
+        ({"conversations": [{**TALK[0], "loss": True}, TALK[1]]}, "bad-row", "only turns of the assistant are learned"),
+        ({"system": "S", "messages": [{"role": "system", "content": "T"}, *MESSAGES]}, "bad-row", "with another text"),
+        ({"system": 5, "messages": MESSAGES}, "bad-row", "system is a int"),
+        ({"conversations": TALK, "video": ["v.mp4", "w.mp4"], "start": 1}, "bad-media", "stands next to 2 videos"),
+        ({"conversations": TALK, "video": {"path": "v.mp4", "start": 1, "start_time": 2}}, "bad-media", "several bounds"),
+        ({"conversations": TALK, "video": {"path": "v.mp4", "start": 1}, "start": 2}, "bad-media", "two values of start"),
+        ({"conversations": TALK, "video": "v.mp4", "start": "soon"}, "bad-media", "expected seconds"),
+        ({"conversations": TALK, "video": {"path": "v.mp4", "nframes": 4}}, "unknown-key", "a video has the keys 'nframes'"),
+        ({"conversations": TALK, "video": {"path": "v.mp4", "fps": 1}}, "bad-media", "sampling.fps"),
+        ({"conversations": TALK, "video": {"frames": ["1.jpg"], "end": 1}}, "bad-media", "no fps"),
+        ({"conversations": TALK, "video": {"frames": ["1.jpg"], "fps": 0}}, "bad-media", "fps is 0"),
+        ({"conversations": TALK, "video": {"frames": ["1.jpg"], "fps": 1, "start": 5}}, "bad-media", "no frame lies between"),
+        ({"conversations": TALK, "data": [{"type": "image", "image": "a", "crop": 1, "file": "b"}]}, "unknown-key", "'file'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "max_pixels": 9}]}]}, "unknown-key", "'max_pixels'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "bad-media", "without a image in it"),
+        ({"texts": [{"user": "Q"}]}, "bad-row", "texts: item 1"),
+        ({"conversations": "[1"}, "bad-row", "isn't JSON"),
     ],
 )
 def test_what_can_not_be_understood_is_named(row, reason, detail):
@@ -179,10 +371,10 @@ def test_rows_are_read_by_their_offset(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     lines = [b'{"a": "\xc3\xa4"}', b'{"b": 2}']
     path.write_bytes(b"\n".join(lines))
-    assert read_row(path, 0, len(lines[0])) == {"a": "ä"}
-    assert read_row(path, len(lines[0]) + 1, len(lines[1])) == {"b": 2}
+    assert open_rows(str(path)).get(0, len(lines[0])) == {"a": "ä"}
+    assert open_rows(str(path)).get(len(lines[0]) + 1, len(lines[1])) == {"b": 2}
     with pytest.raises(RowError, match="broken-json"):
-        read_row(path, 1, 5)
+        open_rows(str(path)).get(1, 5)
     for line, problem in ((b"3", "expected an object"), (b'{"id": ' + b"1" * 5000 + b"}", "integer string conversion")):
         with pytest.raises(RowError, match=problem):
             parse_row(line)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import itertools
-import json
 import os
 import re
 import statistics
@@ -20,6 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
 sys.path.insert(0, str(Path(__file__).parent))
 
 import flash_attn_2_from_torch
@@ -28,9 +27,23 @@ import torch
 import torch.distributed as dist
 from rivals import RIVALS, Unavailable
 
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report, write
+from benchmarks.rivals import Absent, load
 from eagle_cp import ContextMesh, Layout, attention
 from eagle_cp.backends import KERNELS
 
+LIBRARIES = ("torch", "flash-attn-4", "nvidia-cutlass-dsl", "yunchang", "ring-flash-attn", "transformers", "triton")
+METRICS = {
+    "forward_ms": Metric("ms", "lower"),
+    "both_ms": Metric("ms", "lower"),
+    "forward_tflops": Metric("per GPU", "higher"),
+    "backward_tflops": Metric("per GPU", "higher"),
+    "both_tflops": Metric("per GPU", "higher"),
+    "peak_gib": Metric("GiB", "lower"),
+    "needed_gib": Metric("GiB", "none"),
+    "peak_over_needed": Metric("", "lower"),
+}
 HEADS, KV_HEADS, DIM = 28, 4, 128
 
 
@@ -86,14 +99,14 @@ def measure(step, inputs, pairs: int, world: int, seconds: float) -> dict:
     forward_ms, both_ms = time_ms(forward, seconds / 3), time_ms(both, seconds)
     flops = 4 * pairs * HEADS * DIM / world
     return {
-        "forward_ms": round(forward_ms, 3),
-        "both_ms": round(both_ms, 3),
-        "forward_tflops": round(flops / forward_ms / 1e9, 1),
-        "backward_tflops": round(2.5 * flops / max(both_ms - forward_ms, 1e-3) / 1e9, 1),
-        "both_tflops": round(3.5 * flops / both_ms / 1e9, 1),
-        "peak_gib": round(peak / 2**30, 3),
-        "needed_gib": round(needed / 2**30, 3),
-        "peak_over_needed": round(peak / needed, 3),
+        "forward_ms": forward_ms,
+        "both_ms": both_ms,
+        "forward_tflops": flops / forward_ms / 1e9,
+        "backward_tflops": 2.5 * flops / max(both_ms - forward_ms, 1e-3) / 1e9,
+        "both_tflops": 3.5 * flops / both_ms / 1e9,
+        "peak_gib": peak / 2**30,
+        "needed_gib": needed / 2**30,
+        "peak_over_needed": peak / needed,
     }
 
 
@@ -119,28 +132,20 @@ def ceilings(world: int) -> dict:
         result["all_gather_gb_s"] = part.nbytes * (world - 1) / time_ms(lambda: dist.all_gather_into_tensor(gathered, part), 0.2) / 1e6
         result["all_to_all_gb_s"] = a.nbytes * (world - 1) / world / time_ms(lambda: dist.all_to_all_single(b, a), 0.2) / 1e6
         result["reduce_scatter_gb_s"] = mine.nbytes * (world - 1) / time_ms(lambda: dist.reduce_scatter_tensor(mine, wide), 0.2) / 1e6
-    return {k: round(v, 1) for k, v in result.items()}
-
-
-def versions() -> dict:
-    found = {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
-    for name in ("flash-attn-4", "nvidia-cutlass-dsl", "yunchang", "ring-flash-attn", "transformers", "triton"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return result
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_out(parser)
     parser.add_argument("--packs", default=".", help="regular expression over the names of packs")
     parser.add_argument("--methods", default=".", help="regular expression over the names of methods")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for the repetitions of one measurement")
     parser.add_argument("--ctas", type=int, help="multiprocessors of a collective of eagle-cp (default: NCCL's choice)")
     parser.add_argument("--until", type=float, default=1e9, help="seconds after which no measurement is started")
     args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        parser.error("start it with torch.distributed.run on a machine with GPUs")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=60), device_id=torch.device("cuda", torch.cuda.current_device()))
     world, began = dist.get_world_size(), time.time()
@@ -150,30 +155,24 @@ def main():
         options.config.min_ctas = options.config.max_ctas = args.ctas
         context = dist.new_group(list(range(world)), pg_options=options)
     meshes = {u: ContextMesh.from_group(context, ulysses=u) for u in range(1, world + 1) if world % u == 0}
-    result = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "gpu": torch.cuda.get_device_name(),
-        "gpus": world,
-        "heads": [HEADS, KV_HEADS, DIM],
-        "versions": versions(),
-        "ceilings": ceilings(world),
-        "ctas": args.ctas,
-        "rows": [],
-    }
-    log(json.dumps({k: v for k, v in result.items() if k != "rows"}))
+    settings = {name: value for name, value in vars(args).items() if name != "out"} | {"heads": [HEADS, KV_HEADS, DIM]}
+    settings |= {"cudnn": torch.backends.cudnn.version(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    result = Result("eagle-cp/bench", environment(LIBRARIES, gpus=world), METRICS, ceilings=ceilings(world), settings=settings)
+    log(result.environment, result.ceilings)
     try:
         flash_attn_2_from_torch.install()
     except ImportError:
-        log("no package flash_attn: rivals that need flash-attn 2 are reported as not available")
+        log("no package flash_attn: rivals that need flash-attn 2 are reported as absent")
+    loaded, result.absent = load("all packs", RIVALS)
     methods = {}
     for backend in ("flash-attn-4", "cudnn", "torch-flash"):
         for u, mesh in meshes.items():
             methods[f"ours u={u} r={world // u}, {backend}"] = lambda lengths, mesh=mesh, b=backend: ours(lengths, mesh, b)
         methods[f"one GPU, {backend}"] = lambda lengths, b=backend: ours(lengths, None, b)
-    for name, make in RIVALS.items():
+    for name, make in loaded.items():
         methods[name] = lambda lengths, make=make: make(lengths, HEADS, KV_HEADS, DIM)
     # flash-attn-4 first, then cuDNN, rivals, FlashAttention-2: with --until, the last ones may not be measured.
-    turn = lambda m: 0 if "flash-attn-4" in m else 1 if "cudnn" in m else 2 if m in RIVALS else 3
+    turn = lambda m: 0 if "flash-attn-4" in m else 1 if "cudnn" in m else 2 if m in loaded else 3
     for _, tier in itertools.groupby(sorted(methods, key=turn), key=turn):
         for (pack, make_lengths), method in itertools.product(packs.PACKS.items(), list(tier)):
             lengths, make = make_lengths(), methods[method]
@@ -185,26 +184,32 @@ def main():
             if sum(lengths) > 240000 and not re.search("flash-attn-4|cudnn|USP Ulysses", method):
                 continue  # the slow ones take half a minute each, and scale as at 128K
             if slowest(time.time() - began) > args.until:
-                row = {"error": "no time left"}
+                found = "not measured: --until has passed"
             else:
-                row = attempt(make, lengths, 1 if alone else world, args.seconds)
-            row = {"pack": pack, "method": method, **row}
-            result["rows"].append(row)
-            log(json.dumps(row))
-            if dist.get_rank() == 0:
-                Path(args.out).write_text(json.dumps(result, indent=1))
+                found = attempt(make, lengths, 1 if alone else world, args.seconds)
+            log(pack, "|", method, "|", found)
+            if isinstance(found, str):
+                result.absent.append(Absent(pack, method, found))
+            else:
+                result.add(pack, method, **found)
+            if dist.get_rank() == 0 and args.out is not None:
+                write(result, args.out)
+    if dist.get_rank() == 0:
+        report(result, args.out)
     dist.destroy_process_group()
 
 
-def attempt(make, lengths, world, seconds) -> dict:
+def attempt(make, lengths, world, seconds) -> dict | str:
+    """The metrics of a method, or why there are none."""
     step = None
     try:
         step, inputs = make(lengths)
         return measure(step, inputs, packs.causal_pairs(lengths), world, seconds)
     except Unavailable as error:
-        return {"error": f"does not run: {error}"}
+        return f"does not run: {error}"
     except Exception as error:  # the failure of a rival is a result
-        return {"error": f"{type(error).__name__}: {str(error)[:200]}", "trace": traceback.format_exc()[-600:]}
+        traceback.print_exc()
+        return f"{type(error).__name__}: {str(error)[:200]}"
     finally:
         if hasattr(step, "close"):
             step.close()

@@ -2,14 +2,14 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node=2 packages/eagle-cp/benchmarks/check.py --out check.json
 
-Errors are ||x - ref|| / ||ref||. `ratio` compares a split with one GPU's run of the same kernel on the whole pack.
+Errors are ||x - ref|| / ||ref||. A ratio is the error of a split over that of the same kernel on one GPU with the whole pack. Exits with 1
+if a check cannot be computed or tiles are not exact.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import random
 import re
@@ -20,9 +20,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report
+from benchmarks.rivals import Absent
 from eagle_cp import ContextMesh, Layout, attention, exchange_tiles, plan_tiles
 from eagle_cp.backends import KERNELS
 from eagle_cp.segments import Segments
+
+TENSORS = ("out", "dq", "dk", "dv")
+METRICS = {name: Metric("error", "lower") for name in TENSORS} | {f"{name}_ratio": Metric("", "lower") for name in TENSORS}
+METRICS["tiles_exact"] = Metric("1: yes", "higher")
 
 
 def log(*args):
@@ -75,7 +83,7 @@ def check_kernel(kernel, causal, strided):
     lse = kernel.forward(q, k, v, segments, causal, scale, out=out)
     kernel.backward(dout, q, k, v, out, lse, segments, causal, scale, dq, dk, dv)
     refs = exact(q, k, v, dout, segments.cu_q, segments.cu_k, causal)
-    return {n: round(error(x, r), 5) for n, x, r in zip(("out", "dq", "dk", "dv"), (out, dq, dk, dv), refs)}
+    return {n: error(x, r) for n, x, r in zip(TENSORS, (out, dq, dk, dv), refs)}, {}
 
 
 def check_split(mesh, backend, lengths, heads, causal):
@@ -93,7 +101,8 @@ def check_split(mesh, backend, lengths, heads, causal):
     layout = Layout.build(cu, mesh, num_heads=heads[0], num_kv_heads=heads[1], verify=True)
     split = [error(x, r) for x, r in zip(run(layout), refs)]
     alone = [error(x, r) for x, r in zip(run(Layout.single(cu)), refs)]
-    return {"layout": repr(layout), "errors": [round(x, 5) for x in split], "ratio": [round(a / b, 3) for a, b in zip(split, alone)]}
+    ratios = {f"{name}_ratio": a / b for name, a, b in zip(TENSORS, split, alone)}
+    return dict(zip(TENSORS, split)) | ratios, {"layout": repr(layout)}
 
 
 def check_tiles(mesh):
@@ -111,29 +120,34 @@ def check_tiles(mesh):
     order = mask.cumsum(0)[layout.local_tokens()[plan.local_rows]] - 1  # the feature of each local row
     (grad,) = torch.autograd.grad(rows, mine, grads[order.cuda()])
     same = bool((rows == features[order.cuda()]).all()) and bool((grad == grads[plan.first * 256 : plan.last * 256]).all())
-    return {"exact": same, "tiles": [plan.first, plan.last], "rows": len(plan.local_rows)}
+    return {"tiles_exact": float(same)}, {"tiles": [plan.first, plan.last], "rows": len(plan.local_rows)}
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_out(parser)
     parser.add_argument("--match", default=".", help="regular expression over the names of checks")
     args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        parser.error("start it with torch.distributed.run on a machine with GPUs")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=60), device_id=torch.device("cuda", torch.cuda.current_device()))
     world = dist.get_world_size()
     meshes = {u: ContextMesh.from_group(ulysses=u) for u in range(1, world + 1) if world % u == 0}
-    rows = []
+    libraries = ("torch", "flash-attn-4", "nvidia-cutlass-dsl", "triton")
+    result = Result("eagle-cp/check", environment(libraries, gpus=world), METRICS, settings={"match": args.match})
 
     def attempt(name, function, *arguments):
         if not re.search(args.match, name):
             return
         try:
-            row = {"check": name, **function(*arguments)}
-        except Exception as e:
-            row = {"check": name, "error": f"{type(e).__name__}: {str(e)[:300]}", "trace": traceback.format_exc()[-700:]}
-        rows.append(row)
-        log(json.dumps(row))
+            metrics, details = function(*arguments)
+        except Exception as error:  # the other checks still run
+            traceback.print_exc()
+            result.absent.append(Absent(name, "ours", f"{type(error).__name__}: {str(error)[:300]}"))
+        else:
+            result.add(name, details=details, **metrics)
+            log(name, metrics)
 
     usable = [
         n for n, x in KERNELS.items() if x.unsupported(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, 128, True) is None
@@ -158,9 +172,10 @@ def main():
         attempt(f"split u={u} r={world // u} 9/3", check_split, mesh, None, packs["mixed"], (9, 3), True)
         attempt(f"split u={u} r={world // u} 7/1 full", check_split, mesh, None, packs["mixed"], (7, 1), False)
     if dist.get_rank() == 0:
-        Path(args.out).write_text(json.dumps(rows, indent=1))
+        report(result, args.out)
     dist.destroy_process_group()
+    return int(bool(result.absent) or any(case.metrics.get("tiles_exact") == 0 for case in result.cases))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

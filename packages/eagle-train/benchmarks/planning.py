@@ -116,6 +116,7 @@ def facts_of(count: int) -> Facts:
             "last_time": 29.9,
             "start": None,
             "end": None,
+            "fps": None,
             "width": 640,
             "height": 360,
             "times": table,

@@ -15,27 +15,32 @@ from torch import Tensor
 from torch.distributed import Work
 
 from eagle_cp.heads import HeadChunk, HeadShare
-from eagle_cp.kernels.kernel import Kernel
+from eagle_cp.kernels.blockwise import wide_dtype
+from eagle_cp.kernels.kernel import AddGradients, Kernel
 from eagle_cp.layout import Layout
-from eagle_cp.rank_attention import PieceAttention, RankAttention
+from eagle_cp.rank_attention import PieceAttention, PrefixCall, RankAttention
+from eagle_cp.segments import Segments
 
 # Rows of pieces per rank from which keys are gathered one head at a time. On 2 H200, one document, flash-attn-4: at 128K tokens (65536
 # rows) it costs 2.5 % of the speed and needs 2.4 GiB instead of 3.5; 256K tokens reach 99 % of one GPU's kernel with it, in 4.8 GiB.
 HEADWISE_ROWS = 98304
+BackwardArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Segments, bool, float, Tensor]  # of `Kernel.backward_wide`
 OVERLAP = 0.05  # share of the compute time that an all-gather may take before it is overlapped
 
 
 class Problem:
     """What the forward and the backward of one call share.
 
-    kernels: for whole documents, and for pieces of cut ones.
+    kernels: for whole documents, for pieces of cut ones, and for branches over their prefixes.
     chunks: head chunks of the pieces.
     overlap: whether collectives run at the same time as the kernels.
     """
 
-    def __init__(self, layout: Layout, heads: tuple[HeadShare, ...], causal: bool, scale: float, kernels: tuple[Kernel, Kernel], dim: int):
+    def __init__(
+        self, layout: Layout, heads: tuple[HeadShare, ...], causal: bool, scale: float, kernels: tuple[Kernel, Kernel, Kernel], dim: int
+    ):
         self.layout, self.shares, self.causal, self.scale = layout, heads, causal, scale
-        self.whole_kernel, self.piece_kernel = kernels
+        self.whole_kernel, self.piece_kernel, self.prefix_kernel = kernels
         self.mesh = layout.mesh
         self.share = heads[self.mesh.ulysses.rank]
         self.attention: RankAttention = layout.rank_attention(causal)
@@ -102,6 +107,8 @@ def rank_forward(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, l
         for c in p.share.chunks:
             args = q[rows, c.q0 : c.q1], k[rows, c.k0 : c.k1], v[rows, c.k0 : c.k1]
             lses.append(p.whole_kernel.forward(*args, rank.whole, p.causal, p.scale, out=out[rows, c.q0 : c.q1]))
+            if rank.whole_prefixes is not None:
+                _attend_prefix(p, rank.whole_prefixes, *args, out[rows, c.q0 : c.q1], lses[-1])
     if pieces is None:
         return out, lses
     for c in p.chunks:
@@ -111,8 +118,35 @@ def rank_forward(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, l
             args = q[qs], kc[call.keys], vc[call.keys]
             lses.append(p.piece_kernel.forward(*args, call.segments, p.causal, p.scale, out=out[qs]))
             del args
+        if pieces.prefix_calls:
+            heads, called = slice(c.q0, c.q1), lses[len(lses) - len(pieces.calls) :]
+            lse = _all_rows(pieces, called)
+            for call in pieces.prefix_calls:
+                _attend_prefix(p, call, q[:, heads], kc, vc, out[:, heads], lse)
+            for call, part in zip(pieces.calls, called):
+                part.copy_(lse[:, call.queries])
         del kc, vc
     return out, lses
+
+
+def _all_rows(pieces: PieceAttention, lses: Sequence[Tensor]) -> Tensor:
+    """The log-sum-exps of the kernel calls as those of all rows of pieces, `[heads, rows]`."""
+    lse = lses[0].new_empty((lses[0].shape[0], pieces.segments.total_q))
+    for call, part in zip(pieces.calls, lses):
+        lse[:, call.queries] = part
+    return lse
+
+
+def _attend_prefix(p: Problem, call: PrefixCall, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merges the attention of branches over their prefixes into `out: [rows, hq, D]` and `lse: [hq, rows]`."""
+    queries, keys = call.queries.on(q.device), call.keys.on(q.device)
+    own_out, own_lse = out[queries], lse[:, queries]
+    added = torch.empty(own_out.shape, dtype=out.dtype, device=out.device)
+    added_lse = p.prefix_kernel.forward(q[queries], k[keys], v[keys], call.segments, False, p.scale, out=added)
+    merged = torch.logaddexp(own_lse, added_lse)
+    own_share, added_share = ((x - merged).exp().t().unsqueeze(-1) for x in (own_lse, added_lse))
+    out[queries] = (own_out * own_share + added * added_share).to(out.dtype)
+    lse[:, queries] = merged
 
 
 def rank_backward(
@@ -128,7 +162,9 @@ def rank_backward(
         for c in p.share.chunks:
             qs, ks = (rows, slice(c.q0, c.q1)), (rows, slice(c.k0, c.k1))
             args = dout[qs], q[qs], k[ks], v[ks], out[qs], remaining.pop(0), rank.whole, p.causal, p.scale, dq[qs]
-            if dk.dtype == k.dtype:
+            if rank.whole_prefixes is not None:
+                _whole_trees(p, rank.whole_prefixes, args, dk[ks], dv[ks])
+            elif dk.dtype == k.dtype:
                 p.whole_kernel.backward(*args, dk[ks], dv[ks])
             else:
                 dk[ks], dv[ks] = 0, 0
@@ -156,6 +192,9 @@ def _piece_gradients(
     """Writes `dq` of one chunk. Returns this rank's part of the gradients of all gathered rows, `[ranks, 2, rows, heads, D]`. Removes its
     log-sum-exps from `lses`."""
     partial, rows = None, pieces.index(kc.device)  # rows of keys, then of values
+    heads, lse = slice(c.q0, c.q1), None
+    if pieces.prefix_calls:
+        lse = _all_rows(pieces, lses[: len(pieces.calls)])
     for call in pieces.calls:
         qs = call.queries, slice(c.q0, c.q1)
         args = dout[qs], q[qs], kc[call.keys], vc[call.keys], out[qs], lses.pop(0), call.segments, p.causal, p.scale, dq[qs]
@@ -166,7 +205,42 @@ def _piece_gradients(
         flat = partial.flatten(0, 2)
         add_to(flat, flat[pieces.rows :], rows[call.keys], call.unique)
         del add_to
+    for call in pieces.prefix_calls:
+        assert partial is not None
+        assert lse is not None
+        flat = partial.flatten(0, 2)
+        args = dout[:, heads], q[:, heads], kc, vc, out[:, heads], lse, dq[:, heads]
+        _prefix_gradients(p, call, *args)(flat, flat[pieces.rows :], rows[: pieces.keys][call.keys.on(kc.device)])
     return _zeros(pieces, kc) if partial is None else partial
+
+
+def _whole_trees(p: Problem, call: PrefixCall, args: BackwardArguments, dk: Tensor, dv: Tensor) -> None:
+    """The backward of whole documents of which some are branches: keys of a prefix get gradients from two calls, summed before they are
+    rounded."""
+    dout, q, k, v, out, lse, *_, dq = args
+    wide_k, wide_v = (torch.zeros(x.shape, dtype=wide_dtype(x.dtype), device=x.device) for x in (k, v))
+    p.whole_kernel.backward_wide(*args)(wide_k, wide_v)
+    add_to = _prefix_gradients(p, call, dout, q, k, v, out, lse, dq)
+    keys = call.keys.on(k.device)
+    if isinstance(keys, slice):
+        add_to(wide_k[keys], wide_v[keys])
+    else:
+        add_to(wide_k, wide_v, keys)
+    dk.copy_(wide_k)
+    dv.copy_(wide_v)
+
+
+def _prefix_gradients(
+    p: Problem, call: PrefixCall, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor
+) -> AddGradients:
+    """Adds to `dq: [rows, hq, D]` what branches get from their prefixes; the result adds the gradients of `call.keys`. `out` and `lse` are
+    the merged ones."""
+    queries, keys = call.queries.on(q.device), call.keys.on(q.device)
+    added = torch.empty((call.segments.total_q, *q.shape[1:]), dtype=q.dtype, device=q.device)
+    args = dout[queries], q[queries], k[keys], v[keys], out[queries], lse[:, queries].contiguous()
+    add_to = p.prefix_kernel.backward_wide(*args, call.segments, False, p.scale, added)
+    dq[queries] = dq[queries] + added
+    return add_to
 
 
 def _zeros(pieces: PieceAttention, k: Tensor) -> Tensor:

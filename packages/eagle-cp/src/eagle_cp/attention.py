@@ -1,5 +1,7 @@
 """Packed attention over a layout, exact in every gradient: Ulysses is the inner level, all-gather of keys and values the outer one.
 
+A branch of a tree (`trees.py`) attends to itself as any document does, and to its prefix in kernel calls of its own, which are merged in.
+
 Steps of a rank: exchange tokens for heads within the Ulysses group (`ulysses.py`), compute the attention of the all-gather rank for these
 heads (`all_gather.py`), exchange back. The backward does the reverse steps.
 """
@@ -13,10 +15,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from eagle_cp.all_gather import Problem, rank_backward, rank_forward
-from eagle_cp.backends import choose
+from eagle_cp.backends import KERNELS, choose
 from eagle_cp.heads import HeadShare, split_heads
 from eagle_cp.kernels.kernel import Kernel
 from eagle_cp.layout import Layout
+from eagle_cp.segments import Segments
 from eagle_cp.ulysses import repeats_kv, to_heads, to_tokens
 
 
@@ -89,24 +92,28 @@ def attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention inside each document of the pack. `q: [T_local, Hq, D]`, `k`, `v: [T_local, Hk, D]` -> `[T_local, Hq, D]`.
+    """Attention inside each document of the pack, and of branches over their prefixes. `q: [T_local, Hq, D]`, `k`, `v: [T_local, Hk, D]` ->
+    `[T_local, Hq, D]`.
 
     The rows are those of `layout.shard`. The output of pad rows is zero.
 
-    causal: a token attends to itself and to earlier tokens of its document; False: to its whole document.
+    causal: a token attends to itself and to earlier tokens of its document; False: to its whole document. A token of a branch attends to
+        its whole prefix too.
     scale: factor of the scores; default: `D ** -0.5`.
-    backend: a name in `eagle_cp.backends.KERNELS`; default: the fastest that can run.
+    backend: a name in `eagle_cp.backends.KERNELS`; default: the fastest that can run. Attention over prefixes has no causal mask; a named
+        kernel that needs one (cuDNN) leaves that part to the fastest kernel that can run.
 
     Raises ValueError, before any collective, for shapes, heads or dtypes that do not fit, and when no kernel can run."""
     problem: str | None = None
-    kernels: tuple[Kernel, Kernel] | None = None
+    kernels: tuple[Kernel, Kernel, Kernel] | None = None
     heads = layout.heads
     try:
         heads = _check(q, k, v, layout)
         rank = layout.rank_attention(causal)
         pieces = rank.pieces.segments if rank.pieces is not None else None
         where = q.device, q.dtype, q.shape[2], causal, backend
-        kernels = choose(*where, rank.whole), choose(*where, pieces)
+        whole, cut = choose(*where, rank.whole), choose(*where, pieces)
+        kernels = whole, cut, _prefix_kernel(q, layout, backend, rank.prefix_segments) if layout.prefixes else whole
     except ValueError as error:
         problem = str(error)
     layout.check("attention", problem, (q.dtype, q.shape, k.shape, causal, scale), "dtype, shapes, causal or scale")
@@ -115,6 +122,14 @@ def attention(
     factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     made = Problem(layout, heads, causal, factor, kernels, q.shape[2])
     return cast(Tensor, _Attention.apply(q, k, v, made))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _prefix_kernel(q: Tensor, layout: Layout, backend: str | None, segments: Segments | None) -> Kernel:
+    """The kernel of branches over their prefixes."""
+    where = q.device, q.dtype, q.shape[2]
+    if backend is not None and KERNELS[backend].unsupported(*where, False):
+        backend = None
+    return choose(*where, False, backend, segments)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[HeadShare, ...]:

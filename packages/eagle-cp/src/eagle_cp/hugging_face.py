@@ -2,7 +2,8 @@
 
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="eagle_cp")
-    model(input_ids=layout.shard(ids)[None], position_ids=layout.shard(positions)[None], use_cache=False, eagle_layout=layout)
+    positions = layout.shard(layout.position_ids())
+    model(input_ids=layout.shard(ids)[None], position_ids=positions[None], use_cache=False, eagle_layout=layout)
 
 Models pass unknown keyword arguments on to their attention function; the layout is such an argument. The batch dimension must be 1: pack a
 batch into one sequence."""
@@ -60,9 +61,9 @@ def hugging_face_attention(
         raise ValueError("eagle_cp attention: masks are not supported, documents come from the layout; pass no attention_mask")
     if dropout:
         raise ValueError(f"eagle_cp attention: dropout {dropout} is not supported; set attention_dropout to 0")
-    if sliding_window is not None and sliding_window < max(eagle_layout.lengths):
+    if sliding_window is not None and sliding_window < eagle_layout.longest:
         raise ValueError(
-            f"eagle_cp attention: a sliding window of {sliding_window} is not supported for documents of {max(eagle_layout.lengths)}"
+            f"eagle_cp attention: a sliding window of {sliding_window} is not supported for documents of {eagle_layout.longest}"
         )
     if softcap is not None or s_aux is not None:
         raise ValueError("eagle_cp attention: soft-capped scores and attention sinks are not supported")

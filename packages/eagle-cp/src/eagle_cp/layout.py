@@ -19,6 +19,7 @@ from eagle_cp.mesh import ContextMesh
 from eagle_cp.partition import Partition, partition
 from eagle_cp.rank_attention import RankAttention, make_rank_attention
 from eagle_cp.segments import int_list, integers, ranges
+from eagle_cp.trees import check_prefixes, position_ids
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
@@ -36,15 +37,27 @@ def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
 class Layout:
     """Made by `single` or `build`.
 
-    Attributes, on the host: `cu_seqlens`; `lengths` of the documents; `total` tokens of the pack; `local` rows of this rank (the same on
-    every rank, pad rows included); `pad`, pad rows of all ranks; `mesh`; `partition`; `heads`, the head shares of the Ulysses ranks (None:
-    any number of heads)."""
+    Attributes, on the host: `cu_seqlens`; `lengths` of the documents; `prefixes`, the document that each one continues (empty: no document
+    has a prefix); `longest`, tokens of the longest document, with its prefix; `total` tokens of the pack; `local` rows of this rank (the
+    same on every rank, pad rows included); `pad`, pad rows of all ranks; `mesh`; `partition`; `heads`, the head shares of the Ulysses ranks
+    (None: any number of heads)."""
 
-    def __init__(self, cu_seqlens: tuple[int, ...], mesh: ContextMesh, heads: tuple[HeadShare, ...] | None, tolerance: float, verify: bool):
-        self.cu_seqlens, self.mesh, self.heads, self.verify = cu_seqlens, mesh, heads, verify
+    def __init__(
+        self,
+        cu_seqlens: tuple[int, ...],
+        prefixes: tuple[int, ...],
+        mesh: ContextMesh,
+        heads: tuple[HeadShare, ...] | None,
+        tolerance: float,
+        verify: bool,
+    ):
+        self.cu_seqlens, self.prefixes, self.mesh, self.heads, self.verify = cu_seqlens, prefixes, mesh, heads, verify
         self.total = cu_seqlens[-1]
         self.lengths = tuple(b - a for a, b in pairwise(cu_seqlens))
-        self.partition: Partition = partition(self.lengths, mesh.all_gather.size, tolerance=tolerance)
+        self.longest = max(self.lengths)
+        if prefixes:
+            self.longest = max(n + (self.lengths[p] if p >= 0 else 0) for n, p in zip(self.lengths, prefixes))
+        self.partition: Partition = partition(self.lengths, mesh.all_gather.size, tolerance=tolerance, prefixes=prefixes)
         self.rows = -(-self.total // mesh.size) * mesh.ulysses.size  # of an all-gather rank
         self.local = self.rows // mesh.ulysses.size
         self.pad = self.local * mesh.size - self.total
@@ -54,9 +67,12 @@ class Layout:
         self._inverse: dict[torch.device, Tensor] = {}
 
     @classmethod
-    def single(cls, cu_seqlens: Tensor | Sequence[int]) -> Layout:
-        """The layout of one rank that holds the whole pack: no communication, and `shard` and `unshard` are the identity."""
-        return cls(check_cu_seqlens(cu_seqlens), ContextMesh.single(), None, 0.0, False)
+    def single(cls, cu_seqlens: Tensor | Sequence[int], prefixes: Tensor | Sequence[int] | None = None) -> Layout:
+        """The layout of one rank that holds the whole pack: no communication, and `shard` and `unshard` are the identity.
+
+        Arguments and errors are those of `build`."""
+        cu = check_cu_seqlens(cu_seqlens)
+        return cls(cu, check_prefixes(prefixes, len(cu) - 1), ContextMesh.single(), None, 0.0, False)
 
     @classmethod
     def build(
@@ -66,22 +82,28 @@ class Layout:
         *,
         num_heads: int,
         num_kv_heads: int,
+        prefixes: Tensor | Sequence[int] | None = None,
         tolerance: float = 0.02,
         verify: bool = False,
     ) -> Layout:
         """The layout of a pack over `mesh`. Every rank passes the same values. No communication, except with `verify`.
 
         cu_seqlens: cumulative lengths of the documents, `[documents + 1]`, in tokens.
+        prefixes: for trees, `[documents]`: the document that each one continues, or -1. A branch directly follows its prefix or another
+            branch of it, and attends to the whole prefix and to itself. Default: no document has a prefix.
         tolerance: how much the attention work of the ranks may differ (largest over mean, minus 1) before more documents are cut.
         verify: small collectives (here, in `plan_tiles`, and in the first `exchange_tiles` and the first `attention`) check that all ranks
             agree. An error of one rank is then raised on all of them, instead of a hang.
 
-        Raises ValueError for lengths that do not increase, and for heads that can't be split over the Ulysses ranks."""
+        Raises ValueError for lengths that do not increase, for prefixes that are not trees of one level, and for heads that can't be split
+        over the Ulysses ranks."""
         problem: str | None = None
         cu: tuple[int, ...] = ()
+        continued: tuple[int, ...] = ()
         heads: tuple[HeadShare, ...] | None = None
         try:
             cu = check_cu_seqlens(cu_seqlens)
+            continued = check_prefixes(prefixes, len(cu) - 1)
             heads = split_heads(num_heads, num_kv_heads, mesh.ulysses.size)
         except ValueError as error:
             problem = str(error)
@@ -89,12 +111,12 @@ class Layout:
             agree(
                 mesh,
                 problem,
-                f"{cu} {num_heads} {num_kv_heads} {tolerance}",
-                "Layout.build: cu_seqlens, num_heads, num_kv_heads or tolerance",
+                f"{cu} {continued} {num_heads} {num_kv_heads} {tolerance}",
+                "Layout.build: cu_seqlens, prefixes, num_heads, num_kv_heads or tolerance",
             )
         if problem is not None:
             raise ValueError(problem)
-        return cls(cu, mesh, heads, tolerance, verify)
+        return cls(cu, continued, mesh, heads, tolerance, verify)
 
     def check(self, where: str, problem: str | None, facts: object, what: str) -> None:
         """Raises ValueError for a `problem` of this rank. With `verify`, the first call for each `where` communicates, and all ranks raise
@@ -141,6 +163,10 @@ class Layout:
             self._inverse[device] = self._inverse[cpu].to(device, non_blocking=True)
         return self._inverse[device]
 
+    def position_ids(self) -> Tensor:
+        """Position of every token in its document, `int64 [total]`, on the CPU; that of a branch continues from the end of its prefix."""
+        return position_ids(self.cu_seqlens, self.prefixes)
+
     def shard(self, x: Tensor, dim: int = 0, *, fill: float = 0) -> Tensor:
         """This rank's rows of `x`, which has the pack's `total` tokens along `dim`, or ValueError is raised; pad rows get `fill` (-100 for
         labels). Not a copy on one rank.
@@ -167,12 +193,15 @@ class Layout:
     def rank_attention(self, causal: bool) -> RankAttention:
         """What this all-gather rank computes; made on first use."""
         if causal not in self._rank_attention:
-            self._rank_attention[causal] = make_rank_attention(self.lengths, self.partition, self.mesh.all_gather.rank, causal)
+            self._rank_attention[causal] = make_rank_attention(
+                self.lengths, self.partition, self.mesh.all_gather.rank, causal, self.prefixes
+            )
         return self._rank_attention[causal]
 
     def __repr__(self) -> str:
+        branches = sum(p >= 0 for p in self.prefixes)
         return (
-            f"Layout({len(self.lengths)} documents, {self.total} tokens,"
+            f"Layout({len(self.lengths)} documents,{f' {branches} of them branches,' if branches else ''} {self.total} tokens,"
             f" {self.mesh.all_gather.size} all_gather x {self.mesh.ulysses.size} ulysses ranks,"
             f" {self.local} rows each, {len(self.partition.cut)} documents cut, imbalance {self.partition.imbalance:.1%})"
         )

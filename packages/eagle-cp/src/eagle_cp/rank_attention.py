@@ -16,6 +16,31 @@ from eagle_cp.segments import Segments, cumulative, ranges
 LONG_PIECE = 4096
 
 
+class Rows:
+    """Rows of a tensor: a slice where they follow one another, so that selecting them copies nothing, else an index."""
+
+    def __init__(self, index: Tensor):
+        first = int(index[0])
+        self._slice = slice(first, first + len(index)) if bool((index.diff() == 1).all()) else None
+        self._on = {torch.device("cpu"): index}
+
+    def on(self, device: torch.device) -> slice | Tensor:
+        if self._slice is not None:
+            return self._slice
+        if device not in self._on:
+            self._on[device] = self._on[torch.device("cpu")].to(device, non_blocking=True)
+        return self._on[device]
+
+
+class PrefixCall(NamedTuple):
+    """One kernel call of branches over their prefixes, without a mask: rows `queries` with the rows `keys`, a segment for every tree.
+    No key is in two segments."""
+
+    queries: Rows
+    keys: Rows
+    segments: Segments
+
+
 class KernelCall(NamedTuple):
     """One kernel call: the rank's rows `queries` with the selected keys `keys`. `unique`: no key is in two of its segments."""
 
@@ -31,11 +56,14 @@ class PieceAttention:
     rows: rows that every rank sends, those of the longest rank (a shorter rank fills up with other rows of its own, which are not read).
     index: selects `keys` keys, then their values, from the gathered rows.
     calls: the kernel calls, those with most keys first.
-    segments: all pieces as one packed problem.
+    segments: all pieces as one packed problem, without the prefixes of branches.
+    prefix_calls: pieces of branches over their prefixes, among the selected keys.
     """
 
-    def __init__(self, segments: Segments, calls: tuple[KernelCall, ...], index: Tensor, rows: int, ranks: int):
-        self.segments, self.calls, self.rows, self.ranks = segments, calls, rows, ranks
+    def __init__(
+        self, segments: Segments, calls: tuple[KernelCall, ...], prefix_calls: tuple[PrefixCall, ...], index: Tensor, rows: int, ranks: int
+    ):
+        self.segments, self.calls, self.prefix_calls, self.rows, self.ranks = segments, calls, prefix_calls, rows, ranks
         self.keys = len(index)
         self._index = {torch.device("cpu"): torch.cat((index, index + rows))}
 
@@ -47,23 +75,48 @@ class PieceAttention:
 
 class RankAttention(NamedTuple):
     """The attention of one all-gather rank: pieces of cut documents in rows `[0, first)`, whole documents in rows `[first, last)`, then
-    pad rows. `pieces` is None when no document is cut; otherwise every rank takes part in the all-gather, also one without a piece."""
+    pad rows. `pieces` is None when no document is cut; otherwise every rank takes part in the all-gather, also one without a piece.
+    `whole_prefixes`: branches of whole trees over their prefixes, in rows counted from `first`."""
 
     whole: Segments | None
+    whole_prefixes: PrefixCall | None
     pieces: PieceAttention | None
     first: int
     last: int
 
+    @property
+    def prefix_segments(self) -> Segments | None:
+        """The segments of the longest call over prefixes; None: no branch is on this rank."""
+        calls = [*([self.whole_prefixes] if self.whole_prefixes else []), *(self.pieces.prefix_calls if self.pieces else ())]
+        return max((call.segments for call in calls), key=lambda s: s.pairs(False), default=None)
 
-def make_rank_attention(lengths: Sequence[int], partition: Partition, rank: int, causal: bool) -> RankAttention:
-    """The attention of all-gather rank `rank` for documents of `lengths` tokens."""
+
+class _Crossing(NamedTuple):
+    """Query rows `[row, row + queries)`, of branches of one prefix, with all its keys `[key, key + keys)`."""
+
+    row: int
+    queries: int
+    key: int
+    keys: int
+
+
+def make_rank_attention(
+    lengths: Sequence[int], partition: Partition, rank: int, causal: bool, prefixes: Sequence[int] = ()
+) -> RankAttention:
+    """The attention of all-gather rank `rank` for documents of `lengths` tokens; `prefixes`: the document that each one continues, or
+    -1."""
     mine = partition.ranks[rank]
     first = mine.piece_tokens
     cu_whole = cumulative([lengths[d] for d in mine.whole])
     whole = Segments(cu_whole, cu_whole) if mine.whole else None
     last = first + cu_whole[-1]
+    whole_prefixes = None
+    if prefixes:
+        rows_of = dict(zip(mine.whole, cu_whole))
+        spans = [(d, rows_of[d], lengths[d]) for d in mine.whole]
+        whole_prefixes = _prefix_call(_crossings(spans, prefixes, rows_of, lengths))
     if not partition.cut:
-        return RankAttention(whole, None, first, last)
+        return RankAttention(whole, whole_prefixes, None, first, last)
     rows = max(documents.piece_tokens for documents in partition.ranks)
     base = dict(zip(partition.cut, cumulative([lengths[d] for d in partition.cut])))
     slot = torch.empty(sum(lengths[d] for d in partition.cut), dtype=torch.int64)  # of a cut document's token, in [ranks, 2, rows]
@@ -82,21 +135,61 @@ def make_rank_attention(lengths: Sequence[int], partition: Partition, rank: int,
         lengths_k.append(p.stop if causal else lengths[p.document])
         keys.append(base[p.document])
     segments = Segments(cumulative(lengths_q), cumulative(lengths_k))
-    calls, selected = make_calls(lengths_q, lengths_k, keys, causal)
-    return RankAttention(whole, PieceAttention(segments, calls, slot[selected], rows, len(partition.ranks)), first, last)
+    crossings: list[_Crossing] = []
+    if prefixes:
+        cu_pieces = cumulative([p.stop - p.start for p in mine.pieces])
+        spans = [(p.document, row, p.stop - p.start) for p, row in zip(mine.pieces, cu_pieces)]
+        crossings = _crossings(spans, prefixes, base, lengths)
+    calls, prefix_calls, selected = make_calls(lengths_q, lengths_k, keys, causal, crossings)
+    pieces = PieceAttention(segments, calls, prefix_calls, slot[selected], rows, len(partition.ranks))
+    return RankAttention(whole, whole_prefixes, pieces, first, last)
 
 
-def make_calls(lengths_q: list[int], lengths_k: list[int], keys: list[int], causal: bool) -> tuple[tuple[KernelCall, ...], Tensor]:
-    """The kernel calls for segments of `lengths_q` queries in order and `lengths_k` keys that start at `keys`; and which keys to select.
+def _crossings(spans: list[tuple[int, int, int]], prefixes: Sequence[int], keys: dict[int, int], lengths: Sequence[int]) -> list[_Crossing]:
+    """For every prefix whose branches have queries among `spans`, (document, first row, rows) in ascending order: these queries, and the
+    keys, which start at `keys[prefix]`."""
+    found: list[_Crossing] = []
+    for d, row, n in spans:
+        prefix = prefixes[d]
+        if prefix < 0:
+            continue
+        if found and found[-1].key == keys[prefix]:  # rows of one tree follow one another
+            found[-1] = found[-1]._replace(queries=found[-1].queries + n)
+        else:
+            found.append(_Crossing(row, n, keys[prefix], lengths[prefix]))
+    return found
+
+
+def _prefix_call(crossings: list[_Crossing]) -> PrefixCall | None:
+    """One kernel call for all `crossings`."""
+    if not crossings:
+        return None
+    queries, counts = [c.queries for c in crossings], [c.keys for c in crossings]
+    return PrefixCall(
+        Rows(ranges([c.row for c in crossings], queries)),
+        Rows(ranges([c.key for c in crossings], counts)),
+        Segments(cumulative(queries), cumulative(counts), aligned=False),
+    )
+
+
+def make_calls(
+    lengths_q: list[int], lengths_k: list[int], keys: list[int], causal: bool, crossings: list[_Crossing]
+) -> tuple[tuple[KernelCall, ...], tuple[PrefixCall, ...], Tensor]:
+    """The kernel calls for segments of `lengths_q` queries in order and `lengths_k` keys that start at `keys`; those for `crossings`; and
+    which keys to select.
 
     A long segment is a call of its own on a slice of the keys of its document, which are selected once. One longer than 0.6 of the rank's
     rows becomes two calls, so that the kernel's float32 accumulators of dQ cover about half of the rows at most. Consecutive short
-    segments share a call, for which their keys are selected segment by segment, some keys twice."""
+    segments share a call, for which their keys are selected segment by segment, some keys twice. A prefix that a long piece selects is
+    a call of its own for its branches; the other prefixes share one."""
     total = sum(lengths_q)
     long: dict[int, int] = {}
     for nq, nk, key in zip(lengths_q, lengths_k, keys):
         if nq >= LONG_PIECE:
             long[key] = max(nk, long.get(key, 0))
+    for c in crossings:
+        if c.key in long:
+            long[c.key] = c.keys
     place = dict(zip(long, cumulative(list(long.values()))))  # of a long document's first key among the selected ones
     selected = [ranges(list(long), list(long.values()))]
     keys_selected = sum(long.values())
@@ -128,4 +221,13 @@ def make_calls(lengths_q: list[int], lengths_k: list[int], keys: list[int], caus
         row += nq
         add_call([(nq - cut, nk)], row, place[key], True)
     end_run()
-    return tuple(sorted(calls, key=lambda call: call.keys.start - call.keys.stop)), torch.cat(selected)
+    prefix_calls = [_prefix_call([c._replace(key=place[c.key])]) for c in crossings if c.key in place]
+    shared: list[_Crossing] = []
+    for c in crossings:
+        if c.key not in place:
+            shared.append(c._replace(key=keys_selected))
+            selected.append(torch.arange(c.key, c.key + c.keys))
+            keys_selected += c.keys
+    prefix_calls.append(_prefix_call(shared))
+    ordered = tuple(sorted(calls, key=lambda call: call.keys.start - call.keys.stop))
+    return ordered, tuple(call for call in prefix_calls if call is not None), torch.cat(selected)

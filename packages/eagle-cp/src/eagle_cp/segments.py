@@ -2,7 +2,8 @@
 
 Segment `i` is the queries `[cu_q[i], cu_q[i+1])` with the keys `[cu_k[i], cu_k[i+1])`. Its queries are the *last* ones of its keys
 (bottom-right causal alignment): a piece of a document together with everything before it. A whole document has as many queries as
-keys."""
+keys. Without a causal mask only the lengths count, and a segment may have more queries than keys (`aligned=False`): all branches of a
+tree over their prefix."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ from torch import Tensor
 class Segments:
     """Packed attention problem of one rank.
 
-    cu_q, cu_k: cumulative lengths, `n + 1` numbers each, on the host; `on(device)` copies them once. Raises ValueError when a segment has
-        fewer keys than queries, or no query.
+    cu_q, cu_k: cumulative lengths, `n + 1` numbers each, on the host; `on(device)` copies them once.
+    aligned: the queries of a segment are the last of its keys; False: only for attention without a causal mask.
+
+    Raises ValueError when a segment has no query or no key, or, if `aligned`, fewer keys than queries.
     """
 
-    def __init__(self, cu_q: Sequence[int], cu_k: Sequence[int]):
+    def __init__(self, cu_q: Sequence[int], cu_k: Sequence[int], *, aligned: bool = True):
         self.cu_q = tuple(int(x) for x in cu_q)
         self.cu_k = tuple(int(x) for x in cu_k)
         if len(self.cu_q) != len(self.cu_k):
@@ -31,8 +34,9 @@ class Segments:
         self.lengths_q = tuple(b - a for a, b in zip(self.cu_q, self.cu_q[1:]))
         self.lengths_k = tuple(b - a for a, b in zip(self.cu_k, self.cu_k[1:]))
         for i, (nq, nk) in enumerate(zip(self.lengths_q, self.lengths_k)):
-            if nq < 1 or nk < nq:
-                raise ValueError(f"segments: number {i} has {nq} queries and {nk} keys; every segment needs 1 <= queries <= keys")
+            if nq < 1 or nk < (nq if aligned else 1):
+                needed = "1 <= queries <= keys" if aligned else "a query and a key"
+                raise ValueError(f"segments: number {i} has {nq} queries and {nk} keys; every segment needs {needed}")
         self.max_q = max(self.lengths_q, default=0)
         self.max_k = max(self.lengths_k, default=0)
         self._device: dict[torch.device, tuple[Tensor, Tensor]] = {}

@@ -39,7 +39,7 @@ class TilePlan:
             )
         mesh = layout.mesh
         self.tokens_per_tile, self.count = tokens_per_tile, features // tokens_per_tile
-        self._made_for = (layout.cu_seqlens, mesh.rank, mesh.size)
+        self._made_for = (layout.cu_seqlens, layout.prefixes, mesh.rank, mesh.size)
         bounds = [rank * self.count // mesh.size for rank in range(mesh.size + 1)]
         self.first, self.last = bounds[mesh.rank], bounds[mesh.rank + 1]
         # Feature rows in token order: the rank that encodes each (by tile), and the rank and row that need it (by layout).
@@ -62,7 +62,7 @@ class TilePlan:
 
     def fits(self, layout: Layout) -> bool:
         """Whether the plan was made for the pack, the rank and the number of ranks of `layout`."""
-        return self._made_for == (layout.cu_seqlens, layout.mesh.rank, layout.mesh.size)
+        return self._made_for == (layout.cu_seqlens, layout.prefixes, layout.mesh.rank, layout.mesh.size)
 
     def send_order(self, device: torch.device) -> Tensor:
         """Which encoded row is sent first, second, ..., `int64 [(last - first) * k]`."""

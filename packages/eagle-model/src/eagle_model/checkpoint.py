@@ -199,7 +199,7 @@ No remote code is needed or used.
 """
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """`save_file` with the mode that the umask gives a new file; safetensors leaves files that only the owner can read."""
     with open(path, "wb") as file:
         mode = os.fstat(file.fileno()).st_mode
@@ -234,7 +234,7 @@ def _write(
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         part = {name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous() for name in names}
-        _save_tensors(part, folder / file)
+        save_tensors(part, folder / file)
         weight_map |= dict.fromkeys(names, file)
     config = copy.deepcopy(config)
     config.dtype = dtype or next(iter(tensors.values())).dtype

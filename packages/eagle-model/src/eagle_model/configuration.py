@@ -7,9 +7,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, SiglipVisionConfig
 
+from eagle_model import sizes
 from eagle_model.language.spec import FAMILIES
+from eagle_model.sizes import MODEL_TYPE
 
-MODEL_TYPE = "eagle_2_5_vl"
 ARCHITECTURE = "Eagle2_5_VLForConditionalGeneration"
 
 #: Language models by the class that `text_config.architectures[0]` names.
@@ -96,13 +97,12 @@ class EagleConfig(PretrainedConfig):
     @property
     def tile_size(self) -> int:
         """Side of a tile in pixels."""
-        return self.force_image_size or self.vision_config.image_size
+        return sizes.tile_size(self)
 
     @property
     def tokens_per_tile(self) -> int:
         """`k`: visual tokens of one tile."""
-        side = self.tile_size // self.vision_config.patch_size
-        return round(side * self.downsample_ratio) ** 2 if self.use_pixel_shuffle else side**2
+        return sizes.tokens_per_tile(self)
 
     def tie(self) -> None:
         """Tie the head to the embedding, in `text_config` and at the top level."""

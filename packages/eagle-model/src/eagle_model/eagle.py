@@ -28,7 +28,7 @@ from eagle_model.checkpoint import HEAD, finish_folder, lacks_head
 from eagle_model.configuration import EagleConfig
 from eagle_model.language.attention import AttentionInputs, Norm
 from eagle_model.language.decoder import LanguageModel
-from eagle_model.language.head import Head, head_loss
+from eagle_model.language.head import Head, head_loss, token_scores
 from eagle_model.padded import CACHE_FIELD, Arrangement, Backbone, EagleOutput, arrange, refuse_unknown
 from eagle_model.prompt import IGNORE_INDEX
 from eagle_model.vision.connector import make_connector, pixel_shuffle
@@ -215,12 +215,14 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        score_tokens: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Packed mode, `forward(batch, layout=layout)`, or padded mode, `forward(input_ids, ...)`.
 
         Packed: the first argument is a `PackedBatch` of tensors; layout: which tokens belong together (default: the batch on one rank).
-        Gives the loss, `sum_i w_i l_i / denominator`, or logits [T, V] of a batch without targets. With several context parallel ranks
+        Gives the loss, `sum_i w_i l_i / denominator`, or logits [T, V] of a batch without targets. score_tokens: instead of the loss, the
+        negative log-likelihood of every target and whether it is the most likely token. With several context parallel ranks
         the batch is the rank's own (`PackedBatch.shard`), and losses and gradients of the ranks add up.
 
         Padded, as transformers calls it: input_ids [B, L] or inputs_embeds [B, L, H]; attention_mask [B, L] (with a cache: over cached and
@@ -248,10 +250,10 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             }
             if wrong := [name for name, value in others.items() if value is not None]:
                 raise TypeError(f"packed mode takes a PackedBatch and layout=..., but {', '.join(wrong)} arrived too")
-            output = self._forward_packed(input_ids, layout)
+            output = self._forward_packed(input_ids, layout, score_tokens)
             return output if return_dict else output.to_tuple()
-        if layout is not None:
-            raise TypeError("layout belongs to packed mode, whose first argument is a PackedBatch")
+        if layout is not None or score_tokens:
+            raise TypeError("layout and score_tokens belong to packed mode, whose first argument is a PackedBatch")
         arrangement, output = self.run_padded(
             input_ids,
             attention_mask,
@@ -281,13 +283,15 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output = replace(output, loss=loss, logits=head(hidden))
         return output if return_dict else output.to_tuple()
 
-    def _forward_packed(self, batch: PackedBatch, layout: Layout | None) -> EagleOutput:
+    def _forward_packed(self, batch: PackedBatch, layout: Layout | None, score_tokens: bool) -> EagleOutput:
         if not isinstance(batch.input_ids, Tensor):
             raise TypeError(f"the packed batch holds {type(batch.input_ids).__name__} arrays; call batch.to(device) first")
         if layout is None:
             if batch.tile_plan is not None:
                 raise ValueError("the packed batch is one rank's part of a pack; pass the layout that it was split by")
-            layout = Layout.single(batch.cu_seqlens)
+            layout = batch.layout()
+        else:
+            batch.check_layout(layout)
         hidden = self.language_model.model.embed_tokens(batch.input_ids)
         if batch.tiles is not None:
             features = self.image_features(batch.tiles).flatten(0, 1)
@@ -299,6 +303,9 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         head = self.language_model.lm_head
         if batch.targets is None:
             return EagleOutput(logits=head(hidden))
+        if score_tokens:
+            losses, right = token_scores(head, hidden, batch.targets)
+            return EagleOutput(token_losses=losses, token_right=right)
         weights, denominator = batch.token_weights, batch.denominator
         loss = head_loss(head, hidden, batch.targets, token_weights=weights, denominator=denominator, num_kept=batch.num_kept)
         return EagleOutput(loss=loss)  # type: ignore[arg-type]

@@ -31,9 +31,13 @@ class EagleOutput(CausalLMOutputWithPast):
 
     In padded mode also `past_key_values` (transformers 5.24 and later call it `cache`), with use_cache; `hidden_states`, a tuple of
     [B, L, H], with output_hidden_states; `last_hidden_state` [B, L, H]. `attentions` is always None: attention weights are never formed.
+
+    In packed mode with token_scores: `token_losses` float32 [T] and `token_right` bool [T] (see `language.head.token_scores`).
     """
 
     last_hidden_state: Tensor | None = None
+    token_losses: Tensor | None = None
+    token_right: Tensor | None = None
 
 
 @dataclass

@@ -1,13 +1,17 @@
 """Sizes by name, from `tiny` (trained on a CPU in minutes) to `8b` (the released model)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eagle_model.configuration import EagleConfig
 from eagle_model.prompt import IM_END, IMG_CONTEXT, TextEncoder
+
+if TYPE_CHECKING:  # the table itself is read without torch, which EagleConfig imports
+    from eagle_model.configuration import EagleConfig
 
 _SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 _SIGLIP_448 = _SIGLIP | {"image_size": 448, "patch_size": 14}
@@ -105,6 +109,8 @@ def preset(name: str, *, tokenizer: Any = None, **changes: Any) -> EagleConfig:
     of padding, and the size of the vocabulary where it is larger than the preset's (for `tiny`: always). Raises ValueError for an unknown
     name or change, PromptError when the tokenizer lacks Eagle's tokens.
     """
+    from eagle_model.configuration import EagleConfig
+
     if name not in PRESETS:
         raise ValueError(f"{name!r} is not a preset; presets are {', '.join(PRESETS)}")
     values = IN_USE | changes

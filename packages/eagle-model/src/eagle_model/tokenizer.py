@@ -60,16 +60,24 @@ def check_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def load_tokenizer(folder: str | Path, **options: Any) -> Any:
+def load_tokenizer(folder: str | Path, *, add_tokens: bool = False, **options: Any) -> Any:
     """The tokenizer of a checkpoint folder (or hub name, with transformers' `options`). A folder with tokenizer.json needs no torch.
 
+    folder may be a GGUF file. add_tokens: add Eagle's tokens where they are missing, for the tokenizer of a language model.
     Raises PromptError when the tokenizer lacks Eagle's tokens, and OSError when there is none.
     """
-    if (Path(folder) / "tokenizer.json").is_file():
-        return check_tokenizer(PreTrainedTokenizerFast.from_pretrained(folder, **options))
-    from transformers import AutoTokenizer
+    path = Path(folder)
+    if (path / "tokenizer.json").is_file():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    else:
+        from transformers import AutoTokenizer
 
-    return check_tokenizer(AutoTokenizer.from_pretrained(folder, **options))
+        if path.suffix == ".gguf":
+            folder, options = path.parent, options | {"gguf_file": path.name}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if add_tokens:
+        add_eagle_tokens(tokenizer)
+    return check_tokenizer(tokenizer)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -48,12 +48,21 @@ def train(config: Config, *, device: str | None = None, on_record: Callable[[dic
     from eagle_train.runs.folder import resolve_dtype
     from eagle_train.runs.ready import get_ready
     from eagle_train.runs.train import train as train_run
+    from eagle_train.watching.trackers import open_trackers
 
     device = device_kind(device)
     config = resolve_dtype(config, device)
     world = start_world(config.parallel, device)
     try:
-        return train_run(get_ready(config, world), world, on_record=on_record)
+        ready = get_ready(config, world)
+        with open_trackers(config, main=world.is_main) as trackers:
+
+            def recorded(record: dict[str, Any]) -> None:
+                trackers.record(record)
+                if on_record is not None:
+                    on_record(record)
+
+            return train_run(ready, world, on_record=recorded, on_answers=trackers.answers)
     finally:
         world.close()
 

@@ -40,3 +40,19 @@ def head_loss(
     losses = F.cross_entropy(head(hidden[kept]).float(), targets[kept], reduction="none")
     weights = torch.ones_like(losses) if token_weights is None else token_weights[kept].to(losses)
     return (losses * weights).sum() / (weights.sum() if denominator is None else denominator)
+
+
+def token_scores(head: nn.Module, hidden: Tensor, targets: Tensor, *, rows: int = 512) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of every target in nats, float32 [T], and whether it is the most likely token, bool [T].
+
+    hidden: [T, H]. targets: int64 [T]; where they are -100 the results are 0 and False. No gradients; the logits of `rows` tokens are in
+    memory at a time.
+    """
+    losses = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
+    right = torch.zeros(len(targets), dtype=torch.bool, device=hidden.device)
+    with torch.no_grad():
+        for part in (targets != -100).nonzero().squeeze(1).split(rows):
+            logits = head(hidden[part]).float()
+            losses[part] = F.cross_entropy(logits, targets[part], reduction="none")
+            right[part] = logits.argmax(-1) == targets[part]
+    return losses, right

@@ -6,6 +6,7 @@ everywhere. Nothing here imports torch or transformers.
 """
 
 from eagle_model.prompt.encode import CachedEncoder, Encoded, TextEncoder, encode
+from eagle_model.prompt.prefix import SharedPrefix, share_prefix
 from eagle_model.prompt.render import (
     DEFAULT_SYSTEM,
     EAGLE_TOKENS,
@@ -57,6 +58,7 @@ __all__ = [
     "Media",
     "PromptError",
     "Segment",
+    "SharedPrefix",
     "Special",
     "Text",
     "TextEncoder",
@@ -70,6 +72,7 @@ __all__ = [
     "place_media",
     "render",
     "sampled_fps",
+    "share_prefix",
     "shown_times",
     "to_text",
     "video_header",

@@ -18,7 +18,7 @@ class Conversation(NamedTuple):
     answer_next: whether the text already ends with the assistant's header.
     """
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     images: list[Any]
     videos: list[Any]
     answer_next: bool = False
@@ -27,47 +27,30 @@ class Conversation(NamedTuple):
 def flatten(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     """Messages whose content is text or a list of blocks (`{"type": "text" | "image" | "image_url" | "video", ...}`).
 
-    A medium becomes a placeholder where it stands, unless a text of the same kind of message mentions its number already. Placeholders
-    without a number are the media of their own message, in order.
-    Raises PromptError for a block of unknown type or without its content, media in an assistant's message, and placeholders without a
-    number that aren't as many as the media of their message.
+    A medium becomes a placeholder where it stands, unless a text of the same kind of message mentions its number already. The words
+    `<image>` and `<video>` in a message that has media are text; in one of text alone they are placeholders (see `place_media`).
+    Raises PromptError for a block of unknown type or without its content.
     """
     parsed = [(message.get("role"), _blocks(position, message.get("content"))) for position, message in enumerate(messages)]
     said = "".join(_text(blocks) for role, blocks in parsed if role != "assistant")
     media: dict[str, list[Any]] = {"image": [], "video": []}
-    foreign: list[tuple[int, str]] = []
     result = []
-    for position, (role, blocks) in enumerate(parsed):
-        lone = {}
-        for kind in media:
-            own = sum(of == kind for of, _ in blocks)
-            if own and role == "assistant":
-                raise PromptError(f"message {position} is the assistant's, which can only be text: put its {kind} into a user message")
-            lone[kind] = _text(blocks).count(f"<{kind}>") if role != "assistant" else 0
-            if lone[kind] and own and lone[kind] != own:
-                raise PromptError(
-                    f"message {position} has {own} blocks with {kind}s and {lone[kind]} placeholders <{kind}>: write as many as blocks, "
-                    f"or none, or number them as <{kind}-1>, ..."
-                )
-            if lone[kind] and not own:
-                foreign.append((position, kind))
-        text, waiting = "", []
+    for message, (role, blocks) in zip(messages, parsed):
+        text = ""
         for kind, content in blocks:
             if kind == "text":
                 text += content
                 continue
             media[kind].append(content)
             placeholder = f"<{kind}-{len(media[kind])}>"
-            if lone[kind]:
-                waiting.append((f"<{kind}>", placeholder))
-            elif placeholder not in said:
+            if placeholder not in said:
                 text += placeholder
-        for unnumbered, placeholder in waiting:
-            text = text.replace(unnumbered, placeholder, 1)
-        result.append({"role": role, "content": text})
-    for position, kind in foreign:
-        if media[kind]:
-            raise PromptError(f"message {position} says <{kind}>, but the {kind}s are in other messages: number it as <{kind}-1>, ...")
+        made: dict[str, Any] = {"role": role, "content": text}
+        if any(kind != "text" for kind, _ in blocks):
+            made["numbered"] = True
+        if message.get("train") is False:
+            made["train"] = False
+        result.append(made)
     return Conversation(result, media["image"], media["video"])
 
 

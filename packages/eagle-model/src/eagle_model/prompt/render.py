@@ -126,46 +126,60 @@ def place_media(messages: Sequence[Mapping[str, Any]], images: int, videos: int)
     """Messages with their placeholders resolved: per message its role and its content cut into text and media.
 
     `<image-N>` and `<video-N>` are 1-based. A lone `<image>` is number 1; as many of them as there are images are numbers 1, 2, ... in
-    order. Media that no message mentions go before the first user text, images first. What an assistant says is never a placeholder.
+    order. Where no medium of that kind is left for them, `<image>` and `<video>` are text. Media that no message mentions go before the
+    first user text, images first.
+
+    A message with `numbered` true was made from content blocks: only placeholders with a number are media in it, and its media are not
+    those of `<image>` elsewhere. What an assistant says is text, except in such a message.
 
     Raises PromptError for messages that aren't (`check_messages`), a number without a medium, a medium that is placed twice, or media
     without a user message.
     """
     counts = {"image": images, "video": videos}
     contents = check_messages(messages)
+    from_blocks = [bool(message.get("numbered")) for message in messages]
+    parsed = [blocks or role != "assistant" for (role, _), blocks in zip(contents, from_blocks)]
     lone = {"image": 0, "video": 0}
     numbered: dict[str, set[int]] = {"image": set(), "video": set()}
-    for role, content in contents:
-        for kind, number in _PLACEHOLDER.findall(content) if role != "assistant" else ():
+    in_blocks: dict[str, set[int]] = {"image": set(), "video": set()}
+    for (_, content), blocks, read in zip(contents, from_blocks, parsed):
+        for kind, number in _PLACEHOLDER.findall(content) if read else ():
             if not number:
-                lone[kind] += 1
+                lone[kind] += not blocks
                 continue
             if not 1 <= int(number) <= counts[kind]:
                 raise PromptError(f"<{kind}-{number}> has no {kind}: the sample has {counts[kind]}")
             if int(number) in numbered[kind]:
                 raise PromptError(f"<{kind}-{number}> stands more than once; write each placeholder once")
             numbered[kind].add(int(number))
+            if blocks:
+                in_blocks[kind].add(int(number))
+    free = {kind: [number for number in range(1, count + 1) if number not in in_blocks[kind]] for kind, count in counts.items()}
     for kind, number in lone.items():
-        if number > 1 and (number != counts[kind] or numbered[kind]):
+        if not free[kind]:
+            continue
+        by_text = numbered[kind] - in_blocks[kind]
+        if number > 1 and (number != len(free[kind]) or by_text):
             raise PromptError(
-                f"{number} placeholders <{kind}> without a number, but {counts[kind]} {kind}s: number them as <{kind}-1>, ..."
+                f"{number} placeholders <{kind}> without a number, but {len(free[kind])} {kind}s: number them as <{kind}-1>, ..."
             )
-        if number == 1 and (counts[kind] == 0 or 1 in numbered[kind]):
-            reason = f"the sample has no {kind}" if counts[kind] == 0 else f"<{kind}-1> stands too"
-            raise PromptError(f"<{kind}> means {kind} number 1, but {reason}")
+        if number == 1 and free[kind][0] in by_text:
+            raise PromptError(f"<{kind}> means {kind} number {free[kind][0]}, but <{kind}-{free[kind][0]}> stands too")
 
     result: list[tuple[str, list[str | Media]]] = []
     used = {"image": 0, "video": 0}
-    for role, content in contents:
+    for (role, content), blocks, read in zip(contents, from_blocks, parsed):
         pieces: list[str | Media] = []
         start = 0
-        for match in _PLACEHOLDER.finditer(content) if role != "assistant" else ():
+        for match in _PLACEHOLDER.finditer(content) if read else ():
             kind = match[1]
             if match[2]:
                 number = int(match[2])
+            elif blocks or not free[kind]:
+                continue
             else:
+                number = free[kind][used[kind]]
                 used[kind] += 1
-                number = used[kind]
                 numbered[kind].add(number)
             pieces += [content[start : match.start()], Media(kind, number)]
             start = match.end()
@@ -235,7 +249,8 @@ def render(
 ) -> list[Segment]:
     """Messages as segments.
 
-    messages: `{"role": ..., "content": text with <image-N> / <video-N>}`; see `place_media` for how placeholders are resolved.
+    messages: `{"role": ..., "content": text with <image-N> / <video-N>}`; see `place_media` for how placeholders are resolved. An
+    assistant's message with `train` false has no labels. Media in an assistant's message have none either.
     images: tokens of each image (tiles times `k`). videos: what the prompt says about each video.
     add_generation_prompt: end with `<|im_start|>assistant\\n`.
     continue_final_message: leave the last message, which must be an assistant's, without its end, so that generation continues it.
@@ -253,8 +268,9 @@ def render(
         builder.text("system\n" + DEFAULT_SYSTEM)
         builder.special(IM_END)
         builder.text("\n")
-    for number, (role, pieces) in enumerate(placed):
-        labelled = role == "assistant"
+    learned = [message.get("train", True) for message in messages]
+    for number, ((role, pieces), trained) in enumerate(zip(placed, learned)):
+        labelled = role == "assistant" and trained
         builder.special(IM_START)
         builder.text(role + "\n")
         is_open = continue_final_message and number == len(placed) - 1

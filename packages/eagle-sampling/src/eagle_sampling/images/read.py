@@ -16,7 +16,9 @@ from typing import Any
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ..limits import DEFAULT_LIMITS, Limits, MediaError, printable, unreadable
+from .ancillary import without_ancillary
 from .header import HeaderError, Reader, exif_orientation, parse_size
+from .heic import is_heic, open_heic, require_heic
 from .reference import ImageRef, describe, read_bytes, resolve
 
 _HEAD_BYTES = 4096
@@ -35,7 +37,7 @@ def image_size(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> 
     if isinstance(ref, (str, os.PathLike)):
         return _file_size(resolve(ref, root))
     data = read_bytes(ref, root=root)
-    size, problem = _parsed(data[:_HEAD_BYTES], lambda offset, count: data[offset : offset + count], lambda: len(data))
+    size, problem = _parsed(data[:_HEAD_BYTES], lambda offset, count: data[offset : offset + count], lambda: len(data), describe(ref))
     return size or _pillow_size(io.BytesIO(data), describe(ref), problem)
 
 
@@ -45,19 +47,23 @@ def _file_size(path: str) -> tuple[int, int]:
         try:
             head = os.read(descriptor, _HEAD_BYTES)
             size, problem = _parsed(
-                head, lambda offset, count: os.pread(descriptor, count, offset), lambda: os.lseek(descriptor, 0, os.SEEK_END)
+                head, lambda offset, count: os.pread(descriptor, count, offset), lambda: os.lseek(descriptor, 0, os.SEEK_END), path
             )
         finally:
             os.close(descriptor)
+    except MediaError:
+        raise
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     return size or _pillow_size(path, printable(path), problem)
 
 
-def _parsed(head: bytes, read: Reader, file_size: Callable[[], int]) -> tuple[tuple[int, int] | None, str]:
-    """The size, or None and the reason ("" for a format that is not parsed)."""
+def _parsed(head: bytes, read: Reader, file_size: Callable[[], int], name: str) -> tuple[tuple[int, int] | None, str]:
+    """The size, or None and the reason ("" for a format that is not parsed). Raises MediaError for HEIC that could not be decoded."""
     if not head:
         return None, "is empty (0 bytes)"
+    if head[4:8] == b"ftyp" and is_heic(head):
+        require_heic(printable(name))
     try:
         return parse_size(head, read, file_size), ""
     except HeaderError as error:
@@ -87,12 +93,30 @@ def open_image(
     at_least: (width, height) in the stored orientation; a JPEG is decoded at 1/2, 1/4 or 1/8 of its size when both sides stay at least
     this large (libjpeg's scaled decoding); it has no effect on other formats.
 
+    Of a PNG or JPEG that Pillow refuses for its metadata (over Pillow's limits, or broken), the picture is read without them.
+
     Raises:
         MediaError: the file is missing, an address, truncated, damaged, of no known format, or over the limits (checked before decoding).
         TypeError: `ref` is not a reference, for example an open file.
     """
     name = describe(ref)
     data = read_bytes(ref, root=root, limits=limits)
+    try:
+        return _decoded(data, name, limits, at_least)
+    except MediaError as error:
+        reduced = without_ancillary(data) if error.__cause__ is not None else None  # not what is over the limits
+        if reduced is None or len(reduced) == len(data):
+            raise
+        try:
+            return _decoded(reduced, name, limits, at_least)
+        except MediaError:
+            raise error from error.__cause__
+
+
+def _decoded(data: bytes, name: str, limits: Limits, at_least: tuple[int, int] | None) -> Image.Image:
+    if is_heic(data[:_HEAD_BYTES]):
+        with decoding(f"{name}: can't be decoded"):
+            return open_heic(data, name, limits)
     image = open_lazily(io.BytesIO(data), name)
     limits.check_size(*image.size, name)
     with decoding(f"{name}: can't be decoded"):

@@ -1,4 +1,4 @@
-"""References to images: a path, bytes, or a key in an LMDB; what an error calls them, and their encoded bytes."""
+"""References to images: a path, bytes, a key in an LMDB, or a member of a tar file; what an error calls them, and their encoded bytes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import Any, TypeAlias
 
 from ..limits import DEFAULT_LIMITS, Limits, MediaError, path_text, printable, unreadable
 from ..lmdb import store
+from . import tar
 
 ImageRef: TypeAlias = "str | os.PathLike[str] | bytes | dict[str, Any]"
 
-_ACCEPTED = 'the path of an image, its bytes, or {"lmdb_file": ..., "lmdb_key": ...}'
+_ACCEPTED = 'the path of an image, its bytes, {"lmdb_file": ..., "lmdb_key": ...}, or {"tar": ..., "member": ...}'
 
 
 def describe(ref: ImageRef) -> str:
     """The name of an image in messages: text that any stream can print. Raises TypeError for what is not a reference."""
     if isinstance(ref, (bytes, bytearray, memoryview)):
         return f"<{len(ref)} bytes>"
+    if isinstance(ref, dict) and "tar" in ref:
+        return printable(f"{ref['tar']}/{ref.get('member')}")
     if isinstance(ref, dict):
         return printable(f"{ref.get('lmdb_file')}[{ref.get('lmdb_key')!r}]")
     return printable(path_text(ref, _ACCEPTED))
@@ -38,6 +41,8 @@ def read_bytes(ref: ImageRef, *, root: str | os.PathLike[str] | None = None, lim
     """
     if isinstance(ref, (bytes, bytearray, memoryview)):
         data = bytes(ref)
+    elif isinstance(ref, dict) and "tar" in ref:
+        data = tar.read_member(ref, root, limits)
     elif isinstance(ref, dict):
         data = _from_lmdb(ref, root, store.get)
     else:
@@ -58,6 +63,8 @@ def exists(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> bool
     """True for bytes, for a path where a file is, and for a key that its LMDB holds. Raises MediaError for an incomplete LMDB reference."""
     if isinstance(ref, (bytes, bytearray, memoryview)):
         return True
+    if isinstance(ref, dict) and "tar" in ref:
+        return tar.has_member(ref, root)
     if isinstance(ref, dict):
         return _from_lmdb(ref, root, store.has)
     return os.path.isfile(resolve(ref, root))

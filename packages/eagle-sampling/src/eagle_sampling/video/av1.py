@@ -84,8 +84,8 @@ def needed_parts(
     return {sample: sorted(common[sample] + spans) for sample, spans in parts.items()}
 
 
-def _units(data: bytes) -> list[tuple[int, int, int, int]]:
-    """(type, begin, begin of payload, end) of every OBU (5.3)."""
+def units(data: bytes, *, whole: bool = True) -> list[tuple[int, int, int, int]]:
+    """(type, begin, begin of payload, end) of every OBU (5.3). `data` may end inside the last one if not `whole`."""
     found, at = [], 0
     while at < len(data):
         head, begin = data[at], at
@@ -102,7 +102,7 @@ def _units(data: bytes) -> list[tuple[int, int, int, int]]:
                 at += 1
                 if not data[at - 1] & 0x80:
                     break
-        if at + size > len(data):
+        if at + size > len(data) and whole:
             raise Unclear("a unit is cut off")
         found.append((head >> 3 & 15, begin, at, at + size))
         at += size
@@ -110,7 +110,7 @@ def _units(data: bytes) -> list[tuple[int, int, int, int]]:
 
 
 def _find_sequence(data: bytes) -> SequenceHeader | None:
-    for kind, _, payload, end in _units(data):
+    for kind, _, payload, end in units(data):
         if kind == SEQUENCE:
             return _read_sequence(data[payload:end])
     return None
@@ -161,7 +161,7 @@ def _read_unit(
     """Adds a temporal unit's frames to `frames` and updates the slots. Returns the sequence header, and the spans of no frame."""
     common: list[tuple[int, int]] = []
     current: CodedFrame | None = None
-    for kind, begin, payload, end in _units(data):
+    for kind, begin, payload, end in units(data):
         if kind in (TILE_GROUP, REDUNDANT_HEADER):
             if current is None:
                 raise Unclear("tiles without a frame")

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from ..limits import Limits
 from .av1 import join, needed_parts
+from .beginning import DECODERS, DEFERRED
 from .containers.source import Source
 from .containers.track import Track
 from .dependencies import Group, droppable_test, earlier_start
+from .keyframes import Start, start_test
 
-_DECODERS = {"av1": "libdav1d"}
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 _WINDOW = 1 << 18  # bytes per read; an hour of 360p has 5 kB a frame, so one read serves many
 
@@ -70,7 +71,7 @@ class PacketReader(Protocol):
         ...
 
     def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
-        """Sample `sample` of a pass that ends before `stop`; None when it is not `wanted` and nothing wanted depends on it."""
+        """Sample `sample` of a pass that ends before `stop`, with its number as `pts`; None when nothing wanted depends on it."""
         ...
 
 
@@ -82,7 +83,7 @@ class FileReader:
         self.droppable = droppable_test(track.codec, track.extradata)
         self.window_start, self.window = 0, b""
         self.parts: dict[int, list[tuple[int, int]]] | None = None  # what to decode of each sample, where the codec's headers state it
-        context = av.CodecContext.create(_DECODERS.get(track.codec, track.codec), "r")
+        context = av.CodecContext.create(DECODERS.get(track.codec, track.codec), "r")
         assert isinstance(context, av.VideoCodecContext)
         if track.extradata:
             context.extradata = track.extradata
@@ -94,7 +95,6 @@ class FileReader:
             self.parts = needed_parts(lambda sample: self._read(sample, stop), range(start, stop), wanted, self.track.extradata)
 
     def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
-        track = self.track
         if self.parts is not None and sample not in self.parts:
             return None
         data = self._read(sample, stop)
@@ -103,8 +103,7 @@ class FileReader:
         if self.parts is not None:
             data = join(data, self.parts[sample])
         packet = av.Packet(data)
-        packet.pts = int(track.ticks[sample])
-        packet.time_base = track.unit
+        packet.pts = sample
         return packet
 
     def _read(self, sample: int, stop: int) -> bytes:
@@ -129,9 +128,10 @@ class Decoder:
     def __init__(self, reader: PacketReader, track: Track, painter: Painter, check: Callable[[], None], threads: int = 1):
         self.reader, self.track, self.painter, self.check = reader, track, painter, check
         self.failures: dict[int, str] = {}
-        self.orderly = not len(track.doubled())
+        self.orderly = len(track.presentation_ticks()) == (len(track.ticks) if track.shown is None else np.count_nonzero(track.shown))
         # H.264 may begin at a P-frame (periodic intra refresh) and reports a missing reference; older codecs use a grey picture instead.
         self.reports_types = track.codec != "h264"
+        self.test = start_test("h264", track.extradata) if track.codec == "h264" else None
         context = reader.context
         # explode: report damage instead of painting over it. strict: assume the deepest reordering where the stream states none.
         context.options = {"err_detect": "explode", **({"strict": "1"} if track.codec == "h264" else {}), **track.colour}
@@ -155,7 +155,7 @@ class Decoder:
     def _decode(self, start: int, stop: int, left: set[int], places: dict[int, list[int]]) -> str | None:
         """One pass over samples start ... stop - 1; removes the frames it reads from `left`. Returns a reason when the data are damaged."""
         ticks = self.track.ticks[start:stop].tolist()
-        number = {ticks[sample - start]: sample for sample in left}
+        waiting = set(left)
         painted: list[int] = []
         damaged = stop  # the first sample whose picture is incomplete; what is decoded after it may refer to it
         is_keyframe = True  # `start`, as far as is known
@@ -163,22 +163,32 @@ class Decoder:
 
         def take(frame: av.VideoFrame) -> None:
             nonlocal damaged, is_keyframe
-            if frame.is_corrupt and frame.pts in ticks:
-                damaged = min(damaged, start + ticks.index(frame.pts))
+            sample = frame.pts  # the number of its packet
+            if sample is None:
+                return
+            if frame.is_corrupt:
+                damaged = min(damaged, sample)
+            else:
+                whole.add(sample)
             if (
                 start
                 and self.reports_types
-                and frame.pts == ticks[0]
+                and sample == start
                 and not frame.key_frame
                 and frame.pict_type in (PictureType.P, PictureType.B)
             ):
                 is_keyframe = False
-            sample = number.pop(frame.pts, None) if frame.pts is not None else None
-            if sample is not None and sample < damaged:
+            if sample in waiting and sample < damaged:
+                waiting.remove(sample)
                 self.painter.paint(frame, places[sample])
                 painted.append(sample)
 
-        sent, reason = start, None
+        sent, reason, deferred = start, None, ""
+        # After an I-frame that is not an IDR frame, H.264 streams may mark pictures from before it, which is an error of the command only:
+        # all pictures come out whole. Those with damaged slices do not come out, or are marked as corrupt (300 random bit flips).
+        tolerant = False
+        whole: set[int] = set()
+        given: set[int] = set()
         try:
             self.reader.begin(start, stop, left)
             for sample in range(start, stop):
@@ -191,7 +201,17 @@ class Decoder:
                 if packet is None:
                     continue
                 self.check()
-                for frame in context.decode(packet):
+                if sample == start and self.test is not None:
+                    tolerant = self.test(bytes(packet)) is Start.OPEN
+                given.add(sample)
+                try:
+                    frames = context.decode(packet)
+                except av.FFmpegError as error:
+                    if not tolerant or sample > start + DEFERRED:
+                        raise
+                    deferred = deferred or error.strerror or str(error)
+                    continue
+                for frame in frames:
                     take(frame)
         except av.FFmpegError as error:
             damaged, reason = min(damaged, sent), error.strerror or str(error)
@@ -201,6 +221,8 @@ class Decoder:
         except av.FFmpegError as error:
             reason = reason or error.strerror or str(error)
         context.flush_buffers()
+        if deferred and given != whole:
+            damaged, reason = min(damaged, *(given - whole)), reason or deferred
         if not is_keyframe:
             return None
         left.difference_update(sample for sample in painted if sample < damaged)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .containers.track import Track
+from .keyframes import Start
 
 Droppable = Callable[[bytes], bool]
 
@@ -47,6 +48,39 @@ def group_targets(track: Track, samples: NDArray[np.int64]) -> list[Group]:
         Group(int(start), tuple(wanted[starts == start].tolist()))
         for start in np.unique(starts)  # few: at most one per target
     ]
+
+
+def correct_keyframes(track: Track, samples: NDArray[np.int64], start_at: Callable[[int], Start | None]) -> None:
+    """Remove from `track.sync` the samples at which decoding would begin for the wanted `samples`, and cannot.
+
+    start_at: what decoding gives that begins at a sample, by its bytes; None: not known. The first keyframe stays. Of a keyframe of an
+    open GOP the one before is corrected too, because decoding may have to begin there.
+    """
+    known: dict[int, Start | None] = {}
+    while True:
+        sync = np.flatnonzero(track.sync)
+        wrong = False
+
+        def correct(at: int, sync: NDArray[np.int64] = sync) -> int:
+            """The place in `sync` of the last keyframe up to place `at` that is one."""
+            nonlocal wrong
+            while at > 0:
+                sample = int(sync[at])
+                if sample not in known:
+                    known[sample] = start_at(sample)
+                if known[sample] is not Start.NONE:
+                    break
+                track.sync[sample] = False
+                wrong = True
+                at -= 1
+            return at
+
+        for group in group_targets(track, samples):
+            at = correct(int(np.searchsorted(sync, group.start)))
+            if at > 0 and known[int(sync[at])] in (Start.OPEN, Start.REFRESH):
+                correct(at - 1)
+        if not wrong:
+            return
 
 
 def earlier_start(track: Track, start: int, attempt: int) -> int | None:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..limits import DEFAULT_LIMITS, Limits, MediaError, path_text, unreadable
 from ..time_table import TimeTable
+from .beginning import settle
 from .containers.demux import read_packets
 from .containers.matroska import read_matroska
 from .containers.mp4 import read_mp4
@@ -152,6 +154,11 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
     """
     with _opened(path) as source:
         track = damage = None
+
+        def check() -> None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise MediaError(f"{path}: looking for its first frame took longer than the time limit")
+
         try:
             head = source.read(0, 1024)
             if head[4:8] in _MP4_BOXES:
@@ -160,6 +167,8 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
                 track = read_matroska(source, limits)
             elif looks_like_ts(head):
                 track = read_mpegts(source, limits)
+            if track is not None:
+                track = settle(track, source, limits, check, lambda: read_mp4(source, limits))
         except Unsupported as reason:
             logging.getLogger(__name__).debug("%s: %s; read by libavformat", path, reason)
         if track is None:

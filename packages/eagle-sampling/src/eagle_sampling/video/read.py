@@ -22,11 +22,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..choose import TIME_EPSILON
 from ..limits import DEFAULT_LIMITS, FrameError, Limits, MediaError, path_text
+from .beginning import sample_start
 from .containers.demux import read_packets
 from .containers.source import Source
 from .containers.track import Track, Unsupported
 from .decode import Decoder, FileReader, Painter
-from .dependencies import Group, group_targets
+from .dependencies import Group, correct_keyframes, group_targets
+from .keyframes import start_test
 from .probe import read_track
 from .sequential import PacketStream, decode_linear
 
@@ -146,9 +148,7 @@ def _find(track: Track, requested: NDArray[np.float64], tolerance: float) -> tup
         samples = np.where(np.abs(key_seconds[near] - requested) <= tolerance, keys[near], samples)
     reason = f"the video shows frames from {seconds[0]:.6f} to {end:.6f} s"
     errors = [FrameError(int(i), float(requested[i]), reason) for i in np.flatnonzero(bad)]
-    twice = np.isin(track.ticks[samples], track.doubled()) & ~bad
-    errors += [FrameError(int(i), float(requested[i]), "two frames of the file have this time") for i in np.flatnonzero(twice)]
-    return np.where(bad | twice, -1, samples), errors
+    return np.where(bad, -1, samples), errors
 
 
 def _output_size(track: Track, size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -180,8 +180,13 @@ def _decode(
         _in_threads([lambda: failures.update(_from_front(name, track, places, painter(), watch, workers))], watch, problems)
         return failures
 
-    groups = group_targets(track, np.fromiter(places, np.int64))
     indexed = track.offsets is not None or track.scattered is not None
+    wanted = np.fromiter(places, np.int64)
+    test = start_test(track.codec, track.extradata) if indexed else None
+    if test is not None:
+        with Source(name) as source:
+            correct_keyframes(track, wanted, lambda sample: sample_start(track, source, test, sample))
+    groups = group_targets(track, wanted)
     count = min(workers, len(groups)) if indexed else 1
     todo: queue.SimpleQueue[Group] = queue.SimpleQueue()
     # Most expensive first: the last to finish are then cheap, and the workers end together. One worker goes from front to back.

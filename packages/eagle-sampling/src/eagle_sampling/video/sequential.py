@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import av
 
+from .beginning import DEFERRED
 from .containers.demux import open_container
 from .containers.track import Track
 
@@ -27,7 +28,7 @@ class PacketStream:
         """Nothing to prepare."""
 
     def packet(self, sample: int, stop: int, wanted: bool) -> av.Packet | None:
-        """Packet number `sample`. Raises av.InvalidDataError when the container marks it as damaged."""
+        """Packet number `sample`, which is its `pts`. Raises av.InvalidDataError when the container marks it as damaged."""
         if sample < self.next:
             context = self.context  # keeps decoding; only the packets start over
             self.container.close()
@@ -38,6 +39,7 @@ class PacketStream:
             if self.next > sample:
                 if packet.is_corrupt:
                     raise av.InvalidDataError(0, "lost or damaged in transport", self.path)
+                packet.pts = sample
                 return packet
         raise av.InvalidDataError(0, "the file ends before it", self.path)
 
@@ -61,16 +63,27 @@ def decode_linear(
         with open_container(path) as container:
             stream = container.streams.video[0]
             context = stream.codec_context
+            threads = 1 if track.opens else threads  # so that an error is raised at its own packet
             context.thread_count = threads
             context.thread_type = "FRAME" if threads > 1 else "NONE"
             context.options = {"err_detect": "explode", **({"strict": "1"} if track.codec == "h264" else {})}  # as in `Decoder`
+            number = 0
             for packet in container.demux(stream):
                 check()
                 if packet.size and not packet.is_discard:
+                    number += 1
+                    if number - 1 in track.silent:
+                        continue
                     packet.pts = sent
                     pending[sent] = None
                     sent += 1
-                for frame in packet.decode():
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    if not track.opens or track.codec != "h264" or sent > DEFERRED:
+                        raise
+                    continue  # as in `Decoder`: it stays among the pending packets unless its picture is whole
+                for frame in frames:
                     if frame.is_corrupt:
                         raise av.InvalidDataError(0, "the picture is incomplete", path)
                     if track.whole and frame.pts is not None:

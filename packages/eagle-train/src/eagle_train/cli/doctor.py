@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 import typer
 
+from eagle_train.errors import counted
+
 from .app import app
-from .tables import counted
 from .tested import TESTED
 
 
 @app.command()
 def doctor() -> None:
-    """Print what this machine and installation can do, and the next step for each problem."""
+    """Check machine and installation; print a next step per problem."""
     report = examine()
     width = max(len(finding.name) for finding in report)
     for finding in report:
@@ -46,7 +47,11 @@ PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "pillow", "av", "lmdb", "pyarrow", "pydantic", "typer", "safetensors"),
 )
 OPTIONAL = {
-    "flash-attn-4": "the fastest attention on NVIDIA GPUs: pip install flash-attn-4",
+    "flash-attn-4": "the fastest attention on Hopper GPUs: pip install 'eagle-train[gpu]'",
+    "torchao": "the 8-bit optimizer: pip install 'eagle-train[gpu]'",
+    "tensorboard": "a tracker: pip install 'eagle-train[trackers]'",
+    "wandb": "a tracker: pip install 'eagle-train[trackers]'",
+    "gguf": "language models in GGUF files: pip install 'eagle-train[gguf]'",
     "easy-vqa": "the quickstart's images: pip install 'eagle-train[quickstart]'",
     "pypdfium2": "PDF documents: pip install 'eagle-sampling[pdf]'",
 }

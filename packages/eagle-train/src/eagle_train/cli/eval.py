@@ -4,76 +4,249 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from .app import app
-from .options import Checkpoint, Device, RunFolder
+from .options import Checkpoint, Device, ModelFolder
+
+if TYPE_CHECKING:
+    from eagle_train.config import Source
+    from eagle_train.data.facts import Facts
+    from eagle_train.runs.sweep import Point
+
+    from .progress import Printer
+
+
+class Request(NamedTuple):
+    """What the command line requests. source: in place of the held-out sources. overrides: of the section eval."""
+
+    folder: Path
+    source: Source | None
+    overrides: list[str]
+    limit: int | None
+    frames: list[int]
+    lengths: list[int]
+    checkpoint: str | None
+    out: Path | None
+    device: str | None
+    ulysses: int
+    all_gather: int
 
 
 @app.command("eval")
 def evaluate(
-    run: RunFolder,
-    data: Annotated[Path | None, typer.Option(help="Annotation file instead of the held-out rows.", show_default=False)] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of --data's media; default: that of the file.", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each source.", show_default=False)] = None,
+    folder: ModelFolder,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Annotation file instead of the run's held-out rows; required for a model.", metavar="FILE", show_default=False),
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of --data's media; default: that of the file.", metavar="DIR", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of each source.", metavar="N", show_default=False)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer in tokens; default: eval.max_new_tokens.", metavar="N", show_default=False)
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Metric of --data: exact (default), choice, contains, anls, numeric, temporal_iou, f1, judge, teacher_forced, likelihood.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    frames: Annotated[
+        str | None,
+        typer.Option(help="Evaluate with at most so many frames per video: --frames 16,32,64.", metavar="N,N,...", show_default=False),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Evaluate at these context lengths: 4K,8K; default: the last stage's.", metavar="N,N,...", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a key of the section eval: --set eval.batch_size=4. May be repeated.", metavar="KEY=VALUE"),
+    ] = None,
+    ulysses: Annotated[int, typer.Option(min=1, help="Ranks (inner level) that share a pack of teacher-forced scoring.", metavar="N")] = 1,
+    all_gather: Annotated[
+        int, typer.Option(min=1, help="Ranks (outer level) that share a pack of teacher-forced scoring.", metavar="N")
+    ] = 1,
     checkpoint: Checkpoint = None,
     out: Annotated[
-        Path | None, typer.Option(help="New folder for answers and ledger; default: RUN/evaluations/<time>.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="New folder for answers and ledger; default: RUN/evaluations/<time>, for a model evaluations/<name>-<time>.",
+            metavar="DIR",
+            show_default=False,
+        ),
     ] = None,
     device: Device = None,
 ) -> None:
-    """Evaluate held-out questions by exact match, next to the text-only baseline."""
-    from eagle_train.config import Source
+    """Evaluate held-out questions with their metrics.
+
+    For a run, accuracies are next to those of the text-only baseline.
+    """
+    from eagle_train.config import ConfigError, Source
+
+    from .progress import quiet
+
+    quiet()
+    source = Source(annotation=data.absolute(), root=root.absolute() if root else None) if data is not None else None
+    changes = list(overrides or ())
+    if max_new_tokens is not None:
+        changes.append(f"eval.max_new_tokens={max_new_tokens}")
+    if metric is not None:
+        if data is None:
+            raise ConfigError(f"--metric {metric} belongs to --data; for a source of the run use --set eval.metrics.SOURCE={metric}")
+        changes.append(f"eval.metrics.{data.stem}={metric}")
+    request = Request(
+        folder,
+        source,
+        changes,
+        limit,
+        numbers("--frames", frames),
+        numbers("--lengths", lengths),
+        checkpoint,
+        out,
+        device,
+        ulysses,
+        all_gather,
+    )
+    if (folder / "config.yaml").is_file():
+        _evaluate_run(request)
+    else:
+        _evaluate_model(request)
+
+
+def numbers(option: str, text: str | None) -> list[int]:
+    """`16,4K` as [16, 4096]; an empty list for None. Raises ConfigError."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from eagle_train.config import ConfigError
+    from eagle_train.config.schema import Tokens
+
+    if text is None:
+        return []
+    try:
+        return TypeAdapter(list[Tokens]).validate_python([part.strip() for part in text.split(",")])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"{option} {text}: {first['input']!r} is not a number of at least 1 (4K is 4096); separate numbers by commas"
+        ) from None
+
+
+def _evaluate_run(request: Request) -> None:
     from eagle_train.distributed.world import for_evaluation, start_world
-    from eagle_train.runs.evaluate import Evaluator
+    from eagle_train.runs.evaluate import Evaluator, eval_overrides
     from eagle_train.runs.export import load_trained
     from eagle_train.runs.folder import open_run
     from eagle_train.runs.ready import get_ready
+    from eagle_train.runs.sweep import sweep
     from eagle_train.training.checkpoint import find_checkpoint
 
-    from .progress import Printer, quiet
-    from .tables import score_table
+    from .progress import Printer
 
-    quiet()
-    config = open_run(run)
-    if data is not None:
-        source = Source(annotation=data.absolute(), root=root.absolute() if root else None)
-        config = config.replaced(data=config.data.replaced(eval_recipe=None, eval_sources={data.stem: source}))
-    path = find_checkpoint(config.run.folder / "checkpoints", checkpoint) if checkpoint is not None else None
-    world = start_world(for_evaluation(config.parallel), device)
+    config, source = open_run(request.folder), request.source
+    if source is not None:
+        data = config.data.replaced(eval_recipe=None, eval_sources={source.annotation.stem: source})
+        config = config.replaced(data=data, eval=config.eval.replaced(metrics={}))
+    config = eval_overrides(config, request.overrides)
+    path = find_checkpoint(config.run.folder / "checkpoints", request.checkpoint) if request.checkpoint is not None else None
+    world = start_world(for_evaluation(config.parallel, ulysses=request.ulysses, all_gather=request.all_gather), request.device)
     printer = Printer(silent=not world.is_main)
     # Files of the run do not change: the ledger of this evaluation is in its own folder, and facts are shared.
-    folder = world.gather(evaluation_folder(config.run.folder, out))[0]
+    folder = world.gather(evaluation_folder(config.run.folder / "evaluations", "", request.out))[0]
     trained, facts = config, config.data.replaced(facts=config.facts_folder)
     config = config.replaced(data=facts, run=config.run.replaced(dir=folder.parent, name=folder.name))
     with printer.preparing() as progress:
         ready = get_ready(config, world, progress)
-    for source in ready.eval_facts.sources if ready.eval_facts is not None else ():
-        if source.bad_rows:
-            printer.message(f"{source.name}: {source.bad_rows} rows can't be evaluated; see {config.run.folder / 'ledger.jsonl'}")
     model, at = load_trained(trained, ready.tokenizer, world, path)
-    printer.message(f"{run}: stage {at.stage_name}, step {at.step}")
+    printer.message(f"{request.folder}: stage {at.stage_name}, step {at.step}")
+    evaluator = Evaluator(ready, world)
     with printer.counting("questions") as counted:
-        result = Evaluator(ready, world).evaluate(model, at.total_steps, limit=limit, progress=counted)
-    if world.is_main:
-        print(score_table(result))
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"answers: {result.write(folder / 'answers.jsonl')}")
+        points = sweep(
+            lambda frames, length: evaluator.evaluate(
+                model, at.total_steps, limit=request.limit, frames=frames, max_tokens=length, progress=counted
+            ),
+            frames=request.frames,
+            lengths=request.lengths,
+        )
+    _print_result(printer, points, ready.eval_facts, folder, baseline=True)
     world.close()
 
 
-def evaluation_folder(run: Path, out: Path | None) -> Path:
-    """Where an evaluation writes: `out`, or a folder of the run named by the time. Raises ConfigError when there is something already."""
+def _evaluate_model(request: Request) -> None:
+    from eagle_train.config import ConfigError, ParallelConfig
+    from eagle_train.distributed.world import for_evaluation, start_world
+    from eagle_train.runs.exported import evaluate_exported
+    from eagle_train.training.model import check_model_folder
+
+    from .progress import Printer
+
+    model, source = request.folder, request.source
+    check_model_folder(model)
+    if source is None:
+        raise ConfigError(f"{model} is the folder of a model, which has no held-out rows; name an annotation file with --data FILE")
+    if request.checkpoint is not None:
+        raise ConfigError(f"--checkpoint {request.checkpoint}: {model} is the folder of a model; only a run has checkpoints")
+    world = start_world(for_evaluation(ParallelConfig(), ulysses=request.ulysses, all_gather=request.all_gather), request.device)
+    printer = Printer(silent=not world.is_main)
+    folder = world.gather(evaluation_folder(Path("evaluations").absolute(), f"{model.resolve().name}-", request.out))[0]
+    with printer.preparing() as measured, printer.counting("questions") as counted:
+        points, facts = evaluate_exported(
+            model.absolute(),
+            source,
+            folder,
+            world,
+            limit=request.limit,
+            overrides=request.overrides,
+            frames=request.frames,
+            lengths=request.lengths,
+            on_prepare=measured,
+            on_answer=counted,
+        )
+    _print_result(printer, points, facts, folder, baseline=False)
+    world.close()
+
+
+def _print_result(printer: Printer, points: list[Point], facts: Facts | None, folder: Path, *, baseline: bool) -> None:
+    from eagle_train.errors import counted
+    from eagle_train.runs.sweep import write_points
+
+    from .tables import score_table, sweep_table
+
+    if printer.silent:
+        return
+    for source in facts.sources if facts is not None else ():
+        if source.bad_rows:
+            print(f"{source.name}: {counted(source.bad_rows, 'row')} can't be evaluated; see {folder / 'ledger.jsonl'}")
+    answers, rows = write_points(points, folder)
+    if len(points) == 1:
+        print(score_table(points[0].evaluation, baseline=baseline))
+    else:
+        from eagle_train.watching.accuracy import plot_sweep
+
+        scores = [row for point in points for row in point.rows()]
+        print(sweep_table(scores, baseline=baseline))
+        print(f"plot: {plot_sweep(scores, folder / 'sweep.png')}")
+    print(f"scores: {rows}")
+    print(f"answers: {answers}")
+
+
+def evaluation_folder(parent: Path, prefix: str, out: Path | None) -> Path:
+    """Where an evaluation writes: `out`, or a new folder of `parent` named by the time. Raises ConfigError when `out` is not empty."""
     from eagle_train.config import ConfigError
 
-    folder = out.absolute() if out is not None else run / "evaluations" / time.strftime("%Y-%m-%dT%H-%M-%S")
-    if out is None:
-        number, free = 1, folder
-        while folder.exists():
-            number += 1
-            folder = free.with_name(f"{free.name}-{number}")
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"--out {out} exists and is not an empty folder; name another one")
+    if out is not None:
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise ConfigError(f"--out {out} exists and is not an empty folder; name another one")
+        return out.absolute()
+    folder = free = parent / f"{prefix}{time.strftime('%Y-%m-%dT%H-%M-%S')}"
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = free.with_name(f"{free.name}-{number}")
     return folder

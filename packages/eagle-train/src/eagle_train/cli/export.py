@@ -19,8 +19,13 @@ def export(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.", metavar="DTYPE")] = "bfloat16",
     vllm: Annotated[bool, typer.Option("--vllm", help="Also write vllm.yaml, options for vllm serve.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write the LoRA adapters alone, in PEFT's format.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Write the moving average of the weights (model.ema).")] = False,
 ) -> None:
-    """Write a run's weights in the layout of the released Eagle 2.5 checkpoints."""
+    """Write a run's weights in the layout of Eagle 2.5.
+
+    The layout is that of the released checkpoints. LoRA adapters are merged into the weights.
+    """
     from eagle_train.config import ConfigError
 
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -31,12 +36,14 @@ def export(
 
     quiet()
     from eagle_train.runs.export import export as run_export
+    from eagle_train.runs.export import export_adapter
     from eagle_train.runs.folder import open_run
     from eagle_train.training.checkpoint import find_checkpoint
 
     config = open_run(run)
     path = find_checkpoint(config.run.folder / "checkpoints", checkpoint) if checkpoint is not None else None
-    done = run_export(config, output, checkpoint_path=path, dtype=dtype)
+    write = export_adapter if adapter else run_export
+    done = write(config, output, checkpoint_path=path, dtype=dtype, ema=ema)
     print(f"wrote {output} (stage {done['from']['stage_name']}, step {done['from']['step']})")
     if vllm:
         from eagle_train.runs.serve import write_options

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from .app import app
 from .options import ConfigFile, Overrides, ShowDefaults
 
@@ -10,14 +14,18 @@ from .options import ConfigFile, Overrides, ShowDefaults
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also print parameters, and the memory of each of N GPUs.", metavar="N", show_default=False),
+    ] = None,
     show_defaults: ShowDefaults = False,
 ) -> None:
-    """Print what would be trained: stages, steps, packs, how full they are, and what does not fit."""
+    """Print stages, steps and packs, and what does not fit."""
     from eagle_train.config import load_config
     from eagle_train.runs.ready import get_ready
     from eagle_train.watching.progress import prepare_progress
 
-    from .tables import defaults_text, plan_table, rows_line
+    from .tables import PLAN_LEGEND, defaults_text, plan_table, position_warnings, resources_text, rows_line
 
     loaded = load_config(config, overrides or ())
     if show_defaults:
@@ -26,4 +34,13 @@ def plan(
         ready = get_ready(loaded, progress=progress, held_out=False)
     ready.record_drops()
     print(plan_table(ready.schedules))
+    print(PLAN_LEGEND)
     print(rows_line(ready.schedules))
+    for warning in position_warnings(ready):
+        print(warning)
+    if gpus is None:
+        print(f"parameters and memory: eagle plan {config} --gpus N")
+    else:
+        from eagle_train.runs.resources import resources
+
+        print(resources_text(resources(ready, gpus)))

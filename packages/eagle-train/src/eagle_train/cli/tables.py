@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from eagle_train.errors import counted
 
 if TYPE_CHECKING:
     from eagle_train.config import Config
-    from eagle_train.evaluation.metrics import Evaluation
+    from eagle_train.evaluation.metrics import Evaluation, Score
     from eagle_train.planning.stages import StageSchedule
+    from eagle_train.runs.ready import Ready
+    from eagle_train.runs.resources import Resources
     from eagle_train.training.trainer import Trainer
+
+
+PLAN_COLUMNS = (
+    "stage",
+    "L_max",
+    "rows",
+    "samples",
+    "dropped",
+    "packs",
+    "fill",
+    "longest",
+    "tokens",
+    "tiles",
+    "labels",
+    "steps/epoch",
+    "steps",
+)
+PLAN_LEGEND = """\
+  L_max: tokens of a pack. rows: distinct rows of the first epoch; samples: with repetitions (repeat_time, weight); dropped: too long.
+  fill: tokens / (packs x L_max). longest: tokens of the longest sample. labels: tokens with a loss. steps: optimizer steps of the stage."""
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -22,11 +46,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def counted(number: int, singular: str) -> str:
-    """A number with its noun: `1 row`, `2 rows`."""
-    return f"{number} {singular}" + ("" if number == 1 else "s")
-
-
 def defaults_text(config: Config) -> str:
     """A line for every value that the configuration file does not set."""
     from eagle_train.config import explain_defaults
@@ -36,7 +55,9 @@ def defaults_text(config: Config) -> str:
 
 def plan_table(schedules: Sequence[StageSchedule]) -> str:
     """The stages of a run before it is trained: numbers of one epoch, and how many steps are made."""
-    rows = [("stage", "L_max", "rows", "dropped", "packs", "fill", "longest", "tokens", "tiles", "labels", "steps/epoch", "steps")]
+    rows = [
+        ("stage", "L_max", "rows", "samples", "dropped", "packs", "fill", "longest", "tokens", "tiles", "labels", "steps/epoch", "steps")
+    ]
     notes = []
     for schedule in schedules:
         s = schedule.plan(0).summary()
@@ -45,6 +66,7 @@ def plan_table(schedules: Sequence[StageSchedule]) -> str:
                 schedule.stage.name,
                 str(schedule.stage.max_tokens),
                 str(s.rows_used),
+                str(s.samples),
                 str(s.rows_dropped),
                 str(s.packs),
                 f"{s.fill:.1%}",
@@ -57,8 +79,36 @@ def plan_table(schedules: Sequence[StageSchedule]) -> str:
             )
         )
         for reason, number in s.drops.items():
-            notes.append(f"stage {schedule.stage.name}: {number} rows dropped: {reason}")
+            notes.append(f"stage {schedule.stage.name}: {counted(number, 'row')} dropped: {reason}")
     return "\n".join([table(rows), *notes])
+
+
+def position_warnings(ready: Ready) -> Iterator[str]:
+    """A warning for each stage with samples longer than the positions that the model was made for; positions restart at every sample."""
+    most = ready.sizes.text_config.max_position_embeddings
+    for schedule in ready.schedules:
+        plan = schedule.plan(0)
+        longer = plan.visual.tokens[plan.rows()] > most
+        if longer.any():
+            yield (
+                f"warning: stage {schedule.stage.name}: {counted(int(longer.sum()), 'row')} longer than the {most} positions of the model "
+                "(max_position_embeddings); lower max_tokens, or scale positions: model.overrides.text_config.rope_parameters"
+            )
+
+
+def resources_text(needed: Resources) -> str:
+    """Parameters, and the memory of each GPU."""
+    lines = [f"{needed.parameters:,} parameters"]
+    where = f"{counted(needed.gpus, 'GPU')}, {needed.dtype}, activations {needed.activations}, {needed.tokens} tokens per GPU"
+    if needed.memory is None:
+        lines.append(f"memory ({where}): not computed for activations: keep; the other values of model.activations are")
+    else:
+        gpu, host = needed.memory.gpu / 2**30, needed.memory.host / 2**30
+        lines.append(f"memory per GPU ({where}): {gpu:.1f} GiB, peak in {needed.memory.moment}")
+        lines.append("  without the CUDA context (0.5 GiB) and fragmentation; for the longest pack")
+        if needed.memory.host:
+            lines.append(f"host memory per GPU: {host:.1f} GiB")
+    return "\n".join(lines)
 
 
 def start_line(trainer: Trainer) -> str:
@@ -84,23 +134,29 @@ def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
     bad = sum(source.bad_rows for source in facts.sources)
     good, fit_none = int(planned.sum()), int((dropped & ~planned).sum())
     parts = {"planned": good, "unusable": bad, "too long for every stage": fit_none, "not drawn": len(facts) - good - fit_none}
-    text = f"{len(facts) + bad} rows: " + ", ".join(f"{number} {what}" for what, number in parts.items() if number or what == "planned")
-    return text + (f"; {missing} samples could not be read while training" if missing else "")
+    text = f"{counted(len(facts) + bad, 'row')}: " + ", ".join(
+        f"{number} {what}" for what, number in parts.items() if number or what == "planned"
+    )
+    return text + (f"; {counted(missing, 'sample')} could not be read while training" if missing else "")
 
 
-def score_table(result: Evaluation) -> str:
-    """Accuracy next to the text-only baseline, per source, and for questions that are not yes or no."""
-    rows = [("questions", "count", "right", "text-only")]
+def score_table(result: Evaluation, *, baseline: bool = True) -> str:
+    """Per source: accuracy with its 95 % interval, clustered by medium, the text-only baseline (if there is one), and the validation loss.
 
-    def add(name: str, score: tuple[int, float, float]) -> None:
-        rows.append((name, str(score[0]), f"{score[1]:.3f}", f"{score[2]:.3f}"))
+    Accuracy also for questions that are not yes or no.
+    """
+    rows = [("questions", "count", "right", "95 % interval", "text-only", "loss")]
+
+    def add(name: str, score: Score, loss: str = "") -> None:
+        text_only = f"{score.text_only:.3f}" if baseline else "-"
+        rows.append((name, str(score.questions), f"{score.accuracy:.3f}", _interval(score.low, score.high), text_only, loss))
 
     by_source = result.by_source()
     for source, score in by_source.items():
-        add(source, score)
+        add(source, score, f"{result.losses[source].loss:.4f}" if source in result.losses else "-")
         unread = sum(bool(answer.problem) for answer in result.answers if answer.source == source)
         if unread:
-            rows.append((f"  of them not answerable (counted wrong): {unread}", "", "", ""))
+            rows.append((f"  of them not answerable (counted wrong): {unread}", "", "", "", "", ""))
         for expected in ("open", "yes/no"):
             part = result.score(
                 lambda answer, source=source, closed=expected == "yes/no": (
@@ -110,3 +166,24 @@ def score_table(result: Evaluation) -> str:
             if 0 < part.questions < score.questions:
                 add(f"  {expected}", part)
     return table(rows)
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]], *, baseline: bool = True) -> str:
+    """A line per source, number of frames and context length; rows: those of `Point.rows`."""
+    lines = [("source", "frames", "max_tokens", "questions", "unanswered", "right", "95 % interval", "text-only", "loss")]
+    for row in sorted(rows, key=lambda row: str(row["source"])):
+        lines.append(
+            (
+                row["source"],
+                *(str(row[key]) if row[key] is not None else "-" for key in ("frames", "max_tokens", "questions", "unanswered")),
+                f"{row['accuracy']:.3f}",
+                _interval(row["low"], row["high"]),
+                f"{row['text_only']:.3f}" if baseline else "-",
+                f"{row['loss']:.4f}" if "loss" in row else "-",
+            )
+        )
+    return table(lines)
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low:.3f} - {high:.3f}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,11 +26,30 @@ def train(
         Path | None, typer.Option("--dir", help="quickstart only: folder of its data and its run; default: runs.", show_default=False)
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="quickstart only: remove an earlier quickstart run first.")] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine; default: one per visible GPU, else 1.", metavar="N", show_default=False),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines, each with the same command.", metavar="N")] = 1,
+    rdzv: Annotated[
+        str | None,
+        typer.Option(help="With --nodes: the machine where all meet, the same for each.", metavar="HOST[:PORT]", show_default=False),
+    ] = None,
+    print_launch: Annotated[
+        str | None, typer.Option(help="Print a batch script instead; slurm is known.", metavar="SYSTEM", show_default=False)
+    ] = None,
 ) -> None:
     """Prepare, plan, train all stages, evaluate. The same command continues an interrupted run.
 
-    Several GPUs or machines: torchrun --nproc-per-node 8 -m eagle_train.cli train CONFIG.
+    One process per visible GPU is started, unless torchrun or SLURM started this one among others.
     """
+    from . import launch
+
+    if print_launch is not None:
+        _print_launch(print_launch, config, overrides, nproc, nodes)
+        return
+    if not launch.join_slurm() and not launch.is_launched() and config != "quickstart":
+        _launch(config, overrides, device, nproc, nodes, rdzv)
     from eagle_train.training.stop import StopSignals
 
     from .progress import is_main_rank, quiet
@@ -40,6 +60,29 @@ def train(
             _quickstart(folder, fresh, overrides, device, stop)
         else:
             _train(config, folder is not None or fresh, overrides, device, show_defaults, stop)
+
+
+def _print_launch(system: str, path: str, overrides: list[str] | None, nproc: int | None, nodes: int) -> None:
+    from eagle_train.config import ConfigError, load_config
+
+    from . import launch
+
+    if system != "slurm":
+        raise ConfigError(f"--print-launch {system}: expected slurm")
+    config = load_config(path, overrides or ())
+    print(launch.slurm_script(launch.without_launch_options(sys.argv[1:]), nproc, nodes, config.run.name))
+
+
+def _launch(path: str, overrides: list[str] | None, device: str | None, nproc: int | None, nodes: int, rdzv: str | None) -> None:
+    """Replace this process by torchrun when there is more than one process to start."""
+    from eagle_train.config import load_config
+
+    from . import launch
+
+    config = load_config(path, overrides or ())  # what is wrong with it is reported once
+    count = launch.processes(nproc, device)
+    if count * nodes > 1:
+        launch.start(launch.torchrun(launch.without_launch_options(sys.argv[1:]), count, nodes, rdzv, config.run.name))
 
 
 def _quickstart(folder: Path | None, fresh: bool, overrides: list[str] | None, device: str | None, stop: StopSignals) -> None:
@@ -66,9 +109,10 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     from eagle_train.runs.ready import get_ready
     from eagle_train.runs.train import train
     from eagle_train.watching.report import write_report
+    from eagle_train.watching.trackers import open_trackers
 
     from .progress import Printer
-    from .tables import defaults_text, plan_table, rows_line, score_table, start_line
+    from .tables import defaults_text, plan_table, position_warnings, rows_line, score_table, start_line
 
     device = device_kind(device)
     config = resolve_dtype(config, device)
@@ -83,9 +127,25 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
 
         def started(trainer: Trainer) -> None:
             printer.message(plan_table(trainer.schedules))
+            for warning in position_warnings(ready):
+                printer.message(warning)
             printer.message(start_line(trainer))
 
-        trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.message)
+        with open_trackers(config, main=world.is_main) as trackers:
+
+            def recorded(record: dict[str, Any]) -> None:
+                printer.record(record)
+                trackers.record(record)
+
+            trained = train(
+                ready,
+                world,
+                on_record=recorded,
+                on_start=started,
+                stop=stop,
+                on_slow=printer.message,
+                on_answers=trackers.answers,
+            )
         result = trained.final_evaluation(limit=config.eval.limit)
         if world.is_main and result is not None:
             result.write(config.run.folder / "answers.jsonl")

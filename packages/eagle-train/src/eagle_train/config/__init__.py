@@ -1,4 +1,4 @@
-"""One YAML file says everything about a run; this package checks it, completes it and explains it."""
+"""The configuration of a run, one YAML file: its schema, and how it is read, checked and completed."""
 
 from .load import ConfigError, Default, apply_overrides, dump_config, explain_defaults, load_config, parse_config
 from .schema import (
@@ -6,16 +6,20 @@ from .schema import (
     Config,
     DataConfig,
     EvalConfig,
+    JudgeConfig,
     LimitsConfig,
     LoaderConfig,
+    LoraConfig,
     ModelConfig,
     ParallelConfig,
+    PartConfig,
     PromptConfig,
     RunConfig,
     SamplingConfig,
     Source,
     StageConfig,
     TilingConfig,
+    TrackerConfig,
 )
 
 __all__ = [
@@ -25,16 +29,20 @@ __all__ = [
     "DataConfig",
     "Default",
     "EvalConfig",
+    "JudgeConfig",
     "LimitsConfig",
     "LoaderConfig",
+    "LoraConfig",
     "ModelConfig",
     "ParallelConfig",
+    "PartConfig",
     "PromptConfig",
     "RunConfig",
     "SamplingConfig",
     "Source",
     "StageConfig",
     "TilingConfig",
+    "TrackerConfig",
     "apply_overrides",
     "dump_config",
     "explain_defaults",

@@ -1,4 +1,4 @@
-"""From a file and `--set a.b=c` to a checked `Config`, with errors that name the place and the nearest right key."""
+"""From a file and `--set a.b=c` to a checked `Config`, with errors that name the key and the nearest known one."""
 
 import copy
 import difflib
@@ -12,20 +12,20 @@ from pydantic import BaseModel, ValidationError
 
 from eagle_train.errors import WRONG_USE, TrainError
 
-from .schema import Config, Section
+from .schema import Config, Section, is_hub_name
 
 SectionT = TypeVar("SectionT", bound=Section)
 
 
 class ConfigError(TrainError, ValueError):
-    """A configuration that can't be used: says which file, which key, why, and the nearest right key."""
+    """A configuration that cannot be used: which file, which key, why, and the nearest known key."""
 
     exit_code = WRONG_USE
     on_every_rank = True
 
 
 class Default(NamedTuple):
-    """One value that nobody wrote down."""
+    """One value that the file does not set."""
 
     path: str
     value: Any
@@ -33,7 +33,7 @@ class Default(NamedTuple):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML refuses nothing when a key is written twice; the first one would silently be lost."""
+    """Refuses a key that is written twice, of which YAML itself would keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -50,7 +50,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML or JSON file; raises ConfigError with the line when it can't be read."""
+    """The content of a YAML or JSON file; raises ConfigError, with the line, when it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -63,7 +63,7 @@ def read_yaml(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    except ValueError as error:  # what looks like a date or a number to YAML and is none
+    except ValueError as error:  # text in the form of a date or a number that does not exist
         raise ConfigError(f"{path}: not valid YAML: {error}; quote a value that is text") from error
 
 
@@ -75,7 +75,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         overrides: `a.b=c` in order, values as in YAML; a list is indexed by number or by its items' name (`stages.long.lr=1e-5`).
 
     Raises:
-        ConfigError: naming the file, the key and what would be right.
+        ConfigError: naming the file, the key, why, and the nearest known key.
     """
     if path is None:
         return parse_config({}, overrides, base=Path.cwd(), origin="configuration")
@@ -157,14 +157,14 @@ def _list_index(items: list[Any], key: str) -> int | None:
 
 
 def _default_container(path: list[str]) -> Any:
-    """What an override descends into where the file says nothing: the default list (stages), else an empty mapping."""
+    """What an override changes where the file does not set it: the default list (stages), else an empty mapping."""
     if path == ["stages"]:
         return [{"name": stage.name, "max_tokens": stage.max_tokens} for stage in Config().stages]
     return {}
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel], origin: str) -> str:
-    """A pydantic error as lines `file: key: what is wrong; the nearest right key`."""
+    """A pydantic error as lines `file: key: what is wrong; the nearest known key`."""
     lines = []
     for item in error.errors(include_url=False):
         location = item["loc"]
@@ -188,7 +188,7 @@ def _short(value: Any) -> str:
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?`, or the list of right keys when none is near."""
+    """`; did you mean 'x'?`, or the list of known keys when none is near."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
         lowered = {name.lower().replace("_", ""): name for name in known}
@@ -217,15 +217,16 @@ def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
 
 
 def map_paths(section: SectionT, change: Callable[[Path], Path]) -> SectionT:
-    """A copy of a configuration (or section) with every path changed; what counts as chosen by the user stays as it is."""
+    """A copy of a configuration (or section) with every path changed; fields count as set by the user where they did before."""
     values: dict[str, Any] = {}
     for name, value in section:
         if isinstance(value, Section):
             values[name] = map_paths(value, change)
         elif isinstance(value, dict) and all(isinstance(item, Section) for item in value.values()):
             values[name] = {key: map_paths(item, change) for key, item in value.items()}
-        elif name in section.paths and value is not None:
-            values[name] = change(Path(value)) if isinstance(value, Path) else str(change(Path(value)))
+        elif name in section.paths and value is not None and not (name in section.names and is_hub_name(str(value))):
+            one = [change(path) for path in value] if isinstance(value, list) else change(Path(value))
+            values[name] = one if isinstance(value, Path | list) else str(one)
     return section.replaced(**values)
 
 
@@ -239,7 +240,7 @@ def free_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str
 
 
 def explain_defaults(config: Config) -> list[Default]:
-    """Every value that was chosen for the user: dotted path, value, and the field's description, in the file's order."""
+    """Every value that the file does not set: dotted path, value and description, in the order of the schema."""
     return list(_defaults(config, ""))
 
 
@@ -262,5 +263,5 @@ def _defaults(section: BaseModel, prefix: str) -> Iterator[Default]:
 
 
 def dump_config(config: Config) -> str:
-    """The complete configuration as YAML, defaults and all; loading it gives the same configuration."""
+    """The complete configuration as YAML, with all defaults; loading it gives the same configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

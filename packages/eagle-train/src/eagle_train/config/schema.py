@@ -15,6 +15,8 @@ from eagle_sampling.budget import STRATEGIES
 
 Part = Literal["vision", "connector", "language"]
 PARTS: tuple[Part, ...] = ("vision", "connector", "language")
+Mode = Literal["full", "lora", "frozen"]
+"""How a part is trained in a stage: all of its parameters, low-rank adapters on its linear layers, or not at all."""
 
 # Names of runs and stages are folders: no dot in front, which would hide them, or be the folder itself or the one above.
 _FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
@@ -44,6 +46,10 @@ Tokens = Annotated[int, _with_unit(_TOKEN_UNITS, "tokens"), Field(ge=1)]
 """A number of tokens; `32K` is 32768."""
 
 
+COLUMNS = ("question", "answer", "messages", "conversations", "texts", "system", "data", "image", "images", "video", "videos")
+COLUMNS += ("document", "documents", "start", "end", "fps")
+"""Keys of a row that `columns` of a source can map."""
+
 FREE: Any = {"resume": "free"}
 """Marks a field, or a section, that may change when a run is resumed: it says how the run is executed, not what is computed."""
 
@@ -52,17 +58,24 @@ class Section(BaseModel):
     """A section of the file: immutable, closed (no unknown keys), all numbers finite, defaults checked like given values.
 
     `paths` names the fields that are paths. They are resolved during validation by the function `resolve` of the validation context.
+    `names` are those among them that can also be names on the Hugging Face hub, which stay as they are unless such a folder exists.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=False)
     paths: ClassVar[tuple[str, ...]] = ()
+    names: ClassVar[tuple[str, ...]] = ()
 
     @field_validator("*", mode="after")
     @classmethod
     def _resolve(cls, value: Any, info: ValidationInfo) -> Any:
         if value is None or info.field_name not in cls.paths or not info.context:
             return value
-        resolved = info.context["resolve"](Path(value))
+        resolve = info.context["resolve"]
+        if isinstance(value, list):
+            return [resolve(Path(one)) for one in value]
+        resolved = resolve(Path(value))
+        if info.field_name in cls.names and is_hub_name(str(value)) and not resolved.exists():
+            return value
         return resolved if isinstance(value, Path) else str(resolved)
 
     def replaced(self, **values: Any) -> Self:
@@ -76,7 +89,7 @@ class RunConfig(Section):
         json_schema_extra=FREE, default="eagle", pattern=_FOLDER_NAME, description="Name of the run; its folder is <dir>/<name>."
     )
     dir: Path = Field(
-        json_schema_extra=FREE, default=Path("runs"), description="Where run folders live; relative to the configuration file."
+        json_schema_extra=FREE, default=Path("runs"), description="Folder of the run folders; relative to the configuration file."
     )
     seed: int = Field(default=0, ge=0, description="Seed of everything random: order of packs, subsampling, initial weights.")
     log_every: int = Field(
@@ -97,14 +110,70 @@ class RunConfig(Section):
         return self.dir / self.name
 
 
+def is_hub_name(value: str) -> bool:
+    """Whether a value has the form of a name on the Hugging Face hub: `owner/name`, not a path that starts with `.`, `/` or `~`."""
+    return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*/[A-Za-z0-9_-][A-Za-z0-9._-]*", value) is not None
+
+
+class LoraConfig(Section):
+    """Adapters of one part: `W x + alpha / rank * B A x` (LoRA, arXiv 2106.09685, section 4.1), without dropout."""
+
+    rank: int = Field(default=16, ge=1, description="Rows of A and columns of B.")
+    alpha: float = Field(default=32.0, gt=0, description="The adapter's output is scaled by alpha / rank.")
+    targets: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Last names of the linear layers that get adapters, for example [q_proj, v_proj]; null: all of the part, except the "
+        "language head.",
+    )
+
+
 class ModelConfig(Section):
-    paths = ("path", "tokenizer")
+    paths = ("path", "vision", "language", "tokenizer", "adapter")
+    names = ("path", "vision", "language", "tokenizer")
     preset: str | None = Field(
         default=None,
-        description="Name of a model of eagle_model.PRESETS, started from random weights. 'tiny' when path is not given either.",
+        description="Name of a model of eagle_model.PRESETS, started from random weights. Default: tiny, when neither path nor vision and "
+        "language are given.",
     )
-    path: str | None = Field(default=None, description="Checkpoint folder (Eagle 2.5 layout) to start from; excludes preset.")
-    tokenizer: str | None = Field(default=None, description="Folder of the tokenizer; null: the one beside the checkpoint (path).")
+    path: str | None = Field(
+        default=None,
+        description="Checkpoint to start from (Eagle 2.5 layout): a folder, or a name on the Hugging Face hub (owner/name). Excludes "
+        "preset, vision and language.",
+    )
+    vision: str | None = Field(
+        default=None,
+        description="Vision tower of a new model: a SigLIP or SigLIP2 of fixed resolution, as a folder or a hub name. Needs language.",
+    )
+    language: str | None = Field(
+        default=None,
+        description="Language model of a new model (Qwen2, Qwen2.5, Qwen3, Llama, SmolLM2, Mistral), as a folder, a GGUF file or a hub "
+        "name. Needs vision. Eagle's tokens are added to its tokenizer and the connector starts from random weights.",
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Side of a tile in pixels for a new model of vision and language; position embeddings are resized (bicubic). "
+        "null: the tower's own.",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="Tokenizer, as a folder or a hub name; null: that of path or language. A preset needs one.",
+    )
+    lora: dict[Part, LoraConfig] = Field(
+        default_factory=dict,
+        description="Adapters by part (vision, connector, language), for parts that a stage trains as lora; default: rank 16, alpha 32.",
+    )
+    adapter: str | None = Field(
+        default=None, description="Folder of an adapter in PEFT's format that training starts from; its ranks are those of lora."
+    )
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average of the trained weights, which eagle export --ema writes, for example 0.999; it takes 4 more "
+        "bytes per trained parameter. null: none.",
+    )
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Fields of EagleConfig to change, nested as in config.json, for example {text_config: {...}}."
     )
@@ -112,34 +181,60 @@ class ModelConfig(Section):
         default="auto", description="Attention backend of eagle_cp by name; auto takes the fastest one that is installed."
     )
     activations: Literal["auto", "keep", "recompute", "offload"] = Field(
+        json_schema_extra=FREE,
         default="auto",
-        description="Hidden states between forward and backward: kept, recomputed per layer, or recomputed from host memory.",
+        description="Activation checkpointing. keep: all activations stay; recompute: each layer from its input; offload: each layer from "
+        "its input, which waits in host memory; auto: recompute on a GPU, keep on a CPU.",
     )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if self.preset is not None and self.path is not None:
-            raise ValueError(f"preset ({self.preset}) and path ({self.path}) both say which model to start from; keep one")
+        parts = [name for name in ("vision", "language") if getattr(self, name) is not None]
+        given = [f"{name} ({getattr(self, name)})" for name in ("preset", "path", *parts[:1]) if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say which model to start from; keep one")
+        if len(parts) == 1:
+            missing = "language" if parts == ["vision"] else "vision"
+            raise ValueError(f"{parts[0]} is given and {missing} is not; a new model needs both: add model.{missing}")
+        if self.image_size is not None and not parts:
+            raise ValueError(
+                f"image_size ({self.image_size}) is for a new model of vision and language; the tile size of a preset is set by "
+                "overrides: {vision_config: {image_size: ...}}, that of a checkpoint is fixed"
+            )
         return self
 
     @property
     def origin(self) -> str:
-        """Where the model comes from, for people: the path, or the preset's name."""
-        return self.path or self.preset or "tiny"
+        """Where the model comes from, for people: the path, both parts, or the preset's name."""
+        return self.path or (f"{self.vision} and {self.language}" if self.vision else self.preset or "tiny")
 
 
 class Source(Section):
     """One entry of a recipe."""
 
     paths = ("annotation", "root")
-    annotation: Path = Field(description="JSONL file, one row a line.")
+    annotation: Path | list[Path] = Field(
+        description="File of rows: JSONL, a JSON array, CSV, TSV (each also .gz, .zst, .bz2, .xz), Parquet, Arrow, or a WebDataset tar; a "
+        "folder of Parquet, Arrow or tar files (a saved datasets dataset); a pattern such as shards/*.parquet; or a list of these."
+    )
     root: Path | None = Field(
         default=None, description="Folder that the media paths of the rows start from; null: the annotation's folder."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Columns of the rows that have other names, as {key of a row: column}, for example {question: prompt, answer: reply, "
+        "image: picture}. Keys: question, answer, messages, conversations, system, image, video, document, data, start, end, fps.",
+    )
+    ignore: list[str] = Field(
+        default_factory=list, description="Keys of the rows that are metadata, though their names or values look like media."
+    )
+    question: str | None = Field(
+        default=None, description="Question of rows that have an answer (columns.answer) and no question, for example captions."
     )
     repeat_time: float = Field(
         default=1.0,
         gt=0,
-        description="How often an epoch shows each row: 3 shows all three times, 0.25 shows a quarter (the same rows in every epoch and "
+        description="How often an epoch uses each row: 3 uses all three times, 0.25 uses a quarter (the same rows in every epoch and "
         "on every rank, chosen by seed), 1.5 all once and half of them twice.",
     )
     weight: float = Field(
@@ -151,6 +246,21 @@ class Source(Section):
     max_dynamic_tiles: int | None = Field(
         default=None, ge=1, le=64, description="Most tiles an image of this source may have; null: tiling.max_tiles."
     )
+
+    @field_validator("annotation")
+    @classmethod
+    def _some_file(cls, value: Path | list[Path]) -> Path | list[Path]:
+        if value == []:
+            raise ValueError("is an empty list; name at least one file")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        for key in value:
+            if key not in COLUMNS:
+                raise ValueError(f"{key!r} is not a key of a row; known are {', '.join(COLUMNS)}")
+        return value
 
 
 class LimitsConfig(Section):
@@ -165,7 +275,7 @@ class LimitsConfig(Section):
         default=178_956_970,
         ge=1,
         le=178_956_970,
-        description="Largest image in pixels; the default is where Pillow itself stops.",
+        description="Largest image in pixels; the default is Pillow's own limit.",
     )
     max_bytes: Bytes = Field(default=2**28, description="Largest image file in bytes.")
     max_frames: int = Field(default=1_000_000, ge=1, description="Most frames of a video file.")
@@ -215,9 +325,11 @@ class SamplingConfig(Section):
         description="ads: text, then frames, then tiles (Eq. 2); ads-fill: what ADS leaves over goes to single images; "
         "uniform: a fixed number of frames, for comparison; or the name of a strategy registered with eagle_sampling.",
     )
-    fps: float = Field(default=2.0, gt=0, description="Frames asked for per second of video.")
+    fps: float = Field(default=2.0, gt=0, description="Frames requested per second of video.")
     min_frames: int = Field(
-        default=8, ge=1, description="N_min: a video that would get fewer (and has more) drops its sample from the stage."
+        default=8,
+        ge=1,
+        description="N_min: a sample is dropped from the stage when one of its videos would get fewer frames than this and has more.",
     )
     max_frames: int | None = Field(default=None, ge=1, description="Most frames of one video or pages of one document; null: what fits.")
     placement: Literal["linspace", "center"] = Field(
@@ -250,6 +362,25 @@ class TilingConfig(Section):
         return self
 
 
+class PartConfig(Section):
+    """How one part is trained in a stage."""
+
+    train: Mode | None = Field(
+        default=None,
+        description="full: all parameters; lora: adapters on its linear layers (model.lora); frozen. null: full if the stage's train names "
+        "it, else frozen.",
+    )
+    lr: float | None = Field(default=None, gt=0, description="Peak learning rate of the part; null: that of the stage.")
+    weight_decay: float | None = Field(default=None, ge=0, description="Weight decay of the part; null: that of the stage.")
+    layer_decay: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate from each layer to the one below it: of L layers, layer i (from 0) learns at "
+        "layer_decay^(L - i) times the part's rate, embeddings at layer_decay^(L + 1) times.",
+    )
+
+
 class StageConfig(Section):
     name: str = Field(pattern=_FOLDER_NAME, description="Name of the stage, in folders and metrics.")
     max_tokens: Tokens = Field(description="Context length L_max: budget of a sample and length of a pack, in tokens (32K is 32768).")
@@ -257,21 +388,37 @@ class StageConfig(Section):
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps, starting further epochs as needed; excludes epochs.")
     packs_per_step: int = Field(default=32, ge=1, description="Packs of one optimizer step over all ranks; accumulation follows from it.")
     train: list[Part] = Field(
-        default_factory=lambda: list(PARTS), min_length=1, description="Parts that learn; the others are frozen in this stage."
+        default_factory=lambda: list(PARTS),
+        min_length=1,
+        description="Parts of which all parameters are trained: vision, connector, language; the others are frozen unless parts says "
+        "otherwise.",
+    )
+    parts: dict[Part, PartConfig] = Field(
+        default_factory=dict,
+        description="Settings by part, for example {vision: {lr: 2.0e-6}, language: {train: lora, lr: 1.0e-4}}.",
     )
     sources: dict[str, float] | None = Field(
         default=None,
-        description="Weight of each source in this stage, in place of the recipe's weight; sources not named here are left out.",
+        description="Weight of each source in this stage, in place of the recipe's weight; other sources are not used.",
     )
     loss_weighting: Literal["token", "sample", "sqrt"] = Field(
         default="sqrt",
         description="token: every label alike; sample: every sample alike; sqrt: n_i^-1/2 per label of sample i, as the original.",
     )
-    lr: float = Field(default=2e-5, gt=0, description="Peak learning rate of AdamW.")
+    optimizer: Literal["adamw", "adamw8bit", "muon", "adafactor"] = Field(
+        default="adamw",
+        description="adamw: 8 bytes of state per parameter; adamw8bit: 2 (needs torchao); muon: 4 for matrices of linear layers, which get "
+        "orthogonalised momentum, and AdamW for the rest; adafactor: factored second moment, next to none.",
+    )
+    carry_optimizer: bool = Field(
+        default=False,
+        description="Start with the optimizer state of the stage before, for the parameters that both train; false: fresh state.",
+    )
+    lr: float = Field(default=2e-5, gt=0, description="Peak learning rate.")
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Learning rate at the end over the peak (cosine and linear).")
     schedule: Literal["cosine", "constant", "linear"] = Field(default="cosine", description="Shape of the learning rate after warm-up.")
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the stage's steps in which the learning rate rises.")
-    weight_decay: float = Field(default=0.05, ge=0, description="AdamW's weight decay; norms and biases have none.")
+    weight_decay: float = Field(default=0.05, ge=0, description="Decoupled weight decay; norms and biases have none.")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's betas.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     grad_clip: float | None = Field(default=1.0, gt=0, description="Largest global norm of the gradient; null: no clipping.")
@@ -281,7 +428,7 @@ class StageConfig(Section):
     def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for name, weight in (value or {}).items():
             if not weight > 0:
-                raise ValueError(f"weight of source {name!r} is {weight}; weights are > 0, leave a source out instead")
+                raise ValueError(f"weight of source {name!r} is {weight}; it must be above 0; to exclude a source, remove it here")
         return value
 
     @field_validator("betas")
@@ -290,6 +437,24 @@ class StageConfig(Section):
         if not all(0 <= beta < 1 for beta in value):
             raise ValueError(f"betas {value} must lie in [0, 1)")
         return value
+
+    @property
+    def modes(self) -> dict[Part, Mode]:
+        """How every part is trained in this stage."""
+        named = {part: settings.train for part, settings in self.parts.items() if settings.train is not None}
+        return {part: named.get(part, "full" if part in self.train else "frozen") for part in PARTS}
+
+    @model_validator(mode="after")
+    def _one_choice_per_part(self) -> Self:
+        for part, settings in self.parts.items():
+            if settings.train == "frozen" and "train" in self.model_fields_set and part in self.train:
+                raise ValueError(f"train names {part}, and parts.{part}.train is frozen; keep one")
+            given = settings.model_fields_set - {"train"}
+            if self.modes[part] == "frozen" and given:
+                raise ValueError(f"parts.{part}: {', '.join(sorted(given))} has no effect, since {part} is frozen; add it to train")
+        if set(self.modes.values()) == {"frozen"}:
+            raise ValueError("every part is frozen; name at least one in train")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -330,11 +495,54 @@ class LoaderConfig(Section):
     prefetch: Bytes = Field(default=2**30, description="Bytes of finished batches waiting per rank (512MiB, 2GB).")
 
 
+MetricName = Literal["exact", "choice", "contains", "anls", "numeric", "temporal_iou", "f1", "judge", "teacher_forced", "likelihood"]
+
+
+class JudgeConfig(Section):
+    base_url: str = Field(
+        pattern=r"^https?://", description="Address of an OpenAI-compatible server, for example http://127.0.0.1:8000/v1."
+    )
+    model: str = Field(min_length=1, description="Name of the model there.")
+    key_variable: str = Field(default="OPENAI_API_KEY", description="Environment variable of the key; without it no key is sent.")
+    parallel: int = Field(default=8, ge=1, description="Requests at once.")
+    timeout: float = Field(default=60.0, gt=0, description="Seconds that a request may take.")
+    attempts: int = Field(default=5, ge=1, description="Attempts of a request when the server is busy or not reachable.")
+    max_tokens: int = Field(default=512, ge=1, description="Longest reply in tokens; models that reason first need room.")
+
+
 class EvalConfig(Section):
     every: int | None = Field(default=None, ge=1, description="Optimizer steps between evaluations; null: at the end of every stage.")
     limit: int | None = Field(default=None, ge=1, description="Rows used, the first ones of each source; null: all.")
-    batch_size: int = Field(default=16, ge=1, description="Questions answered together.")
+    batch_size: int = Field(default=16, ge=1, description="Questions of one batch.")
     max_new_tokens: int = Field(default=32, ge=1, description="Longest answer in tokens.")
+    metrics: dict[str, MetricName] = Field(
+        default_factory=dict,
+        description="Metric of each held-out source; others: exact. exact, contains, anls, numeric, temporal_iou and f1 compare the "
+        "generated answer. choice: the option it names, right only if right in all rotations. judge: by eval.judge; teacher_forced: right "
+        "when every answer token is the most likely one; likelihood: the most likely option. The last two generate nothing.",
+    )
+    loss: bool = Field(
+        default=True,
+        description="Compute the validation loss of every held-out source: all assistant turns, teacher-forced, in packs.",
+    )
+    judge: JudgeConfig | None = Field(default=None, description="The server of the metric judge.")
+
+
+def _tracker(value: Any) -> Any:
+    """`wandb` and `{wandb: {project: p}}` as the section that they stand for."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+        [(name, options)] = value.items()
+        return {"name": name, "options": options or {}}
+    return value
+
+
+class TrackerConfig(Section):
+    """A program that shows the metrics of the run, in addition to metrics.jsonl."""
+
+    name: Literal["tensorboard", "wandb", "mlflow", "trackio"] = Field(description="Which one.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Its own options, for example {project: p, mode: offline} of wandb.")
 
 
 def _default_stages() -> list[StageConfig]:
@@ -366,9 +574,15 @@ class Config(Section):
         description="Reading of media while training.",
         json_schema_extra=FREE,
     )
+    trackers: list[Annotated[TrackerConfig, BeforeValidator(_tracker)]] = Field(
+        default_factory=list,
+        description="Programs that show the metrics, next to metrics.jsonl, which is always written: tensorboard, wandb, mlflow, trackio; "
+        "by name or with options: [tensorboard, {wandb: {project: p, mode: offline}}].",
+        json_schema_extra=FREE,
+    )
     eval: EvalConfig = Field(
         default_factory=EvalConfig,
-        description="Evaluation by exact match.",
+        description="Evaluation on held-out rows: metrics, validation loss.",
         json_schema_extra=FREE,
     )
 
@@ -379,6 +593,39 @@ class Config(Section):
         if twice:
             raise ValueError(f"stages share a name: {', '.join(twice)}; names are folders, give each its own")
         return self
+
+    @model_validator(mode="after")
+    def _adapters_are_used(self) -> Self:
+        unused = [part for part in self.model.lora if part not in self.adapters]
+        if unused:
+            raise ValueError(f"model.lora.{unused[0]}: no stage trains {unused[0]} as lora; set stages.N.parts.{unused[0]}.train: lora")
+        if self.model.adapter is not None and not self.adapters:
+            raise ValueError("model.adapter: no stage trains a part as lora; set stages.N.parts.PART.train: lora")
+        return self
+
+    @model_validator(mode="after")
+    def _carried_state_fits(self) -> Self:
+        for number, stage in enumerate(self.stages):
+            before = self.stages[number - 1] if number else None
+            if stage.carry_optimizer and before is None:
+                raise ValueError(f"stages.{stage.name}.carry_optimizer: the first stage has none before it; set it to false")
+            if stage.carry_optimizer and before is not None and before.optimizer != stage.optimizer:
+                raise ValueError(
+                    f"stages.{stage.name}.carry_optimizer: the state of {before.optimizer} (stage {before.name}) is not that of "
+                    f"{stage.optimizer}; use one optimizer, or set it to false"
+                )
+        return self
+
+    @property
+    def adapters(self) -> dict[Part, LoraConfig]:
+        """The adapters of parts that a stage trains as lora. They are in the model in every stage, and zero until trained."""
+        used = [part for part in PARTS if any(stage.modes[part] == "lora" for stage in self.stages)]
+        return {part: self.model.lora.get(part, LoraConfig()) for part in used}
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest context of all stages, in tokens."""
+        return max(stage.max_tokens for stage in self.stages)
 
     @property
     def facts_folder(self) -> Path:

@@ -3,13 +3,16 @@
 Nothing here depends on a context length, a number of tiles or a model's tile side: stages derive their plans from these columns.
 """
 
-import json
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eagle_model.prompt.costs import FrameCosts
@@ -17,16 +20,19 @@ from eagle_model.visual import FactColumns, VideoFacts
 from eagle_sampling import TimeTable
 from eagle_train.config import Config, Source
 
+from .keys import RowFormat
+from .recipe import is_pattern
 from .sample import Address
+from .sources import open_rows
 
-FACTS_VERSION = 3
+FACTS_VERSION = 4
 """Raised when the columns or what they mean change; part of the content key."""
 
 SCHEMA = pa.schema(
     [
-        ("line", pa.int64()),  # 1-based, in the annotation file
-        ("offset", pa.int64()),  # where the line starts, bytes
-        ("size", pa.int32()),  # bytes of the line
+        ("line", pa.int64()),  # 1-based, over all files of the source; in a part: 0-based, in its shard
+        ("offset", pa.int64()),  # address of the row in its file (RawRow.start); in a part: counted from the shard's start
+        ("size", pa.int64()),
         ("text_tokens", pa.int32()),  # every token that is no image context and no frame (upper bound over rates and times)
         ("label_tokens", pa.int32()),  # tokens with a label
         ("image_width", pa.list_(pa.int32())),  # pixels as displayed, per image
@@ -36,18 +42,30 @@ SCHEMA = pa.schema(
         ("video_last_time", pa.list_(pa.float64())),  # largest time that the prompt can print; null: a document
         ("video_start", pa.list_(pa.float64())),  # bounds of the clip in seconds as the row says them, null where it doesn't
         ("video_end", pa.list_(pa.float64())),
+        ("video_fps", pa.list_(pa.float64())),  # of a list of frames: rate at which they were taken; else null
         ("video_width", pa.list_(pa.int32())),  # pixels as displayed
         ("video_height", pa.list_(pa.int32())),
-        ("video_times", pa.list_(pa.list_(pa.int64()))),  # TimeTable.to_list(), empty for a document
+        ("video_times", pa.list_(pa.list_(pa.int64()))),  # see times_to_list; empty for a document
     ]
 )
 
 
+class RowFile(NamedTuple):
+    """An annotation file; its rows are lines `first_line` ... of the source (1-based)."""
+
+    path: str
+    first_line: int
+
+
 class FactsSource(NamedTuple):
-    """A source of the run: the recipe's entry, and which rows of the facts are its (`first` ... `first + rows`)."""
+    """A source of the run: the recipe's entry, and which rows of the facts are its (`first` ... `first + rows`).
+
+    files: its annotation files in order; none: `annotation` is the only one. form: how its rows are written. fingerprint: of all that its
+    rows say.
+    """
 
     name: str
-    annotation: Path
+    annotation: Path | list[Path]
     root: Path
     first: int
     rows: int
@@ -55,6 +73,20 @@ class FactsSource(NamedTuple):
     repeat_time: float
     weight: float
     max_dynamic_tiles: int | None
+    files: tuple[RowFile, ...] = ()
+    form: RowFormat = RowFormat()
+    fingerprint: str = ""
+
+    def file_of(self, line: int) -> RowFile:
+        """The file that line `line` of the source is in."""
+        if not self.files:
+            return RowFile(str(self.annotation), 1)
+        return self.files[bisect_right([file.first_line for file in self.files], line) - 1]
+
+    def name_of(self, line: int, offset: int) -> str:
+        """What a row is called in messages: the name of its file and its place there."""
+        file = self.file_of(line)
+        return open_rows(file.path).name(line - file.first_line + 1, offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +126,13 @@ class Facts:
         """Where row `row` stands."""
         source = self.source_of(row)
         line, offset, size = (self.table.column(name)[row].as_py() for name in ("line", "offset", "size"))
-        return Address(source.name, line, str(source.annotation), offset, size, str(source.root), self.system)
+        return Address(source.name, line, source.file_of(line).path, offset, size, str(source.root), self.system, source.form)
+
+    def addresses(self, source: FactsSource) -> Iterator[Address]:
+        """The addresses of all rows of a source, in order."""
+        rows = slice(source.first, source.first + source.rows)
+        for line, offset, size in zip(*(self.column(name)[rows].tolist() for name in ("line", "offset", "size"))):
+            yield Address(source.name, line, source.file_of(line).path, offset, size, str(source.root), self.system, source.form)
 
     def columns(self) -> FactColumns:
         """What `eagle_model.visual.plan_columns` takes; `image_limits` from the sources' max_dynamic_tiles."""
@@ -121,15 +159,35 @@ class Facts:
     def media(self, row: int) -> tuple[list[tuple[int, int]], list[VideoFacts]]:
         """Sizes of the row's images, and facts of its videos and documents."""
         sizes = list(zip(*(self.table.column(name)[row].as_py() for name in ("image_width", "image_height"))))
-        counts = self.table.column("video_frames")[row].as_py()
-        if not counts:
+        if not self.table.column("video_frames")[row].as_py():
             return sizes, []
-        names = ("width", "height", "seconds", "last_time", "start", "end", "times")
+        names = ("frames", "width", "height", "seconds", "last_time", "start", "end", "times", "fps")
         columns = (self.table.column(f"video_{name}")[row].as_py() for name in names)
-        return sizes, [
-            VideoFacts(frames, *values, times=TimeTable.from_list(times) if values[2] is not None else None)
-            for frames, *values, times in zip(counts, *columns)
-        ]
+        return sizes, [_video_facts(*values) for values in zip(*columns)]
+
+
+def _video_facts(
+    frames: int,
+    width: int,
+    height: int,
+    seconds: float | None,
+    last_time: float | None,
+    start: float | None,
+    end: float | None,
+    times: list[int],
+    fps: float | None,
+) -> VideoFacts:
+    if seconds is not None:
+        return VideoFacts(frames, width, height, seconds, last_time, start, end, TimeTable.from_list(times))
+    frame_times = np.array(times, np.int64).view(np.float64).tolist() if times else None
+    return VideoFacts(frames, width, height, last_time=last_time, frame_times=frame_times, fps=fps)
+
+
+def times_to_list(video: VideoFacts) -> list[int]:
+    """The column `video_times`: the table of a file's times, the bits of the times of a list of frames, or nothing."""
+    if video.times is not None:
+        return video.times.to_list()
+    return [] if video.frame_times is None else np.asarray(video.frame_times, np.float64).view(np.int64).tolist()
 
 
 def empty_table() -> pa.Table:
@@ -138,31 +196,57 @@ def empty_table() -> pa.Table:
 
 
 def root_of(source: Source) -> Path:
-    """Folder that media paths start from."""
-    return source.root if source.root is not None else source.annotation.parent
+    """Folder that media paths start from: `root`, else that of the annotation (of the first one, and of a pattern what comes before it)."""
+    if source.root is not None:
+        return source.root
+    first = source.annotation[0] if isinstance(source.annotation, list) else source.annotation
+    if is_pattern(first):
+        return Path(*itertools.takewhile(lambda part: not any(character in part for character in "*?["), first.parts))
+    return first if first.is_dir() else first.parent
 
 
-def join_sources(config: Config, recipe_sources: dict[str, Source], folders: dict[str, Path], key: str) -> Facts:
-    """Facts of prepared sources (folders with part-*.parquet and done.json) as one table."""
+class Part(NamedTuple):
+    """A file with the facts of a shard. first_line: of its rows in the source, 1-based. start: of the shard in its annotation file."""
+
+    path: Path
+    first_line: int
+    start: int
+
+
+class Prepared(NamedTuple):
+    """A source with all its parts."""
+
+    name: str
+    source: Source
+    files: tuple[RowFile, ...]
+    form: RowFormat
+    fingerprint: str
+    bad_rows: int
+    parts: Sequence[Part]
+
+
+def join_sources(config: Config, prepared: Sequence[Prepared], costs: FrameCosts | None, key: str) -> Facts:
+    """Facts of prepared sources as one table."""
     tables, sources, first = [], [], 0
-    costs: FrameCosts | None = None
-    for name, source in recipe_sources.items():
-        done = json.loads((folders[name] / "done.json").read_text(encoding="utf-8"))
-        parts = [_read_part(folders[name] / part) for part in done["parts"]]
+    for one in prepared:
+        parts = [_read_part(part) for part in one.parts]
         table = pa.concat_tables(parts) if parts else empty_table()
-        costs = FrameCosts(tuple(tuple(row) for row in done["frame_costs"]))
         tables.append(table)
+        entry = one.source
         sources.append(
             FactsSource(
-                name,
-                source.annotation,
-                root_of(source),
+                one.name,
+                entry.annotation,
+                root_of(entry),
                 first,
                 table.num_rows,
-                done["bad_rows"],
-                source.repeat_time,
-                source.weight,
-                source.max_dynamic_tiles,
+                one.bad_rows,
+                entry.repeat_time,
+                entry.weight,
+                entry.max_dynamic_tiles,
+                one.files,
+                one.form,
+                one.fingerprint,
             )
         )
         first += table.num_rows
@@ -170,15 +254,19 @@ def join_sources(config: Config, recipe_sources: dict[str, Source], folders: dic
     return Facts(table, tuple(sources), costs or FrameCosts(tuple((0,) * 8 for _ in range(8))), config.prompt.system, key)
 
 
-def _read_part(path: Path) -> pa.Table:
+def _read_part(part: Part) -> pa.Table:
     try:
-        return pq.read_table(path, memory_map=True).cast(SCHEMA)
+        table = pq.read_table(part.path, memory_map=True).cast(SCHEMA)
     except (pa.ArrowException, OSError) as error:
-        raise OSError(f"{path}: can't be read ({error}); remove the folder {path.parent} and run eagle prepare again") from error
+        raise OSError(f"{part.path}: can't be read ({error}); remove the folder {part.path.parent} and run eagle prepare again") from error
+    for name, base in (("line", part.first_line), ("offset", part.start)):
+        place = SCHEMA.get_field_index(name)
+        table = table.set_column(place, SCHEMA.field(place), pc.add(table.column(name), pa.scalar(base, pa.int64())))
+    return table
 
 
 def _in_one_piece(table: pa.Table) -> pa.Table:
-    """Columns without chunks, but for the times: 2^31 of them (20 000 hours of video) are more than an offset of a list can count, and
+    """Columns without chunks, except the times: 2^31 of them (20 000 hours of video) are more than an offset of a list can count, and
     they are only looked up row by row."""
     times = table.column("video_times")
     return table.drop_columns(["video_times"]).combine_chunks().append_column(SCHEMA.field("video_times"), times)

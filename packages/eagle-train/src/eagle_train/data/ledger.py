@@ -13,7 +13,8 @@ from .atomic import replacing
 class Entry:
     """One row that was not used: `where` is `prepare`, the stage that dropped it, or `train`; `line` is 1-based.
 
-    step: of the run (1-based), when training left the row out; else 0, and not written.
+    step: of the run (1-based), when training left the row out; else 0, and not written. file: the annotation file, where a source has
+    several (lines count over all of them); else not written.
     """
 
     source: str
@@ -22,6 +23,7 @@ class Entry:
     detail: str
     where: str = "prepare"
     step: int = 0
+    file: str = ""
 
 
 class Ledger:
@@ -62,8 +64,9 @@ class Ledger:
 def encode(entry: Entry) -> bytes:
     """One entry as a line."""
     content = asdict(entry)
-    if not entry.step:
-        del content["step"]
+    for key in ("step", "file"):
+        if not content[key]:
+            del content[key]
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 

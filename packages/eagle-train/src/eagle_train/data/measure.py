@@ -15,7 +15,9 @@ from eagle_sampling import Limits, MediaError, VideoInfo, probe, read_frames
 from eagle_sampling.images import exists
 from eagle_train.config import LimitsConfig
 
-from .sample import RowError, Sample
+from .errors import RowError
+from .facts import times_to_list
+from .sample import Sample
 from .verify import check_image
 
 
@@ -36,8 +38,10 @@ class Measurer:
 
     def measure(self, sample: Sample) -> dict[str, Any]:
         """The facts of one sample except where its row stands; raises RowError with a reason to count by."""
-        if not any(message["role"] == "assistant" and message["content"] for message in sample.messages):
-            raise RowError("no-labels", "every assistant turn is empty: all labels are masked")
+        answers = [message for message in sample.messages if message["role"] == "assistant" and message["content"]]
+        if not any(message.get("train", True) for message in answers):
+            why = "says that it is not learned" if answers else "is empty"
+            raise RowError("no-labels", f"every assistant turn {why}: all labels are masked")
         timed = [video.timed for video in sample.videos]
         try:
             text = self.costs.fixed_tokens(sample.messages, len(sample.images), len(sample.videos), timed=timed)
@@ -55,16 +59,18 @@ class Measurer:
         }
         for name in ("frames", "seconds", "last_time", "start", "end", "width", "height"):
             facts[f"video_{name}"] = [getattr(video, name) for video in videos]
-        facts["video_times"] = [video.times.to_list() if video.times is not None else [] for video in videos]
+        facts["video_fps"] = [video.fps for video in videos]
+        facts["video_times"] = [times_to_list(video) for video in videos]
         return facts
 
     def image(self, ref: Any) -> tuple[int, int]:
         """(width, height) of an image, checked as far as `verify` says."""
-        key = ref if isinstance(ref, str) else (ref["lmdb_file"], ref["lmdb_key"])
-        return self._image(key)
+        if isinstance(ref, bytes):  # of this row alone
+            return self._image_at(ref)
+        return self._image(ref if isinstance(ref, str) else tuple(ref.items()))
 
     def _image_at(self, key: Any) -> tuple[int, int]:
-        ref = key if isinstance(key, str) else {"lmdb_file": key[0], "lmdb_key": key[1]}
+        ref = key if isinstance(key, str | bytes) else dict(key)
         try:
             size = measure_image(ref, self.limits)
             check_image(ref, self.verify, self.limits)

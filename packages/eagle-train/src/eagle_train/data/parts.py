@@ -1,4 +1,8 @@
-"""Parts: the facts of one shard on disk, whole or not at all, with the ledger of its bad rows beside them."""
+"""Parts: the facts of one shard on disk, whole or not at all, with the ledger of its bad rows next to them.
+
+A part is named by what its rows say. It counts lines and addresses from the start of its shard, so that it stays right when rows are added
+before or behind it.
+"""
 
 import json
 import logging
@@ -10,12 +14,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .annotation import Shard, read_lines
 from .atomic import replacing
+from .errors import RowError
 from .facts import SCHEMA
 from .ledger import Entry, read_entries, write_entries
 from .measure import Measurer
-from .sample import RowError, normalise, parse_row
+from .sample import RowFormat, normalise
+from .sources import Shard, open_rows
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +43,13 @@ class Work(NamedTuple):
     """One shard of one source, as a worker gets it; `again`: of a part that is there, look again at the rows left out for their media."""
 
     source: str
-    annotation: Path
+    file: str
     root: Path
     shard: Shard
+    first_line: int
     part: Path
     system: str | None
+    form: RowFormat
     max_line_bytes: int
     again: bool = False
 
@@ -74,16 +81,17 @@ def _measure_rows(work: Work, measurer: Measurer, only: Container[int] | None = 
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     bad: list[Entry] = []
     blank = 0
-    for line, offset, content in read_lines(work.annotation, work.shard, work.max_line_bytes):
+    for line, (offset, size, content) in enumerate(open_rows(work.file).read(work.shard, work.max_line_bytes)):
         if only is not None and line not in only:
             continue
         try:
             if isinstance(content, RowError):
                 raise content
-            if not content.strip():
+            if content is None:
                 blank += 1
                 continue
-            sample = normalise(parse_row(content), work.source, root=work.root, line=line, system=work.system)
+            number = work.first_line + line
+            sample = normalise(content, work.source, root=work.root, line=number, system=work.system, form=work.form)
             facts = measurer.measure(sample)
         except RowError as error:
             bad.append(Entry(work.source, line, error.reason, error.detail[:_LONGEST_DETAIL]))
@@ -91,7 +99,7 @@ def _measure_rows(work: Work, measurer: Measurer, only: Container[int] | None = 
         except Exception as error:  # one odd row among millions: the ledger names it, the limits count it, and the others go on
             bad.append(Entry(work.source, line, UNEXPECTED, _report(error)))
             continue
-        facts |= {"line": line, "offset": offset, "size": len(content)}
+        facts |= {"line": line, "offset": offset - work.shard.start, "size": size}
         for name in columns:
             columns[name].append(facts[name])
     return pa.table(columns, schema=SCHEMA), bad, blank
@@ -130,5 +138,5 @@ def has_media_reasons(part: Path) -> bool:
 
 
 def ledger_of(part: Path) -> Path:
-    """The ledger beside a part."""
+    """The ledger next to a part; its lines count from 0."""
     return part.with_name(part.name.removesuffix(".parquet") + ".ledger.jsonl")

@@ -1,9 +1,10 @@
 """Prepare: every row is measured once, on all CPUs, into Parquet; what can't be used goes to a ledger.
 
-Layout: `<facts>/<source>-<key>/part-NNNNN.parquet` with `part-NNNNN.ledger.jsonl` beside it, and `done.json` when the source is
-complete. The key covers everything that rows depend on (name and content of the source, media root, tokenizer, prompt, limits): what
-changed gets another key, what did not is found again. Parts are written under another name and renamed, the ledger first, so after a
-kill (also -9) a part exists whole or not at all, and the next run continues with what is missing.
+Layout: `<facts>/<source>-<key>/part-<digest>.parquet` with `part-<digest>.ledger.jsonl` next to it, and `done-<content>.json` when the
+source is complete. The key covers what facts depend on next to the rows (source, media root, columns, tokenizer, prompt, limits), the
+digest what the rows of the part say: rows that are appended are measured, the others are found again. Parts are written under another
+name and renamed, the ledger first, so after a kill (also -9) a part exists whole or not at all, and the next run continues with what is
+missing. A process that measures holds a lock on the source's folder; another one is refused.
 
 The key doesn't cover the media: opening each of them would be measuring. Rows that were left out for their media are looked at again
 when an incomplete source is continued (one that the limits stopped, say), and in a complete one, which may be in training, only when
@@ -11,6 +12,7 @@ that is asked for. Rows that became good change the key of the facts, and not th
 """
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,10 +20,12 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +34,17 @@ from eagle_model.prompt.costs import FrameCosts, PromptCosts
 from eagle_train.config import Config, Source
 from eagle_train.errors import BAD_DATA, TrainError
 
-from .annotation import AnnotationIndex, index_annotation
 from .atomic import read_json, replacing
-from .facts import FACTS_VERSION, Facts, join_sources, root_of
+from .facts import FACTS_VERSION, Facts, Part, Prepared, RowFile, join_sources, root_of
 from .ledger import Entry, Ledger, read_entries, top_reasons
+from .lock import locked
 from .measure import Measurer
 from .parts import Counts, Work, counts_of, has_media_reasons, ledger_of, run_shard
 from .recipe import Recipe, recipe_of
+from .sample import RowFormat
+from .sources import files_of
+from .sources.index import FileIndex, index_file
+from .sources.protocol import Shard
 
 ALWAYS_ALLOWED = 10
 """Bad rows per source that never stop a run (unless the limit is 0): a share means nothing for a handful of rows."""
@@ -104,13 +112,16 @@ def prepare(
     state = _State(config, plans, progress)
     todo = state.look()
     try:
-        _run(state, todo, config, tokenizer)
+        with ExitStack() as held:
+            for folder in {plan.folder: None for plan, _ in todo}:
+                held.enter_context(locked(folder, partial(_busy, folder)))
+            _run(state, todo, config, tokenizer)
         state.check_limits(final=True)
     finally:
         where = "prepare eval" if evaluation else "prepare"
         Ledger(config.run.folder / "ledger.jsonl").replace(_entries(plans, where), where=where)
     good, bad, blank = (sum(getattr(plan.counts, name) for plan in plans) for name in Counts._fields)
-    lines = sum(plan.index.lines for plan in plans)
+    lines = state.total
     if good + bad + blank != lines:
         raise RuntimeError(
             f"{good} good + {bad} bad rows + {blank} empty lines are not the {lines} lines that were read; please report this"
@@ -122,7 +133,7 @@ def prepare(
     for entry in _entries(plans, where):
         reasons[entry.reason] = reasons.get(entry.reason, 0) + 1
     return PrepareReport(
-        _assemble(config, recipe, plans),
+        _assemble(config, plans),
         good + bad,
         good,
         bad,
@@ -144,7 +155,11 @@ def load_facts(config: Config, tokenizer: Any, *, evaluation: bool = False) -> F
             f"no facts under {config.facts_folder} for {', '.join(missing)} as configured now (annotation, root, tokenizer and limits "
             "count); run `eagle prepare` first"
         )
-    return _assemble(config, recipe, plans)
+    return _assemble(config, plans)
+
+
+def _busy(folder: Path, holder: str) -> PrepareError:
+    return PrepareError(f"{folder} is being prepared by {holder}: wait for it, and run again; what is complete then is not measured again")
 
 
 def _cpus() -> int:
@@ -181,70 +196,108 @@ class _SourcePlan:
         self.name = name
         self.source = source
         data = config.data
-        self.index: AnnotationIndex = index_annotation(source.annotation, data.shard_rows, config.facts_folder / "index")
+        self.files: list[FileIndex] = [
+            index_file(path, data.shard_rows, config.facts_folder / "index") for path in files_of(source, config.facts_folder / "unpacked")
+        ]
+        self.form = row_format(source, config.facts_folder)
+        self.fingerprint = fingerprint_of(self.files)
+        self.lines = sum(file.rows for file in self.files)
         limits = {field: getattr(data.limits, field) for field in ("max_pixels", "max_bytes", "max_frames", "max_line_bytes")}
         content = {
             "version": FACTS_VERSION,
             "source": name,
-            "annotation": self.index.digest,
+            "columns": [sorted(source.columns.items()), sorted(source.ignore), source.question],
             "root": str(root_of(source).resolve()),
             "tokenizer": fingerprint,
             "system": config.prompt.system,
             "verify": data.verify,
             "limits": limits,
-            "shard_rows": data.shard_rows,
         }
-        self.key = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=10).hexdigest()
-        self.folder = config.facts_folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{self.key}"
+        rules = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=10).hexdigest()
+        self.folder = config.facts_folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{rules}"
+        self.key = hashlib.blake2b(f"{rules} {self.fingerprint}".encode(), digest_size=10).hexdigest()
         self.counts = Counts(0, 0, 0)
         self.system = config.prompt.system
         self.max_line_bytes = data.limits.max_line_bytes
 
-    def part(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.parquet"
+    def part(self, shard: Shard) -> Path:
+        return self.folder / f"part-{shard.digest}.parquet"
+
+    def shards(self) -> Iterator[tuple[FileIndex, Shard, int]]:
+        """Every shard with its file, and the line of the source (1-based) that it starts with."""
+        line = 1
+        for file in self.files:
+            for shard in file.shards:
+                yield file, shard, line
+                line += shard.rows
 
     def works(self) -> Iterator[Work]:
-        for number, shard in enumerate(self.index.shards):
-            yield Work(self.name, self.source.annotation, root_of(self.source), shard, self.part(number), self.system, self.max_line_bytes)
+        for file, shard, line in self.shards():
+            yield Work(
+                self.name, file.path, root_of(self.source), shard, line, self.part(shard), self.system, self.form, self.max_line_bytes
+            )
+
+    @property
+    def done_file(self) -> Path:
+        return self.folder / f"done-{self.key}.json"
 
     def done(self) -> dict[str, Any] | None:
-        """What done.json holds, when an earlier run completed the source."""
-        return read_json(self.folder / "done.json")
+        """What an earlier run wrote that completed the source."""
+        return read_json(self.done_file)
 
     def reopen(self) -> None:
         """Make a complete source with bad rows incomplete."""
         if (done := self.done()) is not None and done["bad_rows"]:
-            (self.folder / "done.json").unlink()
+            self.done_file.unlink()
 
     def entries(self) -> Iterator[Entry]:
-        """The ledger of all shards."""
-        for number in range(len(self.index.shards)):
-            path = ledger_of(self.part(number))
+        """The ledger of all shards, with the lines of the source."""
+        for file, shard, first in self.shards():
+            path = ledger_of(self.part(shard))
             if path.exists():
-                yield from read_entries(path)
+                for entry in read_entries(path):
+                    yield replace(entry, line=entry.line + first, file=file.path if len(self.files) > 1 else "")
 
     def finish(self, costs: FrameCosts) -> None:
-        """Write done.json, which makes the source complete; PrepareError when the annotation file changed meanwhile."""
-        stat = self.source.annotation.stat()
-        if (stat.st_size, stat.st_mtime_ns) != (self.index.size, self.index.mtime_ns):
-            raise PrepareError(f"{self.source.annotation}: changed while it was being read; run prepare again")
+        """Write what makes the source complete; PrepareError when an annotation file changed meanwhile."""
+        for file in self.files:
+            if file.changed():
+                raise PrepareError(f"{file.path}: changed while it was being read; run prepare again")
         if self.done() is not None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "source": self.name,
-            "annotation": str(self.source.annotation),
             "key": self.key,
             "rows": self.counts.good,
             "bad_rows": self.counts.bad,
             "blank_lines": self.counts.blank,
             # The lines that the facts don't have, which a repair changes.
             "unused": hashlib.blake2b(repr([entry.line for entry in self.entries()]).encode(), digest_size=10).hexdigest(),
-            "parts": [self.part(number).name for number in range(len(self.index.shards))],
+            "parts": [[self.part(shard).name, line, shard.start] for _, shard, line in self.shards()],
             "frame_costs": costs.table,
         }
-        with replacing(self.folder / "done.json") as file:
+        with replacing(self.done_file) as file:
             file.write(json.dumps(content).encode())
+
+    def prepared(self, done: dict[str, Any]) -> Prepared:
+        """The complete source, as the facts are made of it."""
+        lines = itertools.accumulate((file.rows for file in self.files), initial=1)
+        files = tuple(RowFile(file.path, line) for file, line in zip(self.files, lines))
+        parts = [Part(self.folder / name, line, start) for name, line, start in done["parts"]]
+        return Prepared(self.name, self.source, files, self.form, self.fingerprint, done["bad_rows"], parts)
+
+
+def row_format(source: Source, facts_folder: Path) -> RowFormat:
+    """How the rows of a source are written."""
+    return RowFormat(tuple(source.columns.items()), tuple(source.ignore), source.question, str(facts_folder / "media"))
+
+
+def fingerprint_of(files: Sequence[FileIndex]) -> str:
+    """A hash of all that the rows of a source say: of one file its own, of several one of theirs in order."""
+    if len(files) == 1:
+        return files[0].fingerprint
+    return hashlib.blake2b("\n".join(file.fingerprint for file in files).encode(), digest_size=20).hexdigest()
 
 
 class _State:
@@ -255,7 +308,7 @@ class _State:
         self.ledger = config.run.folder / "ledger.jsonl"
         self.plans = plans
         self.progress = progress
-        self.total = sum(plan.index.lines for plan in plans)
+        self.total = sum(plan.lines for plan in plans)
         self.done = self.reused = 0
 
     def look(self) -> list[tuple[_SourcePlan, Work]]:
@@ -267,10 +320,12 @@ class _State:
                 self.reused += sum(counts)
                 self.finished(plan, counts)
                 continue
+            seen: set[Path] = set()
             for work in plan.works():
                 counts = counts_of(work.part)
-                if counts is None:
+                if counts is None or work.part in seen:  # of two shards with the same rows one makes the part, and the other finds it
                     todo.append((plan, work))
+                    seen.add(work.part)
                 elif counts.bad and has_media_reasons(work.part):
                     todo.append((plan, work._replace(again=True)))
                 else:
@@ -343,7 +398,7 @@ def _run_in_processes(todo: list[tuple[_SourcePlan, Work]], workers: int, config
                 try:
                     counts = future.result()
                 except BrokenProcessPool as error:
-                    places = ", ".join(f"{work.source}:{work.shard.first_line}" for _, work in running.values())
+                    places = ", ".join(f"{work.source}:{work.first_line}" for _, work in running.values())
                     raise PrepareError(
                         f"a worker process died (out of memory, or a crash in a decoder) while reading rows from {places} on; what is "
                         "done is kept. Run again, with data.workers=1 and a small data.shard_rows to find the row"
@@ -379,13 +434,15 @@ def _work(work: Work) -> Counts:
 def _entries(plans: list[_SourcePlan], where: str) -> Iterator[Entry]:
     for plan in plans:
         for entry in plan.entries():
-            yield Entry(entry.source, entry.line, entry.reason, entry.detail, where)
+            yield replace(entry, where=where)
 
 
-def _assemble(config: Config, recipe: Recipe, plans: list[_SourcePlan]) -> Facts:
-    content = [(plan.key, read_json(plan.folder / "done.json")["unused"]) for plan in plans]
+def _assemble(config: Config, plans: list[_SourcePlan]) -> Facts:
+    done = [plan.done() or {} for plan in plans]
+    content = [(plan.key, one["unused"]) for plan, one in zip(plans, done)]
     key = hashlib.blake2b(repr(content).encode(), digest_size=10).hexdigest()
-    return join_sources(config, recipe.sources, {plan.name: plan.folder for plan in plans}, key)
+    costs = FrameCosts(tuple(tuple(row) for row in done[-1]["frame_costs"])) if done else None
+    return join_sources(config, [plan.prepared(one) for plan, one in zip(plans, done)], costs, key)
 
 
 def _length_notes(recipe: Recipe, plans: list[_SourcePlan]) -> Iterator[str]:

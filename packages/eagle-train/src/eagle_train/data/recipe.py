@@ -1,12 +1,13 @@
 """Recipes: which annotation files are read, how often each row is shown, and where its media are.
 
-Two spellings. Ours is YAML: `sources: {name: {annotation, root, repeat_time, weight, max_dynamic_tiles}}`, or the same mapping
+Two spellings. Ours is YAML: `sources: {name: {annotation, root, columns, repeat_time, weight, ...}}`, or the same mapping
 without `sources:`. The originals' is JSON, `{name: {"root", "annotation", "repeat_time", "length", ...}}`, and loads unchanged:
 what their own tools left in it for themselves is either checked (`length`) or reported as left aside (`Recipe.notes`).
 Relative paths start from the recipe's folder and, where nothing is found there, from the current directory (the originals'
 recipes count from where training is started).
 """
 
+import glob
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def load_recipe(path: str | Path) -> Recipe:
     if isinstance(content, dict) and isinstance(content.get("sources"), dict) and "annotation" not in content["sources"]:
         extra = [key for key in content if key != "sources"]
         if extra:
-            raise ConfigError(f"{path}: unknown key {extra[0]!r} beside 'sources'{nearest(extra[0], ['sources'])}")
+            raise ConfigError(f"{path}: unknown key {extra[0]!r} next to 'sources'{nearest(extra[0], ['sources'])}")
         content = content["sources"]
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"{path}: holds no sources; a recipe is a mapping of names to {{annotation: ..., root: ...}}")
@@ -95,8 +96,11 @@ def recipe_of(config: Config, *, evaluation: bool = False) -> Recipe:
                 if name not in recipe.sources:
                     raise ConfigError(f"stages.{index}.sources: no source is called {name!r}{nearest(name, list(recipe.sources))}")
     for name, source in recipe.sources.items():
-        if not source.annotation.is_file():
-            raise ConfigError(f"source {name}: annotation file {source.annotation} does not exist; check the recipe's paths")
+        for path in source.annotation if isinstance(source.annotation, list) else [source.annotation]:
+            if not there(path):
+                kind = "pattern" if is_pattern(path) else "file"
+                what = "matches no file" if is_pattern(path) else "does not exist"
+                raise ConfigError(f"source {name}: annotation {kind} {path} {what}; check the recipe's paths")
     return recipe
 
 
@@ -104,9 +108,19 @@ def resolve(path: Path, base: Path) -> Path:
     """`path` from `base`, or from the current directory when only there something exists."""
     path = path.expanduser()
     here = base / path
-    if not here.exists() and path.exists():
+    if not there(here) and there(path):
         return path.absolute()
     return here
+
+
+def there(path: Path) -> bool:
+    """Whether a path exists, or a pattern matches something."""
+    return path.exists() or (is_pattern(path) and any(glob.iglob(str(path), recursive=True)))
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a path has wildcards and isn't itself the name of something."""
+    return any(character in str(path) for character in "*?[") and not path.exists()
 
 
 def _read_json(path: Path) -> Any:

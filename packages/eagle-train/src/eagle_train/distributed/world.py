@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from eagle_cp import ContextMesh
+from eagle_cp import ContextMesh, Layout
 from eagle_train.config import ConfigError, ParallelConfig
 from eagle_train.errors import TrainError
 
@@ -63,6 +63,14 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def layout(self, cu_seqlens: Sequence[int], text_config: Any, prefixes: Sequence[int] = ()) -> Layout:
+        """How the ranks of a context parallel group share a pack. text_config: of the language model, for its numbers of heads. prefixes: of
+        a `PackedBatch`."""
+        if self.context.size == 1:
+            return Layout.single(cu_seqlens, prefixes or None)
+        heads = {"num_heads": text_config.num_attention_heads, "num_kv_heads": text_config.num_key_value_heads}
+        return Layout.build(cu_seqlens, self.context, prefixes=prefixes or None, **heads)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""
@@ -154,9 +162,12 @@ def alone(device: str | None = None) -> World:
     return World(0, 1, torch.device(device_kind(device)), 0, 1, ContextMesh.single(), None)
 
 
-def for_evaluation(config: ParallelConfig) -> ParallelConfig:
-    """How ranks evaluate a trained model, whatever it was trained on: the whole model on every rank, in float32."""
-    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": 1, "all_gather": 1})
+def for_evaluation(config: ParallelConfig, *, ulysses: int = 1, all_gather: int = 1) -> ParallelConfig:
+    """How ranks evaluate a trained model, whatever it was trained on: the whole model on every rank, in float32.
+
+    ulysses, all_gather: ranks that share a pack of teacher-forced scoring.
+    """
+    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": ulysses, "all_gather": all_gather})
 
 
 def start_world(config: ParallelConfig, device: str | None = None) -> World:

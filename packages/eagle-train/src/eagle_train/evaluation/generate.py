@@ -1,4 +1,4 @@
-"""Greedy answers to a batch of prompts: the one way in which evaluation and chat generate."""
+"""Answers to a batch of prompts: the one way in which evaluation and chat generate."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def generate(
     *,
     max_new_tokens: int,
     device: torch.device,
+    temperature: float = 0.0,
     together: bool = False,
 ) -> list[str]:
     """The model's answer to each prompt, up to `<|im_end|>`.
 
     prompts: int64 [T] each, ending with the assistant's header. tiles: uint8 [N, s, s, 3] of all of them, in order.
-    together: the model is sharded over several ranks, which all call this at once, also without a prompt.
+    temperature: 0 takes the most probable token, larger values sample. together: the model is sharded over several ranks, which all call
+    this at once, also without a prompt.
     """
     if not prompts and not together:
         return []
@@ -43,7 +45,7 @@ def generate(
             attention_mask=mask.to(device),
             pixel_values=torch.from_numpy(tiles).to(device) if len(tiles) or together else None,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
             pad_token_id=end,
             eos_token_id=end,
             synced_gpus=together,

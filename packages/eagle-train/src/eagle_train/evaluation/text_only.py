@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eagle_train.data.facts import Facts
-from eagle_train.data.sample import normalise, parse_row
+from eagle_train.data.sample import load_sample
 from eagle_train.distributed.world import World
 
 from .metrics import Evaluation
@@ -25,7 +25,7 @@ def question_text(content: str) -> str:
     return _PLACEHOLDER.sub(" ", content).strip()
 
 
-def last_question(messages: Sequence[dict[str, str]]) -> str:
+def last_question(messages: Sequence[Mapping[str, Any]]) -> str:
     """The last user turn, without placeholders."""
     return next((question_text(message["content"]) for message in reversed(messages) if message["role"] == "user"), "")
 
@@ -77,14 +77,10 @@ class TextOnlyBaseline:
 
 
 def training_pairs(facts: Facts) -> Iterator[tuple[str, str]]:
-    """(question, answer) of every assistant turn of the rows of the facts, the question as `evaluate` poses it."""
-    columns = [facts.column(name) for name in ("line", "offset", "size")]
+    """(question, answer) of every assistant turn of the rows that is learned of the facts, the question as `evaluate` poses it."""
     for source in facts.sources:
-        with open(source.annotation, "rb") as file:
-            rows = slice(source.first, source.first + source.rows)
-            for line, offset, size in zip(*(column[rows].tolist() for column in columns)):
-                file.seek(offset)
-                sample = normalise(parse_row(file.read(size)), source.name, root=source.root, line=line, system=facts.system)
-                for index, message in enumerate(sample.messages):
-                    if message["role"] == "assistant":
-                        yield last_question(sample.messages[:index]), message["content"]
+        for address in facts.addresses(source):
+            messages = load_sample(address).messages
+            for index, message in enumerate(messages):
+                if message["role"] == "assistant" and message.get("train", True):
+                    yield last_question(messages[:index]), message["content"]

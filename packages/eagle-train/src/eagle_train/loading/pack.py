@@ -79,12 +79,14 @@ def load_pack(
     limits: Limits | None = None,
     share: Share = WHOLE,
     skip: dict[int, Entry] | None = None,
+    change: Callable[[int, Sample], Sample] | None = None,
     on_sample: Callable[[int, Address], None] | None = None,
     clock: Callable[[], float] | None = None,
 ) -> LoadedPack:
     """Read the samples of a pack: the text of all, and the tiles of this process's share.
 
-    skip: samples (by place in the pack) that are known to be unreadable, with their ledger entries.
+    skip: samples (by place in the pack) that are known to be unreadable, with their ledger entries. change: what a sample is read as, by
+    its place (evaluation puts other answers in); the plan must hold for it.
     on_sample: called with the place of each sample before it is read. clock: seconds, for the reading time by source.
     With more than one rank a sample that can't be read changes the shares of all: see `eagle_train.distributed.agreement`.
     """
@@ -111,18 +113,21 @@ def load_pack(
                 seconds[address.source] = seconds.get(address.source, 0.0) + clock() - begin
         return None
 
-    def read_text(planned: Planned) -> tuple[Sample, Encoded]:
+    def read_text(place: int) -> tuple[Sample, Encoded]:
+        planned = pack[place]
         sample = load_sample(planned.address)
+        if change is not None:
+            sample = change(place, sample)
         tokens = encode(planned.plan.render(sample.messages, spec), encoder)
         if len(tokens.input_ids) > planned.plan.tokens:
             raise MediaChanged(f"the row has {len(tokens.input_ids)} tokens, prepare counted {planned.plan.tokens}")
         return sample, tokens
 
     rows: dict[int, tuple[Sample, Encoded]] = {}
-    for place, planned in enumerate(pack):
+    for place in range(len(pack)):
         if place in skip:
             missing[place] = skip[place]
-        elif (row := attempt(place, partial(read_text, planned))) is not None:
+        elif (row := attempt(place, partial(read_text, place))) is not None:
             rows[place] = row
 
     counts = {place: pack[place].plan.tile_count(spec) for place in rows}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from eagle_train.config import Config, ConfigError
-from eagle_train.data.annotation import index_annotation
 from eagle_train.data.prepare import tokenizer_fingerprint
 
 from .stages import StageSchedule
@@ -19,15 +18,19 @@ def identify(config: Config, tokenizer: Any, schedules: Sequence[StageSchedule])
     """The tokenizer, every source and every stage's steps, as text that changes when they do. Where files are doesn't count."""
     result = {"the tokenizer": tokenizer_fingerprint(tokenizer)}
     for source in schedules[0].facts.sources:
-        content = index_annotation(source.annotation, config.data.shard_rows, config.facts_folder / "index").digest
-        drawn = (content, source.rows, source.repeat_time, source.weight, source.max_dynamic_tiles)
+        drawn = (source.fingerprint, source.rows, source.repeat_time, source.weight, source.max_dynamic_tiles)
         result[f"source {source.name}"] = hashlib.blake2b(json.dumps(drawn).encode(), digest_size=10).hexdigest()
     return result | {f"the steps of stage {schedule.stage.name}": str(schedule.steps) for schedule in schedules}
 
 
-def check_same(before: Mapping[str, str], now: Mapping[str, str], where: Path) -> None:
-    """Raises ConfigError when a checkpoint with the fingerprints `before` would continue with other data; without any it is accepted."""
+def check_same(before: Mapping[str, str], now: Mapping[str, str], where: Path, *, open_stages: Sequence[str] = ()) -> None:
+    """Raises ConfigError when a checkpoint with the fingerprints `before` would continue with other data; without any it is accepted.
+
+    open_stages: stages that are not complete, whose number of steps may have grown.
+    """
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)] if before else []
+    grown = {f"the steps of stage {name}" for name in open_stages}
+    differing = [name for name in differing if not (name in grown and int(now.get(name, 0)) > int(before.get(name, 0)))]
     if differing:
         raise ConfigError(
             f"{where}: was trained on other data ({', '.join(differing[:6])}): restore that data, give this run "

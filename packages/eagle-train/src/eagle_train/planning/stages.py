@@ -83,6 +83,10 @@ class StagePlan:
     def steps(self) -> int:
         return self.packs // self.stage.packs_per_step
 
+    def rows(self) -> np.ndarray:
+        """Distinct rows of the facts in the epoch, int64, rising."""
+        return np.unique(self.pack_rows)
+
     def rows_of(self, pack: int) -> np.ndarray:
         """Rows of the facts in pack `pack`, int64 [samples]."""
         return self.pack_rows[self.pack_offsets[pack] : self.pack_offsets[pack + 1]]
@@ -120,7 +124,7 @@ class StagePlan:
 
     def summary(self) -> PlanSummary:
         """Counts, fill and balance; a few column sums."""
-        used = np.unique(self.pack_rows)
+        used = self.rows()
         tokens = self.visual.tokens[self.pack_rows]
         frames = np.concatenate([[0], np.cumsum(self.visual.frames, dtype=np.int64)])
         frames = frames[self.visual.video_offsets[1:]] - frames[self.visual.video_offsets[:-1]]

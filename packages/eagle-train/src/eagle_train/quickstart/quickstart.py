@@ -90,14 +90,12 @@ def run_quickstart(
         if world.is_main and result is not None:
             run = config.run.folder
             result.write(run / "answers.jsonl")
-            scores = {name: score._asdict() for name, score in result.by_source().items()}
             Metrics(run / "metrics.jsonl").replace(
                 {
                     "kind": "final",
                     "stage": "final",
                     "total_step": trained.trainer.total_steps,
-                    "scores": scores,
-                    "accuracy": result.score().accuracy,
+                    **result.record(),
                 }
             )
             if tables is not None:

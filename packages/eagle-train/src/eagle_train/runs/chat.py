@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event, Thread
@@ -19,16 +18,13 @@ from eagle_model.processor import EagleProcessor, RequestPlan
 from eagle_model.prompt import IM_END, IMG_CONTEXT
 from eagle_model.visual import read_tiles
 from eagle_train.distributed.world import alone
-from eagle_train.training.model import check_model_folder
-
-_PLACEHOLDER = re.compile(r"<(image|video)(-\d+)?>")
 
 
 class Chat:
-    """A conversation. `answer` and `stream` keep the keys and values of what was said, so that a turn computes only what is new.
+    """A conversation with a model. Keys and values of earlier turns are kept, so that a turn computes only what is new.
 
-    images and videos belong to the first question; `attach` adds media to the next one. settings: of `EagleProcessor.process`, for all
-    turns (max_tiles, fps, max_tokens, ...).
+    images, videos: media of the first question. system: system message; None: that of the processor. temperature: 0 decodes greedily,
+    larger values sample. settings: arguments of `EagleProcessor.process` for every question (`fps`, `max_tiles`, ...).
     """
 
     def __init__(
@@ -39,44 +35,27 @@ class Chat:
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        system: str | None = None,
         **settings: Any,
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
-        self.images: list[Any] = []
-        self.videos: list[Any] = []
-        self.max_new_tokens = max_new_tokens
-        self.messages: list[dict[str, str]] = []
-        self._new: list[str] = []
+        self.images, self.videos = list(images), list(videos)
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self._kept = _Kept()
         self._stop = Event()
-        self.attach(images, videos)
-
-    def attach(self, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> None:
-        """Media of the next question, which stand before it unless its text places them (`<image-1>`)."""
-        for kind, media, given in (("image", self.images, images), ("video", self.videos, videos)):
-            for medium in given:
-                media.append(medium)
-                self._new.append(f"<{kind}-{len(media)}>")
 
     @classmethod
     def open(
-        cls,
-        folder: str | Path,
-        *,
-        images: Sequence[Path] = (),
-        videos: Sequence[Path] = (),
-        device: str | None = None,
-        max_new_tokens: int = 256,
+        cls, folder: str | Path, *, images: Sequence[Path] = (), videos: Sequence[Path] = (), device: str | None = None, **options: Any
     ) -> Chat:
-        """From a run folder (its newest checkpoint), or a folder of an exported or released model.
+        """From a run folder (its newest checkpoint), or a folder of an exported or released model. options: as in the class.
 
         Raises ConfigError for another folder, before anything is loaded, and FileNotFoundError for a medium that does not exist.
         """
         folder = Path(folder)
-        for path in (*images, *videos):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: there is no such file")
-        media = {"images": [str(path) for path in images], "videos": [str(path) for path in videos]}
+        media = {"images": existing(images), "videos": existing(videos)}
         world = alone(device)
         if (folder / "config.yaml").is_file():
             from eagle_train.training.model import load_run_tokenizer
@@ -87,61 +66,65 @@ class Chat:
             config = open_run(folder)
             tokenizer = load_run_tokenizer(config)
             model, _ = load_trained(config, tokenizer, world)
-            return cls(model, run_processor(config, tokenizer, model.config), max_new_tokens=max_new_tokens, **media)
-        from eagle_model.eagle import EagleForConditionalGeneration
+            return cls(model, run_processor(config, tokenizer, model.config), **media, **options)
+        from .exported import load_exported
 
-        check_model_folder(folder)
-        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-        model = EagleForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(world.device).eval()
-        return cls(model, EagleProcessor.from_pretrained(folder), max_new_tokens=max_new_tokens, **media)  # type: ignore[arg-type]
+        return cls(*load_exported(folder, world.device), **media, **options)
 
-    def detach(self, images: Sequence[Any], videos: Sequence[Any]) -> None:
-        """Take back what `attach` added, when the question was refused. images, videos: those of before."""
-        self.images, self.videos, self._new = list(images), list(videos), []
+    def answer(self, question: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:
+        """The answer, which the next question may refer to. images, videos: further media, which belong to this question.
 
-    def stop(self) -> None:
-        """End the answer that is being generated, from another thread; what was said so far is its text."""
-        self._stop.set()
+        Media without a placeholder (`<image-N>`, `<video-N>`, counted over the conversation) come before the question. Raises PromptError,
+        MediaError, FileNotFoundError, or BudgetError when it doesn't fit; the conversation is then as it was before.
+        """
+        return "".join(self.stream(question, images, videos)).strip()
 
-    def answer(self, question: str) -> str:
-        """The greedy answer, which the next question may refer to. Raises PromptError, MediaError, or BudgetError when it doesn't fit."""
-        return "".join(self.stream(question)).strip()
-
-    def plan(self, question: str) -> RequestPlan:
-        """What the media of the conversation get when `question` is next; errors as `answer`."""
-        placed = "" if _PLACEHOLDER.search(question) else "".join(self._new)
-        messages = [*self.messages, {"role": "user", "content": placed + question}]
-        return self.processor.plan_request(messages, self.images, self.videos, add_generation_prompt=True, **self.settings)
+    def plan(self, question: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> RequestPlan:
+        """What the media of the conversation get when `question` is next; arguments and errors as in `answer`."""
+        all_images, all_videos = [*self.images, *existing(images)], [*self.videos, *existing(videos)]
+        return self.processor.plan_request(
+            self._asked(question, images, videos), all_images, all_videos, add_generation_prompt=True, **self.settings
+        )
 
     def stream(
-        self, question: str, *, temperature: float = 0.0, max_new_tokens: int | None = None, request: RequestPlan | None = None
+        self, question: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), *, request: RequestPlan | None = None
     ) -> Iterator[str]:
-        """Pieces of the answer as they are generated. temperature 0: greedy. request: what `plan` gave for the same question.
+        """Pieces of the answer as they are generated; arguments and errors as in `answer`. request: what `plan` gave for the same question.
 
-        Closing the iterator stops the generation; what was said until then is part of the conversation. Errors as `answer`, at the first
-        piece.
+        `stop`, or closing the iterator, ends the generation; what was said until then is the answer.
         """
-        request = request or self.plan(question)
+        request = request or self.plan(question, images, videos)
         tiles = read_tiles(request.messages, request.images, request.videos, request.plan, request.spec)
         ids = request.encode(self.processor.costs.encoder).input_ids
+        asked = self._asked(question, images, videos)
         pieces: list[str] = []
+        finished = False
         try:
-            for piece in self._generate(ids, tiles, temperature, max_new_tokens or self.max_new_tokens):
+            for piece in self._generate(ids, tiles):
                 pieces.append(piece)
                 yield piece
+            finished = True
         except GeneratorExit:
-            self._said(request, pieces)
+            finished = True
             raise
-        self._said(request, pieces)
+        finally:
+            if finished:
+                self.images += existing(images)
+                self.videos += existing(videos)
+                self.messages = [*asked, {"role": "assistant", "content": "".join(pieces).strip()}]
 
-    def _said(self, request: RequestPlan, pieces: Sequence[str]) -> None:
-        asked = [dict(message) for message in request.messages]
-        if self.processor.system_prompt is not None and not self.messages and asked[0]["role"] == "system":
-            asked = asked[1:]
-        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces).strip()}]
-        self._new = []
+    def stop(self) -> None:
+        """End the answer that is being generated, from another thread."""
+        self._stop.set()
 
-    def _generate(self, ids: np.ndarray, tiles: np.ndarray, temperature: float, max_new_tokens: int) -> Iterator[str]:
+    def _asked(self, question: str, images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, str]]:
+        """The messages with the question, and placeholders for media that it does not place."""
+        new = [("image", len(self.images), len(images)), ("video", len(self.videos), len(videos))]
+        placeholders = [f"<{kind}-{before + number}>" for kind, before, count in new for number in range(1, count + 1)]
+        content = "".join(placeholder for placeholder in placeholders if placeholder not in question) + question
+        return [*self.messages, {"role": "user", "content": content}]
+
+    def _generate(self, ids: np.ndarray, tiles: np.ndarray) -> Iterator[str]:
         device = next(self.model.parameters()).device
         tokenizer = self.processor.tokenizer  # type: ignore[attr-defined]
         end = int(tokenizer.convert_tokens_to_ids(IM_END))
@@ -152,7 +135,7 @@ class Chat:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failed = Event(), list[BaseException]()
         self._stop = stop
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
 
         def work() -> None:
             try:
@@ -162,7 +145,7 @@ class Chat:
                         attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=device),
                         pixel_values=torch.from_numpy(tiles).to(device) if len(tiles) else None,
                         **{CACHE_FIELD: cache},
-                        max_new_tokens=max_new_tokens,
+                        max_new_tokens=self.max_new_tokens,
                         pad_token_id=end,
                         eos_token_id=end,
                         streamer=streamer,
@@ -224,3 +207,11 @@ class _Kept:
             self.cache.crop(-surplus)  # transformers 5.24 takes only the number of tokens to remove
         self.tiles = digests
         return known, tiles[whole:]
+
+
+def existing(media: Sequence[Any]) -> list[Any]:
+    """The media, paths as text; raises FileNotFoundError for a path that is not a file."""
+    for medium in media:
+        if isinstance(medium, str | Path) and not Path(medium).is_file():
+            raise FileNotFoundError(f"{medium}: there is no such file")
+    return [str(medium) if isinstance(medium, Path) else medium for medium in media]

@@ -1,11 +1,12 @@
 """The run folder: which run it holds, and copies of what the run started from, so that it can be moved.
 
-`config.yaml` is complete. `origin/` holds the tokenizer and, for a run that starts from a checkpoint, that checkpoint's config.json: with
+`config.yaml` is complete. `origin/` holds the tokenizer and, for a run that starts from pretrained weights, the model's config.json: with
 them and a checkpoint of its own the run can be evaluated and exported wherever the folder is.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -15,8 +16,11 @@ from eagle_train.config import Config, ConfigError, dump_config, load_config
 from eagle_train.config.load import free_keys, map_paths
 from eagle_train.distributed.precision import auto_dtype
 from eagle_train.training import checkpoint
+from eagle_train.training.model import located, model_config
 
 from .lock import locked
+
+logger = logging.getLogger(__name__)
 
 
 def claim_folder(config: Config, tokenizer: Any = None) -> None:
@@ -24,22 +28,45 @@ def claim_folder(config: Config, tokenizer: Any = None) -> None:
     folder = config.run.folder
     path = folder / "config.yaml"
     if path.is_file() and checkpoint.latest(folder / "checkpoints") is not None:
-        there = load_config(path)  # complete, except that a setting newer than the run has its default
-        now = config.model_dump(mode="json")
-        # A folder that was moved together with its data is still the same run.
-        moved = set(_differences(_moved(there, folder).model_dump(mode="json"), now))
-        differing = [name for name in _differences(there.model_dump(mode="json"), now) if name in moved]
-        if differing:
-            raise ConfigError(
-                f"{folder} holds a run with other settings ({', '.join(sorted(differing)[:6])}): "
-                "give this one another run.name, or remove that folder"
-            )
+        _check_same_run(load_config(path), config)  # complete: a setting that is newer than the run has its default
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         _keep_origin(config, tokenizer)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(dump_config(config), encoding="utf-8")
     temporary.replace(path)
+
+
+def _check_same_run(there: Config, config: Config) -> None:
+    """Raises ConfigError, naming them, for settings that differ from those of the run in the folder and decide what is computed."""
+    folder = config.run.folder
+    mine = config.model_dump(mode="json")
+    # A folder that was moved together with what is next to it still holds the same run.
+    moved = set(_differences(_moved(there, folder).model_dump(mode="json"), mine))
+    differing = sorted(name for name in _differences(there.model_dump(mode="json"), mine) if name in moved)
+    grown = [name for name in differing if _may_grow(there, config, name)]
+    refused = [name for name in differing if name not in grown]
+    if refused:
+        free = ", ".join(sorted({key for key in free_keys() if key not in ("run.name", "run.dir")}))
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({', '.join(refused[:6])}{', ...' if len(refused) > 6 else ''}). To go on from its "
+            f"weights: eagle export {folder} FOLDER, then another run.name with model.path: FOLDER. To start again: another run.name, or "
+            f"remove that folder. A run that continues may change {free}, and steps of a stage that is not complete to a larger number"
+        )
+    for name in grown:
+        logger.info("%s is larger than before; the learning rate follows the schedule of the longer stage from here", name)
+
+
+def _may_grow(there: Config, config: Config, name: str) -> bool:
+    """Whether a difference is a larger number of steps of a stage that is not complete: its optimizer's state still exists."""
+    newest = checkpoint.latest(config.run.folder / "checkpoints")
+    if newest is None:
+        return False
+    progress = checkpoint.read_progress(newest)
+    for number, (before, now) in enumerate(zip(there.stages, config.stages)):
+        if name == f"stages.{now.name}.steps" and before.steps is not None and now.steps is not None:
+            return now.steps > before.steps and (number, False) >= (progress.stage, progress.done)
+    return False
 
 
 def open_run(folder: str | Path) -> Config:
@@ -52,7 +79,10 @@ def open_run(folder: str | Path) -> Config:
     config = _moved(load_config(path), folder, missing_only=True)
     model, origin = config.model, folder / "origin"
     if origin.is_dir():
-        model = model.replaced(tokenizer=str(origin), path=str(origin) if model.path is not None else None)
+        values: dict[str, Any] = {"tokenizer": str(origin)}
+        if model.path is not None or model.vision is not None:
+            values |= {"path": str(origin), "vision": None, "language": None, "image_size": None}
+        model = model.replaced(**values)
     return config.replaced(run=config.run.replaced(dir=folder.parent, name=folder.name), model=model)
 
 
@@ -83,6 +113,8 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
         return []
     if isinstance(a, dict) and isinstance(b, dict):
         return [name for key in {**a, **b} for name in _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))]
+    if path == "stages" and [stage["name"] for stage in a] == [stage["name"] for stage in b]:
+        return [name for before, now in zip(a, b) for name in _differences(before, now, f"{path}.{now['name']}")]
     return [] if a == b else [path]
 
 
@@ -93,7 +125,9 @@ def _keep_origin(config: Config, tokenizer: Any) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(temporary)
     if config.model.path is not None:
-        shutil.copyfile(Path(config.model.path) / "config.json", temporary / "config.json")
+        shutil.copyfile(located(config, "path") / "config.json", temporary / "config.json")
+    elif config.model.vision is not None:
+        model_config(config, tokenizer).save_pretrained(temporary)
     shutil.rmtree(origin, ignore_errors=True)
     temporary.rename(origin)
 

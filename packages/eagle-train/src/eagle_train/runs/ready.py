@@ -14,7 +14,8 @@ from eagle_train.data.ledger import Ledger
 from eagle_train.data.prepare import Progress, load_facts, prepare
 from eagle_train.planning.stages import StageSchedule
 from eagle_train.planning.visual import visual_spec
-from eagle_train.training.model import load_run_tokenizer, model_config
+from eagle_train.training.model import load_run_tokenizer
+from eagle_train.training.sizes import model_sizes
 
 if TYPE_CHECKING:  # planning needs no torch
     from eagle_train.distributed.world import World
@@ -30,9 +31,14 @@ class Ready:
     eval_facts: Facts | None
 
     @cached_property
+    def sizes(self) -> Any:
+        """Sizes of the model (`ModelSizes` or `EagleConfig`)."""
+        return model_sizes(self.config, self.tokenizer)
+
+    @cached_property
     def spec(self) -> VisualSpec:
         """How media become tiles in this run."""
-        return visual_spec(self.config, model_config(self.config, self.tokenizer))
+        return visual_spec(self.config, self.sizes)
 
     @cached_property
     def schedules(self) -> list[StageSchedule]:

@@ -7,7 +7,7 @@ ledgers, `answers.jsonl`, `plot.png`, and `model/`, the result in the layout of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from eagle_train.distributed.precision import warn_of_slow_bfloat16
 from eagle_train.distributed.world import World
 from eagle_train.errors import EvaluationError
-from eagle_train.evaluation.metrics import Evaluation
+from eagle_train.evaluation.metrics import Answer, Evaluation
 from eagle_train.training.deterministic import deterministic
 from eagle_train.training.stop import StopSignals
 from eagle_train.training.trainer import Trainer
@@ -63,11 +63,13 @@ def train(
     on_start: Callable[[Trainer], None] | None = None,
     stop: StopSignals | None = None,
     on_slow: Callable[[str], None] | None = None,
+    on_answers: Callable[[Sequence[Answer]], None] | None = None,
 ) -> Trained:
     """Train the remaining steps of the run, with its evaluations. Raises ConfigError when the folder holds, or is used by, another run.
 
     stop: signals that are handled (default: none). The first one ends training with a checkpoint and `Interrupted`; an evaluation ends
     after its running batch of questions. on_slow: called on the main rank with a line about a step that takes longer than a minute.
+    on_answers: called on every rank with the answers of an evaluation, before its record.
     """
     ready = replace(ready, config=resolve_dtype(ready.config, world.device.type))
     config = ready.config
@@ -78,7 +80,9 @@ def train(
     def on_evaluate(model: nn.Module, step: int) -> dict[str, Any]:
         assert evaluator is not None
         done = evaluator.evaluate(model, step, limit=config.eval.limit, progress=lambda *_: trainer.check_stop())
-        return {"scores": {name: score._asdict() for name, score in done.by_source().items()}, "accuracy": done.score().accuracy}
+        if on_answers is not None:
+            on_answers(done.answers)
+        return done.record()
 
     with contextlib.ExitStack() as until_the_end:
 

@@ -64,8 +64,8 @@ def pictures(request: RequestPlan) -> list[tuple[Any, str]]:
     for number, (video, plan) in enumerate(zip(request.videos, request.plan.videos), start=1):
         places = np.unique(np.linspace(0, plan.count - 1, min(plan.count, SHOWN_FRAMES)).astype(int))
         for place, frame in zip(places.tolist(), _frames(video, plan, places, spec.tile_size)):
-            time = "" if plan.shown is None else f" at {plan.shown[place]:.2f} s"
-            shown.append((frame, f"{'page' if video.is_document else 'frame'} {place + 1} of {plan.count}, video {number}{time}"))
+            time = "" if plan.shown is None else f"{plan.shown[place]:.2f} s, "
+            shown.append((frame, f"{time}{'page' if video.is_document else 'frame'} {place + 1} of {plan.count}, video {number}"))
     return shown
 
 
@@ -111,21 +111,20 @@ def make_page(new_chat: Callable[[], Chat], title: str, uploads: Path) -> Any:
         question, files = message["text"].strip(), message["files"]
         if not question:
             raise gr.Error("Write a question.", duration=None)
-        images, videos = list(chat.images), list(chat.videos)
+        chat.max_new_tokens, chat.temperature = int(length), temperature
+        chat.settings |= {"max_tiles": int(tiles), "fps": fps, "max_tokens": int(tokens)}
         try:
-            chat.attach(*sort_uploads(files, uploads))
-            chat.settings |= {"max_tiles": int(tiles), "fps": fps, "max_tokens": int(tokens)}
-            request = chat.plan(question)
+            media = sort_uploads(files, uploads)
+            request = chat.plan(question, *media)
             shown = pictures(request)
             budget = budget_text(request, len(request.encode(processor.costs.encoder).input_ids))
             history = [*history, *({"role": "user", "content": {"path": file}} for file in files), {"role": "user", "content": question}]
             history.append({"role": "assistant", "content": ""})
             yield None, history, chat, shown, budget
-            for piece in chat.stream(question, temperature=temperature, max_new_tokens=int(length), request=request):
+            for piece in chat.stream(question, *media, request=request):
                 history[-1] = {"role": "assistant", "content": history[-1]["content"] + piece}
                 yield None, history, chat, shown, budget
         except ValueError as error:  # prompts, media and budgets: messages for the person who asked
-            chat.detach(images, videos)
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
     def restart() -> tuple[Any, ...]:
@@ -142,7 +141,7 @@ def make_page(new_chat: Callable[[], Chat], title: str, uploads: Path) -> Any:
         with gr.Row():
             with gr.Column(scale=3):
                 # Markdown of an answer could name pictures of other hosts, which the browser would fetch.
-                history = gr.Chatbot(label="Conversation", height=420, render_markdown=False, elem_id="history")
+                history = gr.Chatbot(label="Conversation", height=420, render_markdown=False, elem_id="history", buttons=["copy"])
                 message = gr.MultimodalTextbox(
                     label="Question", placeholder="Ask about an image, a video or a PDF", file_count="multiple",
                     file_types=[*IMAGES, *VIDEOS], sources=["upload"], elem_id="question",
@@ -151,7 +150,14 @@ def make_page(new_chat: Callable[[], Chat], title: str, uploads: Path) -> Any:
                     stop_button, new_button = gr.Button("Stop"), gr.Button("New conversation")
             with gr.Column(scale=2):
                 budget = gr.Markdown(elem_id="budget")
-                gallery = gr.Gallery(label="What the model sees", columns=3, height=360, object_fit="contain", elem_id="seen")
+                gallery = gr.Gallery(
+                    label="What the model sees",
+                    columns=2,
+                    height=360,
+                    object_fit="contain",
+                    elem_id="seen",
+                    buttons=["download", "fullscreen"],
+                )
                 with gr.Accordion("Parameters", open=False):
                     length = gr.Slider(1, 4096, 256, step=1, label="Longest answer in tokens")
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
@@ -168,7 +174,7 @@ def make_page(new_chat: Callable[[], Chat], title: str, uploads: Path) -> Any:
     return page
 
 
-def run_page(folder: Path, *, port: int = 7860, device: str | None = None, block: bool = True) -> Any:
+def run_page(folder: Path, *, port: int = 7860, device: str | None = None, system: str | None = None, block: bool = True) -> Any:
     """Load a model and serve its page on http://127.0.0.1:port. block: return only when it ends, else give the running page.
 
     Raises ConfigError when gradio is missing or the folder holds no model.
@@ -177,7 +183,7 @@ def run_page(folder: Path, *, port: int = 7860, device: str | None = None, block
     uploads = Path(tempfile.mkdtemp(prefix="eagle-uploads-"))
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(uploads), "HF_HUB_DISABLE_TELEMETRY": "1"}
     opened = Chat.open(folder, device=device)
-    page = make_page(lambda: Chat(opened.model, opened.processor), f"Eagle: {folder.resolve().name}", uploads)
+    page = make_page(lambda: Chat(opened.model, opened.processor, system=system), f"Eagle: {folder.resolve().name}", uploads)
     page.queue(max_size=32)
     page.launch(
         server_name="127.0.0.1", server_port=port, share=False, max_file_size=MAX_UPLOAD, allowed_paths=[], footer_links=[],

@@ -1,1 +1,1 @@
-"""From plans to weights: batches, the loader that reads them ahead, the loop that trains, checkpoints, and the answers of the result."""
+"""The model of a run, the training loop, optimizers, activation checkpointing, checkpoints, metrics and signals."""

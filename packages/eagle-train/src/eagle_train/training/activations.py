@@ -1,7 +1,7 @@
-"""What backward finds of a run's activations: everything, each layer's input, or each layer's input in host memory.
+"""Activation checkpointing of a run (`model.activations`), and the host memory that `offload` needs.
 
-The host memory is one pinned arena for the whole run, sized for the longest pack of its longest stage: pinning costs half a second a GiB,
-and a run that can't have it should say so before its first step.
+The host memory is one pinned arena for the whole run, sized for the longest pack of its longest stage. Pinning takes half a second per GiB,
+and a run for which there is not enough is refused before its first step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, ConfigError
 from eagle_train.distributed.world import World
 
+from .optim import state_bytes
+
 Mode = Literal["keep", "recompute", "offload"]
 
 
@@ -29,17 +31,16 @@ def activation_mode(config: Config, device: torch.device) -> Mode:
 
 def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
     """What a step over the longest pack needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`)."""
-    longest = max(stage.max_tokens for stage in config.stages)
-    tokens = -(-longest // config.parallel.context)
+    tokens = -(-config.max_tokens // config.parallel.context)
     low = config.parallel.dtype == "bfloat16"
     sharded = ranks > 1 or low
     return plan_memory(
         decoder_shape(described),
         tokens,
-        vision=vision_shape(described, tokens, frozen=not any("vision" in stage.train for stage in config.stages)),
+        vision=vision_shape(described, tokens, frozen=all(stage.modes["vision"] == "frozen" for stage in config.stages)),
         weight_bytes=4,
         gradient_bytes=4,
-        optimizer_bytes=8,
+        optimizer_bytes=state_bytes(config),
         compute_bytes=(2 if low else 4) if sharded else None,
         activation_bytes=2 if low else 4,
         offload=config.model.activations == "offload",
@@ -65,7 +66,7 @@ def make_engine(config: Config, described: Any, world: World, *, available: int 
     # Everyone has looked before anyone takes: what one rank takes would be missing from what the next one finds.
     for rank, (ranks, spare) in enumerate(world.gather((local, available))):
         if spare is not None and ranks * need > spare:
-            layers, longest = described.text_config.num_hidden_layers, max(stage.max_tokens for stage in config.stages)
+            layers, longest = described.text_config.num_hidden_layers, config.max_tokens
             raise ConfigError(
                 f"model.activations is offload: the inputs of {layers - 1} layers at {longest} tokens take {need / GIB:.2f} GiB of host "
                 f"memory per rank, {ranks * need / GIB:.2f} GiB for the {ranks} on the host of rank {rank}, which can spare "

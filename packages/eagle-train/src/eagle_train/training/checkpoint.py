@@ -1,10 +1,10 @@
-"""Checkpoints that survive a kill at any moment: written under another name, made durable, then renamed.
+"""Checkpoints that are complete or absent, also after a kill: written under another name, synced to disk, then renamed.
 
-A checkpoint is a folder `<stage>-<step>` (`<stage>-end` at the end of a stage) with `torch.distributed.checkpoint` files (weights,
-and the optimizer's state unless the stage is over) and `state.json`. A folder with that name is whole; one that starts with
-`.writing-` is what a kill left and is removed at the next start. Nothing else is ever deleted, except by the keep rule, and only
-after the newer checkpoint is complete.
-Whatever the number of ranks that wrote it, any other number can read it.
+A checkpoint is a folder `<stage>-<step>` (`<stage>-end` at the end of a stage) with `state.json` and files of
+`torch.distributed.checkpoint`: weights, their moving average, and the optimizer's state, unless the stage is over and the next one does not
+carry it on. A folder with that name is complete; one that starts with `.writing-` is incomplete and is removed at the next start. Nothing
+else is deleted, except by the keep rule, and only after the newer checkpoint is complete. Any number of ranks can read it, whatever number
+wrote it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,15 @@ class CheckpointError(TrainError, ValueError):
     """A checkpoint that can't be read or does not fit the run."""
 
 
-def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World) -> Path:
+def write(
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    world: World,
+    *,
+    average: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Write a checkpoint under `folder`; every rank calls it. Returns its path, which exists only once everything in it is durable."""
     import torch.distributed.checkpoint as dcp
 
@@ -58,7 +67,9 @@ def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.o
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     world.barrier()
-    dcp.save(_state(model, optimizer), checkpoint_id=str(temporary), no_dist=world.size == 1)
+    dcp.save(
+        _state(model, optimizer) | ({"average": dict(average)} if average else {}), checkpoint_id=str(temporary), no_dist=world.size == 1
+    )
     world.barrier()
     if world.is_main:
         (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
@@ -74,14 +85,21 @@ def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.o
     return final
 
 
-def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World) -> Progress:
+def read(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    world: World,
+    *,
+    average: Mapping[str, torch.Tensor] | None = None,
+) -> Progress:
     """Load weights (and the optimizer's state, when given and there) from a checkpoint; every rank calls it."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
     progress = read_progress(path)
     with_optimizer = optimizer if not progress.done else None
-    state = _state(model, with_optimizer)
+    state = _state(model, with_optimizer) | ({"average": dict(average)} if average else {})  # tensors of the average are filled in place
     try:
         dcp.load(state, checkpoint_id=str(path), no_dist=world.size == 1)
     except dcp.api.CheckpointException as error:
@@ -94,6 +112,32 @@ def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     if with_optimizer is not None:
         set_optimizer_state_dict(model, with_optimizer, state["optimizer"])
     return progress
+
+
+def carry_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Give an optimizer the state that another one had at the end of a stage, for the parameters that both train; every rank calls it.
+
+    Learning rates and the other settings of its groups stay. Raises CheckpointError when the checkpoint holds no optimizer state.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    keys = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    state = _state(model, optimizer)["optimizer"]
+    kept = {name for name in state["state"] if any(key.startswith(f"optimizer.state.{name}.") for key in keys)}
+    if not kept:
+        raise CheckpointError(
+            f"{path}: holds no optimizer state for the parameters of the next stage, which carry_optimizer asks for; set it to false"
+        )
+    wanted = {"optimizer": {"state": {name: state["state"][name] for name in sorted(kept)}}}
+    dcp.load(wanted, checkpoint_id=str(path), no_dist=world.size == 1, planner=DefaultLoadPlanner(allow_partial_load=False))
+    state["state"] |= wanted["optimizer"]["state"]
+    set_optimizer_state_dict(model, optimizer, state)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter in list(optimizer.state):
+        if names[id(parameter)] not in kept:  # reading made a state of zeros after one step
+            del optimizer.state[parameter]
 
 
 def _reason(error: BaseException) -> str:
@@ -117,7 +161,7 @@ def read_progress(path: Path) -> Progress:
     try:
         return Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: is no checkpoint of a run ({error})") from error
+        raise CheckpointError(f"{path} is not a checkpoint of a run ({error})") from error
 
 
 def whole(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Bit for bit the same run again on a GPU: whatever adds does so in one order."""
+"""Runs that are repeated bit for bit on a GPU: sums are computed in one order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    # cuBLAS keeps to one order only in workspaces of its own, whose size it reads from here before its first matmul.
+    # cuBLAS is deterministic only with this setting, which it reads before its first matmul.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before, filling = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON line per logged step, which a resumed run continues without gaps or doubles, and one line for people."""
+"""Metrics of a run: one JSON line per logged step, which a resumed run continues without gaps or duplicates, and the progress line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 TIMED = ("seconds", "tokens_per_second", "tiles_per_second", "data_wait", "eta")
-"""Fields that depend on the machine; all others are the same whenever the same run is repeated."""
+"""Fields that depend on the machine; all others are equal when the same run is repeated."""
 
 
 class Metrics:
@@ -34,7 +34,7 @@ class Metrics:
             yield from read_metrics(self.path)
 
     def rewind(self, total_step: int) -> None:
-        """Forget what came after step `total_step` of the run: a run that resumes there will write it again."""
+        """Remove the records after step `total_step` of the run: a run that resumes there writes them again."""
         self._keep(lambda record: record.get("total_step", 0) <= total_step)
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -55,7 +55,7 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no NaN; a non-finite number is written as its name.
+    # JSON has no NaN: a number that is not finite is written as text.
     return {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else round(value, 3) if key in TIMED else value
         for key, value in record.items()
@@ -68,7 +68,7 @@ def same_run(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def progress_line(record: dict[str, Any]) -> str:
-    """One step for people: stage, step, loss, speed, time left."""
+    """The progress line of a step: stage, step, loss, speed, time left."""
     return (
         f"{record['stage']}  step {record['step']}/{record['steps']}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
         f"{record['tokens_per_second']:,.0f} tok/s  {record['tiles_per_second']:,.0f} tiles/s  data wait {record['data_wait']:.1%}  "

@@ -1,20 +1,71 @@
-"""What learns, how fast: parts of the model, AdamW's groups, and the learning rate at every step of a stage."""
+"""What is trained, and how fast: modes of the parts, optimizers by name, their groups, and the learning rate of every step of a stage."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from eagle_train.config import StageConfig
+from eagle_model.lora import is_adapter
+from eagle_train.config import Config, ConfigError, PartConfig, StageConfig
+
+from .muon import Muon
 
 
-def set_trainable(model: nn.Module, parts: Sequence[str]) -> int:
-    """Let the parts named learn and freeze the others; returns the number of elements (of this rank) that learn.
+def _adamw(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, fused=True)
 
-    Raises ValueError for a parameter that belongs to no part of the model.
+
+def _adamw8bit(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
+    try:
+        from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError(
+            f"stages.{stage.name}.optimizer: adamw8bit needs torchao ({error}): pip install 'eagle-train[gpu]', or use adamw"
+        ) from error
+    return AdamW8bit(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps)
+
+
+def _muon(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
+    return Muon(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps)
+
+
+def _adafactor(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=stage.lr)
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """make(groups, stage): the optimizer. state_bytes: of its state, per parameter of a matrix. sharded: whether FSDP2's tensors work."""
+
+    make: Callable[[list[dict[str, Any]], StageConfig], torch.optim.Optimizer]
+    state_bytes: int
+    sharded: bool = True
+
+
+#: Optimizers by the name in `stages.N.optimizer`.
+OPTIMIZERS: dict[str, OptimizerChoice] = {
+    "adamw": OptimizerChoice(_adamw, 8),
+    "adamw8bit": OptimizerChoice(_adamw8bit, 2),
+    "muon": OptimizerChoice(_muon, 4),
+    "adafactor": OptimizerChoice(_adafactor, 0, sharded=False),
+}
+
+
+def state_bytes(config: Config) -> int:
+    """Bytes of optimizer state per trained parameter, of the stage whose optimizer keeps most."""
+    return max(OPTIMIZERS[stage.optimizer].state_bytes for stage in config.stages)
+
+
+def set_trainable(model: nn.Module, modes: Mapping[Any, str]) -> int:
+    """Let the parts be trained as `modes` says (`full`, `lora`, `frozen`, by part; a part that is not in it is frozen).
+
+    `full` trains the parameters of a part and not its adapters, `lora` its adapters alone. Returns the number of elements (of this rank)
+    that are trained. Raises ValueError for a parameter that belongs to no part of the model.
     """
     owners = {id(parameter): name for name, part in model.parts().items() for parameter in part.parameters()}  # type: ignore[operator]
     count = 0
@@ -23,19 +74,73 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> int:
             raise ValueError(
                 f"parameter {name} belongs to none of the model's parts, which are {', '.join(dict.fromkeys(owners.values()))}"
             )
-        parameter.requires_grad_(owners[id(parameter)] in parts)
+        parameter.requires_grad_(modes.get(owners[id(parameter)]) == ("lora" if is_adapter(name) else "full"))
         count += parameter.numel() if parameter.requires_grad else 0
     return count
 
 
-def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
-    """AdamW over what learns; weight decay on matrices only (no norms, no biases)."""
-    decayed, plain = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=stage.lr, betas=stage.betas, eps=stage.eps, fused=True)
+def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any]]:
+    """The trained parameters as an optimizer's groups: `params`, `weight_decay`, `matrix` (whether they are matrices of linear layers), and
+    where parts or layers have rates of their own, `lr_scale`: the factor of the stage's rate.
+
+    Matrices have weight decay; norms and biases do not.
+    """
+    rates = _rates(model, stage)
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linear -= {id(head.weight)} if head is not None else set()
+    linear -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale, decay = rates[id(parameter)]
+        matrix = id(parameter) in linear or (is_adapter(name) and parameter.ndim == 2)
+        key = (scale, decay if parameter.ndim > 1 else 0.0, matrix and stage.optimizer == "muon")
+        groups.setdefault(key, []).append(parameter)
+    # With decay first, as in checkpoints from before there were more than two groups.
+    ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1], -item[0][2]))
+    scaled = any(scale != 1.0 for scale, _, _ in groups)
+    return [
+        {"params": parameters, "weight_decay": decay}
+        | ({"lr_scale": scale} if scaled else {})
+        | ({"matrix": matrix} if stage.optimizer == "muon" else {})
+        for (scale, decay, matrix), parameters in ordered
+    ]
+
+
+def _rates(model: nn.Module, stage: StageConfig) -> dict[int, tuple[float, float]]:
+    """Factor of the learning rate, and weight decay, of every parameter (by id)."""
+    result: dict[int, tuple[float, float]] = {}
+    for part, module in model.parts().items():  # type: ignore[operator]
+        settings = stage.parts.get(part, PartConfig())
+        scale = 1.0 if settings.lr is None else settings.lr / stage.lr
+        decay = stage.weight_decay if settings.weight_decay is None else settings.weight_decay
+        result |= {id(parameter): (scale, decay) for parameter in module.parameters()}
+        if settings.layer_decay == 1.0:
+            continue
+        blocks = model.blocks(part)  # type: ignore[operator]
+        below = [module for module in module.modules() if isinstance(module, (nn.Embedding, nn.Conv2d))]
+        for distance, layers in ((len(blocks) + 1, below), *((len(blocks) - index, [block]) for index, block in enumerate(blocks))):
+            rate = scale * settings.layer_decay**distance
+            result |= {id(parameter): (rate, decay) for layer in layers for parameter in layer.parameters()}
+    return result
+
+
+def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.Optimizer:
+    """The optimizer of a stage over the parameters that are trained.
+
+    Raises ConfigError when its package is missing, and for sharded parameters that it does not take.
+    """
+    choice = OPTIMIZERS[stage.optimizer]
+    groups = parameter_groups(model, stage)
+    if not choice.sharded and any(hasattr(parameter, "device_mesh") for group in groups for parameter in group["params"]):
+        names = ", ".join(name for name, other in OPTIMIZERS.items() if other.sharded)
+        raise ConfigError(
+            f"stages.{stage.name}.optimizer: {stage.optimizer} does not take sharded parameters, which several ranks and bfloat16 have; "
+            f"use one of {names}, or one rank with parallel.dtype: float32"
+        )
+    return choice.make(groups, stage)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, stage: StageConfig) -> float:
@@ -45,7 +150,11 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, 
     """
     lr = learning_rate(step, steps, stage)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        rate = lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers compile their step, with the rate as an input
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
     return lr
 
 

@@ -1,9 +1,9 @@
-"""The loop: stages in order, each step a number of packs over all ranks, every label counted once whoever reads it.
+"""The loop: stages in order, each step a number of packs over all ranks, every label counted once, on whichever rank it is read.
 
 One optimizer step of a rank: its packs of the step one after the other (accumulation), each loss divided by the label weights of all
-packs of all ranks, gradients summed, clipped by their global norm, one AdamW step. Nothing in it waits for the device; loss and
-gradient norm are looked at one step later, and before anything is saved.
-Everything is a function of (configuration, facts, step): a run that is killed and resumed makes the same numbers as one that isn't.
+packs of all ranks, gradients summed, clipped by their global norm, one optimizer step. Nothing in it waits for the device: loss and
+gradient norm are read one step later, and before anything is saved.
+Everything is a function of (configuration, facts, step): a run that is killed and resumed gives the same numbers as one that is not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eagle_cp import Layout
 from eagle_kernels import OffloadEngine
 from eagle_model.batch import PackedBatch
 from eagle_model.prompt import CachedEncoder
@@ -41,6 +40,7 @@ from eagle_train.planning.stages import StageSchedule
 
 from . import checkpoint
 from .activations import activation_mode, make_engine
+from .ema import MovingAverage
 from .heartbeat import Heartbeat
 from .metrics import Metrics
 from .model import attention_backend, build_model, tokenizer_folder
@@ -53,12 +53,12 @@ T = TypeVar("T")
 
 
 class TrainingError(TrainError, RuntimeError):
-    """The run can't go on: the message says at which step, which samples were in it, and what to try."""
+    """The run cannot continue: the message has the step, the samples in it, and the next step to try."""
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A step whose loss and gradient norm may still be on their way from the device."""
+    """A step whose loss and gradient norm may not have been copied from the device yet."""
 
     record: dict[str, Any]
     loss: Tensor
@@ -67,7 +67,7 @@ class _Pending:
 
 
 class Trainer:
-    """A run from its configuration: `train()` goes through all stages, from the newest checkpoint if there is one.
+    """Trains a run: `train()` goes through all stages, from the newest checkpoint if there is one.
 
     on_record: called on the main rank with every metrics record. on_evaluate: called on every rank with (model, steps of the run) when
     an evaluation is due; what it returns is written as an "eval" record. When it fails on any rank, an "eval_failed" record is written,
@@ -101,7 +101,9 @@ class Trainer:
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
         #: Host memory of `model.activations: offload`, made once and used by every model of the run.
         self.engine: OffloadEngine | None = None
-        self.model: nn.Module = self._new_model()
+        self.model: nn.Module = self._new_model(weights=checkpoint.latest(self.checkpoints) is None)
+        #: The moving average of the trained weights, with `model.ema`.
+        self.average = MovingAverage(self.model, config, config.model.ema) if config.model.ema is not None else None
         #: One sentence for every evaluation that failed.
         self.failed_evaluations: list[str] = []
         self._pending: _Pending | None = None
@@ -167,7 +169,8 @@ class Trainer:
         path = checkpoint.latest(self.checkpoints)
         progress = checkpoint.read_progress(path) if path is not None else None
         if path is not None and progress is not None:
-            check_same(progress.data, self._data, path)
+            open_stages = [stage.name for stage in self.config.stages[progress.stage + progress.done :]]
+            check_same(progress.data, self._data, path, open_stages=open_stages)
             logger.info("resuming from %s", path)
         if self.world.is_main:
             checkpoint.clean(self.checkpoints)
@@ -177,7 +180,7 @@ class Trainer:
         self._seen = dict(progress.seen)
         lost = self._lost_evaluation(progress)
         if progress.done or lost:  # within a stage weights are read together with the optimizer's state
-            checkpoint.read(path, self.model, None, self.world)
+            self._load(path, None)
         if lost:
             self._evaluate(progress.stage_name, progress.total_steps)
         return (progress.stage + 1, 0, path) if progress.done else (progress.stage, progress.step, path)
@@ -186,15 +189,17 @@ class Trainer:
 
     def _train_stage(self, number: int, first: int, loader: Loader, resumed: Path | None) -> None:
         stage, schedule = self.config.stages[number], self.schedules[number]
-        if is_sharded(self.model) and set(stage.train) != self._sharded_for:
-            # FSDP2 remembers at sharding what learns: another choice needs a fresh model, from the end of the last stage.
+        if is_sharded(self.model) and stage.modes != self._sharded_for:
+            # FSDP2 remembers at sharding what is trained: another choice needs a new model, from the end of the last stage.
             self.model = None  # type: ignore[assignment]
-            self.model = self._new_model(stage.train)
+            self.model = self._new_model(stage.modes, weights=False)
             checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
-        set_trainable(self.model, stage.train)
+        set_trainable(self.model, stage.modes)
         optimizer = make_optimizer(self.model, stage)
         if resumed is not None:
-            checkpoint.read(resumed, self.model, optimizer, self.world)
+            self._load(resumed, optimizer)
+        elif stage.carry_optimizer:
+            checkpoint.carry_optimizer(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, optimizer, self.world)
         self.model.train()
         done_before = sum(schedule.steps for schedule in self.schedules[:number])
         begin, waited = time.monotonic(), loader.waited
@@ -227,7 +232,7 @@ class Trainer:
                 self._settle()
                 try:
                     self._evaluate(stage.name, done_before + step + 1)
-                except Interrupted as stop:  # the same command makes up for it
+                except Interrupted as stop:  # the same command repeats the evaluation
                     self._save_and_stop(number, step + 1, optimizer, stop.signum)
                 begin = time.monotonic()
 
@@ -240,10 +245,17 @@ class Trainer:
         schedules, name = self.schedules, self.config.stages[number].name
         over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
         progress = checkpoint.Progress(number, name, step, total, over, dict(self._seen), self._data)
-        checkpoint.write(self.checkpoints, progress, self.model, None if over else optimizer, self.world)
+        carried = number + 1 < len(schedules) and self.config.stages[number + 1].carry_optimizer
+        average = self.average.tensors if self.average is not None else None
+        checkpoint.write(self.checkpoints, progress, self.model, optimizer if carried or not over else None, self.world, average=average)
         if self.world.is_main:
             checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
         self._saved, self._saved_at = (number, step), time.monotonic()
+
+    def _load(self, path: Path, optimizer: torch.optim.Optimizer | None) -> None:
+        """The state of a checkpoint, with the moving average."""
+        average = self.average.tensors if self.average is not None else None
+        checkpoint.read(path, self.model, optimizer, self.world, average=average)
 
     def _save_is_due(self) -> bool:
         """Whether `checkpoint.minutes` have passed, by the main rank's clock."""
@@ -355,6 +367,8 @@ class Trainer:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model)
         for key in self._seen:
             self._seen[key] += getattr(totals, key)
         record = {
@@ -379,12 +393,7 @@ class Trainer:
     def _forward_backward(self, batch: PackedBatch) -> Tensor:
         """Loss of a pack (of this context parallel rank's part of it), with its gradients added."""
         described: Any = self.model.config
-        text = described.text_config
-        if self.world.context.size == 1:
-            layout = Layout.single(batch.cu_seqlens)
-        else:
-            heads = {"num_heads": text.num_attention_heads, "num_kv_heads": text.num_key_value_heads}
-            layout = Layout.build(batch.cu_seqlens, self.world.context, **heads)
+        layout = self.world.layout(batch.cu_seqlens, described.text_config, batch.prefixes)
         output = self.model(batch.shard(layout, described.tokens_per_tile).to(self.world.device), layout=layout)
         output.loss.backward()
         return output.loss.detach()
@@ -403,7 +412,7 @@ class Trainer:
             shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
             raise TrainingError(
                 f"stage {stage} step {step}: loss {loss}, gradient norm {norm}. Samples of the step: {shown}. "
-                "The last checkpoint is from before; lower stages.*.lr, or look at these rows with eagle show"
+                "The last checkpoint is older than this step. Lower stages.*.lr, or inspect these rows with eagle show"
             )
         if self.world.is_main and (step % self.config.run.log_every == 0 or step == pending.record["steps"]):
             self._record(pending.record | {"loss": loss, "grad_norm": norm, "eta": self._left(pending.record)})
@@ -420,7 +429,7 @@ class Trainer:
         return left * self._pace
 
     def _rewind(self, total_step: int) -> None:
-        """Forget what was written after a step of the run, by however many ranks: it comes again."""
+        """Remove what any rank wrote after a step of the run: it is written again."""
         self.metrics.rewind(total_step)
         for path in self.folder.glob("ledger-train*.jsonl"):
             Ledger(path).rewind(total_step)
@@ -430,13 +439,14 @@ class Trainer:
         if self.on_record is not None:
             self.on_record(record)
 
-    # ---- what a run is made of ---------------------------------------------------------------------------------------------------
+    # ---- model and reading --------------------------------------------------------------------------------------------------------
 
-    def _new_model(self, train: Any = None) -> nn.Module:
-        model = build_model(self.config, self.tokenizer)
-        parts = train or self.config.stages[0].train
-        set_trainable(model, parts)
-        self._sharded_for = set(parts)
+    def _new_model(self, modes: Any = None, *, weights: bool = True) -> nn.Module:
+        """weights: False leaves pretrained weights unread, where a checkpoint of the run follows."""
+        model = build_model(self.config, self.tokenizer, weights=weights)
+        modes = modes or self.config.stages[0].modes
+        set_trainable(model, modes)
+        self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
         mode = activation_mode(self.config, self.world.device)
         if mode == "offload" and self.engine is None:
@@ -446,7 +456,9 @@ class Trainer:
 
     def _reading(self) -> Reading:
         share = Share(self.world.context.rank, self.world.context.size)
-        return Reading(str(tokenizer_folder(self.config)), self.schedules[0].spec, media_limits(self.config.data.limits), share)
+        origin = self.folder / "origin"  # with Eagle's tokens, also where the language model's own tokenizer lacks them
+        tokenizer = origin if (origin / "tokenizer_config.json").is_file() else tokenizer_folder(self.config)
+        return Reading(str(tokenizer), self.schedules[0].spec, media_limits(self.config.data.limits), share)
 
     def _read_again(self, number: int, step: int, place: int, missing: dict[int, Entry]) -> LoadedPack:
         """A pack without some samples, read in this process: rare, and the loader's processes are already ahead."""

@@ -11,7 +11,8 @@ from eagle_train.data.prepare import load_facts
 from eagle_train.data.sample import load_sample
 from eagle_train.planning.stages import Planned, StageSchedule
 from eagle_train.planning.visual import plan_visual, sample_plan, visual_spec
-from eagle_train.training.model import load_run_tokenizer, model_config
+from eagle_train.training.model import load_run_tokenizer
+from eagle_train.training.sizes import model_sizes
 
 from .show import SampleView, view_sample
 
@@ -32,7 +33,7 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
     if stage is not None and stage not in names:
         raise ConfigError(f"no stage is called {stage!r}; they are {', '.join(names)}")
     chosen = config.stages[names.index(stage) if stage is not None else (-1 if evaluation else 0)]
-    spec = visual_spec(config, model_config(config, tokenizer))
+    spec = visual_spec(config, model_sizes(config, tokenizer))
     if row is None and evaluation:
         raise ConfigError("held-out rows aren't packed; name one with --row source:line")
     if row is None:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.video.stream import VideoStream
 
 from ...limits import Limits, MediaError
+from ..beginning import FIRST_WITHIN, LEADING, whole_pictures
+from ..keyframes import Start, StartOf, start_test
 from .cut_off import is_cut_off
 from .track import Track, orientation
 
 # libav's parsers of these report no picture types, and where they run (AVI, WTV, bare streams) every packet is marked as a keyframe.
 _KEYFRAMES_UNKNOWN = {"h261", "h263"}
+_CODECS = {"libdav1d": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}  # decoders that libav prefers to its own
 _TURNING = ("mov,", "matroska,")  # libavformat's names of the containers that can store a rotation
 _FIRST_FRAME_WITHIN = 64  # packets to decode at most to get one frame
 
@@ -53,6 +58,8 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
             turn: Turn | None = None if container.format.name.startswith(_TURNING) else (0, False, False)
             last: av.Packet | None = None
             timed = whole = True
+            test = start_test(_CODECS.get(context.name, context.name), bytes(context.extradata or b""))
+            begins: Start | None = None  # of the first packet
             for packet in container.demux(stream):
                 if turn is None and len(ticks) < _FIRST_FRAME_WITHIN:
                     turn = _turn(packet)
@@ -62,8 +69,11 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
                     timed = whole = False
                     break
                 last = packet
+                found = test(bytes(packet)) if test is not None and (packet.is_keyframe or not ticks) else None
+                if not ticks:
+                    begins = found
                 ticks.append(packet.pts)
-                sync.append(packet.is_keyframe)
+                sync.append(packet.is_keyframe and found is not Start.NONE)
                 shown.append(not packet.is_discard)
                 if len(ticks) & 1023 == 0:
                     limits.check_frames(len(ticks), path)
@@ -80,12 +90,29 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
             # MPEG-4 in AVI). They are also the frames' times, in the order in which a decoder returns the frames.
             if context.has_b_frames and not all(sync) and (np.diff(ticks) >= 0).all():
                 timed = False
+            if begins is None:
+                begins = Start.OPEN if not sync or sync[0] or not any(sync) else Start.NONE
+            silent: frozenset[int] = frozenset()
+            leading = not timed or any(tick < ticks[0] for tick in ticks[1:LEADING])
+            if ticks and whole and begins is not Start.CLEAN and (begins is not Start.OPEN or leading):
+                begin, given = _first_pictures(path, timed, test, sync, deadline)
+                if timed:
+                    first = min(given, default=ticks[begin])
+                    shown = [
+                        seen and i >= begin and (i >= begin + FIRST_WITHIN or tick >= first)
+                        for i, (tick, seen) in enumerate(zip(ticks, shown))
+                    ]
+                    sync = [key and i >= begin for i, key in enumerate(sync)]
+                    sync[begin] = True
+                else:
+                    leads = next((number for number in range(begin + 1, len(ticks)) if number in given), begin + 1) - begin - 1
+                    silent = frozenset([*range(begin), *range(begin + 1, begin + 1 + leads)])
             if not timed:
-                ticks = sorted(tick for tick, seen in zip(ticks, shown) if seen) if whole else ticks
+                ticks = sorted(tick for tick, seen in zip(ticks, shown) if seen)[len(silent) :] if whole else ticks
                 shown = []
             if not timed or (context.name in _KEYFRAMES_UNKNOWN and all(sync)):
                 sync = [False] * len(ticks)  # only decoding from the start is known to be correct
-            if sync:
+            if sync and not any(sync):
                 sync[0] = True  # decoding has to begin somewhere
             unit = stream.time_base or Fraction(1, av.time_base)
             duration = float(stream.duration * unit) if stream.duration else None
@@ -93,7 +120,7 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
             rotation, mirrored, odd = turn or (0, False, True)
             return Track(
                 container=container.format.name,
-                codec=context.name,
+                codec=_CODECS.get(context.name, context.name),
                 width=context.width,
                 height=context.height,
                 unit=unit,
@@ -103,14 +130,46 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
                 rotation=rotation,
                 mirrored=mirrored,
                 pixel_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
-                duration=duration,
+                duration=None if silent or not all(shown) else duration,
                 missing=missing,
                 timed=timed,
                 whole=whole,
                 unknown=("rotation",) if odd else (),
+                silent=silent,
+                opens=begins is not Start.CLEAN,
             )
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path}: can't be read as a video: {error}") from error
+
+
+def _first_pictures(path: str, timed: bool, test: StartOf | None, sync: list[bool], deadline: float | None) -> tuple[int, set[int]]:
+    """(number of the packet at which decoding can begin, which of the packets from there on give whole pictures).
+
+    Packets are named by their times, or by their numbers where they have none of their own. Raises MediaError without a keyframe.
+    """
+    begin = -1
+
+    def packets(container: InputContainer, stream: VideoStream) -> Iterator[tuple[av.Packet, bool]]:
+        nonlocal begin
+        real = (packet for packet in container.demux(stream) if packet.size and (timed or not packet.is_discard))
+        for number, packet in enumerate(real):
+            if deadline is not None and time.monotonic() > deadline:
+                raise MediaError(f"{path}: looking for its first keyframe took longer than the time limit")
+            if begin < 0:
+                found = test(bytes(packet)) if test is not None else None
+                if found is Start.NONE or (found is None and not packet.is_keyframe and any(sync)):
+                    continue
+                begin = number
+            if not timed:
+                packet.pts = number
+            yield packet, packet.is_keyframe
+
+    with open_container(path) as container:
+        stream = container.streams.video[0]
+        given = whole_pictures(stream.codec_context, packets(container, stream))
+    if begin < 0:
+        raise MediaError(f"{path}: has no keyframe, so that none of its {len(sync)} frames can be shown")
+    return begin, set(given)
 
 
 def _turn(packet: av.Packet) -> Turn | None:

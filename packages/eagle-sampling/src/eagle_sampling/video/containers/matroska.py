@@ -66,8 +66,6 @@ def _track(
     sizes: NDArray[np.int64] | None,
     missing: int,
 ) -> Track:
-    if len(sync):
-        sync[0] = True
     return Track(
         container="matroska",
         codec=header.codec,
@@ -86,6 +84,7 @@ def _track(
         missing=missing,
         unknown=header.unknown,
         frame_duration=header.frame_duration / 1e9 if header.frame_duration else None,
+        first=(int(offsets[0]), int(sizes[0])) if offsets is not None and sizes is not None and len(offsets) else None,
     )
 
 

@@ -62,8 +62,8 @@ def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track
         found = Fragments(header.track_id, header.defaults.get(header.track_id, (0, 0, 0)), limits.max_frames)
         for offset, size in fragments:
             read_fragment(source.read(offset, size), offset, found)
-        samples = found.arrays()
-    composition, sync, offsets, sizes = samples
+        samples = (*found.arrays(), None)
+    composition, sync, offsets, sizes, first = samples
     shown = None
     if header.edits:
         composition, shown = _apply_edits(header, composition, bool(fragments))
@@ -75,7 +75,7 @@ def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track
         if not present.all():
             composition, sync, offsets, sizes = composition[present], sync[present], offsets[present], sizes[present]
             shown = None if shown is None else shown[present]
-            sync[:1] = True
+        first = (int(offsets[0]), int(sizes[0])) if len(offsets) else None
     rotation, mirrored, odd = orientation(header.matrix)
     return Track(
         container="mp4",
@@ -96,6 +96,7 @@ def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track
         duration=header.duration / header.scale if header.duration else None,
         missing=missing or int(cut and bool(fragments)),
         unknown=("rotation",) if odd else (),
+        first=first,
     )
 
 
@@ -243,8 +244,8 @@ def _column(table: memoryview | None, fields: int, start: int = 4) -> NDArray[np
 
 def _tables(
     header: _Header, limits: Limits, within: int | None
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None, NDArray[np.int64] | None]:
-    """(composition times, sync, offsets, sizes), each [n] in decode order, from the tables of `stbl`.
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None, NDArray[np.int64] | None, tuple[int, int] | None]:
+    """(composition times, sync, offsets, sizes), each [n] in decode order, from the tables of `stbl`, and the first (offset, size).
 
     within: the file's size, if offsets and sizes are wanted only when samples lie beyond it or are empty (otherwise they are None).
     None: always.
@@ -258,7 +259,7 @@ def _tables(
     limits.check_frames(n, "its video track")
     empty = np.zeros(0, np.int64)
     if n == 0:
-        return empty, np.zeros(0, bool), empty, empty
+        return empty, np.zeros(0, bool), empty, empty, None
     durations = _column(tables.get(b"stts"), 2)
     if len(durations) == 1 and durations[0, 0] == n:
         decode = np.arange(n, dtype=np.int64)
@@ -270,11 +271,10 @@ def _tables(
         shifts = _entries(tables[b"ctts"], 2)
         decode += _repeated(shifts[:, 0], shifts[:, 1].astype(np.int32), n, "ctts")
     sync = np.ones(n, bool)
-    if b"stss" in tables:
+    numbers = _column(tables.get(b"stss"), 1)[:, 0] - 1
+    if len(numbers):  # without a table, or with an empty one, any frame may be a keyframe: `keyframes` decides
         sync[:] = False
-        numbers = _column(tables[b"stss"], 1)[:, 0] - 1
         sync[numbers[(numbers >= 0) & (numbers < n)]] = True
-        sync[0] = True  # decoding has to begin somewhere
     chunks = _column(tables.get(b"stco"), 1)[:, 0]
     if b"co64" in tables:
         table = tables[b"co64"]
@@ -285,10 +285,10 @@ def _tables(
         raise Unsupported("an irregular chunk table")
     ends_inside = within is not None and int(chunks.max()) == chunks[-1] and chunks[-1] + int(sizes[-int(runs[-1, 1]) :].sum()) <= within
     if ends_inside and sizes.all():  # even a full last chunk ends inside, and no sample is empty
-        return decode, sync, None, None
+        return decode, sync, None, None, (int(chunks[0]), int(sizes[0]))
     sizes = sizes.astype(np.int64)
     if len(runs) == 1 and runs[0, 1] == 1 and len(chunks) >= n:
-        return decode, sync, chunks[:n], sizes
+        return decode, sync, chunks[:n], sizes, None
     per_chunk = np.repeat(runs[:, 1], np.diff(np.append(runs[:, 0], max(len(chunks) + 1, int(runs[-1, 0]) + 1))))[: len(chunks)]
     if int(per_chunk.sum()) < n:
         raise Damaged("its chunks hold fewer frames than its sizes")
@@ -296,7 +296,7 @@ def _tables(
     first = np.cumsum(per_chunk) - per_chunk
     used = first < n
     base = chunks[used] - before[first[used]]
-    return decode, sync, np.repeat(base, per_chunk[used])[:n] + before, sizes
+    return decode, sync, np.repeat(base, per_chunk[used])[:n] + before, sizes, None
 
 
 def _repeated(counts: NDArray[Any], values: NDArray[Any], n: int, name: str) -> NDArray[Any]:

@@ -30,7 +30,6 @@ class Fragments:
             empty = np.zeros(0, np.int64)
             return empty, np.zeros(0, bool), empty, empty
         times, sync, offsets, sizes = (np.concatenate(column) for column in zip(*self.parts))
-        sync[0] = True
         return times, sync, offsets, sizes
 
 

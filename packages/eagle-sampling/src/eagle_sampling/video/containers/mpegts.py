@@ -47,7 +47,7 @@ def read_mpegts(source: Source, limits: Limits) -> Track:
     if codec not in _DELIMITERS or unit != Fraction(1, 90_000):
         raise Unsupported(f"codec {codec}")
     ticks, keys, offsets = _scan(source, pid, limits)
-    if [(int(tick), bool(key)) for tick, key in zip(ticks[: len(expected)], keys)] != expected or not len(ticks) or not keys[0]:
+    if [(int(tick), bool(key)) for tick, key in zip(ticks[: len(expected)], keys)] != expected or not len(ticks):
         raise Unsupported("packets that libavformat splits differently")
     if len(ticks) > 1 and int(ticks.max() - ticks.min()) > 1 << 32:
         raise Unsupported("times that wrap around")

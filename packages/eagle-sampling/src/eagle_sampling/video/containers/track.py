@@ -26,6 +26,9 @@ class Track:
     right if `mirrored`.
     colour: matrix, range and chroma positions of the container, as decoder options: they apply where the stream itself states none.
     missing: samples of the header that the file does not hold.
+    first: (offset, size) of the first sample, also where `offsets` were not read.
+    opens: decoding begins at a keyframe after which pictures from before it may be named.
+    silent: packets at the beginning of an untimed track that give no frame; the others are its samples, in order.
     """
 
     container: str
@@ -49,25 +52,30 @@ class Track:
     timed: bool = True  # False: a packet's time is not its frame's; sample i is the i-th frame when decoding from the front
     whole: bool = True  # False (then `timed` is False too): some packets hold less than a frame
     frame_duration: float | None = None  # seconds, as the header states it
+    first: tuple[int, int] | None = None
+    silent: frozenset[int] = frozenset()
+    opens: bool = False
     # MPEG-TS: a frame's bytes are spread over transport packets; called with (source, sample) instead of reading offsets/sizes.
     scattered: Callable[[Source, int], bytes] | None = None
     _order: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def presentation_order(self) -> NDArray[np.int64]:
-        """Sample numbers of the frames that are shown, in order of presentation, int64 [shown]."""
+        """Sample numbers of the frames that are shown, in order of presentation, int64 [shown].
+
+        Of frames of one time, only the last is on the screen: the others are not among the video's frames.
+        """
         if self._order is None:
             order = np.argsort(self.ticks, kind="stable")
-            self._order = order if self.shown is None else order[self.shown[order]]
+            order = order if self.shown is None else order[self.shown[order]]
+            seen = _seen(self.ticks[order])
+            self._order = order if seen is None else order[seen]
         return self._order
 
     def presentation_ticks(self) -> NDArray[np.int64]:
         """Ticks of the frames that are shown, in order, int64 [shown]."""
-        return ordered(self.ticks if self.shown is None else self.ticks[self.shown])
-
-    def doubled(self) -> NDArray[np.int64]:
-        """Ticks of more than one frame: the index is damaged, or a muxer rounded two frames to one time."""
-        ticks = self.presentation_ticks()
-        return np.unique(ticks[1:][np.diff(ticks) == 0])
+        ticks = ordered(self.ticks if self.shown is None else self.ticks[self.shown])
+        seen = _seen(ticks)
+        return ticks if seen is None else ticks[seen]
 
     def seconds(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
         """Presentation times of the samples, each correctly rounded."""
@@ -76,6 +84,12 @@ class Track:
     def at(self, ticks: NDArray[np.int64]) -> NDArray[np.float64]:
         """ticks in seconds."""
         return ticks * np.float64(self.unit.numerator) / np.float64(self.unit.denominator)
+
+
+def _seen(ticks: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+    """Which of the sorted ticks are followed by a larger one; None: all."""
+    last = ticks[1:] != ticks[:-1]
+    return None if last.all() else np.append(last, True)
 
 
 def ordered(ticks: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,0 +1,72 @@
+"""Members of tar files: `{"tar": path, "member": name}`, optionally with the place of the content (`offset`, `size`, bytes).
+
+Without a place the headers of the file are read once in a process.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from functools import lru_cache
+from typing import Any
+
+from ..limits import Limits, MediaError, printable, unreadable
+
+
+def read_member(ref: dict[str, Any], root: str | os.PathLike[str] | None, limits: Limits) -> bytes:
+    """The content of a member. Raises MediaError when the file or the member is missing, cut off, or over `limits.max_bytes`."""
+    path = _path(ref, root)
+    offset, size = _place(ref, path)
+    limits.check_bytes(size, _name(ref))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(size)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    if len(data) != size:
+        raise MediaError(f"{_name(ref)}: is cut off: {len(data)} of {size} bytes are there; copy the tar file again")
+    return data
+
+
+def has_member(ref: dict[str, Any], root: str | os.PathLike[str] | None) -> bool:
+    """Whether the tar file holds the member."""
+    try:
+        path = _path(ref, root)
+        _place(ref, path)
+        return os.path.isfile(path)
+    except MediaError:
+        return False
+
+
+def _path(ref: dict[str, Any], root: str | os.PathLike[str] | None) -> str:
+    if not isinstance(ref.get("tar"), (str, os.PathLike)) or not isinstance(ref.get("member"), str):
+        raise MediaError(f"a reference into a tar file needs 'tar' (a path) and 'member' (a name); this one has {sorted(map(str, ref))}")
+    return os.path.join(root or "", ref["tar"])
+
+
+def _name(ref: dict[str, Any]) -> str:
+    return printable(f"{ref['tar']}/{ref['member']}")
+
+
+def _place(ref: dict[str, Any], path: str) -> tuple[int, int]:
+    if "offset" in ref and "size" in ref:
+        return int(ref["offset"]), int(ref["size"])
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    try:
+        return _members(path, stat.st_size, stat.st_mtime_ns)[ref["member"].removeprefix("./")]
+    except KeyError:
+        raise MediaError(f"{_name(ref)}: the tar file has no such member") from None
+
+
+@lru_cache(maxsize=8)
+def _members(path: str, size: int, mtime_ns: int) -> dict[str, tuple[int, int]]:
+    """Place of every file in a tar file, (offset, size) by name."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return {one.name.removeprefix("./"): (one.offset_data, one.size) for one in tar if one.isfile()}
+    except (OSError, tarfile.TarError) as error:
+        raise MediaError(f"{printable(path)}: can't be read as a tar file: {error}") from error

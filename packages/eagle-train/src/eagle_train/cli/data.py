@@ -1,0 +1,79 @@
+"""`eagle data lint` and `eagle data stats`: keys of the rows, and what the rows hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eagle_train.errors import counted
+
+from .app import app
+from .options import ConfigFile, Overrides
+from .tables import table
+
+data_app = typer.Typer(help="The rows of a run: which keys are used, and what they hold.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+HeldOut = Annotated[bool, typer.Option("--held-out", help="Use the held-out rows.")]
+
+
+@data_app.command("lint")
+def lint(
+    config: ConfigFile,
+    limit: Annotated[int | None, typer.Option(help="Rows of each source; default: all.", metavar="N", min=1, show_default=False)] = None,
+    held_out: HeldOut = False,
+    overrides: Overrides = None,
+) -> None:
+    """Print per key of the rows whether it is used, and which rows are refused; media are not opened. Exit code 3 when rows are refused."""
+    from eagle_train.config import load_config
+    from eagle_train.data.lint import lint as lint_rows
+
+    refused = 0
+    for source in lint_rows(load_config(config, overrides or ()), evaluation=held_out, limit=limit):
+        print(f"source {source.name}: {counted(source.rows, 'row')}")
+        if source.keys:
+            print(table([("key", "rows", "use", "example"), *((use.key, str(use.rows), use.use, use.example) for use in source.keys)]))
+        for refusal in source.refusals:
+            print(f"refused: {refusal.reason}: {counted(refusal.rows, 'row')}, for example {refusal.example}")
+            refused += refusal.rows
+    if refused:
+        raise typer.Exit(3)
+
+
+@data_app.command("stats")
+def stats(
+    config: ConfigFile,
+    html: Annotated[Path | None, typer.Option(help="Also write a page.", metavar="FILE", show_default=False)] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.", metavar="FILE", show_default=False)] = None,
+    held_out: HeldOut = False,
+    overrides: Overrides = None,
+) -> None:
+    """Print rows, hours and tokens per source, lengths before and after ADS at every context length, duplicates, and reasons."""
+    from eagle_train.config import load_config
+    from eagle_train.watching.statistics import statistics, to_html, to_json
+
+    numbers = statistics(load_config(config, overrides or ()), evaluation=held_out)
+    names = ("source", "rows", "not usable", "duplicates", "images", "videos", "documents", "hours", "text tokens", "label tokens")
+    rows = [
+        (
+            source.name,
+            *map(str, (source.rows, source.bad_rows, source.duplicates, source.images, source.videos, source.documents)),
+            f"{source.hours:.2f}",
+            *map(str, (source.text_tokens, source.label_tokens)),
+        )
+        for source in numbers.sources
+    ]
+    print(table([names, *rows]))
+    for length in numbers.lengths:
+        visual = ", ".join(f"{name} {tokens}" for name, tokens in length.visual_tokens.items())
+        print(f"\nstage {length.stage}: {length.max_tokens} tokens, {counted(length.dropped, 'row')} not fitting; visual tokens: {visual}")
+        bins = zip(length.edges, length.before, length.after)
+        print(table([("tokens", "before ADS", "after ADS"), *((f"< {edge}", str(before), str(after)) for edge, before, after in bins)]))
+    for reason in numbers.reasons:
+        print(f"not used: {reason}")
+    for path, write in ((html, to_html), (json, to_json)):
+        if path is not None:
+            path.write_text(write(numbers), encoding="utf-8")
+            print(f"wrote {path}")

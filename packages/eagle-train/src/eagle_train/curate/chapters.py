@@ -1,0 +1,96 @@
+"""Chapters of a video: from one file for many videos, a file next to the video, or the container."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+
+from eagle_train.config import ConfigError
+
+
+class Chapter(NamedTuple):
+    """start, end: seconds from the first frame of the file; end None: until the next chapter or the end of the video."""
+
+    start: float
+    end: float | None
+    title: str
+
+
+def load_chapters(path: Path) -> dict[str, list[Chapter]]:
+    """Chapters by the video's name: its path, file name, or file name without suffix.
+
+    Layouts: ViTT, `{"id", "annotations": [{"timestamp": milliseconds, "tag"}]}`, as a list or one object per line (of several annotations
+    of one video the first is taken); VidChapters, `{id: {"duration", "timestamps": [[start, end]], "sentences": [title]}}`; ours,
+    `{name: [{"start", "end" (optional), "title"}]}`. Raises ConfigError that names the file and the entry.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read as chapters: {error}") from error
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        content = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                try:
+                    content.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ConfigError(f"{path}:{number}: is not JSON: {error.msg}") from error
+    if isinstance(content, Mapping) and "annotations" in content:
+        content = [content]
+    chapters: dict[str, list[Chapter]] = {}
+    entries = content.items() if isinstance(content, Mapping) else ((_name(path, entry), entry) for entry in content)
+    for name, entry in entries:
+        chapters.setdefault(str(name), _chapters(entry, f"{path}: {name}"))
+    return chapters
+
+
+def of_video(video: str, known: Mapping[str, list[Chapter]]) -> list[Chapter]:
+    """Chapters of one video, in order: from `known`, else `<video without suffix>.chapters.json`, else those that its container states."""
+    path = Path(video)
+    for name in (video, path.name, path.stem):
+        if name in known:
+            return sorted(known[name])
+    sidecar = path.with_name(f"{path.stem}.chapters.json")
+    if sidecar.is_file():
+        try:
+            content = json.loads(sidecar.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{sidecar}: can't be read as chapters: {error}") from error
+        return sorted(_chapters(content, str(sidecar)))
+    with av.open(os.path.abspath(video), metadata_errors="replace") as container:
+        found = []
+        for chapter in container.chapters():
+            base = float(chapter["time_base"] or 0)
+            title = str(chapter["metadata"].get("title") or "")
+            found.append(Chapter(max(chapter["start"] * base, 0.0), chapter["end"] * base, title))
+    return sorted(found)
+
+
+def _name(path: Path, entry: Any) -> str:
+    name = entry.get("id", entry.get("video")) if isinstance(entry, Mapping) else None
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: an entry has no 'id' or 'video' that names its video: {str(entry)[:100]}")
+    return name
+
+
+def _chapters(entry: Any, where: str) -> list[Chapter]:
+    try:
+        if isinstance(entry, Mapping) and "annotations" in entry:
+            return [Chapter(float(item["timestamp"]) / 1000, None, str(item["tag"])) for item in entry["annotations"]]
+        if isinstance(entry, Mapping) and "timestamps" in entry:
+            titles = entry.get("sentences", entry.get("titles"))
+            if not isinstance(titles, list) or len(titles) != len(entry["timestamps"]):
+                raise ValueError("as many sentences as timestamps are expected")
+            return [Chapter(float(start), float(end), str(title)) for (start, end), title in zip(entry["timestamps"], titles)]
+        items = entry["chapters"] if isinstance(entry, Mapping) else entry
+        return [
+            Chapter(float(item["start"]), None if item.get("end") is None else float(item["end"]), str(item["title"])) for item in items
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        expected = "annotations (ViTT), timestamps and sentences (VidChapters), or a list of {start, title}"
+        raise ConfigError(f"{where}: not chapters ({type(error).__name__}: {error}); expected {expected}") from error

@@ -1,0 +1,172 @@
+"""Shot boundaries from small frames, in numpy: hysteresis on changes of colour histograms and of pixels.
+
+The change over `span` frames is compared with the usual change over as many frames nearby, which is motion. Where the difference exceeds
+`LOW * high` a candidate begins, and it is a boundary when its peak exceeds `high`. A span of one frame finds cuts, longer spans find cuts
+with a mixed frame, dissolves and fades. A dissolve mixes two pictures linearly: the frame in the middle is close to the mean of the frames
+at both ends, which motion is not.
+
+The thresholds were chosen on spliced footage and on two films (`benchmarks/curate.py` measures them next to PySceneDetect).
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+WIDTH, HEIGHT = 48, 27
+"""Pixels of a small frame, as in TransNetV2."""
+BINS = (16, 32, 32)
+"""Bins of the histograms of Y, U and V. Chroma stays near 128, so that it needs narrower bins."""
+HISTOGRAM_WEIGHT = 60.0
+"""Grey levels that a histogram distance of 1 (nothing in common) is worth."""
+LOW = 0.5
+"""Share of `high` at which a candidate begins."""
+
+
+class Scale(NamedTuple):
+    """span: frames; high: threshold in grey levels; motion: factor of the usual change; window: frames on each side that give it.
+
+    blend: largest distance of the middle frame from the mean of the ends, relative to the distance of the ends; None: not compared.
+    """
+
+    span: int
+    high: float
+    motion: float
+    window: int
+    blend: float | None
+
+
+SCALES = (Scale(1, 14.0, 2.0, 4, None), Scale(3, 24.0, 1.5, 4, None), Scale(8, 16.0, 1.5, 8, 0.3), Scale(16, 20.0, 1.5, 12, 0.3))
+LONGEST_SPAN = max(scale.span for scale in SCALES)
+
+
+class Boundary(NamedTuple):
+    """frame: the first frame of the new shot (0-based; of a gradual transition its middle). span: frames over which it was seen."""
+
+    frame: int
+    span: int
+
+
+class Changes(NamedTuple):
+    """Per scale, for every frame: the change that is centred in front of it (float32 [n]), and the blend ratio there."""
+
+    change: list[NDArray[np.float32]]
+    blend: list[NDArray[np.float32]]
+
+
+def shot_boundaries(chunks: Iterable[NDArray[np.uint8]]) -> tuple[int, list[Boundary]]:
+    """(number of frames, boundaries in order) of small frames that come in chunks of uint8 [n, 3, h, w], planes Y, U, V.
+
+    Memory: one chunk, and 8 floats a frame.
+    """
+    count, changes = measure_changes(chunks)
+    return count, find_boundaries(changes)
+
+
+def measure_changes(chunks: Iterable[NDArray[np.uint8]]) -> tuple[int, Changes]:
+    """(number of frames, changes) of frames in chunks. How the frames are divided into chunks does not change the result."""
+    parts: list[tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]] = []
+    count = 0
+    for frames, known in _overlapping(chunks):
+        histograms = _histograms(frames)
+        change, blend = [], []
+        for scale in SCALES:
+            first = max(known - scale.span, 0)  # pairs that end in a known frame are measured already
+            change.append(_change(frames[first:], histograms[first:], scale.span))
+            blend.append(_blend(frames[first:], scale.span) if scale.blend is not None else change[-1])
+        parts.append((change, blend))
+        count += len(frames) - known
+    series: list[list[NDArray[np.float32]]] = []
+    for kind, outside in ((0, 0.0), (1, np.inf)):
+        rows = []
+        for index, scale in enumerate(SCALES):
+            row = np.full(count, outside, np.float32)
+            pairs = [part[kind][index] for part in parts]
+            values = np.concatenate(pairs) if pairs else np.empty(0, np.float32)
+            start = (scale.span + 1) // 2
+            row[start : start + len(values)] = values
+            rows.append(row)
+        series.append(rows)
+    return count, Changes(*series)
+
+
+def find_boundaries(changes: Changes) -> list[Boundary]:
+    """Boundaries of all scales; a longer span adds only what a shorter one did not find within its span."""
+    found: list[Boundary] = []
+    for scale, change, blend in zip(SCALES, changes.change, changes.blend):
+        excess = _excess(change.astype(np.float64), scale)
+        for frame in _peaks(excess, LOW * scale.high, scale.high):
+            if scale.blend is not None and blend[max(frame - 2, 0) : frame + 3].min() > scale.blend:
+                continue
+            if all(abs(frame - other.frame) > max(scale.span, other.span) for other in found):
+                found.append(Boundary(frame, scale.span))
+    return sorted(found)
+
+
+def _overlapping(chunks: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    """Chunks with up to LONGEST_SPAN frames from before in front of them, and how many these are."""
+    tail: NDArray[np.uint8] | None = None
+    for chunk in chunks:
+        if len(chunk):
+            frames = chunk if tail is None else np.concatenate([tail, chunk])
+            yield frames, len(frames) - len(chunk)
+            tail = frames[-LONGEST_SPAN:].copy()
+
+
+def _histograms(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Histograms of the three planes side by side, each with a sum of 1: float32 [n, sum(BINS)]."""
+    count, _, height, width = frames.shape
+    rows = np.arange(count)[:, None]
+    planes = []
+    for plane, bins in enumerate(BINS):
+        values = frames[:, plane].reshape(count, -1) // (256 // bins)
+        counts = np.bincount((values + rows * bins).ravel(), minlength=count * bins)
+        planes.append(counts.reshape(count, bins).astype(np.float32) / (height * width))
+    return np.concatenate(planes, axis=1)
+
+
+def _change(frames: NDArray[np.uint8], histograms: NDArray[np.float32], span: int) -> NDArray[np.float32]:
+    """Mean absolute difference of the pixels, summed over the planes, plus the weighted distance of the histograms: [n - span]."""
+    pixels = _distance(frames[span:], frames[:-span])
+    apart = np.abs(histograms[span:] - histograms[:-span]).sum(axis=1) / (2 * len(BINS))
+    return pixels + np.float32(HISTOGRAM_WEIGHT) * apart
+
+
+def _blend(frames: NDArray[np.uint8], span: int) -> NDArray[np.float32]:
+    """Distance of the middle frame from the mean of the ends, over the distance of the ends: [n - span]."""
+    half = span // 2
+    low, high = frames[:-span].astype(np.int16), frames[span:].astype(np.int16)
+    middle = frames[half : len(frames) - (span - half)].astype(np.int16)
+    rest = np.abs(2 * middle - low - high).mean(axis=(1, 2, 3), dtype=np.float32) / 2
+    return rest / (np.abs(high - low).mean(axis=(1, 2, 3), dtype=np.float32) + np.float32(1 / 3))
+
+
+def _distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    apart = np.maximum(a, b) - np.minimum(a, b)
+    return apart.reshape(len(apart), -1).sum(axis=1, dtype=np.uint32).astype(np.float32) / np.float32(a.shape[2] * a.shape[3])
+
+
+def _excess(change: NDArray[np.float64], scale: Scale) -> NDArray[np.float64]:
+    """What a change exceeds the usual one by. The frames within one span are not counted as usual: they see the same transition."""
+    total = np.concatenate([[0.0], np.cumsum(change)])
+    at = np.arange(len(change))
+
+    def mean(first: NDArray[np.int64], stop: NDArray[np.int64]) -> NDArray[np.float64]:
+        first, stop = (np.clip(edge, 0, len(change)) for edge in (first, stop))
+        return np.where(stop > first, (total[stop] - total[first]) / np.maximum(stop - first, 1), np.nan)
+
+    before = mean(at - scale.span - scale.window + 1, at - scale.span + 1)
+    after = mean(at + scale.span, at + scale.span + scale.window)
+    sides = np.isfinite(before).astype(int) + np.isfinite(after)
+    usual = (np.nan_to_num(before) + np.nan_to_num(after)) / np.maximum(sides, 1)
+    return change - scale.motion * usual
+
+
+def _peaks(values: NDArray[np.float64], low: float, high: float) -> Iterator[int]:
+    """Places of the maxima of all runs above `low` that reach `high`."""
+    on = np.concatenate([[False], values >= low, [False]])
+    edges = np.flatnonzero(on[1:] != on[:-1])
+    for first, stop in zip(edges[::2], edges[1::2]):
+        if values[first:stop].max() >= high:
+            yield int(first + np.argmax(values[first:stop]))

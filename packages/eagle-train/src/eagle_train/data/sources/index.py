@@ -1,0 +1,58 @@
+"""The index of an annotation file: where its shards are and what they hash to, kept next to the facts."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from eagle_train.data.atomic import read_json, replacing
+
+from . import open_rows
+from .protocol import Shard
+
+
+@dataclass(frozen=True)
+class FileIndex:
+    """What one pass over a file found. fingerprint: hash of all that its rows say. size, mtime_ns: whether to look again."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    fingerprint: str
+    rows: int
+    shard_rows: int
+    shards: tuple[Shard, ...]
+
+    def changed(self) -> bool:
+        """Whether the file is another one than it was when this was made."""
+        stat = os.stat(self.path)
+        return (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns)
+
+
+def index_file(path: str, shard_rows: int, cache: Path) -> FileIndex:
+    """The index of a file, from the folder `cache` when size and time of modification still agree.
+
+    An index of an earlier version of the file gives the sizes of shards: rows that are appended make shards of their own, and those before
+    stay what they are.
+    """
+    stat = os.stat(path)
+    known = cache / f"{hashlib.blake2b(os.path.realpath(path).encode(), digest_size=12).hexdigest()}-{shard_rows}.json"
+    content = read_json(known)
+    sizes: list[int] = []
+    if content is not None and content.get("path") is not None:
+        shards = tuple(Shard(*shard) for shard in content["shards"])
+        if (content["size"], content["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+            return FileIndex(**{**content, "path": path, "shards": shards})
+        sizes = [shard.rows for shard in shards]
+    fingerprint = hashlib.blake2b(digest_size=20)
+    shards = tuple(open_rows(path).scan(itertools.chain(sizes, itertools.repeat(shard_rows)), fingerprint))
+    rows = sum(shard.rows for shard in shards)
+    index = FileIndex(path, stat.st_size, stat.st_mtime_ns, fingerprint.hexdigest(), rows, shard_rows, shards)
+    cache.mkdir(parents=True, exist_ok=True)
+    with replacing(known) as file:
+        file.write(json.dumps(asdict(index)).encode())
+    return index

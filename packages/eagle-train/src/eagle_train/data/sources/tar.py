@@ -1,0 +1,169 @@
+"""WebDataset: tar files whose neighbouring members with one name and several suffixes are one row. An address is a range of bytes.
+
+`cat.json` + `cat.jpg` is a row: what the JSON says, and the image. Text members (`cat.txt`) are columns with the suffix as the name. A JSON
+that names media by the names of members gets these; media that it doesn't name are the row's `images`, `videos` and `documents` in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from eagle_train.config import ConfigError
+from eagle_train.data.errors import RowError
+
+from .protocol import Digest, RawRow, Shard, too_long
+
+_BLOCK = 512
+KIND_OF = {
+    **dict.fromkeys(("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "heic", "avif"), "images"),
+    **dict.fromkeys(("mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "mpg", "mpeg", "flv", "wmv"), "videos"),
+    "pdf": "documents",
+}
+_NAMES = {"images": ("image", "images"), "videos": ("video", "videos"), "documents": ("document", "documents")}
+
+
+class TarRows:
+    """Rows of a tar file, numbered from 1."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def scan(self, sizes: Iterator[int], fingerprint: Digest) -> Iterator[Shard]:
+        """The digest covers text members, and of media the names and sizes."""
+        wanted = next(sizes)
+        start = end = count = 0
+        digest = hashlib.blake2b(digest_size=20)
+        with open(self.path, "rb") as file:
+            for members in self._groups(file, 0, None):
+                if not count:
+                    start, digest = members[0].offset, hashlib.blake2b(digest_size=20)
+                for member in members:
+                    content = b"" if _suffix(member) in KIND_OF else _content(file, member)
+                    said = f"{member.name} {member.size}\n".encode("utf-8", "surrogateescape") + content
+                    digest.update(said)
+                    fingerprint.update(said)
+                count, end = count + 1, _end(members[-1])
+                if count == wanted:
+                    yield Shard(start, end - start, count, digest.hexdigest())
+                    count, wanted = 0, next(sizes)
+        if count:
+            yield Shard(start, end - start, count, digest.hexdigest())
+
+    def read(self, shard: Shard, max_bytes: int) -> Iterator[RawRow]:
+        with open(self.path, "rb") as file:
+            for members in self._groups(file, shard.start, shard.start + shard.size):
+                start, end = members[0].offset, _end(members[-1])
+                text = sum(member.size for member in members if _suffix(member) not in KIND_OF)
+                content: dict[str, Any] | RowError
+                try:
+                    content = self._row(file, members) if text <= max_bytes else too_long(text, max_bytes)
+                except RowError as error:
+                    content = error
+                yield RawRow(start, end - start, content)
+
+    def get(self, start: int, size: int) -> dict[str, Any]:
+        with open(self.path, "rb") as file:
+            groups = list(self._groups(file, start, start + size))
+            if len(groups) != 1:
+                raise RowError("bad-row", f"{self.path}: {len(groups)} rows are at byte {start}; the file changed, run eagle prepare again")
+            return self._row(file, groups[0])
+
+    def name(self, row: int, start: int) -> str:
+        with open(self.path, "rb") as file:
+            first = next(self._groups(file, start, None), None)
+        return f"{Path(self.path).name}/{_key(first[0])}" if first else f"{Path(self.path).name}, row {row}"
+
+    def _groups(self, file: Any, start: int, end: int | None) -> Iterator[list[tarfile.TarInfo]]:
+        """Members of each row between two bytes. Raises ConfigError for what is not a tar file."""
+        file.seek(start)
+        pending: list[tarfile.TarInfo] = []
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None and (end is None or member.offset < end):
+                    tar.members.clear()  # type: ignore[attr-defined]
+                    if not member.isfile() or os.path.basename(member.name).startswith("."):
+                        continue
+                    if pending and _key(pending[0]) != _key(member):
+                        yield pending
+                        pending = []
+                    pending.append(member)
+        except tarfile.ReadError as error:
+            if "empty file" not in str(error):
+                raise ConfigError(f"{self.path}: can't be read as a tar file: {error}") from error
+        if pending:
+            yield pending
+
+    def _row(self, file: Any, members: Sequence[tarfile.TarInfo]) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        media: dict[str, list[tuple[str, dict[str, Any]]]] = {kind: [] for kind in _NAMES}
+        for member in members:
+            suffix = _suffix(member)
+            if (kind := KIND_OF.get(suffix)) is not None:
+                name = os.path.basename(member.name)
+                reference = {"tar": self.path, "member": member.name, "offset": member.offset_data, "size": member.size}
+                media[kind].append((name, reference))
+                continue
+            content = _content(file, member)
+            try:
+                value = json.loads(content) if suffix == "json" else content.decode("utf-8")
+            except ValueError as error:
+                raise RowError("broken-json", f"{member.name}: {error}") from error
+            if suffix != "json":
+                row[suffix] = value
+            elif isinstance(value, dict):
+                row.update(value)
+            else:
+                raise RowError("broken-json", f"{member.name}: is a {type(value).__name__}, expected an object")
+        row["__key__"] = _key(members[0])
+        named = {name: reference for found in media.values() for name, reference in found}
+        used: set[str] = set()
+        row = _with_members(row, named, used)
+        for kind, found in media.items():
+            rest = [reference for name, reference in found if name not in used]
+            if rest and any(row.get(key) for key in _NAMES[kind]):
+                names = ", ".join(reference["member"] for reference in rest)
+                raise RowError("bad-media", f"{names}: the row's JSON has {kind} of its own, and none of them is this member")
+            if rest:
+                row[kind] = rest
+        return row
+
+
+def _with_members(value: Any, named: dict[str, dict[str, Any]], used: set[str]) -> Any:
+    """The value with every name of a member in the place of a path replaced by the member."""
+    if isinstance(value, dict):
+        return {
+            key: item if key in ("value", "content", "text") and isinstance(item, str) else _with_members(item, named, used)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_members(item, named, used) for item in value]
+    if isinstance(value, str) and (name := os.path.basename(value)) in named:
+        used.add(name)
+        return named[name]
+    return value
+
+
+def _suffix(member: tarfile.TarInfo) -> str:
+    return os.path.basename(member.name).partition(".")[2].rpartition(".")[2].lower() or "txt"
+
+
+def _key(member: tarfile.TarInfo) -> str:
+    folder, name = os.path.split(member.name)
+    return os.path.join(folder, name.partition(".")[0])
+
+
+def _end(member: tarfile.TarInfo) -> int:
+    return member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+
+
+def _content(file: Any, member: tarfile.TarInfo) -> bytes:
+    content = os.pread(file.fileno(), member.size, member.offset_data)
+    if len(content) != member.size:
+        raise RowError("broken-record", f"{member.name}: the tar file ends in the middle of it")
+    return content

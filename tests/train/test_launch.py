@@ -1,0 +1,95 @@
+"""How ranks are started: the command of torchrun, SLURM's variables, and what a user sees."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from eagle_train.cli import launch
+from eagle_train.config import ConfigError
+
+
+def test_first_host():
+    for nodes, first in (
+        ("gpu[03-07,9],other", "gpu03"),
+        ("gpu03", "gpu03"),
+        ("a-1,a-2", "a-1"),
+        ("n[1,3]-ib", "n1-ib"),
+        ("rack2-gpu[001-010]", "rack2-gpu001"),
+    ):
+        assert launch.first_host(nodes) == first
+
+
+def test_slurm_tasks_join():
+    slurm = {"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"}
+    environment = slurm | {"SLURM_STEP_NODELIST": "gpu[03-04]"}
+    assert launch.join_slurm(environment)
+    assert {key: value for key, value in environment.items() if not key.startswith("SLURM")} == {
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": "23456",
+    }
+    assert launch.is_launched(environment)
+    for alone in ({}, slurm | {"SLURM_NTASKS": "1"}, slurm | {"RANK": "0", "WORLD_SIZE": "2"}):
+        assert not launch.join_slurm(dict(alone))
+
+
+def test_torchrun():
+    arguments = launch.without_launch_options(["train", "c.yaml", "--nproc", "4", "--set", "run.seed=1", "--nodes=2", "--rdzv", "h"])
+    assert arguments == ["train", "c.yaml", "--set", "run.seed=1"]
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    assert launch.torchrun(arguments, 4, 1, None, "r") == [*head, "4", "--standalone", "-m", "eagle_train.cli", *arguments]
+    several = launch.torchrun(arguments, 8, 2, "node1", "r")
+    assert several[: len(head) + 9] == [
+        *head, "8", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node1:29500", "--rdzv-id", "r",
+    ]  # fmt: skip
+    assert "node1:4000" in launch.torchrun(arguments, 8, 2, "node1:4000", "r")
+    with pytest.raises(ConfigError, match=r"--nodes 2 needs --rdzv HOST"):
+        launch.torchrun(arguments, 8, 2, None, "r")
+
+
+def test_a_process_per_gpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [launch.processes(None, None), launch.processes(None, "cpu"), launch.processes(2, None)] == [4, 1, 2]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert launch.processes(None, None) == 1
+
+
+def eagle(*arguments, folder):
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-m", "eagle_train.cli", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_print_launch(tmp_path):
+    (tmp_path / "c.yaml").write_text("run: {name: my-run}")
+    done = eagle("train", "c.yaml", "--print-launch", "slurm", "--nodes", "2", "--set", "stages.0.lr=1e-5", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {"#SBATCH --job-name=my-run", "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=8"} <= set(lines)
+    assert lines[-1] == "srun eagle train c.yaml --set stages.0.lr=1e-5"
+    assert eagle("train", "c.yaml", "--print-launch", "pbs", folder=tmp_path).returncode == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_run(colour_run, tmp_path):
+    from eagle_train.config import dump_config
+    from eagle_train.training.metrics import Metrics
+
+    config = colour_run()
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    done = eagle("train", "c.yaml", "--device", "cpu", "--nproc", "2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stdout
+    assert done.stdout.count("run folder:") == 1
+    assert len(list(Metrics(config.run.folder / "metrics.jsonl"))) == 6
+    wrong = eagle("train", "c.yaml", "--nproc", "2", "--set", "stages.0.lr=-1", folder=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("stages.0.lr") == 1

@@ -1,0 +1,64 @@
+"""Muon: the orthogonalised update against singular values and a second implementation; AdamW for the rest against torch's."""
+
+import pytest
+import torch
+from torch import nn
+
+from eagle_train.training.muon import Muon, orthogonalised
+
+
+def quintic(matrix, steps):
+    """The same polynomial on the singular values themselves, in float64."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ v
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (1, 7)])
+def test_orthogonalised_is_the_polynomial_of_the_singular_values(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    torch.testing.assert_close(orthogonalised(matrix).double(), quintic(matrix, 5), atol=1e-4, rtol=1e-4)
+
+
+def test_singular_values_are_near_one():
+    torch.manual_seed(0)
+    matrix = torch.linalg.qr(torch.randn(16, 16))[0] @ torch.diag(torch.logspace(-1, 0, 16)) @ torch.linalg.qr(torch.randn(16, 16))[0]
+    values = torch.linalg.svdvals(orthogonalised(matrix))
+    assert values.min() > 0.65
+    assert values.max() < 1.2
+
+
+def test_what_is_not_a_matrix_is_updated_as_by_adamw():
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8}
+    groups = [{"params": list(ours.parameters()), "weight_decay": 0.1}]
+    optimizers = Muon(groups, **settings), torch.optim.AdamW(theirs.parameters(), weight_decay=0.1, **settings)
+    for step in range(4):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_matrix_follows_the_momentum():
+    """Three steps, written out."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(6, 4))
+    expected, momentum = parameter.detach().clone(), torch.zeros(6, 4)
+    optimizer = Muon([{"params": [parameter], "matrix": True, "weight_decay": 0.1}], lr=0.02, betas=(0.9, 0.95), eps=1e-8)
+    for _ in range(3):
+        gradient = torch.randn(6, 4)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        update = quintic(0.05 * gradient + 0.95 * momentum, 5).float() * 0.2 * 6**0.5
+        expected = expected * (1 - 0.02 * 0.1) - 0.02 * update
+        torch.testing.assert_close(parameter.detach(), expected, atol=1e-4, rtol=1e-4)
