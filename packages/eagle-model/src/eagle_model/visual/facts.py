@@ -37,7 +37,7 @@ class ClipError(ModelError):
 class VideoRef:
     """A video file, or images that are its frames or the pages of a document.
 
-    path: a video file, or a PDF. start, end: bounds of the clip in seconds from the file's first frame.
+    path: a video file, a PDF or a TIFF. start, end: bounds of the clip in seconds from the file's first frame.
     frames: images in order, instead of a file; pages of a document when neither `times` (seconds of each frame) nor `fps` (rate at which
     the frames were taken) is given.
     """
@@ -50,18 +50,19 @@ class VideoRef:
     fps: float | None = None
 
     @property
-    def is_pdf(self) -> bool:
-        return self.path is not None and self.path.lower().endswith(".pdf")
+    def is_paged(self) -> bool:
+        """Whether it is a file of pages: a PDF or a TIFF."""
+        return self.path is not None and self.path.lower().endswith((".pdf", ".tif", ".tiff"))
 
     @property
     def is_document(self) -> bool:
         """Whether its images are pages, which have no times."""
-        return self.is_pdf or (self.path is None and self.times is None and self.fps is None)
+        return self.is_paged or (self.path is None and self.times is None and self.fps is None)
 
     @property
     def timed(self) -> bool:
         """Whether the prompt says the time of each frame."""
-        return self.times is not None if self.path is None else not self.is_pdf
+        return self.times is not None if self.path is None else not self.is_paged
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,7 @@ def measure_video(ref: VideoRef, limits: Limits | None = None, *, info: VideoInf
         width, height = measure_image(ref.frames[0], limits)
         last = float(max(ref.times)) if ref.times is not None else None
         return VideoFacts(len(ref.frames), width, height, last_time=last, frame_times=ref.times, fps=ref.fps)
-    if ref.is_pdf:
+    if ref.is_paged:
         limits.check_bytes(_file_size(ref.path), ref.path)
         pages, width, height = pdf_size(ref.path, limits=limits)
         return VideoFacts(pages, width, height)
