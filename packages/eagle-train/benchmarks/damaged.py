@@ -20,7 +20,7 @@ from eagle_train.config import parse_config
 from eagle_train.data.prepare import prepare
 from tests.support.damage import row_of, write_damaged
 
-METRICS = {"files": Metric("", "none"), "good": Metric("", "none"), "ledger": Metric("", "none"), "files_per_s": Metric("files/s", "higher")}
+METRICS = {name: Metric("", "none") for name in ("files", "good", "ledger")} | {"files_per_s": Metric("files/s", "higher")}
 
 
 def main() -> int:
