@@ -43,7 +43,7 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
         plans, title, capacity = plan.samples(pack), f"stage {chosen.name}, pack {pack} of {plan.packs}", chosen.max_tokens
     else:
         number = find_row(facts, row)
-        visual = plan_visual(facts, chosen.max_tokens, spec)
+        visual = plan_visual(facts, chosen.max_tokens, spec, share_media=config.packing.share_media and not evaluation)
         plans = [Planned(facts.address(number), sample_plan(facts, visual, number, spec))]
         title, capacity = f"{row} in stage {chosen.name}", None
     limits = media_limits(config.data.limits)
