@@ -1,7 +1,5 @@
 """Rows that share their media are trees in packs: grouped by facts, planned for the tightest row, read once, accountable one by one."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +7,8 @@ from hypothesis import strategies as st
 
 from eagle_model.prompt import IGNORE_INDEX, CachedEncoder
 from eagle_model.visual import VisualSpec
+from eagle_train.config import StageConfig
+from eagle_train.data.ledger import Entry
 from eagle_train.data.prepare import prepare
 from eagle_train.loading.loader import Task
 from eagle_train.loading.pack import Share, load_pack
@@ -105,7 +105,6 @@ def test_without_shared_media_plans_are_the_same(make_facts):
     """Groups of one row: the same packs, numbers and visual plans."""
     rows = [{"text": 20 + i, "images": [(500, 400 + i)] * (i % 3)} for i in range(40)]
     facts = make_facts(rows)
-    from eagle_train.config import StageConfig
 
     plans = [
         plan_stage(facts, StageConfig(name="s", max_tokens=4096, packs_per_step=2), VisualSpec(), share_media=s) for s in (False, True)
@@ -186,7 +185,7 @@ def group(plan):
 
 
 def test_a_row_that_changed_goes_to_the_ledger_and_its_sisters_stay(videos, tokenizer, tmp_path):
-    samples, places = group(planned(videos(), tokenizer))
+    samples, _ = group(planned(videos(), tokenizer))
     path = tmp_path / "rows.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     lines[1] = lines[1].replace(b"a.mp4", b"b.mp4")  # as long as before
@@ -198,7 +197,7 @@ def test_a_row_that_changed_goes_to_the_ledger_and_its_sisters_stay(videos, toke
 
 
 def test_a_medium_that_is_gone_is_missing_for_each_of_its_rows(videos, tokenizer, tmp_path):
-    samples, places = group(planned(videos(), tokenizer))
+    samples, _ = group(planned(videos(), tokenizer))
     (tmp_path / "a.mp4").unlink()
     pack = load_pack(samples, CachedEncoder(tokenizer), SPEC)
     assert {1, 2, 5} <= {entry.line for entry in pack.failed}
@@ -212,16 +211,10 @@ def test_a_medium_that_is_gone_is_missing_for_each_of_its_rows(videos, tokenizer
 def test_one_row_that_is_left_is_a_plain_sample(videos, tokenizer):
     samples, places = group(planned(videos(), tokenizer))
     whole = load_pack(samples, CachedEncoder(tokenizer), SPEC)
-    skip = {place: replace(whole.failed[0]) if whole.failed else _entry(samples[place]) for place in places[1:]}
+    skip = {place: Entry("all", samples[place].address.line, "unreadable", "", "train") for place in places[1:]}
     pack = load_pack(samples, CachedEncoder(tokenizer), SPEC, skip=skip)
     assert ("all", 1) in pack.sample_ids
     assert len(pack.batch.prefixes) < len(whole.batch.prefixes)
-
-
-def _entry(one):
-    from eagle_train.data.ledger import Entry
-
-    return Entry(one.address.source, one.address.line, "unreadable", "", "train")
 
 
 def test_a_branch_that_does_not_fit_alone_is_dropped_and_its_sisters_stay(videos, tokenizer, tmp_path, row, write_jsonl):
@@ -231,5 +224,4 @@ def test_a_branch_that_does_not_fit_alone_is_dropped_and_its_sisters_stay(videos
     assert plan.drop_rows.tolist() == [10]
     assert [entry.line for entry in plan.drops()] == [11]
     assert {0, 1, 4} <= set(plan.pack_rows.tolist())
-    without = [p.plan for p in group(plan)[0] if p.address.line == 1][0]
-    assert without.videos[0].count >= 2
+    assert next(one.plan for one in group(plan)[0] if one.address.line == 1).videos[0].count >= 2
