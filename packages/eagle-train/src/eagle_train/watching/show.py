@@ -56,8 +56,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class SampleView:
-    """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is the length in the plan. shared: visual
-    tokens that it shares in the pack with the sample before it."""
+    """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is the length in the plan.
+
+    shared: visual tokens that it shares in the pack with the sample before it."""
 
     source: str
     line: int
