@@ -14,9 +14,10 @@ from eagle_train.loading.loader import Task
 from eagle_train.loading.pack import Share, load_pack
 from eagle_train.planning.stages import StageSchedule, pack_tiles, pack_tokens, plan_stage
 from eagle_train.planning.trees import make_trees, media_groups
+from eagle_train.planning.visual import plan_visual
 
 SPEC = VisualSpec(tile_size=32, tokens_per_tile=4, min_frames=2)
-STAGE = {"name": "s", "max_tokens": 900, "packs_per_step": 1, "steps": 1}
+STAGE = {"name": "s", "max_tokens": 4096, "packs_per_step": 1, "steps": 1}
 
 
 @settings(deadline=None, max_examples=200)
@@ -82,11 +83,21 @@ def test_groups_are_the_same_media_and_the_same_text_before_them(videos, tokeniz
     assert [group for i, group in enumerate(groups) if i not in (0, 1, 4, 7, 8)] == [-1] * 5
 
 
-def test_a_group_is_planned_for_its_longest_row_and_packed_once(videos, tokenizer):
+def test_frames_of_a_group_are_those_of_its_tightest_row_that_fits(videos, tokenizer):
+    facts, group, differing = prepare(videos(), tokenizer).facts, [0, 1, 4], 0
+    for max_tokens in range(200, 600, 10):
+        plain, shared = (plan_visual(facts, max_tokens, SPEC, share_media=share) for share in (False, True))
+        fits = [row for row in group if plain.status[row] == 0]
+        assert np.array_equal(plain.status, shared.status)
+        before, after = (plans.frames[plans.video_offsets[fits]].tolist() for plans in (plain, shared))
+        assert after == [min(before, default=0)] * len(fits)
+        assert (shared.tokens <= max_tokens).all()
+        differing += len(set(before)) > 1
+    assert differing
+
+
+def test_a_group_is_packed_once(videos, tokenizer):
     plain, shared = (planned(videos(share), tokenizer) for share in (False, True))
-    frames = shared.visual.frames[shared.visual.video_offsets[[0, 1, 4]]]
-    assert len(set(frames.tolist())) == 1
-    assert frames[0] == plain.visual.frames[plain.visual.video_offsets[1]]  # row 2 has the longest text
     assert sorted(shared.pack_rows.tolist()) == sorted(plain.pack_rows.tolist()) == list(range(10))
     before, after = plain.summary(), shared.summary()
     assert (after.rows_used, after.samples) == (10, 10)
@@ -95,7 +106,7 @@ def test_a_group_is_planned_for_its_longest_row_and_packed_once(videos, tokenize
     total = 0
     for pack in range(shared.packs):
         samples = shared.samples(pack)
-        assert pack_tokens(samples, SPEC) <= 900
+        assert pack_tokens(samples, SPEC) <= 4096
         total += pack_tokens(samples, SPEC)
     assert total == after.tokens
     assert sum(pack_tiles(shared.samples(pack), SPEC) for pack in range(shared.packs)) == after.tiles
@@ -140,7 +151,7 @@ def test_batches_hold_every_label_with_its_weight_and_every_medium_once(videos, 
         batch = pack.batch
         assert np.array_equal(batch.position_ids, batch.layout().position_ids().numpy())
         assert len(batch.visual_index) == 4 * len(batch.tiles)
-        assert pack.tokens <= pack.planned_tokens <= 900
+        assert pack.tokens <= pack.planned_tokens <= 4096
 
 
 def test_branches_are_the_rows_as_they_are_alone(videos, tokenizer):
@@ -219,7 +230,7 @@ def test_one_row_that_is_left_is_a_plain_sample(videos, tokenizer):
 
 def test_a_branch_that_does_not_fit_alone_is_dropped_and_its_sisters_stay(videos, tokenizer, tmp_path, row, write_jsonl):
     rows = (tmp_path / "rows.jsonl").read_bytes()
-    write_jsonl(tmp_path / "rows.jsonl", [*rows.splitlines(), row("Long? " + "x" * 900, "No.", video="a.mp4")])
+    write_jsonl(tmp_path / "rows.jsonl", [*rows.splitlines(), row("Long? " + "x" * 5000, "No.", video="a.mp4")])
     plan = planned(videos(), tokenizer)
     assert plan.drop_rows.tolist() == [10]
     assert [entry.line for entry in plan.drops()] == [11]
