@@ -202,7 +202,7 @@ def test_a_row_that_changed_goes_to_the_ledger_and_its_sisters_stay(videos, toke
     lines[1] = lines[1].replace(b"a.mp4", b"b.mp4")  # as long as before
     path.write_bytes(b"".join(lines))
     pack = load_pack(samples, CachedEncoder(tokenizer), SPEC)
-    assert [(entry.line, entry.reason) for entry in pack.failed] == [(2, "media-changed")]
+    assert [(entry.line, entry.reason) for entry in pack.failed] == [(2, "changed")]
     assert "no longer those of all:1" in pack.failed[0].detail
     assert {1, 5} <= {line for _, line in pack.sample_ids}
 
