@@ -199,15 +199,9 @@ def exit_codes() -> dict[int, str]:
 
 def verbs() -> list[str]:
     """Names of all verbs, groups followed by their own verbs."""
-    from typer.main import get_command
+    from eagle_train.cli import pages
 
-    from eagle_train.cli.app import command
-
-    result = []
-    for name, verb in get_command(command()).commands.items():  # type: ignore[attr-defined]
-        result.append(name)
-        result += [f"{name} {inner}" for inner in getattr(verb, "commands", {})]
-    return result
+    return pages.verbs()
 
 
 def help_of(app: Any, verb: str) -> str:

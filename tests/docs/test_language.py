@@ -27,7 +27,7 @@ SUFFIXES = {".py", ".md", ".txt", ".html", ".toml", ".yaml", ".yml", ".css", ".j
 PHRASES = {
     r"\bwithout looking\b|\bnever looks?\b|\bblind(?!s)": "text-only baseline",
     r"\bcan't be asked\b|\b(ask|asks|asking) (it|held-out|a run|all held-out|the model)\b": "evaluate",
-    r"\bword for word\b": "exact match",
+    r"\bword for word\b(?! in\b)": "exact match",
     r"\bcan be told\b|\bunless told\b|\b(is|are|was|were|been) told\b|\bsomebody has news\b|\bhas news\b": "say what is passed to whom",
     r"\bleft out: (the|that of|a|an|runs)\b": "default: the ...",
     r"(?<!there )\b(is|are|was|were) no (?!longer|more|less|fewer|other|faster|slower|better)[a-z]": "is not a ...",
@@ -46,10 +46,7 @@ PHRASES = {
     r"\bsomebody\b|\bwhoever\b": "name the caller, the user or the process",
 }
 # Parts of the repository that still have findings. The set only shrinks: a part that is clean is removed from it (a test says which).
-NOT_YET_CLEAN: set[str] = {
-    "packages/eagle-train/src/eagle_train/data",
-    "tests/train/test_sample.py",
-}
+NOT_YET_CLEAN: set[str] = set()
 
 
 def files() -> list[Path]:

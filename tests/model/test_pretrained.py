@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, SiglipC
 
 from eagle_model import EagleProcessor, from_pretrained_parts
 from eagle_model.hub import checkpoint_folder
-from eagle_model.pretrained import resize_positions
+from eagle_model.pretrained import grow_vocabulary, resize_positions
+from tests.support.models import tiny_model
 from tests.support.packs import make_pack
 
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 24, "patch_size": 8}
@@ -51,6 +52,18 @@ def test_a_new_model(folders, small_tokenizer, vision, language):
     inputs = processor(text="Hi", images=[torch.zeros(3, 40, 40, dtype=torch.uint8)])
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
     assert (model.config.select_layer, model.config.use_thumbnail, model.config.tile_size) == (-1, True, 32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_of_the_vocabulary_are_the_mean(tied):
+    model = tiny_model(text_config={"tie_word_embeddings": tied})
+    rows = [layer.weight.detach().clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    grow_vocabulary(model, 100)  # nothing to do
+    grow_vocabulary(model, 123)
+    for layer, old in zip((model.get_input_embeddings(), model.get_output_embeddings()), rows):
+        assert torch.equal(layer.weight[:120], old)
+        torch.testing.assert_close(layer.weight[120:], old.mean(0).expand(3, -1))
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
 
 
 def test_positions():

@@ -1,6 +1,7 @@
 """A byte tokenizer with Eagle's tokens, small media files, and facts without files for tests of planning."""
 
 import json
+import subprocess
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eagle_model.prompt.costs import FrameCosts
 from eagle_sampling import TimeTable
+from eagle_train.cli.main import main
 from eagle_train.config import Config, parse_config
 from eagle_train.data.facts import SCHEMA, Facts, FactsSource
 from tests.support import media
@@ -160,3 +162,18 @@ def colour_run_in(tokenizer: PreTrainedTokenizerFast, write_jsonl: Any, write_vi
         return parse_config({**defaults, **sections}, base=folder)
 
     return make
+
+
+@pytest.fixture
+def eagle_here(capsys, monkeypatch):
+    """The command `eagle` in this process, which has torch already; for what doesn't depend on being a process."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # verbs set it; so it is taken back
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        return subprocess.CompletedProcess(arguments, ended.value.code or 0, *capsys.readouterr())
+
+    return run

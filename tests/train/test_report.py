@@ -1,8 +1,12 @@
 """The plot of a run is drawn from its metrics alone."""
 
+import subprocess
+import sys
+
 import pytest
 from PIL import Image
 
+from eagle_train.config import dump_config
 from eagle_train.training.metrics import Metrics
 from eagle_train.watching.report import summary, write_report
 
@@ -25,11 +29,34 @@ def test_plot_and_summary(tmp_path):
         assert min(image.size) > 500
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
     text = summary(tmp_path)
-    assert "stage a: step 10 of 10, loss 2.000 -> 0.200, 100 tok/s, 1 samples missing" in text
-    assert "stage b: step 9 of 10, loss 0.154 -> 0.105, 100 tok/s, 1 samples missing" in text
+    assert "stage a: step 10 of 10, loss 2.000 -> 0.200, 100 tok/s, 1 sample missing" in text
+    assert "stage b: step 9 of 10, loss 0.154 -> 0.105, 100 tok/s, 1 sample missing" in text
     assert "held: 0.800 right of 50 questions at step 20, 0.500 text-only" in text
 
 
 def test_without_steps_it_says_so(tmp_path):
     with pytest.raises(ValueError, match="no steps yet"):
         write_report(tmp_path)
+
+
+REPORT_WITHOUT_TORCH = """
+import sys
+from eagle_train.cli.main import main
+try:
+    main(["report", sys.argv[1]])
+except SystemExit as ended:
+    assert not ended.code, ended.code
+assert "torch" not in sys.modules
+"""
+
+
+def test_report_never_imports_torch(tmp_path, make_config):
+    config = make_config({"s": {"annotation": "rows.jsonl"}})
+    config.run.folder.mkdir(parents=True)
+    (config.run.folder / "config.yaml").write_text(dump_config(config))
+    fill(config.run.folder)
+    command = [sys.executable, "-c", REPORT_WITHOUT_TORCH, config.run.folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "stage b: step 9 of 10" in done.stdout
+    assert (config.run.folder / "plot.png").exists()

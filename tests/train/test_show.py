@@ -126,3 +126,5 @@ def test_pack_shows_every_sample(view, row):
     assert page.count("<section") == 2
     assert f"{sum(shown.length for shown in views)} of 1000 tokens" in page
     assert "2 samples" in terminal(views, capacity=1000)
+    assert "1 sample</p>" in to_html(views[:1], title="pack 3", capacity=1000)
+    assert re.search(r"1 sample\b", terminal(views[:1], capacity=1000))

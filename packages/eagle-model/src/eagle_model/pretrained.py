@@ -41,11 +41,22 @@ def from_pretrained_parts(
     model = EagleForConditionalGeneration(parts_config(vision, language, tokenizer, image_size=image_size, **changes))
     model.to(dtype)  # type: ignore[arg-type]
     load_parts(model, vision, language)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[arg-type, operator]
-        model.resize_token_embeddings(len(tokenizer))
+    grow_vocabulary(model, len(tokenizer))
     for name in ("eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(model.config.text_config, name))
     return model
+
+
+def grow_vocabulary(model: EagleForConditionalGeneration, size: int) -> None:
+    """Give the embedding and the head at least `size` rows. New rows are the mean of the old ones: a token that the model has not seen."""
+    old = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    if size <= old:  # type: ignore[operator]
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight: Any = layer.weight
+            weight[old:] = weight[:old].mean(0)
 
 
 def resize_positions(positions: Tensor, count: int) -> Tensor:

@@ -29,3 +29,8 @@ def describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
+
+
+def counted(number: int, singular: str) -> str:
+    """A number with its noun, for messages: `1 row`, `2 rows`."""
+    return f"{number} {singular}" + ("" if number == 1 else "s")

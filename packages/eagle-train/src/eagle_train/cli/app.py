@@ -7,7 +7,10 @@ import typer
 
 from eagle_train import __version__
 
-VERBS = ("doctor", "init", "prepare", "data", "show", "plan", "train", "eval", "chat", "export", "serve", "report", "tokenizer", "lmdb")
+VERBS = (
+    *("doctor", "init", "prepare", "data", "show", "plan", "train", "eval", "chat", "export", "serve", "report", "tokenizer", "lmdb"),
+    *("curate", "needle"),
+)
 """In the order of the help page."""
 
 # Plain help: rich would cost a third of the time that --help may take.

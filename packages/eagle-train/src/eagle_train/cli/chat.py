@@ -38,14 +38,24 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0: the most probable token; larger values sample.", metavar="T")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", metavar="N")] = 256,
     device: Device = None,
+    web: Annotated[bool, typer.Option("--web", help="A page on this machine's http://127.0.0.1 instead (extra web).")] = False,
+    port: Annotated[int, typer.Option(help="Port of --web.", metavar="PORT", min=1, max=65535)] = 7860,
 ) -> None:
-    """Answer a question about images and videos, or hold a conversation.
+    """Answer questions about images, videos and documents.
 
     In a conversation /image FILE and /video FILE attach a medium to the next question, and an empty line ends it.
     """
     from .progress import quiet
 
     quiet()
+    if web:
+        from eagle_train.config import ConfigError
+        from eagle_train.runs.web import run_page
+
+        if question is not None or image or video or fps or max_tiles or temperature or max_new_tokens != 256:
+            raise ConfigError("--web takes questions, media and parameters on the page; it goes with --system, --port and --device only")
+        run_page(folder, port=port, device=device, system=system)
+        return
     from eagle_train.runs.chat import Chat
 
     conversation = Chat.open(
@@ -79,7 +89,7 @@ def lines() -> Iterator[str]:
 
 
 def converse(conversation: Chat, questions: Iterator[str]) -> None:
-    """Answer every question; one that can't be answered is reported and its media are dropped, and the conversation goes on."""
+    """Answer every question; one that can't be answered is reported and its media are dropped, and the conversation continues."""
     from eagle_model import ModelError
     from eagle_sampling import MediaError
 

@@ -1,4 +1,4 @@
-"""`eagle data lint` and `eagle data stats`: what the rows say, and what they hold."""
+"""`eagle data lint` and `eagle data stats`: keys of the rows, and what the rows hold."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
+from eagle_train.errors import counted
+
 from .app import app
 from .options import ConfigFile, Overrides
-from .tables import counted, table
+from .tables import table
 
 data_app = typer.Typer(help="The rows of a run: which keys are used, and what they hold.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
-HeldOut = Annotated[bool, typer.Option("--held-out", help="Look at the held-out rows.")]
+HeldOut = Annotated[bool, typer.Option("--held-out", help="Use the held-out rows.")]
 
 
 @data_app.command("lint")
@@ -24,7 +26,7 @@ def lint(
     held_out: HeldOut = False,
     overrides: Overrides = None,
 ) -> None:
-    """Say per key of the rows whether it is used, and which rows are refused; media are not opened. Exit code 3 when rows are refused."""
+    """Print per key of the rows whether it is used, and which rows are refused; media are not opened. Exit code 3 when rows are refused."""
     from eagle_train.config import load_config
     from eagle_train.data.lint import lint as lint_rows
 

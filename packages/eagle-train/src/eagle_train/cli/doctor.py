@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 import typer
 
+from eagle_train.errors import counted
+
 from .app import app
-from .tables import counted
 from .tested import TESTED
 
 
 @app.command()
 def doctor() -> None:
-    """Print what this machine and installation can do, and the next step for each problem."""
+    """Check machine and installation; print a next step per problem."""
     report = examine()
     width = max(len(finding.name) for finding in report)
     for finding in report:

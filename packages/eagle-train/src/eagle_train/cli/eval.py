@@ -84,7 +84,10 @@ def evaluate(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Evaluate held-out questions with their metrics; for a run, next to the text-only baseline."""
+    """Evaluate held-out questions with their metrics.
+
+    For a run, accuracies are next to those of the text-only baseline.
+    """
     from eagle_train.config import ConfigError, Source
 
     from .progress import quiet
@@ -210,9 +213,10 @@ def _evaluate_model(request: Request) -> None:
 
 
 def _print_result(printer: Printer, points: list[Point], facts: Facts | None, folder: Path, *, baseline: bool) -> None:
+    from eagle_train.errors import counted
     from eagle_train.runs.sweep import write_points
 
-    from .tables import counted, score_table, sweep_table
+    from .tables import score_table, sweep_table
 
     if printer.silent:
         return

@@ -22,7 +22,10 @@ def export(
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the LoRA adapters alone, in PEFT's format.")] = False,
     ema: Annotated[bool, typer.Option("--ema", help="Write the moving average of the weights (model.ema).")] = False,
 ) -> None:
-    """Write a run's weights in the layout of the released Eagle 2.5 checkpoints. LoRA adapters are merged into the weights."""
+    """Write a run's weights in the layout of Eagle 2.5.
+
+    The layout is that of the released checkpoints. LoRA adapters are merged into the weights.
+    """
     from eagle_train.config import ConfigError
 
     if dtype not in ("bfloat16", "float16", "float32"):

@@ -22,10 +22,13 @@ def init(
     language: Annotated[
         str | None, typer.Option(help="Its language model: folder, GGUF file or hub name.", metavar="MODEL", show_default=False)
     ] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Write a small data set with its configuration instead; FILE is then a folder.")
+    ] = False,
 ) -> None:
     """Write a commented configuration with every default.
 
-    With --vision and --language, the first stage trains the connector alone.
+    With --vision and --language, the first stage trains the connector alone. eagle init --example DIR writes a run that trains in seconds.
     """
     import json
 
@@ -33,6 +36,9 @@ def init(
 
     from .template import commented_config
 
+    if example:
+        _write_example(path, force)
+        return
     if path.exists() and not force:
         raise ConfigError(f"{path} exists; --force replaces it")
     if (vision is None) != (language is None):
@@ -40,7 +46,22 @@ def init(
     parts = [_seen_from(path.parent, name) for name in (vision, language)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(Config.json_schema(), indent=1) + "\n" if schema else commented_config(*parts), encoding="utf-8")
-    print(f"wrote {path}" + ("" if schema else f"; next: fill in model and data, then eagle plan {path}"))
+    print(f"wrote {path}" + ("" if schema else f"; next: {_to_fill_in(vision)}, then eagle plan {path}"))
+
+
+def _to_fill_in(vision: str | None) -> str:
+    """The keys that have no value which works everywhere."""
+    return "set data.recipe to your recipe" if vision else "set model.tokenizer (eagle tokenizer trains one) and data.recipe to your files"
+
+
+def _write_example(folder: Path, force: bool) -> None:
+    from eagle_train.config import ConfigError
+    from eagle_train.quickstart.example import write_example
+
+    if folder.exists() and not (folder.is_dir() and (force or not any(folder.iterdir()))):
+        raise ConfigError(f"{folder} exists and is not an empty folder; name another one, or add --force to write into that folder")
+    path = write_example(folder)
+    print(f"wrote {folder}; next: eagle plan {path}, eagle show {path}, eagle train {path}")
 
 
 def _seen_from(folder: Path, name: str | None) -> str | None:

@@ -96,6 +96,8 @@ def interrupted(given: list[str]) -> NoReturn:
         what = "; nothing was trained yet"
     elif given[:1] == ["prepare"]:
         what = "; the same command measures no row again whose part of the facts is complete"
+    elif given[:1] == ["curate"]:
+        what = "; the same command continues: videos that are done and answers of the endpoint are kept"
     elif given[:2] == ["lmdb", "build"]:
         what = "; the same command continues with the images that are not in the LMDB yet"
     if is_main_rank():

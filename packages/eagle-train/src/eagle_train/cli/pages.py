@@ -4,13 +4,10 @@ a stored one 0.05 s. `store()` renders them anew; a test compares them with the 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 FILE = Path(__file__).with_name("help.txt")
-VERBS = (
-    *("", "chat", "data", "data lint", "data stats", "doctor", "eval", "export", "init", "lmdb", "lmdb build", "lmdb check"),
-    *("plan", "prepare", "report", "serve", "show", "tokenizer", "train"),
-)
 _MARK = "=== eagle"
 
 
@@ -18,7 +15,7 @@ def stored_page(arguments: list[str]) -> str | None:
     """The page that a command line requests, or None when it requests something else (or no page is stored)."""
     if arguments[:2] == ["train", "quickstart"]:
         arguments = ["train", *arguments[2:]]
-    if arguments and (arguments[-1] not in ("--help", "-h") or " ".join(arguments[:-1]) not in VERBS):
+    if arguments and arguments[-1] not in ("--help", "-h"):
         return None
     try:
         text = FILE.read_text(encoding="utf-8")
@@ -29,6 +26,18 @@ def stored_page(arguments: list[str]) -> str | None:
     return rest.partition(f"{_MARK}")[0].strip("\n") if found else None
 
 
+def verbs() -> list[str]:
+    """Names of all verbs, a group followed by its own verbs."""
+    from typer.main import get_command
+
+    from .app import command
+
+    result = []
+    for name, verb in get_command(command()).commands.items():  # type: ignore[attr-defined]
+        result += [name, *(f"{name} {inner}" for inner in getattr(verb, "commands", {}))]
+    return result
+
+
 def rendered_page(verb: str) -> str:
     """The page as the installed typer renders it, for 80 columns."""
     from typer.testing import CliRunner
@@ -36,10 +45,11 @@ def rendered_page(verb: str) -> str:
     from .app import command
 
     result = CliRunner().invoke(command(), [*verb.split(), "--help"], prog_name="eagle", env={"COLUMNS": "80"})
-    return result.output.strip("\n")
+    # typer writes `{CONFIG}` for a required argument, which reads as one of the characters to type.
+    return re.sub(r"\{([A-Z]+)\}", r"\1", result.output.strip("\n"))
 
 
 def store() -> None:
     """Write all pages."""
-    pages = [f"{_MARK} {verb}".rstrip() + f" ===\n{rendered_page(verb)}\n" for verb in VERBS]
+    pages = [f"{_MARK} {verb}".rstrip() + f" ===\n{rendered_page(verb)}\n" for verb in ("", *sorted(verbs()))]
     FILE.write_text("\n".join(pages), encoding="utf-8")

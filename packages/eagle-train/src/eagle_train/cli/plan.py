@@ -20,7 +20,7 @@ def plan(
     ] = None,
     show_defaults: ShowDefaults = False,
 ) -> None:
-    """Print what would be trained: stages, steps, packs, how full they are, and what does not fit."""
+    """Print stages, steps and packs, and what does not fit."""
     from eagle_train.config import load_config
     from eagle_train.runs.ready import get_ready
     from eagle_train.watching.progress import prepare_progress

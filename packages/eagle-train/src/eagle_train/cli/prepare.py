@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from eagle_train.errors import counted
+
 from .app import app
 from .options import ConfigFile, Overrides
-from .tables import counted
 
 
 @app.command()
@@ -17,7 +18,7 @@ def prepare(
     overrides: Overrides = None,
     again: Annotated[bool, typer.Option("--again", help="Measure rows again that were not used because of their media.")] = False,
 ) -> None:
-    """Measure every row once, on all CPUs; what can't be used goes to the ledger."""
+    """Measure every row once, on all CPUs; bad rows go to the ledger."""
     from eagle_train.config import load_config
     from eagle_train.data.parts import MEDIA_REASONS
     from eagle_train.data.prepare import prepare as run_prepare

@@ -23,7 +23,10 @@ def show(
     held_out: Annotated[bool, typer.Option("--held-out", help="Show a held-out row.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Show a sample or a pack as the model gets it: tiles, frames with times, text with its loss mask, the budget."""
+    """Show a sample or a pack as the model gets it.
+
+    Tiles, frames with their times, text with its loss mask, and the budget. Rows are prepared first (eagle prepare or eagle plan).
+    """
     from rich.console import Console
 
     from eagle_train.config import load_config

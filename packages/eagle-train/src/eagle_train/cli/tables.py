@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from eagle_train.errors import counted
+
 if TYPE_CHECKING:
     from eagle_train.config import Config
     from eagle_train.evaluation.metrics import Evaluation, Score
@@ -42,11 +44,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def counted(number: int, singular: str) -> str:
-    """A number with its noun: `1 row`, `2 rows`."""
-    return f"{number} {singular}" + ("" if number == 1 else "s")
 
 
 def defaults_text(config: Config) -> str:

@@ -6,14 +6,18 @@ import json
 import textwrap
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 
+from eagle_model.presets import PRESETS
+from eagle_sampling.budget import STRATEGIES
 from eagle_train.config import Config, StageConfig
 
 WIDTH = 118
+# Keys with names that are registered elsewhere.
+_REGISTERED = {("sampling", "strategy"): STRATEGIES, ("model", "preset"): PRESETS}
 # These keys are written; every other key is a comment with its default.
 _STARTS = {("data", "recipe"): "recipe.yaml", ("run", "name"): "my-run"}
 _PRESET = {("model", "preset"): "tiny", ("model", "tokenizer"): "tokenizer"}
@@ -71,6 +75,8 @@ def _section(kind: type[BaseModel], path: str, indent: str, written: dict[tuple[
             continue
         inner = field.annotation
         lines += _comment(field.description or "", indent)
+        if allowed := allowed_values(path, name, inner):
+            lines += _comment(allowed, indent)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             lines.append(f"{indent}# {name}:")
             lines += [
@@ -82,6 +88,18 @@ def _section(kind: type[BaseModel], path: str, indent: str, written: dict[tuple[
         value = written.get(key, field.get_default(call_default_factory=True))
         lines.append(f"{indent}{'' if key in written else '# '}{name}: {_text(value)}")
     return lines
+
+
+def allowed_values(section: str, key: str, annotation: Any) -> str:
+    """The names that a value (or each item of a list, or the keys of a mapping) may have, as text; empty for any other kind of value."""
+    if (section, key) in _REGISTERED:
+        return f"one of: {', '.join(_REGISTERED[section, key])}"
+    if get_origin(annotation) is Literal:
+        return f"one of: {', '.join(map(str, get_args(annotation)))}"
+    inner = next((found for kind in get_args(annotation) if (found := allowed_values("", "", kind))), "")
+    if inner and get_origin(annotation) is list:
+        return f"each {inner}"
+    return inner.replace("one of", "keys") if inner and get_origin(annotation) is dict else inner
 
 
 def _text(value: Any) -> str:

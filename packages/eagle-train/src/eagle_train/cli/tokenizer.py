@@ -21,7 +21,7 @@ def tokenizer(
     ],
     size: Annotated[int, typer.Option(help="Largest number of tokens, Eagle's included.")] = 8192,
 ) -> None:
-    """Train a tokenizer with Eagle's tokens, for model.tokenizer of a preset."""
+    """Train a tokenizer, for model.tokenizer of a preset."""
     from eagle_train.config import ConfigError
 
     missing = [str(path) for path in texts if not path.is_file()]

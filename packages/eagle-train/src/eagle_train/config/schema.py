@@ -632,6 +632,11 @@ class Config(Section):
         return {part: self.model.lora.get(part, LoraConfig()) for part in used}
 
     @property
+    def max_tokens(self) -> int:
+        """The longest context of all stages, in tokens."""
+        return max(stage.max_tokens for stage in self.stages)
+
+    @property
     def facts_folder(self) -> Path:
         """Where prepare keeps its facts."""
         return self.data.facts or self.run.folder / "facts"

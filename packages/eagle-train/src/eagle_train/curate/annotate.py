@@ -79,7 +79,7 @@ CAPTION = (
 )
 AGGREGATE = (
     "A video of {seconds:.0f} s has these parts:\n{parts}\n\nWrite {count} questions about the whole video that need several of its parts, "
-    "each with a complete answer: its story, causes and effects, order of events, how something changes. Do not mention captions or chapters."
+    "each with a complete answer: its story, causes and effects, the order of events, how something changes. Do not mention captions."
 )
 ASK = (
     "These frames are one scene of a longer video. Write {count} question-answer pairs about it, one of each of these types:\n{types}\n"
@@ -93,7 +93,7 @@ ANCHOR = (
 
 @dataclass(frozen=True)
 class Report:
-    """rows: of annotate.parquet; pending: requests that were written to a batch file; None of the result is then replaced."""
+    """rows: of annotate.parquet; pending: requests in a batch file (the result is then left as it is); problems: of a batch's results."""
 
     rows: int
     account: Account
@@ -130,8 +130,8 @@ def annotate(
 ) -> Report:
     """Annotate the clips of `select.parquet`.
 
-    batch_out: write the requests that have no answer yet to this file instead of sending them; run again with the results as batch_in, until
-    none is pending (captions come before the questions that are made of them).
+    batch_out: write the requests that have no answer yet to this file instead of sending them; run again with the results as batch_in,
+    until none is pending (captions come before the questions that are made of them).
     """
     folder = Folder(config.folder)
     clips = folder.read("select")

@@ -20,10 +20,10 @@ class Chapter(NamedTuple):
 
 
 def load_chapters(path: Path) -> dict[str, list[Chapter]]:
-    """Chapters by the video's name (its path, file name, or file name without suffix).
+    """Chapters by the video's name: its path, file name, or file name without suffix.
 
-    Layouts: ViTT, `{"id", "annotations": [{"timestamp": milliseconds, "tag"}]}`, as a list or one object per line (of several annotations of
-    one video the first is taken); VidChapters, `{id: {"duration", "timestamps": [[start, end]], "sentences": [title]}}`; ours,
+    Layouts: ViTT, `{"id", "annotations": [{"timestamp": milliseconds, "tag"}]}`, as a list or one object per line (of several annotations
+    of one video the first is taken); VidChapters, `{id: {"duration", "timestamps": [[start, end]], "sentences": [title]}}`; ours,
     `{name: [{"start", "end" (optional), "title"}]}`. Raises ConfigError that names the file and the entry.
     """
     try:
@@ -50,7 +50,7 @@ def load_chapters(path: Path) -> dict[str, list[Chapter]]:
 
 
 def of_video(video: str, known: Mapping[str, list[Chapter]]) -> list[Chapter]:
-    """Chapters of one video, in order: from `known`, else from `<video without suffix>.chapters.json`, else those that its container states."""
+    """Chapters of one video, in order: from `known`, else `<video without suffix>.chapters.json`, else those that its container states."""
     path = Path(video)
     for name in (video, path.name, path.stem):
         if name in known:

@@ -4,6 +4,7 @@ Reasons: `length`, `language`, `duplicate`, `anchor-outside`, `anchor-leaks`, `t
 without an answer.
 """
 
+import itertools
 import json
 import re
 import unicodedata
@@ -219,7 +220,7 @@ def model_problem(row: dict[str, Any], settings: CheckConfig, endpoint: Endpoint
 def mixture(rows: list[dict[str, Any]]) -> dict[str, Counter[str]]:
     """Numbers of rows by source, by duration of what they show, and by type."""
     edges = [0.0, *DURATIONS]
-    names = [f"{low:g}-{high:g} s" for low, high in zip(edges, edges[1:])] + [f"over {edges[-1]:g} s"]
+    names = [f"{low:g}-{high:g} s" for low, high in itertools.pairwise(edges)] + [f"over {edges[-1]:g} s"]
     return {
         "source": Counter(row["source"] for row in rows),
         "duration": Counter(names[sum(row["seconds"] >= edge for edge in DURATIONS)] for row in rows),

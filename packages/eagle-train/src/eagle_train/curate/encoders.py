@@ -72,12 +72,13 @@ def _factory(name: str) -> Callable[[str], Any]:
             return point.load()
     known = sorted(point.name for point in entry_points(group=GROUP))
     raise ConfigError(
-        f"embed.encoder: {name} is not a folder, not module:function, and not an entry point of {GROUP} ({', '.join(known) or 'none installed'})"
+        f"embed.encoder: {name} is not a folder, not module:function, and not an entry point of {GROUP} "
+        f"({', '.join(known) or 'none installed'})"
     )
 
 
 def _hugging_face(folder: Path, config: dict[str, Any], device: str) -> Encoder:
-    """SigLIP, CLIP, or the vision half of one, through transformers. Vectors are those that the model compares with texts, where it does."""
+    """SigLIP, CLIP, or the vision half of one, through transformers. Vectors are those that a whole model compares with texts."""
     import torch
     from transformers import AutoModel
 

@@ -43,7 +43,7 @@ class Schema(BaseModel):
 
 
 class Shown(NamedTuple):
-    """Frames of a video that a request shows. content: hash of the file; times: seconds from its first frame; side: longer side in pixels."""
+    """Frames that a request shows. content: hash of the video file; times: seconds from its first frame; side: longer side in pixels."""
 
     video: str
     content: str
@@ -104,7 +104,7 @@ class Endpoint:
     def ask(self, request: Request[AnswerT]) -> AnswerT:
         """The answer, from the file or from the endpoint.
 
-        Raises NoAnswer for this request alone, Pending when it was written to a batch file, and CurateError when no request can be answered.
+        Raises NoAnswer for this request alone, Pending when it was written to a batch file, CurateError when no request can be answered.
         """
         key = self.key(request)
         known = self.answers.get(key)
@@ -145,7 +145,7 @@ class Endpoint:
     def map(
         self, function: Callable[[Item], Value], items: Sequence[Item], progress: Callable[[int, int], None] | None = None
     ) -> list[Value]:
-        """`function` of every item, in order, `concurrency` at a time. The first exception ends it; requests that are under way are finished."""
+        """`function` of every item, in order, `concurrency` at a time. An exception ends it after the requests that are under way."""
         results: list[Any] = [None] * len(items)
         done = 0
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
@@ -191,7 +191,8 @@ class Endpoint:
             response = client.chat.completions.create(**body)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise CurateError(
-                f"{self.settings.base_url}: {_message(error)}; check annotate.endpoint (base_url, model) and the key in {self.settings.api_key_env}"
+                f"{self.settings.base_url}: {_message(error)}; check annotate.endpoint (base_url, model) and the key in "
+                f"{self.settings.api_key_env}"
             ) from error
         except openai.APIStatusError as error:
             if error.status_code < 500 and error.status_code not in (408, 409, 429):

@@ -60,8 +60,8 @@ def _in_processes(function: Callable[[Item], None], items: Sequence[Item], worke
                 except BrokenProcessPool as error:
                     names = ", ".join(str(getattr(item, "name", item)) for item in running.values())
                     raise CurateError(
-                        f"a worker process died (out of memory, or a crash in a decoder) while it read one of: {names}. What is done is kept; "
-                        "run again with --set workers=1 to see which one it is"
+                        f"a worker process died (out of memory, or a crash in a decoder) while it read one of: {names}. What is done is "
+                        "kept; run again with --set workers=1 to see which one it is"
                     ) from error
                 yield running.pop(future)
     finally:

@@ -6,8 +6,8 @@
     <folder>/ledger.jsonl                        every row that was not used, with its reason
     <folder>/recipe.yaml, samples.jsonl          the result
 
-A part is written under another name and renamed, so after a kill it exists whole or not at all. Its key covers everything that it depends on:
-what changed gets another key, what did not is found again. A step's Parquet file is written from its parts, when all are there.
+A part is written under another name and renamed, so after a kill it exists whole or not at all. Its key covers everything that it depends
+on: what changed gets another key, what did not is found again. A step's Parquet file is written from its parts, when all are there.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class Folder:
             ) from error
 
     def write(self, step: str, table: pa.Table, entries: Iterable[Entry]) -> None:
-        """Replace the result of a step and its entries in the ledger; results of later steps are removed, they were made from the old one."""
+        """Replace the result of a step and its entries in the ledger; results of later steps, made from the old one, are removed."""
         for later in STEPS[STEPS.index(step) + 1 :]:
             self.result(later).unlink(missing_ok=True)
         (self.path / "recipe.yaml").unlink(missing_ok=True)

@@ -22,11 +22,11 @@ class NoTimes(MediaError):
 def small_frames(
     path: str, width: int, height: int, *, colour: Literal["yuv", "rgb"] = "yuv", threads: int = 1
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float64]]]:
-    """(pixels, times) in chunks: uint8 [n, 3, height, width] for "yuv", [n, height, width, 3] for "rgb"; times in seconds on the file's own
-    timeline, float64 [n].
+    """(pixels, times) in chunks: uint8 [n, 3, height, width] for "yuv", [n, height, width, 3] for "rgb"; times float64 [n], seconds on the
+    file's own timeline.
 
-    Frames are decoded without the loop filter (0.73 of the time on 720p H.264) and reduced by averaging, which hides its absence. Rotation is
-    not applied. Raises MediaError for a file that can't be opened or decoded to its end, and NoTimes.
+    Frames are decoded without the loop filter (0.73 of the time on 720p H.264) and reduced by averaging, which hides its absence. Rotation
+    is not applied. Raises MediaError for a file that can't be opened or decoded to its end, and NoTimes.
     """
     resize = VideoReformatter()
     kind = "yuv444p" if colour == "yuv" else "rgb24"

@@ -57,7 +57,7 @@ def select(config: CurateConfig, *, progress: Callable[[int, int], None] | None 
 
 
 def read_seed(settings: SelectConfig) -> tuple[Vectors, np.ndarray]:
-    """Vectors float32 [m, d] and lengths in seconds float64 [m] of the existing set. Raises ConfigError for a file that is not embed.parquet."""
+    """Vectors float32 [m, d] and lengths in seconds [m] of the existing set. Raises ConfigError for a file that is not embed.parquet."""
     vectors, seconds = [], []
     for path in settings.seed:
         try:

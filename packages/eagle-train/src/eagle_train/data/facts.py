@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         ("line", pa.int64()),  # 1-based, over all files of the source; in a part: 0-based, in its shard
         ("offset", pa.int64()),  # address of the row in its file (RawRow.start); in a part: counted from the shard's start
         ("size", pa.int64()),
-        ("text_tokens", pa.int32()),  # every token that is no image context and no frame (upper bound over rates and times)
+        ("text_tokens", pa.int32()),  # every token outside of image contexts and frames (upper bound over rates and times)
         ("label_tokens", pa.int32()),  # tokens with a label
         ("media_group", pa.int64()),  # names the media and the prompt through the last one; 0: nothing that rows can share
         ("image_width", pa.list_(pa.int32())),  # pixels as displayed, per image

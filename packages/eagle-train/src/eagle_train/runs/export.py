@@ -49,7 +49,7 @@ def run_processor(config: Config, tokenizer: Any, described: Any) -> EagleProces
     return EagleProcessor(
         tokenizer,
         system_prompt=config.prompt.system,
-        max_tokens=max(stage.max_tokens for stage in config.stages),
+        max_tokens=config.max_tokens,
         **visual_spec(config, described).to_dict(),
     )
 

@@ -44,17 +44,19 @@ def resources(ready: Ready, gpus: int) -> Resources:
         )
     described = model_config(config, ready.tokenizer)
     memory = planned(config, described, gpus) if config.model.activations != "keep" else None
-    tokens = -(-max(stage.max_tokens for stage in config.stages) // parallel.context)
+    tokens = -(-config.max_tokens // parallel.context)
     return Resources(count_parameters(described), memory, gpus, parallel.dtype, config.model.activations, tokens)
 
 
 def for_gpus(config: Config) -> Config:
-    """The configuration with the values that `auto` has on a GPU: bfloat16, and activations recomputed."""
+    """The configuration with the values that `auto` has on a GPU."""
+    import torch
+
+    from eagle_train.training.activations import activation_mode
+
     if config.parallel.dtype == "auto":
         config = config.replaced(parallel=config.parallel.replaced(dtype="bfloat16"))
-    if config.model.activations == "auto":
-        config = config.replaced(model=config.model.replaced(activations="recompute"))
-    return config
+    return config.replaced(model=config.model.replaced(activations=activation_mode(config, torch.device("cuda"))))
 
 
 def count_parameters(described: Any) -> int:

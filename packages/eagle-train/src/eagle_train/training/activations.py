@@ -31,8 +31,7 @@ def activation_mode(config: Config, device: torch.device) -> Mode:
 
 def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
     """What a step over the longest pack needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`)."""
-    longest = max(stage.max_tokens for stage in config.stages)
-    tokens = -(-longest // config.parallel.context)
+    tokens = -(-config.max_tokens // config.parallel.context)
     low = config.parallel.dtype == "bfloat16"
     sharded = ranks > 1 or low
     return plan_memory(
@@ -67,7 +66,7 @@ def make_engine(config: Config, described: Any, world: World, *, available: int 
     # Everyone has looked before anyone takes: what one rank takes would be missing from what the next one finds.
     for rank, (ranks, spare) in enumerate(world.gather((local, available))):
         if spare is not None and ranks * need > spare:
-            layers, longest = described.text_config.num_hidden_layers, max(stage.max_tokens for stage in config.stages)
+            layers, longest = described.text_config.num_hidden_layers, config.max_tokens
             raise ConfigError(
                 f"model.activations is offload: the inputs of {layers - 1} layers at {longest} tokens take {need / GIB:.2f} GiB of host "
                 f"memory per rank, {ranks * need / GIB:.2f} GiB for the {ranks} on the host of rank {rank}, which can spare "

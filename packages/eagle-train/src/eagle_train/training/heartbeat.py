@@ -13,10 +13,10 @@ EVERY = 60.0
 
 
 class Heartbeat:
-    """`with Heartbeat(say)`: a thread that only reads what `begin` and `at` set, and calls `say` when a step takes longer than `every`."""
+    """`with Heartbeat(write)`: a thread that reads what `begin` and `at` set, and calls `write` when a step takes longer than `every`."""
 
-    def __init__(self, say: Callable[[str], None], every: float | None = None) -> None:
-        self._say, self._every = say, EVERY if every is None else every
+    def __init__(self, write: Callable[[str], None], every: float | None = None) -> None:
+        self._write, self._every = write, EVERY if every is None else every
         self._now: tuple[str, float] | None = None
         self._place = ""
         self._over = threading.Event()
@@ -39,14 +39,14 @@ class Heartbeat:
         self._thread.join()
 
     def _run(self) -> None:
-        told, due = None, 0.0
+        reported, due = None, 0.0
         while not self._over.wait(self._every / 60):
             now = self._now
             if now is None:
                 continue
-            if now is not told:
-                told, due = now, self._every
+            if now is not reported:
+                reported, due = now, self._every
             seconds = time.monotonic() - now[1]
             if seconds >= due:
                 due += self._every
-                self._say(f"{now[0]}: {duration(seconds)}" + (f", now in {self._place}" if self._place else ""))
+                self._write(f"{now[0]}: {duration(seconds)}" + (f", now in {self._place}" if self._place else ""))

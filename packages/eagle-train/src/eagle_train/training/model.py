@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from eagle_model.prompt import IM_END, IMG_CONTEXT
 from eagle_train.config import Config, ConfigError
 from eagle_train.config.load import nearest
+from eagle_train.config.schema import is_hub_name
 from eagle_train.distributed.precision import auto_dtype
 
 if TYPE_CHECKING:
@@ -48,16 +49,18 @@ def located(config: Config, key: str) -> Path:
 
     Raises ConfigError, naming the key, when it is not there.
     """
+    from eagle_model.hub import checkpoint_folder
+
     name = getattr(config.model, key)
     try:
-        return _checkpoint_folder(name)
+        return _downloaded(name) if is_hub_name(name) else checkpoint_folder(name)
     except FileNotFoundError as error:
         raise ConfigError(f"model.{key}: {error}") from error
 
 
 @functools.cache
-def _checkpoint_folder(name: str) -> Path:
-    """The hub is queried once per name."""
+def _downloaded(name: str) -> Path:
+    """The hub is queried once per name and process."""
     from eagle_model.hub import checkpoint_folder
 
     return checkpoint_folder(name)
@@ -215,6 +218,7 @@ def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> Eagl
 
     from eagle_model.checkpoint import load_checkpoint
     from eagle_model.eagle import EagleForConditionalGeneration
+    from eagle_model.pretrained import grow_vocabulary, load_parts
 
     described = model_config(config, tokenizer)
     torch.manual_seed(config.run.seed)
@@ -229,11 +233,8 @@ def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> Eagl
         if weights and config.model.path is not None:
             load_checkpoint(model, located(config, "path"))
         elif weights:
-            from eagle_model.pretrained import load_parts
-
             load_parts(model, located(config, "vision"), located(config, "language"))
-        if len(tokenizer) > described.text_config.vocab_size:
-            model.resize_token_embeddings(len(tokenizer))
+        grow_vocabulary(model, len(tokenizer))
     _add_adapters(config, model, weights=weights)
     return model
 

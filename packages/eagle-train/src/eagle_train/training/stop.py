@@ -29,7 +29,7 @@ NOTHING = "nothing was trained yet: the same command starts again; rows of compl
 
 
 class Interrupted(BaseException):
-    """A signal ended the command; the text says what was saved and what the same command continues from."""
+    """A signal ended the command; the text names what was saved and what the same command continues from."""
 
     def __init__(self, signum: int, message: str = "") -> None:
         super().__init__(message)
@@ -102,12 +102,12 @@ class StopSignals:
         if self._first is None:
             self._first = now
             if self._deferred:
-                self._say("stopping: the running step is finished and a checkpoint is written; Ctrl-C again ends the run at once")
+                self._write_line("stopping: the running step is finished and a checkpoint is written; Ctrl-C again ends the run at once")
         elif signum == signal.SIGINT and now - self._first > REPEATED:
-            self._say(f"ended at once; {self.describe()}")
+            self._write_line(f"ended at once; {self.describe()}")
             os._exit(128 + signum)
 
-    def _say(self, text: str) -> None:
+    def _write_line(self, text: str) -> None:
         if not self.quiet:
             sys.stdout.flush()
             os.write(2, f"\n{text}\n".encode())

@@ -29,3 +29,12 @@ def prepare_progress(console: Console | None = None) -> Iterator[Callable[[Step]
             bar.update(task, description=f"prepare {step.source}", completed=step.rows_done, total=step.rows_total, bad=step.bad_rows)
 
         yield show
+
+
+@contextmanager
+def counting(what: str, unit: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A bar that counts `unit` (done, total), on `console` (default: standard error)."""
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console or Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

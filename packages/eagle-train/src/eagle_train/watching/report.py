@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from eagle_train.errors import counted
 from eagle_train.training.metrics import Metrics, duration
 
 
@@ -33,7 +34,7 @@ def summary(folder: str | Path) -> str:
         missing, missed = total - missed, total
         lines.append(
             f"stage {name}: step {last['step']} of {last['steps']}, loss {own[0]['loss']:.3f} -> {last['loss']:.3f}, "
-            f"{speed:,.0f} tok/s, {missing} samples missing"
+            f"{speed:,.0f} tok/s, {counted(missing, 'sample')} missing"
         )
     for record in [record for record in records if record["kind"] in ("eval", "final")][-1:]:
         for source, score in record["scores"].items():

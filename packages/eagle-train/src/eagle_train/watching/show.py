@@ -24,6 +24,7 @@ from eagle_model.visual import MediaChanged, SamplePlan, VideoPlan, VideoRef, Vi
 from eagle_sampling import Limits, MediaError
 from eagle_tiling import Grid, tile_count
 from eagle_train.data.sample import Sample
+from eagle_train.errors import counted
 
 PICTURE_SIDE = 112
 """Pixels of a tile's picture; as JPEG about 4 kB."""
@@ -184,12 +185,12 @@ def _frame_pictures(
     return {int(number): picture_of(tile) for number, tile in zip(chosen, tiles)}
 
 
-def picture_of(tile: np.ndarray) -> str:
-    """A tile, uint8 [s, s, 3], as a small JPEG in a `data:` address."""
+def picture_of(tile: np.ndarray, *, side: int = PICTURE_SIDE) -> str:
+    """A tile or frame, uint8 [h, w, 3], as a JPEG in a `data:` address; what is wider than `side` pixels is reduced to a square."""
     buffer = io.BytesIO()
     image = Image.fromarray(np.asarray(tile))
-    if image.width > PICTURE_SIDE:
-        image = image.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BOX)
+    if image.width > side:
+        image = image.resize((side, side), Image.Resampling.BOX)
     image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -232,7 +233,7 @@ def to_terminal(views: Sequence[SampleView], *, title: str, capacity: int | None
     if capacity is not None:
         total = sum(view.length - view.shared for view in views)
         bar = _bar([(view.length - view.shared, ("cyan", "blue")[index % 2]) for index, view in enumerate(views)], capacity, width)
-        parts += [bar, RichText(f"{total} of {capacity} tokens ({total / capacity:.1%}), {len(views)} samples")]
+        parts += [bar, RichText(f"{total} of {capacity} tokens ({total / capacity:.1%}), {counted(len(views), 'sample')}")]
     for view in views:
         parts.append(Panel(_terminal_sample(view, width), title=f"{view.source}:{view.line}", title_align="left"))
     return Panel(Group(*parts), title=title)
@@ -244,7 +245,7 @@ def _terminal_sample(view: SampleView, width: int) -> RenderableType:
         if kind == "frame":
             times = [piece.text for piece in pieces]
             shown = times if len(times) <= 6 else [*times[:3], "...", *times[-2:]]
-            text.append(f" [{len(times)} frames: {', '.join(shown)}] ", style="magenta")
+            text.append(f" [{counted(len(times), 'frame')}: {', '.join(shown)}] ", style="magenta")
             continue
         for piece in pieces:
             style = "bold green" if piece.labelled else "dim cyan" if piece.kind == "special" else "magenta" if kind == "image" else ""
