@@ -7,7 +7,7 @@ denominators stay right, because they are summed from the batches that were made
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -175,7 +175,7 @@ def load_pack(
         if place in missing:  # the next sample's tiles take the room
             for branch in trees.pop(place):
                 address = pack[branch].address
-                missing[branch] = missing[place]._replace(source=address.source, line=address.line)
+                missing[branch] = replace(missing[place], source=address.source, line=address.line)
                 del rows[branch]
         else:
             filled += end - begin
