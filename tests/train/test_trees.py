@@ -195,7 +195,7 @@ def group(plan):
     raise AssertionError("no pack has the tree")
 
 
-def test_a_row_that_changed_goes_to_the_ledger_and_its_sisters_stay(videos, tokenizer, tmp_path):
+def test_a_row_that_changed_goes_to_the_ledger_and_the_others_stay(videos, tokenizer, tmp_path):
     samples, _ = group(planned(videos(), tokenizer))
     path = tmp_path / "rows.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -203,7 +203,7 @@ def test_a_row_that_changed_goes_to_the_ledger_and_its_sisters_stay(videos, toke
     path.write_bytes(b"".join(lines))
     pack = load_pack(samples, CachedEncoder(tokenizer), SPEC)
     assert [(entry.line, entry.reason) for entry in pack.failed] == [(2, "changed")]
-    assert "no longer those of all:1" in pack.failed[0].detail
+    assert "no longer has the media of all:1" in pack.failed[0].detail
     assert {1, 5} <= {line for _, line in pack.sample_ids}
 
 
@@ -228,7 +228,7 @@ def test_one_row_that_is_left_is_a_plain_sample(videos, tokenizer):
     assert len(pack.batch.prefixes) < len(whole.batch.prefixes)
 
 
-def test_a_branch_that_does_not_fit_alone_is_dropped_and_its_sisters_stay(videos, tokenizer, tmp_path, row, write_jsonl):
+def test_a_branch_that_does_not_fit_alone_is_dropped_and_the_others_stay(videos, tokenizer, tmp_path, row, write_jsonl):
     rows = (tmp_path / "rows.jsonl").read_bytes()
     write_jsonl(tmp_path / "rows.jsonl", [*rows.splitlines(), row("Long? " + "x" * 5000, "No.", video="a.mp4")])
     plan = planned(videos(), tokenizer)
