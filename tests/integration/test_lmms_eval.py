@@ -97,6 +97,7 @@ def test_a_local_task(folder, rows, tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert list((tmp_path / "out").rglob("*results.json")), done.stderr[-4000:]
     [result] = (tmp_path / "out").rglob("*results.json")
     scores = json.loads(result.read_text())["results"]["local_media"]
     assert scores["exact_match,none"] == pytest.approx(0.75)
