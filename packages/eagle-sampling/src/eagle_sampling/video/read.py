@@ -26,6 +26,7 @@ from .beginning import sample_start
 from .containers.demux import read_packets
 from .containers.source import Source
 from .containers.track import Track, Unsupported
+from .containers.webp import paint_webp
 from .decode import Decoder, FileReader, Painter
 from .dependencies import Group, correct_keyframes, group_targets
 from .keyframes import start_test
@@ -176,6 +177,9 @@ def _decode(
     failures: dict[int, str] = {}
     problems: list[BaseException] = []
     painter = functools.partial(Painter, out, track.rotation, track.mirrored, lambda: watch.stopped)
+    if track.container == "webp":
+        _in_threads([lambda: failures.update(_from_webp(name, places, painter(), watch))], watch, problems)
+        return failures
     if not track.timed:
         _in_threads([lambda: failures.update(_from_front(name, track, places, painter(), watch, workers))], watch, problems)
         return failures
@@ -241,6 +245,10 @@ def _from_front(name: str, track: Track, places: dict[int, list[int]], painter: 
     """Decode from the front, for packets that do not state which frame they hold."""
     failed, reason = decode_linear(name, track, set(places), lambda frame, i: painter.paint(frame, places[i]), watch.check, threads)
     return dict.fromkeys(failed, reason)
+
+
+def _from_webp(name: str, places: dict[int, list[int]], painter: Painter, watch: _Watch) -> dict[int, str]:
+    return paint_webp(name, set(places), lambda frame, i: painter.paint(frame, places[i]), watch.check)
 
 
 def _result(

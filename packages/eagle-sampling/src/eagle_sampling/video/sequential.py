@@ -7,7 +7,7 @@ from collections.abc import Callable
 import av
 
 from .beginning import DEFERRED
-from .containers.demux import open_container
+from .containers.demux import choose_stream, open_container
 from .containers.track import Track
 
 _REORDERED = 16  # most frames that a decoder of H.264 or HEVC holds: none is shown further before its place in the file
@@ -19,7 +19,7 @@ class PacketStream:
     def __init__(self, path: str):
         self.path = path
         self.container = open_container(path)
-        stream = self.container.streams.video[0]
+        stream = choose_stream(self.container)
         self.context = stream.codec_context
         self.packets = (packet for packet in self.container.demux(stream) if packet.size)
         self.next = 0
@@ -61,7 +61,7 @@ def decode_linear(
     reason = "some packets before it give no frame, so that its number is not known"
     try:
         with open_container(path) as container:
-            stream = container.streams.video[0]
+            stream = choose_stream(container)
             context = stream.codec_context
             threads = 1 if track.opens else threads  # so that an error is raised at its own packet
             context.thread_count = threads

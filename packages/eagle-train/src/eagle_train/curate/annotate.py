@@ -79,7 +79,7 @@ CAPTION = (
 )
 AGGREGATE = (
     "A video of {seconds:.0f} s has these parts:\n{parts}\n\nWrite {count} questions about the whole video that need several of its parts, "
-    "each with a complete answer: its story, causes and effects, order of events, how something changes. Do not mention captions or chapters."
+    "each with a complete answer: its story, causes and effects, the order of events, how something changes. Do not mention captions."
 )
 ASK = (
     "These frames are one scene of a longer video. Write {count} question-answer pairs about it, one of each of these types:\n{types}\n"

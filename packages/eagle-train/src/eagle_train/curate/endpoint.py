@@ -145,7 +145,7 @@ class Endpoint:
     def map(
         self, function: Callable[[Item], Value], items: Sequence[Item], progress: Callable[[int, int], None] | None = None
     ) -> list[Value]:
-        """`function` of every item, in order, `concurrency` at a time. The first exception ends it, after the requests that are under way."""
+        """`function` of every item, in order, `concurrency` at a time. An exception ends it after the requests that are under way."""
         results: list[Any] = [None] * len(items)
         done = 0
         with ThreadPoolExecutor(self.settings.concurrency) as pool:

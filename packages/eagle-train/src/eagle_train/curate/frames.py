@@ -22,7 +22,7 @@ class NoTimes(MediaError):
 def small_frames(
     path: str, width: int, height: int, *, colour: Literal["yuv", "rgb"] = "yuv", threads: int = 1
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float64]]]:
-    """(pixels, times) in chunks: uint8 [n, 3, height, width] for "yuv", [n, height, width, 3] for "rgb"; times float64 [n], in seconds on the
+    """(pixels, times) in chunks: uint8 [n, 3, height, width] for "yuv", [n, height, width, 3] for "rgb"; times float64 [n], seconds on the
     file's own timeline.
 
     Frames are decoded without the loop filter (0.73 of the time on 720p H.264) and reduced by averaging, which hides its absence. Rotation

@@ -148,19 +148,25 @@ def _distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float32]
 
 
 def _excess(change: NDArray[np.float64], scale: Scale) -> NDArray[np.float64]:
-    """What a change exceeds the usual one by. The frames within one span are not counted as usual: they see the same transition."""
+    """What a change exceeds the usual one by; -inf where there is nothing to compare with.
+
+    The frames within one span are not counted as usual: they see the same transition.
+    """
     total = np.concatenate([[0.0], np.cumsum(change)])
     at = np.arange(len(change))
+    begin = (scale.span + 1) // 2  # changes are measured from here on
+    end = max(len(change) - scale.span, 0) + begin
 
-    def mean(first: NDArray[np.int64], stop: NDArray[np.int64]) -> NDArray[np.float64]:
-        first, stop = (np.clip(edge, 0, len(change)) for edge in (first, stop))
-        return np.where(stop > first, (total[stop] - total[first]) / np.maximum(stop - first, 1), np.nan)
+    def side(first: NDArray[np.int64], stop: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        first, stop = (np.clip(edge, begin, max(end, begin)) for edge in (first, stop))
+        first, stop = (np.minimum(edge, len(change)) for edge in (first, stop))
+        return (total[stop] - total[first]) / np.maximum(stop - first, 1), stop > first
 
-    before = mean(at - scale.span - scale.window + 1, at - scale.span + 1)
-    after = mean(at + scale.span, at + scale.span + scale.window)
-    sides = np.isfinite(before).astype(int) + np.isfinite(after)
-    usual = (np.nan_to_num(before) + np.nan_to_num(after)) / np.maximum(sides, 1)
-    return change - scale.motion * usual
+    before, some_before = side(at - scale.span - scale.window + 1, at - scale.span + 1)
+    after, some_after = side(at + scale.span, at + scale.span + scale.window)
+    sides = some_before.astype(int) + some_after
+    usual = (before * some_before + after * some_after) / np.maximum(sides, 1)
+    return np.where(sides > 0, change - scale.motion * usual, -np.inf)
 
 
 def _peaks(values: NDArray[np.float64], low: float, high: float) -> Iterator[int]:

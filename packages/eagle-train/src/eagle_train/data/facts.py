@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         ("line", pa.int64()),  # 1-based, over all files of the source; in a part: 0-based, in its shard
         ("offset", pa.int64()),  # address of the row in its file (RawRow.start); in a part: counted from the shard's start
         ("size", pa.int64()),
-        ("text_tokens", pa.int32()),  # every token that is no image context and no frame (upper bound over rates and times)
+        ("text_tokens", pa.int32()),  # every token outside of image contexts and frames (upper bound over rates and times)
         ("label_tokens", pa.int32()),  # tokens with a label
         ("image_width", pa.list_(pa.int32())),  # pixels as displayed, per image
         ("image_height", pa.list_(pa.int32())),

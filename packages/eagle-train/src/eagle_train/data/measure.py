@@ -83,7 +83,7 @@ class Measurer:
         for page in video.frames:
             self.image(page)
         try:
-            info = self._probe(video.path) if video.path is not None and not video.is_pdf else None
+            info = self._probe(video.path) if video.path is not None and not video.is_paged else None
             return measure_video(video, self.limits, info=info)
         except ClipError as error:
             raise RowError("bad-clip", str(error)) from error

@@ -294,7 +294,7 @@ class Loader:
             if elapsed > SLOW_SAMPLE and not worker.named:
                 worker.named = True
                 address = self._slots[worker.number].task.pack[place].address
-                logger.warning("%s:%d (source %s) is slow: %.0f s so far", address.annotation, address.line, address.source, elapsed)
+                logger.warning("%s:%d (of %s) is slow: %.0f s so far", address.source, address.line, address.annotation, elapsed)
             if elapsed > self._stuck_after:
                 worker.process.kill()
                 worker.process.join()
@@ -316,7 +316,7 @@ class Loader:
         if place >= 0:
             slot = self._slots[worker.number]
             address = slot.task.pack[place].address
-            logger.warning("%s:%d (source %s) is not used: %s", address.annotation, address.line, address.source, detail)
+            logger.warning("%s:%d (of %s) is not used: %s", address.source, address.line, address.annotation, detail)
             slot.skip[place] = Entry(address.source, address.line, reason, detail, "train")
         self._send(fresh)
 

@@ -1,0 +1,98 @@
+"""Shot detection: cuts, dissolves and fades where they are, nothing where nothing changes, and no effect of the chunks."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eagle_train.curate.frames import NoTimes, small_frames
+from eagle_train.curate.shots import HEIGHT, WIDTH, find_boundaries, measure_changes, shot_boundaries
+from tests.train.curate.conftest import film, scene
+
+
+def small(frames):
+    """uint8 [n, 3, h, w] of frames [h, w, 3] as they are."""
+    return np.stack(frames).transpose(0, 3, 1, 2).copy()
+
+
+def scenes(lengths, seed=0):
+    return [small(scene(seed + index, length, (WIDTH, HEIGHT))) for index, length in enumerate(lengths)]
+
+
+def boundaries(frames, chunk=10**9):
+    return [b.frame for b in shot_boundaries(frames[i : i + chunk] for i in range(0, len(frames), chunk))[1]]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cuts_are_found_to_the_frame(seed):
+    lengths = np.random.default_rng(seed).integers(12, 60, 8)
+    frames = np.concatenate(scenes(lengths, 100 * seed))
+    assert boundaries(frames) == np.cumsum(lengths)[:-1].tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 16, 64])
+def test_chunks_do_not_change_the_result(chunk):
+    frames = np.concatenate(scenes([20, 33, 5, 40, 18]))
+    whole = measure_changes([frames])
+    parts = measure_changes(frames[i : i + chunk] for i in range(0, len(frames), chunk))
+    assert whole[0] == parts[0]
+    for one, other in zip((*whole[1].change, *whole[1].blend), (*parts[1].change, *parts[1].blend)):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_motion_light_and_a_flash_are_no_boundaries():
+    (drift,) = scenes([120])
+    assert boundaries(drift) == []
+    brighter = np.clip(drift.astype(float) * np.linspace(0.6, 1.0, 120)[:, None, None, None], 0, 255).astype(np.uint8)
+    assert boundaries(brighter) == []
+    noise = np.random.default_rng(0).integers(0, 256, (120, 3, HEIGHT, WIDTH), dtype=np.uint8)
+    assert boundaries(noise) == []
+
+
+@pytest.mark.parametrize("span", [8, 12, 16])
+def test_dissolves_and_fades_are_one_boundary_each(span):
+    a, b = (part.astype(float) for part in scenes([60, 60], 40))
+    weight = ((np.arange(span) + 1) / (span + 1))[:, None, None, None]
+    mixed = a[-span:] * (1 - weight) + b[:span] * weight
+    dissolve = np.concatenate([a[:-span], mixed, b[span:]]).astype(np.uint8)
+    (found,) = boundaries(dissolve)
+    assert 60 - span - 2 <= found <= 62
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 17])
+def test_few_frames(count):
+    frames = np.zeros((count, 3, HEIGHT, WIDTH), np.uint8)
+    assert shot_boundaries([frames]) == (count, [])
+    assert find_boundaries(measure_changes([frames])[1]) == []
+
+
+def test_small_frames_have_the_times_of_the_file(tmp_path):
+    path = film(tmp_path / "a.mp4", [20, 20])
+    chunks = list(small_frames(str(path), WIDTH, HEIGHT))
+    np.testing.assert_allclose(np.concatenate([times for _, times in chunks]), np.arange(40) / 10, atol=1e-3)
+    assert [pixels.shape for pixels, _ in chunks] == [(40, 3, HEIGHT, WIDTH)]
+    rgb = np.concatenate([pixels for pixels, _ in small_frames(str(path), 32, 16, colour="rgb")])
+    assert rgb.shape == (40, 16, 32, 3)
+    assert boundaries(np.concatenate([pixels for pixels, _ in chunks])) == [20]
+
+
+def test_a_stream_without_times_is_refused(tmp_path):
+    import av
+
+    film(tmp_path / "a.mp4", [20])
+    with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "a.h264"), "w", format="h264") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    with pytest.raises(NoTimes, match=r"a\.h264: .*MP4 or Matroska"):
+        list(small_frames(str(tmp_path / "a.h264"), WIDTH, HEIGHT))
+
+
+@pytest.mark.skipif("EAGLE_TEST_FILM" not in os.environ, reason="EAGLE_TEST_FILM names no film")
+def test_a_real_film_splits_into_shots():
+    path = Path(os.environ["EAGLE_TEST_FILM"])
+    count, found = shot_boundaries(pixels for pixels, _ in small_frames(str(path), WIDTH, HEIGHT))
+    assert 1 <= len(found) < count / 12
