@@ -10,7 +10,7 @@ import torch
 from eagle_cp import Layout, attention
 from eagle_cp.backends import KERNELS, choose
 from eagle_cp.segments import Segments
-from tests.support.attention import cumulative, reference_gradients
+from tests.support.attention import cumulative, reference_gradients, tree_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -140,3 +140,22 @@ def test_the_gradient_of_a_sum(name):
     _, *wanted = reference_gradients(q, k, v, torch.ones_like(q), cu)
     for x, y in zip(torch.autograd.grad(out.sum(), (q, k, v)), wanted):
         assert relative(x, y) < 1e-2
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", [n for n in KERNELS if n != "cpu"])
+def test_trees(name, deterministic):
+    """Branches over their prefixes, a plain document among them. Two roundings of bfloat16 where a kernel has one."""
+    lengths, prefixes = [700, 64, 1, 130, 300, 257, 33, 40], [-1, 0, 0, 0, -1, -1, 5, 5]
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        _, device = available(name, True)
+        make = lambda heads: torch.randn(sum(lengths), heads, 128, device=device, dtype=torch.bfloat16)
+        q, k, v, dout = make(14), make(2), make(2), make(14)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, Layout.single(cumulative(lengths), prefixes), backend=name)
+        got = [out, *torch.autograd.grad(out, leaves, dout)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x, wanted in zip(got, tree_reference(q, k, v, dout, lengths, prefixes)):
+        assert relative(x, wanted) < 5e-3

@@ -55,6 +55,20 @@ def test_memory_limit():
         plan_context([131072], 2, memory_gib=0.1, **MODEL)
 
 
+def test_a_tree_costs_its_prefix_once():
+    """Eight branches: the work of the prefix, and of 8 x 256 queries over it, in place of eight documents."""
+    tree = plan_context([131072, *[256] * 8], 2, prefixes=[-1, *[0] * 8], **MODEL)
+    separate = plan_context([131328] * 8, 2, **MODEL)
+    prefix = plan_context([131072], 2, **MODEL)
+    pairs = (131072 * 131073 / 2 + 8 * 256 * (131072 + 128.5)) / (131072 * 131073 / 2)
+    best = min(c.compute_ms for c in tree.candidates)
+    assert best / min(c.compute_ms for c in prefix.candidates) == pytest.approx(pairs, rel=0.02)
+    assert min(c.compute_ms for c in separate.candidates) / best == pytest.approx(8 * 1.0039 / pairs, rel=0.02)
+    assert plan_context([300, 4000], 2, prefixes=[-1, -1], **MODEL) == plan_context([300, 4000], 2, **MODEL)
+    with pytest.raises(ValueError, match="2 numbers for 3 documents"):
+        plan_context([5, 5, 5], 2, prefixes=[-1, 0], **MODEL)
+
+
 @pytest.mark.parametrize("make", [np.array, torch.tensor, tuple])
 def test_lengths_of_any_kind(make):
     assert plan_context(make([300, 4000]), 2, **MODEL) == plan_context([300, 4000], 2, **MODEL)

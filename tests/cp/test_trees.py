@@ -279,6 +279,33 @@ def test_a_kernel_that_needs_the_causal_mask_leaves_prefixes_to_another(monkeypa
     torch.testing.assert_close(out, tree_reference(q, k, v, dout, lengths, prefixes)[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_results_of_a_kernel_are_not_modified(ranks, size):
+    """Selective activation checkpointing stores them, and recomputation would merge the prefix a second time."""
+    lengths, prefixes = pack([(6, [3, 2]), (40, [5])])
+    assert (
+        all(ranks(size).call(kept_results, lengths, prefixes)) if size > 1 else kept_results({1: ContextMesh.single()}, lengths, prefixes)
+    )
+
+
+def kept_results(meshes, lengths, prefixes):
+    results = []
+
+    def forward(*arguments, **options):
+        lse = KERNELS["cpu"].forward(*arguments, **options)
+        results.append((lse, lse.clone()))
+        return lse
+
+    KERNELS["keeps"] = dataclasses.replace(KERNELS["cpu"], forward=forward)
+    try:
+        layout = Layout.build(cumulative(lengths), meshes[1], num_heads=4, num_kv_heads=2, prefixes=prefixes)
+        inputs = make_inputs({"lengths": lengths, "heads": 4, "kv_heads": 2, "dim": 8, "seed": 0})
+        attention(*(layout.shard(x) for x in inputs[:3]), layout, backend="keeps")
+    finally:
+        del KERNELS["keeps"]
+    return len(results) > 1 and all(torch.equal(lse, before) for lse, before in results)
+
+
 def test_a_transformers_model_takes_trees():
     """Hidden states of a tiny Qwen2, and the gradient of its embedding, equal those of the branches as separate documents."""
     from transformers import Qwen2Config, Qwen2Model

@@ -71,4 +71,4 @@ def test_yaml_blocks_are_configurations_or_recipes(page, text, tmp_path):
 
 
 def test_there_are_yaml_blocks():
-    assert {page for page, _ in yaml_blocks()} == {"data-formats.md", "getting-started.md", "weights.md"}
+    assert {page for page, _ in yaml_blocks()} == {"data-formats.md", "evaluation.md", "getting-started.md", "weights.md"}

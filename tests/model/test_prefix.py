@@ -93,8 +93,10 @@ def step(model, *packs, layout=None):
 def assert_equal_steps(got, wanted, tolerance):
     assert got[0] == pytest.approx(wanted[0], rel=tolerance)
     assert got[1].keys() == wanted[1].keys()
+    # A bias of keys in the vision tower changes no softmax: its gradient is rounding only, so errors are relative to at least this norm.
+    floor = 1e-3 * max(gradient.norm() for gradient in wanted[1].values())
     for name, gradient in wanted[1].items():
-        error = (got[1][name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        error = (got[1][name] - gradient).norm() / gradient.norm().clamp(min=floor)
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
@@ -107,13 +109,16 @@ def test_a_tree_is_the_sum_over_separate_samples(make_model, weighting):
     assert_equal_steps(step(model, pack), step(model, *packs), 1e-5)
 
 
-@pytest.mark.parametrize("mode", ["recompute", "offload"])
+@pytest.mark.parametrize("mode", ["recompute", "offload", "selective"])
 def test_activation_checkpointing_gives_the_same_gradients(make_model, mode):
+    """selective: the attention kernel's results are stored, and recomputation does not run it."""
     model = make_model()
     pack = trees("sqrt")
     wanted = step(model, pack)
-    engine = OffloadEngine(1 << 20, device=torch.device("cpu"), host_available=1 << 30) if mode == "offload" else None
-    model.set_activation_checkpointing(mode, engine)
+    engine, kept = None, ["aten::_scaled_dot_product_flash_attention_for_cpu"] if mode == "selective" else []
+    if mode != "recompute":
+        engine = OffloadEngine(1 << 20, device=torch.device("cpu"), host_available=1 << 30, keep_operators=kept)
+    model.set_activation_checkpointing("recompute" if engine is None else "offload", engine)
     assert_equal_steps(step(model, pack), wanted, 1e-7)
 
 

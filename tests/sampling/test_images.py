@@ -231,7 +231,7 @@ def test_heic_without_its_decoder_names_the_extra(tmp_path, monkeypatch):
     path = tmp_path / "IMG_0001.jpg"
     path.write_bytes(struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + bytes(100))
     for read in (open_image, image_size):
-        with pytest.raises(MediaError, match=r"IMG_0001.jpg: is a HEIC image .* pip install 'eagle-sampling\[heic\]'"):
+        with pytest.raises(MediaError, match=r"IMG_0001.jpg: is a HEIC image, .* pip install 'eagle-sampling\[heic\]'"):
             read(path)
 
 

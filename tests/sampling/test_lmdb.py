@@ -212,6 +212,54 @@ def test_bad_images_doubles_and_bad_keys_are_listed_not_stored(folder, tmp_path)
     assert lmdb_store.get(tmp_path / "store", "000.png") == picture(0)
 
 
+def test_a_file_is_an_image_by_its_content(tmp_path):
+    image, source = random_image(0, (20, 10)), tmp_path / "crawl"
+    source.mkdir()
+    named = {
+        "a.jpg": "JPEG", "b.jfif": "JPEG", "c.jpe": "JPEG", "d.jp2": "JPEG2000", "e.ppm": "PPM", "f.tga": "TGA", "crawl_0001": "JPEG",
+        "g.PNG": "PNG", "h.txt": "WEBP", "i.dat": "GIF", "j.ico": "ICO", "k": "TIFF", "l.bin": "BMP",
+    }  # fmt: skip
+    for name, kind in named.items():
+        image.save(source / name, kind)
+    others = {"x.json": b"{}", "y.json": b"[]", "captions.txt": b"a picture", "film.mp4": b"\0\0\0\x18ftypisom" + bytes(99), "README": b"?"}
+    for name, data in others.items():
+        (source / name).write_bytes(data)
+    with tarfile.open(tmp_path / "crawl.tar", "w") as archive:
+        archive.add(source, "crawl")
+    for given, prefix in ((source, ""), (tmp_path / "crawl.tar", "crawl/")):
+        result = build_lmdb(tmp_path / f"{given.name}.lmdb", [given])
+        assert result.written == len(named)
+        assert not result.problems
+        assert result.others == {
+            ".json": (2, f"{prefix}x.json"),
+            ".txt": (1, f"{prefix}captions.txt"),
+            ".mp4": (1, f"{prefix}film.mp4"),
+            "without a suffix": (1, f"{prefix}README"),
+        }
+        assert "5 other files are not images: 2 x .json, for example" in str(result)
+        again = build_lmdb(tmp_path / f"{given.name}.lmdb", [given])
+        assert again.complete_already
+        assert again.others == result.others
+    assert build_lmdb(tmp_path / "one.lmdb", [source / "crawl_0001"]).written == 1
+
+
+def test_several_columns_that_could_be_the_images(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "shard.parquet"
+    left, right, noise = ([*map(picture, seeds)] for seeds in (range(3), range(3, 6), range(6, 9)))
+    parquet.write_table(pa.table({"hash": [b"1", b"2", b"3"], "image": left}), path)
+    assert build_lmdb(tmp_path / "by-content", [path]).written == 3
+    parquet.write_table(pa.table({"thumbnail": noise, "image": [{"bytes": data} for data in left], "depth": right}), path)
+    with pytest.raises(MediaError, match=r"thumbnail, image, depth could each be that of the images; say which: .* --column thumbnail"):
+        build_lmdb(tmp_path / "several", [path])
+    assert build_lmdb(tmp_path / "several", [path], column="depth").written == 3
+    assert lmdb_store.get(tmp_path / "several", "shard:1") == picture(4)
+    with pytest.raises(FileExistsError):
+        build_lmdb(tmp_path / "several", [path], column="image")
+    with pytest.raises(MediaError, match="has no column 'nothing' of bytes; its columns of bytes are thumbnail, image, depth"):
+        build_lmdb(tmp_path / "other", [path], column="nothing")
+
+
 def test_tar_and_parquet_shards(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for i in range(5):

@@ -99,7 +99,7 @@ def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tm
         assert entry.reason in reasons
         assert len(given[number].sample_ids) == len(tasks[number].pack) - 1
     address = tasks[0].pack[0].address
-    assert f"{address.annotation}:{stuck} (source {address.source}) is slow: " in caplog.text
+    assert f"{address.source}:{stuck} (of {address.annotation}) is slow: " in caplog.text
     assert "is not used" in caplog.text
 
 

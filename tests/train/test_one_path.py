@@ -25,8 +25,13 @@ IMAGES = {"wide.png": (300, 80), "tall.jpg": (60, 200), "small.png": (20, 20), "
 
 images = st.sampled_from(sorted(IMAGES))
 bounds = st.sampled_from([{}, {"start": 0.35}, {"end": 2.0}, {"start": 1.05, "end": 2.4}])
-clips = st.builds(lambda name, clip: {"path": name, **clip}, st.sampled_from(["even.mp4", "slow.mp4"]), bounds)
-documents = st.one_of(st.just("pages.pdf"), st.lists(images, min_size=1, max_size=12).map(lambda pages: {"pages": pages}))
+files = st.builds(lambda name, clip: {"path": name, **clip}, st.sampled_from(["even.mp4", "slow.mp4"]), bounds)
+rates = st.sampled_from([{}, {"fps": 3}, {"fps": 29.97}, {"fps": 2, "start": 0.6}, {"fps": 2, "start": 0.4, "end": 2.5}])
+frames = st.builds(lambda names, rate: {"frames": names, **rate}, st.lists(images, min_size=3, max_size=12), rates)
+clips = st.one_of(files, frames)
+documents = st.one_of(
+    st.sampled_from(["pages.pdf", "pages.tif"]), st.lists(images, min_size=1, max_size=12).map(lambda pages: {"pages": pages})
+)
 rows = st.fixed_dictionaries(
     {"images": st.lists(images, max_size=3), "videos": st.lists(clips, max_size=2), "documents": st.lists(documents, max_size=2)}
 )
@@ -55,8 +60,9 @@ def media(tmp_path_factory, write_video):
         picture.save(folder / name, exif=exif)
     write_video(folder / "even.mp4", frames=40, fps=10)
     write_video(folder / "slow.mp4", frames=9, fps=3)
-    pages = [Image.new("RGB", (120, 160), (40 * index, 200, 100)) for index in range(5)]
-    pages[0].save(folder / "pages.pdf", save_all=True, append_images=pages[1:])
+    for name in ("pages.pdf", "pages.tif"):
+        pages = [Image.new("RGB", (120, 160), (40 * index, 200, 100)) for index in range(5)]
+        pages[0].save(folder / name, save_all=True, append_images=pages[1:])
     return folder
 
 
@@ -78,8 +84,8 @@ def written(content: dict) -> dict:
     contents=[
         {
             "images": ["wide.png", "turned.jpg"],
-            "videos": [{"path": "even.mp4", "start": 0.35}, {"path": "slow.mp4"}],
-            "documents": ["pages.pdf", {"pages": ["tall.jpg"] * 9}],
+            "videos": [{"path": "even.mp4", "start": 0.35}, {"frames": ["wide.png"] * 7, "fps": 1.5}, {"path": "slow.mp4"}],
+            "documents": ["pages.pdf", "pages.tif", {"pages": ["tall.jpg"] * 9}],
         }
     ],
     spec=VisualSpec(tile_size=32, tokens_per_tile=K, min_frames=2),

@@ -253,7 +253,7 @@ def test_bytes_are_media(tmp_path):
     video = of({"video": {"bytes": b"film", "start": 1}, "conversations": TALK}, form=form).videos[0]
     assert (Path(video.path).read_bytes(), video.start) == (b"film", 1.0)
     document = of({"document": {"bytes": b"%PDF-1"}, "conversations": TALK}, form=form).videos[0]
-    assert document.is_pdf
+    assert document.is_paged
     with pytest.raises(RowError, match="needs a folder of facts"):
         of({"video": b"film", "conversations": TALK})
 
@@ -321,7 +321,7 @@ def test_content_parts_stand_where_they_are_shown():
         ({"conversations": TALK, "image": "a\0b"}, "bad-media", "zero byte"),
         ({"conversations": TALK, "image": "s3://bucket/a.png"}, "bad-media", "download it first"),
         ({"conversations": TALK, "image": "data:image/png;base64,iVBORw0="}, "bad-media", "is an address"),
-        ({"conversations": TALK, "image": "iVBORw0K" * 1000}, "bad-media", "has 8000 characters and is no path"),
+        ({"conversations": TALK, "image": "iVBORw0K" * 1000}, "bad-media", "has 8000 characters and is not a path"),
         ({"conversations": TALK, "video": "\ud83d.mp4"}, "bad-media", "can't be a path"),
         ({"conversations": [TALK[0], {"from": "gpt", "value": "look \ud83d"}]}, "bad-row", "text of turn 2 has half of a surrogate"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}, "bad-row", "text of turn 1 has half of a"),

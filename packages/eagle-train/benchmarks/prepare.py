@@ -1,15 +1,21 @@
-"""Rows per second of `prepare` on the questions and images of easy-VQA, by number of processes and by `data.verify`.
+"""Rows per second of `prepare` on the questions and images of easy-VQA, by processes and `data.verify`, and by format of the rows.
+
+Formats are measured in one process with `data.verify: header`. In Parquet images are bytes in a column, in the tar file they are members.
 
 python packages/eagle-train/benchmarks/prepare.py [WORKERS ...] [--out FILE.json]
 """
 
 import argparse
+import io
 import json
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +37,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
+def write_table_and_tar(folder: Path) -> None:
+    """The rows of rows.jsonl with their images inside, as rows.parquet and rows.tar."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    table = [row | {"image": {"bytes": Path(row["image"]).read_bytes(), "path": None}} for row in rows]
+    pq.write_table(pa.Table.from_pylist(table), folder / "rows.parquet", row_group_size=1000)
+    with tarfile.open(folder / "rows.tar", "w") as tar:
+        for number, row in enumerate(table):
+            said = json.dumps({"conversations": row["conversations"]}).encode()
+            for suffix, content in (("json", said), ("png", row["image"]["bytes"])):
+                member = tarfile.TarInfo(f"{number:08d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workers", nargs="*", type=int, default=[1, 2], metavar="WORKERS", help="numbers of processes (default: 1 2)")
@@ -47,19 +67,21 @@ def main() -> None:
             for question, answer, image in zip(questions, answers, images):
                 turns = [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": answer}]
                 file.write(json.dumps({"image": paths[image], "conversations": turns}) + "\n")
-        for verify in ("header", "ends", "decode"):
-            for workers in options.workers:
-                data = {"sources": {"s": {"annotation": "rows.jsonl"}}, "workers": workers, "verify": verify, "facts": f"{verify}{workers}"}
-                config = parse_config({"data": data}, base=Path(folder))
-                start = time.perf_counter()
-                prepared = prepare(config, tokenizer)
-                seconds = time.perf_counter() - start
-                again = time.perf_counter()
-                prepare(config, tokenizer)
-                again = time.perf_counter() - again
-                result.add(
-                    f"verify {verify}, {workers} processes", rows_per_s=prepared.rows / seconds, found_again_s=again, rows=prepared.rows
-                )
+        write_table_and_tar(Path(folder))
+        cases = [("rows.jsonl", verify, workers) for verify in ("header", "ends", "decode") for workers in options.workers]
+        for name, verify, workers in [*cases, ("rows.parquet", "header", 1), ("rows.tar", "header", 1)]:
+            facts = f"{name}-{verify}-{workers}"
+            data = {"sources": {"s": {"annotation": name}}, "workers": workers, "verify": verify, "facts": facts}
+            config = parse_config({"data": data}, base=Path(folder))
+            start = time.perf_counter()
+            prepared = prepare(config, tokenizer)
+            seconds = time.perf_counter() - start
+            again = time.perf_counter()
+            prepare(config, tokenizer)
+            again = time.perf_counter() - again
+            result.add(
+                f"{name}, verify {verify}, {workers} processes", rows_per_s=prepared.rows / seconds, found_again_s=again, rows=prepared.rows
+            )
     report(result, options.out)
 
 

@@ -108,6 +108,7 @@ def rank_forward(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, l
             args = q[rows, c.q0 : c.q1], k[rows, c.k0 : c.k1], v[rows, c.k0 : c.k1]
             lses.append(p.whole_kernel.forward(*args, rank.whole, p.causal, p.scale, out=out[rows, c.q0 : c.q1]))
             if rank.whole_prefixes is not None:
+                lses[-1] = lses[-1].clone()  # selective activation checkpointing may hold the kernel's own result
                 _attend_prefix(p, rank.whole_prefixes, *args, out[rows, c.q0 : c.q1], lses[-1])
     if pieces is None:
         return out, lses
@@ -123,8 +124,7 @@ def rank_forward(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, l
             lse = _all_rows(pieces, called)
             for call in pieces.prefix_calls:
                 _attend_prefix(p, call, q[:, heads], kc, vc, out[:, heads], lse)
-            for call, part in zip(pieces.calls, called):
-                part.copy_(lse[:, call.queries])
+            lses[len(lses) - len(called) :] = [lse[:, call.queries].contiguous() for call in pieces.calls]
         del kc, vc
     return out, lses
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from eagle_cp.all_gather import HEADWISE_ROWS, OVERLAP
 from eagle_cp.heads import split_heads
-from eagle_cp.partition import Partition, partition
+from eagle_cp.partition import Partition, RankDocuments, partition
 from eagle_cp.segments import integers
+from eagle_cp.trees import check_prefixes
 
 
 class Hardware(NamedTuple):
@@ -67,25 +68,29 @@ def plan_context(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    prefixes: Sequence[int] | None = None,
     hardware: Hardware | None = None,
     memory_gib: float | None = None,
 ) -> ContextPlan:
     """The fastest split `ulysses x all_gather = ranks` for documents of `lengths` tokens in bf16.
 
+    prefixes: for trees, the document that each one continues, or -1, as in `Layout.build`.
     memory_gib: GiB that one attention layer may need; default: no limit.
 
-    Raises ValueError for lengths that are not integers of at least 1, and, with the reason of each split, when none can be used.
+    Raises ValueError for lengths that are not integers of at least 1, for prefixes that are not trees, and, with the reason of each split,
+    when none can be used.
     """
     lengths = integers("plan_context: lengths", lengths)
     if not lengths or min(lengths) < 1 or ranks < 1:
         raise ValueError(
             f"plan_context: needs documents of at least one token and at least one rank, got {len(lengths)} documents, {ranks} ranks"
         )
+    continued = check_prefixes(prefixes, len(lengths))
     hardware = hardware or Hardware()
     candidates: list[Candidate] = []
     for ulysses in range(1, ranks + 1):
         if ranks % ulysses == 0:
-            candidate = _estimate(lengths, ulysses, ranks // ulysses, num_heads, num_kv_heads, head_dim, hardware)
+            candidate = _estimate(lengths, continued, ulysses, ranks // ulysses, num_heads, num_kv_heads, head_dim, hardware)
             if memory_gib is not None and not candidate.reason and candidate.peak_mib > memory_gib * 1024:
                 candidate = candidate._replace(reason=f"needs {candidate.peak_mib / 1024:.1f} GiB, {memory_gib} GiB allowed")
             candidates.append(candidate)
@@ -98,19 +103,21 @@ def plan_context(
     return ContextPlan(best.ulysses, best.all_gather, tuple(candidates), sum(lengths), len(lengths))
 
 
-def _estimate(lengths: Sequence[int], u: int, r: int, num_heads: int, num_kv_heads: int, dim: int, hw: Hardware) -> Candidate:
+def _estimate(
+    lengths: Sequence[int], prefixes: Sequence[int], u: int, r: int, num_heads: int, num_kv_heads: int, dim: int, hw: Hardware
+) -> Candidate:
     try:
         shares = split_heads(num_heads, num_kv_heads, u)
     except ValueError as error:
         return Candidate(u, r, float("inf"), 0.0, 0.0, 0.0, 0.0, 0.0, str(error))
-    parts = partition(lengths, r)
+    parts = partition(lengths, r, prefixes=prefixes)
     heads, kv_heads = max(s.num_q for s in shares), max(s.num_kv for s in shares)
     rows = -(-sum(lengths) // (u * r)) * u  # of an all-gather rank
     local = rows // u
     piece_rows = max(documents.piece_tokens for documents in parts.ranks)
-    keys = max(sum({p.document: p.stop for p in documents.pieces}.values()) for documents in parts.ranks)  # of the last piece: all
+    keys = max(_selected_keys(documents, lengths, prefixes) for documents in parts.ranks)
     headwise = piece_rows >= HEADWISE_ROWS  # one key/value head at a time (all_gather.py), which costs 1 %
-    weighted = max(_weighted_pairs(parts, lengths, i, hw.half_length) for i in range(r))
+    weighted = max(_weighted_pairs(parts, lengths, prefixes, i, hw.half_length) for i in range(r))
     flops = 4e-9 * weighted * heads * dim  # GFLOP of the forward, more for short documents
     compute = (flops / hw.forward_tflops + 2.5 * flops / hw.backward_tflops) * (1.01 if headwise else 1.0)
     # Ulysses: q, k, v and out in both directions, forward and backward; bf16, float32 for key/value gradients that several ranks have.
@@ -151,13 +158,26 @@ def _estimate(lengths: Sequence[int], u: int, r: int, num_heads: int, num_kv_hea
     )
 
 
-def _weighted_pairs(parts: Partition, lengths: Sequence[int], rank: int, half_length: float) -> float:
+def _selected_keys(documents: RankDocuments, lengths: Sequence[int], prefixes: Sequence[int]) -> int:
+    """Keys that the pieces of one rank select: of each document those of its last piece, and the whole prefix of a branch."""
+    selected = {p.document: p.stop for p in documents.pieces}
+    if prefixes:
+        selected |= {prefixes[d]: lengths[prefixes[d]] for d in list(selected) if prefixes[d] >= 0}
+    return sum(selected.values())
+
+
+def _weighted_pairs(parts: Partition, lengths: Sequence[int], prefixes: Sequence[int], rank: int, half_length: float) -> float:
     """Pairs of one rank, each counted `1 + half_length / n` times for a segment of `n` keys."""
     total = 0.0
+    queries: list[tuple[int, int]] = []  # document, queries
     for p in parts.ranks[rank].pieces:
         total += (p.stop * (p.stop + 1) - p.start * (p.start + 1)) / 2 * (1 + half_length / p.stop)
+        queries.append((p.document, p.stop - p.start))
     for d in parts.ranks[rank].whole:
         total += lengths[d] * (lengths[d] + 1) / 2 * (1 + half_length / lengths[d])
+        queries.append((d, lengths[d]))
+    if prefixes:
+        total += sum(n * (lengths[prefixes[d]] + half_length) for d, n in queries if prefixes[d] >= 0)
     return total
 
 

@@ -26,11 +26,16 @@ _pdfium_lock = threading.Lock()  # PDFium is not thread-safe
 
 
 def pdf_size(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int, int]:
-    """(pages, width, height) of a PDF; the size is that of the first page in points (1/72 inch), at least 1.
+    """(pages, width, height) of a PDF or TIFF; the size is that of the first page, of a PDF in points (1/72 inch), at least 1.
 
-    Raises MediaError when the file cannot be read as a PDF, has no pages, or has more than `limits.max_frames`.
+    Raises MediaError when the file cannot be read as one, has no pages, or has more than `limits.max_frames`.
     """
     name = path_text(path, "the path of a document")
+    if _is_tiff(name):
+        count = page_count(name, limits=limits)
+        with open_lazily(name, name) as image:
+            limits.check_size(*image.size, name)
+            return count, *image.size
     with _open_pdf(name) as document:
         count = _checked_count(len(document), name, limits)
         width, height = document[0].get_size()
@@ -38,7 +43,7 @@ def pdf_size(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -
 
 
 def render_pages(path: str | os.PathLike[str], pages: npt.ArrayLike, side: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-    """Pages of a PDF as tiles, uint8 [n, side, side, 3]: each page is resized (bicubic) to one square tile.
+    """Pages of a PDF or TIFF as tiles, uint8 [n, side, side, 3]: each page is resized (bicubic) to one square tile.
 
     pages: 0-based numbers, int [n]. out: array of the result's shape to fill and return.
     Raises MediaError when the file cannot be read as a PDF or a page does not exist or cannot be drawn, ValueError for an `out` of another
@@ -50,6 +55,11 @@ def render_pages(path: str | os.PathLike[str], pages: npt.ArrayLike, side: int, 
     tiles = np.empty(shape, np.uint8) if out is None else out
     if tiles.shape != shape or tiles.dtype != np.uint8:
         raise ValueError(f"out is {tiles.dtype} {tiles.shape}: need uint8 {shape}")
+    if _is_tiff(name):
+        for place, image in enumerate(read_pages(name, numbers.tolist())):
+            with decoding(f"{name}: page {numbers[place]} can't be shown in RGB"):
+                tiles[place] = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+        return tiles
     with _open_pdf(name) as document:
         for place, number in enumerate(numbers.tolist()):
             page = document[_existing(number, len(document), name)]
@@ -145,6 +155,10 @@ def _picture(name: str, page: int, limits: Limits) -> Image.Image:
         image.seek(page)
         limits.check_size(*image.size, f"{name}, page {page}")
         return image.copy()
+
+
+def _is_tiff(name: str) -> bool:
+    return name.lower().endswith((".tif", ".tiff"))
 
 
 def _is_pdf(name: str) -> bool:

@@ -37,7 +37,7 @@ class ClipError(ModelError):
 class VideoRef:
     """A video file, or images that are its frames or the pages of a document.
 
-    path: a video file, or a PDF. start, end: bounds of the clip in seconds from the file's first frame.
+    path: a video file, a PDF or a TIFF. start, end: bounds of the clip in seconds from the file's first frame.
     frames: images in order, instead of a file; pages of a document when neither `times` (seconds of each frame) nor `fps` (rate at which
     the frames were taken) is given.
     """
@@ -50,18 +50,19 @@ class VideoRef:
     fps: float | None = None
 
     @property
-    def is_pdf(self) -> bool:
-        return self.path is not None and self.path.lower().endswith(".pdf")
+    def is_paged(self) -> bool:
+        """Whether it is a file of pages: a PDF or a TIFF."""
+        return self.path is not None and self.path.lower().endswith((".pdf", ".tif", ".tiff"))
 
     @property
     def is_document(self) -> bool:
         """Whether its images are pages, which have no times."""
-        return self.is_pdf or (self.path is None and self.times is None and self.fps is None)
+        return self.is_paged or (self.path is None and self.times is None and self.fps is None)
 
     @property
     def timed(self) -> bool:
         """Whether the prompt says the time of each frame."""
-        return self.times is not None if self.path is None else not self.is_pdf
+        return self.times is not None if self.path is None else not self.is_paged
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ class VideoFacts:
     """What planning must know of a video, clip or document.
 
     frames: frames of the clip, or pages. seconds: length of the clip; None: pages, or frames that were chosen already, all of which are
-    wanted. last_time: largest time that the prompt can print; None: no times. start, end: bounds of the clip in seconds, as asked for.
+    wanted. last_time: largest time that the prompt can print; None: no times. start, end: bounds of the clip in seconds on the file's
+    timeline, like `times`; start is None for a whole file whose first frame appears at 0. Times in prompts count from `start`.
     width, height: pixels as displayed. times: times of the file's frames. frame_times, fps: of frames that were chosen already.
     """
 
@@ -183,7 +185,7 @@ def measure_video(ref: VideoRef, limits: Limits | None = None, *, info: VideoInf
         width, height = measure_image(ref.frames[0], limits)
         last = float(max(ref.times)) if ref.times is not None else None
         return VideoFacts(len(ref.frames), width, height, last_time=last, frame_times=ref.times, fps=ref.fps)
-    if ref.is_pdf:
+    if ref.is_paged:
         limits.check_bytes(_file_size(ref.path), ref.path)
         pages, width, height = pdf_size(ref.path, limits=limits)
         return VideoFacts(pages, width, height)
@@ -191,21 +193,23 @@ def measure_video(ref: VideoRef, limits: Limits | None = None, *, info: VideoInf
     if info.times is None:
         raise MediaError(f"{ref.path}: the times of its frames can't be known; convert it to MP4 first")
     times = info.times.times()
+    origin = float(times[0])  # a transport stream may begin at any time, a cut file at its first frame that can be shown
     try:
-        first, stop = clip_range(times, ref.start, ref.end)
+        first, stop = clip_range(times - origin, ref.start, ref.end)
     except ValueError as error:
-        raise ClipError(f"{ref.path}: {error}") from error
-    last_end = float(times[0]) + (info.duration or 0.0)
-    begin = float(times[first]) if ref.start is None else ref.start
-    finish = last_end if ref.end is None else min(ref.end, last_end)
+        raise ClipError(f"{ref.path}: {error} (counted from the file's first frame)") from error
+    start = origin + (ref.start or 0.0)
+    last_end = origin + (info.duration or 0.0)
+    begin = float(times[first]) if ref.start is None else start
+    finish = last_end if ref.end is None else min(origin + ref.end, last_end)
     return VideoFacts(
         frames=stop - first,
         width=info.width,
         height=info.height,
         seconds=max(finish - begin, 0.0),
-        last_time=max(float(times[stop - 1]) - (ref.start or 0.0), 0.0),
-        start=ref.start,
-        end=ref.end,
+        last_time=max(float(times[stop - 1]) - start, 0.0),
+        start=ref.start if origin == 0 else start,
+        end=None if ref.end is None else origin + ref.end,
         times=info.times,
     )
 

@@ -20,7 +20,7 @@ import lmdb
 from ..images import image_size
 from ..limits import DEFAULT_LIMITS, Limits, MediaError
 from . import store
-from .sources import Value, read_sources
+from .sources import NotAnImage, Value, read_sources
 
 MANIFEST = "manifest.json"
 _STATE = b"\0eagle-build"  # no image key begins with a zero byte
@@ -40,7 +40,8 @@ class BuildResult:
     """What a build made.
 
     written: values in the LMDB; bytes: their size; resumed: values that an earlier, interrupted build stored; problems: (key, reason) of
-    what was left out; example: one key; complete_already: nothing was done, because the LMDB of these sources exists.
+    what was left out; others: files that are not images by name or content, as kind -> (how many, one of them), where the kind is the end
+    of their names; example: one key; complete_already: nothing was done, because the LMDB of these sources exists.
     """
 
     path: str
@@ -48,6 +49,7 @@ class BuildResult:
     bytes: int = 0
     resumed: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    others: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
     example: str = ""
     complete_already: bool = False
 
@@ -59,8 +61,11 @@ class BuildResult:
     def __str__(self) -> str:
         kept = f" ({self.resumed} of them by an earlier run)" if self.resumed else ""
         state = "complete already: " if self.complete_already else ""
+        count = sum(number for number, _ in self.others.values())
+        kinds = "; ".join(f"{number} x {kind}, for example {name}" for kind, (number, name) in sorted(self.others.items())[:20])
+        others = f"\n{count} other files are not images: {kinds}" if count else ""
         return (
-            f"{state}{self.written} values, {self.bytes / 1e6:.1f} MB{kept}, {len(self.problems)} left out\n"
+            f"{state}{self.written} values, {self.bytes / 1e6:.1f} MB{kept}, {len(self.problems)} left out{others}\n"
             f"A row names an image as {json.dumps(self.reference, ensure_ascii=False)}"
         )
 
@@ -92,6 +97,8 @@ class _State:
     written: int = 0
     bytes: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    others: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+    column: str | None = None
     finished: bool = False
 
 
@@ -99,6 +106,7 @@ def build_lmdb(
     out: str | os.PathLike[str],
     sources: Sequence[str | os.PathLike[str]],
     *,
+    column: str | None = None,
     check_images: bool = True,
     limits: Limits = DEFAULT_LIMITS,
     commit_bytes: int = 64 << 20,
@@ -108,6 +116,8 @@ def build_lmdb(
 
     sources: folders (key: path below the folder, links followed), image files (key: file name), `.tar` shards (key: member name),
     `.parquet` shards with a binary column or a struct with `bytes` (key: the `key`, `path`, `name` or `id` column, otherwise shard:row).
+    A file is an image by its content, whatever its name; files that are not are counted by kind (`BuildResult.others`).
+    column: that of the images in Parquet shards; needed where several could be.
     check_images: refuse values whose header gives no size. Refused values, sources without an image, and keys that occur twice with
     different values are listed in `problems` and left out. After an interruption the same call continues at the last commit, if what it
     had seen is still what the sources begin with. If `out` was built from sources of the same names, nothing is done
@@ -121,15 +131,20 @@ def build_lmdb(
     names = [os.fspath(source) for source in sources]
     target, partial = Path(out), Path(os.fspath(out) + ".partial")
     if target.exists():
-        return _existing(target, names)
+        return _existing(target, names, column)
     partial.mkdir(parents=True, exist_ok=True)
     with _writing(partial) as environment:
-        state = _resume(environment, names, partial)
+        state = _resume(environment, names, column, partial)
         resumed = state.written
         pending: list[tuple[bytes, bytes]] = []
         size = 0
         for source, key, value in _unseen(state, partial):
             stored, shown = _lmdb_key(key), key.encode(errors="backslashreplace").decode()
+            if isinstance(value, NotAnImage):
+                kind = os.path.splitext(shown)[1].lower() or "without a suffix"
+                number, first = state.others.get(kind, (0, shown))
+                state.others[kind] = (number + 1, first)
+                continue
             reason = _refusal(shown, value, check_images, limits)
             if reason is None and stored is None:
                 reason = "an LMDB key has 1 to 511 bytes, is UTF-8 and doesn't begin with a zero byte; rename it"
@@ -155,27 +170,29 @@ def build_lmdb(
     os.replace(partial, target)
     if progress is not None:
         progress(Progress(state.done, state.bytes, ""))
-    return BuildResult(str(target), state.written, state.bytes, resumed, state.problems, example)
+    return BuildResult(str(target), state.written, state.bytes, resumed, state.problems, state.others, example)
 
 
-def _existing(target: Path, names: list[str]) -> BuildResult:
+def _existing(target: Path, names: list[str], column: str | None) -> BuildResult:
     """The result of the finished build at `target`. Raises FileExistsError when it is not one of these sources."""
     manifest = _read_manifest(target)
     if manifest is None:
         raise FileExistsError(f"{target}: exists already; remove it, or choose another name")
-    if manifest["sources"] != _fingerprint(names):
+    if manifest["sources"] != _fingerprint(names, column):
         raise FileExistsError(f"{target}: exists already and was built from other sources; remove it, or choose another name")
     problems = [(key, reason) for key, reason in manifest["problems"]]
     example = next(store.items(target), (b"", b""))[0].decode()
-    return BuildResult(str(target), manifest["keys"], manifest["bytes"], 0, problems, example, complete_already=True)
+    others = {kind: (number, name) for kind, (number, name) in manifest["others"].items()}
+    return BuildResult(str(target), manifest["keys"], manifest["bytes"], 0, problems, others, example, complete_already=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished build, or None when there is none that is whole."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return {name: manifest[name] for name in ("keys", "bytes", "digest", "problems", "sources")}
-    except (OSError, ValueError, LookupError, TypeError):
+        # A manifest of version 0.1 does not count other files.
+        return {"others": {}, **manifest} if {"keys", "bytes", "digest", "problems", "sources"} <= manifest.keys() else None
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
 
 
@@ -255,25 +272,26 @@ def _lmdb_key(key: str) -> bytes | None:
     return encoded if 1 <= len(encoded) <= 511 and encoded[0] else None
 
 
-def _resume(environment: Any, names: list[str], partial: Path) -> _State:
+def _resume(environment: Any, names: list[str], column: str | None, partial: Path) -> _State:
     """State of an interrupted build of the same sources, or the initial one. Raises MediaError when it is a build of other sources."""
     with environment.begin() as transaction:
         stored = transaction.get(_STATE)
     if stored is not None:
         state = _State(**json.loads(stored))
-        if state.sources != names:
-            others = ", ".join(state.sources[:3])
+        if state.sources != names or state.column != column:
+            others = ", ".join(state.sources[:3]) + (f", column {state.column}" if state.column else "")
             raise MediaError(f"{partial}: is an interrupted build of other sources ({others}); to start over, remove it")
     elif environment.stat()["entries"] == 0:
-        return _State(names)
+        return _State(names, column=column)
     else:  # only the rename is missing: the state is deleted once the manifest is on the disk
         manifest = _read_manifest(partial)
         if manifest is None:
             raise MediaError(f"{partial}: holds values but no record of a build; to start over, remove it")
-        if manifest["sources"] != _fingerprint(names):
+        if manifest["sources"] != _fingerprint(names, column):
             raise MediaError(f"{partial}: is a build of other sources that only lacks its final name; rename it, or remove it")
-        state = _State(names, 0, "", manifest["keys"], manifest["bytes"], manifest["problems"], finished=True)
+        state = _State(names, 0, "", manifest["keys"], manifest["bytes"], manifest["problems"], manifest["others"], column, True)
     state.problems = [(key, reason) for key, reason in state.problems]
+    state.others = {kind: (number, name) for kind, (number, name) in state.others.items()}
     return state
 
 
@@ -286,7 +304,7 @@ def _unseen(state: _State, partial: Path) -> Iterator[tuple[str, str, Value]]:
         f"{partial}: the sources have changed since this build was interrupted: of the {seen} values that it had seen, some were added, "
         f"removed or rewritten; to start over, remove {partial}, or undo the change"
     )
-    for number, (source, key, value) in enumerate(read_sources(state.sources), 1):
+    for number, (source, key, value) in enumerate(read_sources(state.sources, state.column), 1):
         size = len(value) if isinstance(value, bytes) else -1
         chain = hashlib.blake2b(f"{chain} {size} {key}".encode(errors="surrogatepass"), digest_size=16).hexdigest()
         if number == seen and chain != state.chain:
@@ -326,7 +344,8 @@ def _finish(environment: Any, state: _State, partial: Path) -> None:
         "bytes": state.bytes,
         "digest": _digest(environment, state, partial),
         "problems": state.problems,
-        "sources": _fingerprint(state.sources),
+        "others": state.others,
+        "sources": _fingerprint(state.sources, state.column),
     }
     with open(partial / MANIFEST, "w") as file:
         file.write(json.dumps(manifest, indent=1) + "\n")
@@ -371,6 +390,7 @@ def _hash(key: bytes, value: Any) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
-def _fingerprint(names: list[str]) -> str:
+def _fingerprint(names: list[str], column: str | None) -> str:
     """A hash of the sources' names: the manifest may be published, the names need not be."""
-    return hashlib.blake2b(json.dumps(names).encode(), digest_size=8).hexdigest()
+    what = names if column is None else [*names, {"column": column}]
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()

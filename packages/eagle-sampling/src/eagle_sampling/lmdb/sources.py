@@ -1,61 +1,87 @@
 """Images of folders, tar and Parquet shards under their keys, always in the same order.
 
-Nothing is skipped silently: a file that is named like an image and cannot be read gives a MediaError in place of its value, and a shard
-that cannot be read to its end raises one.
+A file is an image by its content, whatever its name. Nothing is skipped silently: a file that is named like an image and cannot be read
+gives a MediaError in place of its value, any other file a NotAnImage, and a shard that cannot be read to its end raises a MediaError.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from PIL import Image
+
 from ..limits import MediaError
 
 Value: TypeAlias = "bytes | MediaError"
 
+_HEAD = 4096
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+_BRANDS = frozenset((b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix"))
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
-def read_sources(names: Iterable[str]) -> Iterator[tuple[str, str, Value]]:
-    """(source, key, encoded image or the error in its place) of all images. Raises MediaError for a source that cannot be read.
+class NotAnImage(MediaError):
+    """A file whose name and content are not those of an image: it is counted, not a problem."""
+
+
+def read_sources(names: Iterable[str], column: str | None = None) -> Iterator[tuple[str, str, Value]]:
+    """(source, key, encoded image or the error in its place) of all files. Raises MediaError for a source that cannot be read.
 
     A source without an image gives one MediaError under its own name: it is probably the wrong folder.
+    column: that of the images in Parquet shards; needed where several could be.
     """
     for name in names:
         nothing = True
-        for key, value in _source(Path(name)):
-            nothing = False
+        for key, value in _source(Path(name), column):
+            nothing = nothing and isinstance(value, NotAnImage)
             yield name, key, value
         if nothing:
-            yield name, name, MediaError(f"holds no image; images are files that end in {', '.join(sorted(_SUFFIXES))}, or Parquet rows")
+            yield name, name, MediaError("holds no image; images are files of any name whose content is one, or Parquet rows")
 
 
-def _source(path: Path) -> Iterator[tuple[str, Value]]:
+def _source(path: Path, column: str | None) -> Iterator[tuple[str, Value]]:
     if path.is_dir():
         return _folder(str(path), "", frozenset())
     if path.suffix == ".tar" and path.is_file():
         return _tar(path)
     if path.suffix == ".parquet" and path.is_file():
-        return _parquet(path)
-    if _is_image(path.name) and path.is_file():
-        return iter([(path.name, _file(str(path)))])
+        return _parquet(path, column)
+    if path.is_file() and not isinstance(value := _file(str(path)), NotAnImage):
+        return iter([(path.name, value)])
     raise MediaError(
         f"{path}: " + ("is not a folder, image, .tar or .parquet file" if path.exists() else "there is no such file or folder")
     )
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _SUFFIXES
+def _is_image(name: str, head: bytes) -> bool:
+    """head: the first 4 KiB. Pillow decides on formats without a signature here, from their headers; it decodes nothing."""
+    if os.path.splitext(name)[1].lower() in _SUFFIXES or head.startswith(_SIGNATURES):
+        return True
+    if (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS):
+        return True
+    try:
+        with Image.open(io.BytesIO(head)):
+            return True
+    except Exception:  # anything else is not an image; damaged headers make Pillow raise various exceptions
+        return False
 
 
-def _file(path: str) -> bytes:
+def _content(name: str, file: Any) -> Value:
+    """The bytes of an open file, of which only the first are read when it is not an image."""
+    head = file.read(_HEAD)
+    return head + file.read() if _is_image(name, head) else NotAnImage("is not an image")
+
+
+def _file(path: str) -> Value:
     try:
         with open(path, "rb") as file:
-            return file.read()
+            return _content(path, file)
     except OSError as error:  # stops the build, which continues here once the disk or the permission is repaired
         raise MediaError(f"{path}: can't be read: {error.strerror or error}") from error
 
@@ -78,7 +104,7 @@ def _folder(path: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
             is_folder = is_file = False
         if is_folder:
             yield from _folder(entry.path, key + "/", above | {identity})
-        elif _is_image(entry.name):
+        else:
             yield key, _file(entry.path) if is_file else MediaError("is a link to nothing, or not a regular file")
 
 
@@ -86,7 +112,7 @@ def _tar(path: Path) -> Iterator[tuple[str, Value]]:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if (member.isfile() or member.islnk() or member.issym()) and _is_image(member.name):
+                if not member.isdir():
                     yield member.name, _member(archive, member)
             assert archive.fileobj is not None
             _require_end(archive.fileobj, archive.offset, path)
@@ -102,8 +128,11 @@ def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Value:
     except (KeyError, RecursionError):
         file = None
     if file is None:
-        return MediaError(f"is a link to {member.linkname!r}, which is not a file in this tar")
-    return file.read()
+        what = (
+            f"a link to {member.linkname!r}, which is not a file in this tar" if member.islnk() or member.issym() else "not a regular file"
+        )
+        return MediaError(f"is {what}")
+    return _content(member.name, file)
 
 
 def _require_end(file: Any, offset: int, path: Path) -> None:
@@ -123,7 +152,7 @@ def _require_end(file: Any, offset: int, path: Path) -> None:
         block = file.read(1 << 20)
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Value]]:
+def _parquet(path: Path, column: str | None) -> Iterator[tuple[str, Value]]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
         types = importlib.import_module("pyarrow").types
@@ -131,25 +160,18 @@ def _parquet(path: Path) -> Iterator[tuple[str, Value]]:
         raise MediaError(f"{path}: reading Parquet needs pyarrow; install it with: pip install pyarrow") from error
     try:
         with parquet.ParquetFile(path) as file:
-            yield from _rows(file, types, path)
+            yield from _rows(file, types, path, column)
     except MediaError:
         raise
     except Exception as error:  # ArrowInvalid, OSError, UnicodeDecodeError and others, depending on which bytes are damaged
         raise MediaError(f"{path}: can't be read as a Parquet file: {error}") from error
 
 
-def _rows(file: Any, types: Any, path: Path) -> Iterator[tuple[str, Value]]:
+def _rows(file: Any, types: Any, path: Path, column: str | None) -> Iterator[tuple[str, Value]]:
+    image = _image_column(file, types, path, column)
     schema = file.schema_arrow
-
-    def binary(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
-    column = next((f.name for f in schema if binary(f.type)), None)
-    nested = next((f.name for f in schema if types.is_struct(f.type) and any(c.name == "bytes" and binary(c.type) for c in f.type)), None)
-    if column is None and nested is None:
-        raise MediaError(f"{path}: has no column of bytes; its columns are {', '.join(schema.names)}")
     keys = next((name for name in ("key", "path", "name", "id") if name in schema.names), None)
-    wanted = [name for name in (column or nested, keys) if name is not None]
+    wanted = [name for name in (image, keys) if name is not None]
     row = 0
     for batch in file.iter_batches(batch_size=64, columns=wanted):
         for item in batch.to_pylist():
@@ -158,3 +180,44 @@ def _rows(file: Any, types: Any, path: Path) -> Iterator[tuple[str, Value]]:
             key = inner.get("path") if keys is None else item[keys]
             yield f"{path.stem}:{row}" if key is None or key == "" else str(key), inner["bytes"] or b""
             row += 1
+
+
+def _image_column(file: Any, types: Any, path: Path, column: str | None) -> str:
+    """The column of images: `column`, or the only one of bytes (or structs with `bytes`) whose first value is an image.
+
+    Raises MediaError when there is none, or when several could be and `column` does not say which.
+    """
+
+    def binary(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    def nested(kind: Any) -> bool:
+        return types.is_struct(kind) and any(child.name == "bytes" and binary(child.type) for child in kind)
+
+    schema = file.schema_arrow
+    found = [field.name for field in schema if binary(field.type) or nested(field.type)]
+    if column is not None:
+        if column not in found:
+            raise MediaError(f"{path}: has no column {column!r} of bytes; its columns of bytes are {', '.join(found) or 'none'}")
+        return column
+    if not found:
+        raise MediaError(f"{path}: has no column of bytes; its columns are {', '.join(schema.names)}")
+    if len(found) > 1:
+        rows = next(file.iter_batches(batch_size=16, columns=found), None)
+        if rows is not None:
+            images = [name for name in found if _holds_images(rows.column(name).to_pylist())]
+            found = images or found
+    if len(found) > 1:
+        raise MediaError(
+            f"{path}: the columns {', '.join(found)} could each be that of the images; say which: eagle lmdb build --column {found[0]}"
+        )
+    return found[0]
+
+
+def _holds_images(values: list[Any]) -> bool:
+    """Whether the first value that is not empty is an image."""
+    for value in values:
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if data:
+            return _is_image("", data)
+    return False

@@ -27,6 +27,7 @@ from .containers.mp4 import read_mp4
 from .containers.mpegts import looks_like_ts, read_mpegts
 from .containers.source import Damaged, Source
 from .containers.track import Track, Unsupported
+from .containers.webp import looks_like_webp, read_webp
 
 _EBML = b"\x1a\x45\xdf\xa3"
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"pnot")
@@ -120,7 +121,7 @@ def _size(track: Track) -> dict[str, Any]:
 
 
 def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = DEFAULT_LIMITS, partial: bool = False) -> VideoInfo:
-    """Facts about the first video track of `path`.
+    """Facts about the video track of `path` that players show: the default one; covers and previews are not videos.
 
     Args:
         path: a video file.
@@ -148,7 +149,7 @@ def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = 
 
 
 def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | None = None, positions: bool = True) -> Track:
-    """The first video track of `path`, by the parser of its container, otherwise by libavformat.
+    """The video track of `path`, by the parser of its container, otherwise by libavformat.
 
     positions: False when only times are wanted, and no byte offsets.
     """
@@ -167,7 +168,9 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
                 track = read_matroska(source, limits)
             elif looks_like_ts(head):
                 track = read_mpegts(source, limits)
-            if track is not None:
+            elif looks_like_webp(head):
+                track = read_webp(source, limits)
+            if track is not None and track.container != "webp":
                 track = settle(track, source, limits, check, lambda: read_mp4(source, limits))
         except Unsupported as reason:
             logging.getLogger(__name__).debug("%s: %s; read by libavformat", path, reason)

@@ -38,6 +38,8 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0: the most probable token; larger values sample.", metavar="T")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", metavar="N")] = 256,
     device: Device = None,
+    web: Annotated[bool, typer.Option("--web", help="A page on this machine's http://127.0.0.1 instead (extra web).")] = False,
+    port: Annotated[int, typer.Option(help="Port of --web.", metavar="PORT", min=1, max=65535)] = 7860,
 ) -> None:
     """Answer questions about images, videos and documents.
 
@@ -46,6 +48,14 @@ def chat(
     from .progress import quiet
 
     quiet()
+    if web:
+        from eagle_train.config import ConfigError
+        from eagle_train.runs.web import run_page
+
+        if question is not None or image or video or fps or max_tiles or temperature or max_new_tokens != 256:
+            raise ConfigError("--web takes questions, media and parameters on the page; it goes with --system, --port and --device only")
+        run_page(folder, port=port, device=device, system=system)
+        return
     from eagle_train.runs.chat import Chat
 
     conversation = Chat.open(

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from eagle_train.curate.endpoint import Account
     from eagle_train.curate.settings import CurateConfig
 
-curate_app = typer.Typer(
-    help="From videos to a recipe: split, embed, select, annotate, check; docs/curate.md.", no_args_is_help=True, rich_markup_mode=None
-)
+curate_app = typer.Typer(help="From videos to a recipe; docs/curate.md describes it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(curate_app, name="curate")
 
 CurateFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Curation (YAML); docs/curate.md has one.", show_default=False)]

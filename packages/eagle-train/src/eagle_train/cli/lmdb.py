@@ -19,11 +19,14 @@ def build(
     sources: Annotated[
         list[Path], typer.Argument(metavar="SOURCE", help="Folders, image files, tar or Parquet shards.", show_default=False)
     ],
+    column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of the images in Parquet shards; needed where several could be.")
+    ] = None,
 ) -> None:
-    """Put images into one LMDB; continues where it stopped."""
+    """Put images into one LMDB; continues where it stopped. A file is an image by its content, whatever its name."""
     from eagle_sampling import build_lmdb
 
-    report = build_lmdb(output, sources)
+    report = build_lmdb(output, sources, column=column)
     _print_problems(report.problems)
     print(f"{output}: {report}")
     if report.problems:

@@ -362,6 +362,14 @@ class TilingConfig(Section):
         return self
 
 
+class PackingConfig(Section):
+    share_media: bool = Field(
+        default=False,
+        description="true: rows of a source with the same media (references, clip bounds and text before them) have them in a pack once: "
+        "one video, many questions. Loss and gradients are those of separate samples; frames are those that fit the longest of the rows.",
+    )
+
+
 class PartConfig(Section):
     """How one part is trained in a stage."""
 
@@ -558,6 +566,7 @@ class Config(Section):
     prompt: PromptConfig = Field(default_factory=PromptConfig, description="The prompt.")
     sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="How many frames and which (ADS).")
     tiling: TilingConfig = Field(default_factory=TilingConfig, description="How images are cut (IAP).")
+    packing: PackingConfig = Field(default_factory=PackingConfig, description="How samples become packs.")
     stages: list[StageConfig] = Field(
         default_factory=_default_stages, min_length=1, description="Stages in order, each starting from the last one's weights."
     )

@@ -25,7 +25,7 @@ from .recipe import is_pattern
 from .sample import Address
 from .sources import open_rows
 
-FACTS_VERSION = 4
+FACTS_VERSION = 5
 """Raised when the columns or what they mean change; part of the content key."""
 
 SCHEMA = pa.schema(
@@ -33,8 +33,9 @@ SCHEMA = pa.schema(
         ("line", pa.int64()),  # 1-based, over all files of the source; in a part: 0-based, in its shard
         ("offset", pa.int64()),  # address of the row in its file (RawRow.start); in a part: counted from the shard's start
         ("size", pa.int64()),
-        ("text_tokens", pa.int32()),  # every token that is no image context and no frame (upper bound over rates and times)
+        ("text_tokens", pa.int32()),  # every token outside of image contexts and frames (upper bound over rates and times)
         ("label_tokens", pa.int32()),  # tokens with a label
+        ("media_group", pa.int64()),  # names the media and the prompt through the last one; 0: nothing that rows can share
         ("image_width", pa.list_(pa.int32())),  # pixels as displayed, per image
         ("image_height", pa.list_(pa.int32())),
         ("video_frames", pa.list_(pa.int32())),  # frames of the clip, pages of the document

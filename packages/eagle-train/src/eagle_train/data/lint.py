@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,30 +64,34 @@ def _lint_source(name: str, source: Source, config: Config, limit: int | None) -
     examples: dict[tuple[str, str], str] = {}
     refusals: Counter[str] = Counter()
     first: dict[str, str] = {}
-    rows = line = 0
+    rows = 0
+    for line, content in itertools.islice(_rows_of(source, config), limit):
+        rows += 1
+        try:
+            if isinstance(content, RowError):
+                raise content
+            for key, value in content.items():
+                use = use_of(key, value, form)
+                uses[key, use] += 1
+                examples.setdefault((key, use), short(value))
+            normalise(content, name, root=root, line=line, form=form)
+        except RowError as error:
+            refusals[error.reason] += 1
+            first.setdefault(error.reason, f"{name}:{line}: {error.detail}")
+    keys = tuple(KeyUse(key, use, count, examples[key, use]) for (key, use), count in sorted(uses.items()))
+    return SourceLint(name, rows, keys, tuple(Refusal(reason, count, first[reason]) for reason, count in refusals.most_common()))
+
+
+def _rows_of(source: Source, config: Config) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    """(line, content) of every row that isn't an empty line."""
+    line = 0
     for path in files_of(source, config.facts_folder / "unpacked"):
         file = open_rows(path)
         for shard in index_file(path, config.data.shard_rows, config.facts_folder / "index").shards:
             for row in file.read(shard, config.data.limits.max_line_bytes):
                 line += 1
-                if row.content is None:
-                    continue
-                if limit is not None and rows >= limit:
-                    break
-                rows += 1
-                try:
-                    if isinstance(row.content, RowError):
-                        raise row.content
-                    for key, value in row.content.items():
-                        use = use_of(key, value, form)
-                        uses[key, use] += 1
-                        examples.setdefault((key, use), short(value))
-                    normalise(row.content, name, root=root, line=line, form=form)
-                except RowError as error:
-                    refusals[error.reason] += 1
-                    first.setdefault(error.reason, f"{name}:{line}: {error.detail}")
-    keys = tuple(KeyUse(key, use, count, examples[key, use]) for (key, use), count in sorted(uses.items()))
-    return SourceLint(name, rows, keys, tuple(Refusal(reason, count, first[reason]) for reason, count in refusals.most_common()))
+                if row.content is not None:
+                    yield line, row.content
 
 
 def use_of(key: str, value: Any, form: RowFormat) -> str:

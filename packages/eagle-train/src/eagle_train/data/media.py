@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from eagle_model.visual import VideoRef
-from eagle_sampling import MediaError, read_bytes
+from eagle_sampling import Limits, MediaError, read_bytes
 
 from .atomic import replacing
 from .errors import RowError
@@ -26,9 +26,11 @@ ImageRef = str | bytes | dict[str, Any]
 """An absolute path, bytes, `{"lmdb_file", "lmdb_key"}` or `{"tar", "member"}`: what `eagle_sampling.open_image` takes."""
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:[\w/+.-]*[;,]")
-"""What is no file: `clip1:2.png` is one, `s3://...` and `data:image/png;base64,...` aren't."""
+"""Addresses, which are not files: `s3://...`, `data:image/png;base64,...`; `clip1:2.png` is a file."""
 _LONGEST_PATH = 4096
 """Characters; Linux takes no longer path. What is longer is a picture in base64 that stands in a path's place."""
+_LARGEST = 1 << 36
+"""Bytes of a video inside of another file; `data.limits` are checked when it is measured."""
 _IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|jp2|heic|avif|ppm)$", re.IGNORECASE)
 _PATHS = ("path", "url", "file")
 _KEYS = frozenset({*_PATHS, "bytes", "lmdb_file", "lmdb_key", "tar", "member", "offset", "size"})
@@ -77,7 +79,7 @@ class Media:
         if _ADDRESS.match(value):
             raise RowError("bad-media", f"{what} {short(value)} is an address; media are read from files, download it first")
         if len(value) > _LONGEST_PATH:
-            raise RowError("bad-media", f"{what} {short(value)} has {len(value)} characters and is no path; media are read from files")
+            raise RowError("bad-media", f"{what} {short(value)} has {len(value)} characters and is not a path; media are read from files")
         if "\0" in value:
             raise RowError("bad-media", f"{what} {short(value)} has a zero byte")
         try:
@@ -147,16 +149,15 @@ class Media:
         if isinstance(item, Mapping):
             _check(item, _DOCUMENT_KEYS, "a document")
             if (stored := self._stored(item, "document")) is not None:
-                is_pdf = str(item.get("member", item.get("path", ""))).lower().endswith(".pdf")
-                if isinstance(stored, bytes):
-                    is_pdf = b"%PDF-" in stored[:1024]
-                return VideoRef(self._as_file(stored, ".pdf")) if is_pdf else VideoRef(frames=(stored,))
+                name = str(item.get("member", item.get("path", "")))
+                suffix = ".pdf" if isinstance(stored, bytes) and b"%PDF-" in stored[:1024] else Path(name).suffix
+                return VideoRef(self._as_file(stored, suffix)) if _has_pages(f"x{suffix}") else VideoRef(frames=(stored,))
             item = item.get("pages", _place(item, "document"))
         if isinstance(item, list):
             if not item:
                 raise RowError("bad-media", "a document has no pages")
             return VideoRef(frames=tuple(self.image(page) for page in item))
-        if _is_pdf(item):
+        if _has_pages(item):
             return VideoRef(self.path(item, "document"))
         return VideoRef(frames=(self.image(item),))
 
@@ -188,7 +189,7 @@ class Media:
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                content = read_bytes(stored)
+                content = read_bytes(stored, limits=Limits(max_bytes=_LARGEST))
             except MediaError as error:
                 raise RowError("media-missing", str(error)) from error
             with replacing(target) as file:
@@ -227,6 +228,11 @@ def _is_document(item: Any) -> bool:
 
 def _is_pdf(item: Any) -> bool:
     return isinstance(item, str) and item.lower().endswith(".pdf")
+
+
+def _has_pages(item: Any) -> bool:
+    """Whether a file is a document by itself. A TIFF in a list of images is one of the pages."""
+    return isinstance(item, str) and item.lower().endswith((".pdf", ".tif", ".tiff"))
 
 
 def _is_image(item: Any) -> bool:

@@ -71,7 +71,7 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """The end of a preparation: `rows` = `good_rows` + `bad_rows`; empty lines are no rows."""
+    """The end of a preparation: `rows` = `good_rows` + `bad_rows`; empty lines are not rows."""
 
     facts: Facts
     rows: int

@@ -65,8 +65,10 @@ class World:
         return self.rank == 0
 
     def layout(self, cu_seqlens: Sequence[int], text_config: Any, prefixes: Sequence[int] = ()) -> Layout:
-        """How the ranks of a context parallel group share a pack. text_config: of the language model, for its numbers of heads. prefixes: of
-        a `PackedBatch`."""
+        """How the ranks of a context parallel group share a pack.
+
+        text_config: of the language model, for its numbers of heads. prefixes: of a `PackedBatch`.
+        """
         if self.context.size == 1:
             return Layout.single(cu_seqlens, prefixes or None)
         heads = {"num_heads": text_config.num_attention_heads, "num_kv_heads": text_config.num_key_value_heads}

@@ -28,7 +28,7 @@ from eagle_sampling import Limits
 from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address
 from eagle_train.errors import TrainError
-from eagle_train.planning.stages import Planned
+from eagle_train.planning.stages import Planned, pack_tiles, pack_tokens
 
 from .pack import WHOLE, LoadedPack, Share, Weighting, load_pack
 
@@ -58,8 +58,7 @@ class Task(NamedTuple):
 
     def nbytes(self, spec: VisualSpec, share: Share = WHOLE) -> int:
         """Bytes of the batch for a process that reads `share` of its tiles, from the plan alone."""
-        tokens = sum(planned.plan.tokens for planned in self.pack)
-        tiles = sum(planned.plan.tile_count(spec) for planned in self.pack)
+        tokens, tiles = pack_tokens(self.pack, spec), pack_tiles(self.pack, spec)
         return tokens * 36 + -(-tiles // share.ranks) * 3 * spec.tile_size**2
 
 
@@ -294,7 +293,7 @@ class Loader:
             if elapsed > SLOW_SAMPLE and not worker.named:
                 worker.named = True
                 address = self._slots[worker.number].task.pack[place].address
-                logger.warning("%s:%d (source %s) is slow: %.0f s so far", address.annotation, address.line, address.source, elapsed)
+                logger.warning("%s:%d (of %s) is slow: %.0f s so far", address.source, address.line, address.annotation, elapsed)
             if elapsed > self._stuck_after:
                 worker.process.kill()
                 worker.process.join()
@@ -316,7 +315,7 @@ class Loader:
         if place >= 0:
             slot = self._slots[worker.number]
             address = slot.task.pack[place].address
-            logger.warning("%s:%d (source %s) is not used: %s", address.annotation, address.line, address.source, detail)
+            logger.warning("%s:%d (of %s) is not used: %s", address.source, address.line, address.annotation, detail)
             slot.skip[place] = Entry(address.source, address.line, reason, detail, "train")
         self._send(fresh)
 

@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from ...limits import Limits, MediaError
@@ -40,13 +41,21 @@ def open_container(path: str) -> InputContainer:
     return av.open(os.path.abspath(path), **_OPEN)
 
 
+def choose_stream(container: InputContainer) -> VideoStream:
+    """The film: libav's choice (default track, several frames, bit rate), but no cover picture. Raises MediaError when there is none."""
+    videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not videos:
+        cover = ", only a cover picture" if container.streams.video else ""
+        raise MediaError(f"{container.name}: has no video track{cover}")
+    best = container.streams.best("video") if len(container.streams.video) > 1 else None
+    return next((stream for stream in videos if best is not None and stream.index == best.index), videos[0])
+
+
 def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Track:
     """The video track from the header fields of every packet. Raises MediaError when there is none, or the time is up."""
     try:
         with open_container(path) as container:
-            if not container.streams.video:
-                raise MediaError(f"{path}: has no video track")
-            stream = container.streams.video[0]
+            stream = choose_stream(container)
             context = stream.codec_context
             if context is None:
                 raise MediaError(f"{path}: no decoder is known for its video track")
@@ -165,7 +174,7 @@ def _first_pictures(path: str, timed: bool, test: StartOf | None, sync: list[boo
             yield packet, packet.is_keyframe
 
     with open_container(path) as container:
-        stream = container.streams.video[0]
+        stream = choose_stream(container)
         given = whole_pictures(stream.codec_context, packets(container, stream))
     if begin < 0:
         raise MediaError(f"{path}: has no keyframe, so that none of its {len(sync)} frames can be shown")
@@ -191,7 +200,7 @@ def _decode_times(path: str, limits: Limits, deadline: float | None) -> list[int
     """Times by decoding, for containers in which only some packets have one (fields of H.264 in a transport stream)."""
     ticks: list[int] = []
     with open_container(path) as container:
-        for frame in container.decode(video=0):
+        for frame in container.decode(choose_stream(container)):
             if frame.pts is None:
                 raise MediaError(f"{path}: its frames have no presentation times; convert it to MP4 or Matroska")
             ticks.append(frame.pts)

@@ -46,7 +46,7 @@ class _Header:
 
 
 def read_matroska(source: Source, limits: Limits, *, exact: bool = True) -> Track:
-    """The first video track; without `exact` no cluster is opened, and `ticks` are those of the keyframes in the cues.
+    """The only default video track; without `exact` no cluster is opened, and `ticks` are those of the keyframes in the cues.
 
     Raises Unsupported for what libavformat has to read, Damaged for what cannot be read.
     """
@@ -203,12 +203,16 @@ def _float(body: bytes) -> float:
 
 
 def _read_tracks(data: bytes, header: _Header) -> None:
+    videos: list[dict[int, bytes]] = []
     for kind, entry in _children(data):
-        if kind != 0xAE:
-            continue
-        parts = dict(_children(entry))
-        if int.from_bytes(parts.get(0x83, b""), "big") != 1:
-            continue
+        parts = dict(_children(entry)) if kind == 0xAE else {}
+        if int.from_bytes(parts.get(0x83, b""), "big") == 1:
+            videos.append(parts)
+    for flag in (0xB9, 0x88):  # enabled, default: 1 unless stated
+        videos = [parts for parts in videos if parts.get(flag, b"\1") != b"\0"] or videos
+    if len(videos) > 1:
+        raise Unsupported("several video tracks")
+    for parts in videos:
         codec = parts.get(0x86, b"").rstrip(b"\0")
         if codec not in _CODECS:
             raise Unsupported(f"codec {codec!r}")
@@ -223,7 +227,6 @@ def _read_tracks(data: bytes, header: _Header) -> None:
         if not 0 < header.number < 127:
             raise Unsupported(f"track number {header.number}")
         _read_video(dict(_children(parts.get(0xE0, b""))), header)
-        return
 
 
 def _read_video(video: dict[int, bytes], header: _Header) -> None:

@@ -32,10 +32,11 @@ _CODECS = {
 
 @dataclass
 class _Header:
-    """Fields of `moov` about the first video track."""
+    """Fields of `moov` about a video track."""
 
     movie_scale: int = 0
     track_id: int = 0
+    enabled: bool = True  # not a preview, a chapter picture or an alternative
     scale: int = 0
     duration: int = 0
     matrix: tuple[int, int, int, int] = (65536, 0, 0, 65536)
@@ -46,7 +47,7 @@ class _Header:
 
 
 def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track:
-    """The first video track; without `positions` its offsets are read only when they are needed to see that the file is cut off.
+    """The only enabled video track; without `positions` its offsets are read only when they are needed to see that the file is cut off.
 
     Raises Unsupported for what libavformat has to read, Damaged for what cannot be read.
     """
@@ -130,13 +131,14 @@ def _top_level(source: Source) -> tuple[memoryview | None, list[tuple[int, int]]
 
 def _read_moov(moov: memoryview) -> _Header:
     header = _Header()
-    found: _Header | None = None
+    tracks: list[_Header] = []
     for kind, body in boxes(moov):
         if kind == b"mvhd":
             header.movie_scale = int.from_bytes(body[20:24] if body[0] else body[12:16], "big")
-        elif kind == b"trak" and found is None:
+        elif kind == b"trak":
             track = _read_trak(body)
-            found = track
+            if track is not None:
+                tracks.append(track)
         elif kind == b"mvex":
             header.fragmented = True
             for child, trex in boxes(body):
@@ -145,8 +147,12 @@ def _read_moov(moov: memoryview) -> _Header:
                     header.defaults[int(numbers[0])] = (int(numbers[2]), int(numbers[3]), int(numbers[4]))
         elif kind == b"cmov":
             raise Unsupported("a compressed header")
-    if found is None:
+    if not tracks:
         raise Unsupported("no video track that is supported")
+    enabled = [track for track in tracks if track.enabled] or tracks
+    if len(enabled) > 1:
+        raise Unsupported("several video tracks")
+    found = enabled[0]
     found.movie_scale, found.defaults, found.fragmented = header.movie_scale, header.defaults, header.fragmented
     if found.scale <= 0 or (found.edits and found.movie_scale <= 0):
         raise Damaged("its time scale is zero")
@@ -159,6 +165,7 @@ def _read_trak(trak: memoryview) -> _Header | None:
     for kind, body in boxes(trak):
         if kind == b"tkhd":
             long = body[0] == 1
+            header.enabled = bool(body[3] & 1)
             at = 20 if long else 12
             header.track_id = int.from_bytes(body[at : at + 4], "big")
             numbers = np.frombuffer(body, ">i4", 9, 52 if long else 40).tolist()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...limits import Limits
-from .demux import open_container
+from .demux import choose_stream, open_container
 from .source import Damaged, Source
 from .track import Track, Unsupported
 
@@ -30,12 +30,10 @@ def looks_like_ts(head: bytes) -> bool:
 
 
 def read_mpegts(source: Source, limits: Limits) -> Track:
-    """The first video track. Raises Unsupported for what libavformat has to read, Damaged for what cannot be read."""
+    """The video track that players show. Raises Unsupported for what libavformat has to read, Damaged for what cannot be read."""
     try:
         with open_container(source.path) as container:
-            if not container.streams.video:
-                raise Damaged("has no video track")
-            stream = container.streams.video[0]
+            stream = choose_stream(container)
             context, pid = stream.codec_context, stream.id
             packets = (packet for packet in container.demux(stream) if packet.size)
             expected = [(packet.pts, packet.is_keyframe) for packet in islice(packets, _VERIFIED)]

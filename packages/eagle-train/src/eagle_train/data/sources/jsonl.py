@@ -18,7 +18,7 @@ _CHUNK = 1 << 22
 
 
 class Jsonl:
-    """The lines of a file; empty lines are no rows, but they are counted, so that line numbers are those of an editor."""
+    """The lines of a file; empty lines are not rows, but they are counted, so that line numbers are those of an editor."""
 
     def __init__(self, path: str) -> None:
         self.path = path
