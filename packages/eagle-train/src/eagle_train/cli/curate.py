@@ -151,7 +151,7 @@ def _check(config: CurateConfig) -> None:
 def _hours(table) -> str:
     import pyarrow.compute as pc
 
-    return f"{(pc.sum(pc.subtract(table['end'], table['start'])).as_py() or 0.0) / 3600:.2f} hours"
+    return f"{(pc.sum(pc.subtract(table['end'], table['start'])).as_py() or 0.0) / 3600:.2f} hours"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _removed(config: CurateConfig, step: str) -> str:

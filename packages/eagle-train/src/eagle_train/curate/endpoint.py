@@ -204,7 +204,7 @@ class Endpoint:
             self._no_answer(f"the response is not JSON: {error}", error)
         with self._lock:
             self._silent = 0
-        return _from_body(response.model_dump(mode="json") if hasattr(response, "model_dump") else {})
+        return _from_body(response.model_dump(mode="json") if hasattr(response, "model_dump") else {})  # pyright: ignore[reportPossiblyUnboundVariable]
 
     def _no_answer(self, detail: str, error: Exception) -> None:
         with self._lock:
@@ -234,7 +234,7 @@ class Endpoint:
     def _count(self, requests: int = 0, known: int = 0, input_tokens: int = 0, output_tokens: int = 0) -> None:
         cost = (input_tokens * self.settings.input_price + output_tokens * self.settings.output_price) / 1e6
         with self._lock:
-            self.account = Account(*(a + b for a, b in zip(self.account, (requests, known, input_tokens, output_tokens, cost))))
+            self.account = Account(*(a + b for a, b in zip(self.account, (requests, known, input_tokens, output_tokens, cost))))  # pyright: ignore[reportArgumentType]
 
 
 class Answers:

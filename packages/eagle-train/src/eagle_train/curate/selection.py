@@ -20,7 +20,7 @@ class Nearest(NamedTuple):
     """similarity: float32 [n], highest cosine similarity; index: int64 [n], which vector has it (the first of equals)."""
 
     similarity: NDArray[np.float32]
-    index: NDArray[np.int64]
+    index: NDArray[np.int64]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def nearest(queries: Vectors, others: Vectors, *, device: str = "cpu", block_bytes: int = BLOCK_BYTES) -> Nearest:
