@@ -41,7 +41,7 @@ def select(config: CurateConfig, *, progress: Callable[[int, int], None] | None 
         raise ConfigError(f"select.seed: {error}") from error
     novel = found.similarity < config.select.tau
     old = np.flatnonzero(~novel)
-    remove(old, "not-novel", [f"similarity {found.similarity[row]:.4f} to clip {found.index[row] + 1} of the seed" for row in old])
+    remove(old, "not-novel", [f"similarity {found.similarity[row]:.4f} to clip {found.which[row] + 1} of the seed" for row in old])
     rows = np.flatnonzero(novel)
     # Long clips first, so that of two similar clips the longer one is kept; equal lengths in the order of the table.
     rows = rows[np.argsort(-seconds[rows], kind="stable")]
