@@ -317,7 +317,7 @@ class EagleProcessor(ProcessorMixin):
         return [str(folder / FILE)]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "EagleProcessor":
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "EagleProcessor":  # pyright: ignore[reportIncompatibleMethodOverride]
         """From a folder or hub name: the tokenizer, and settings from `processor_config.json` if Eagle wrote it, else from the model's
         `config.json` (released checkpoints). `kwargs` may replace single settings; TypeError for others."""
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}

@@ -450,7 +450,7 @@ class StageConfig(Section):
     def modes(self) -> dict[Part, Mode]:
         """How every part is trained in this stage."""
         named = {part: settings.train for part, settings in self.parts.items() if settings.train is not None}
-        return {part: named.get(part, "full" if part in self.train else "frozen") for part in PARTS}
+        return {part: named.get(part, "full" if part in self.train else "frozen") for part in PARTS}  # pyright: ignore[reportReturnType]
 
     @model_validator(mode="after")
     def _one_choice_per_part(self) -> Self:
@@ -629,7 +629,7 @@ class Config(Section):
     def adapters(self) -> dict[Part, LoraConfig]:
         """The adapters of parts that a stage trains as lora. They are in the model in every stage, and zero until trained."""
         used = [part for part in PARTS if any(stage.modes[part] == "lora" for stage in self.stages)]
-        return {part: self.model.lora.get(part, LoraConfig()) for part in used}
+        return {part: self.model.lora.get(part, LoraConfig()) for part in used}  # pyright: ignore[reportArgumentType, reportCallIssue, reportReturnType]
 
     @property
     def max_tokens(self) -> int:

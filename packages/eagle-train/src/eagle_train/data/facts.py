@@ -262,7 +262,7 @@ def _read_part(part: Part) -> pa.Table:
         raise OSError(f"{part.path}: can't be read ({error}); remove the folder {part.path.parent} and run eagle prepare again") from error
     for name, base in (("line", part.first_line), ("offset", part.start)):
         place = SCHEMA.get_field_index(name)
-        table = table.set_column(place, SCHEMA.field(place), pc.add(table.column(name), pa.scalar(base, pa.int64())))
+        table = table.set_column(place, SCHEMA.field(place), pc.add(table.column(name), pa.scalar(base, pa.int64())))  # pyright: ignore[reportAttributeAccessIssue]
     return table
 
 
