@@ -93,8 +93,10 @@ def step(model, *packs, layout=None):
 def assert_equal_steps(got, wanted, tolerance):
     assert got[0] == pytest.approx(wanted[0], rel=tolerance)
     assert got[1].keys() == wanted[1].keys()
+    # A bias of keys in the vision tower changes no softmax: its gradient is rounding only, so errors are relative to at least this norm.
+    floor = 1e-3 * max(gradient.norm() for gradient in wanted[1].values())
     for name, gradient in wanted[1].items():
-        error = (got[1][name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        error = (got[1][name] - gradient).norm() / gradient.norm().clamp(min=floor)
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 

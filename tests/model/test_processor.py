@@ -390,3 +390,15 @@ def test_documents(processor, tmp_path):
         made = processor(text="<video-1>?", videos=[document])
         assert len(made["pixel_values"]) == 3
         assert "Frame 3: <img>" in processor.tokenizer.decode(made["input_ids"][0])
+
+
+def test_an_answer_that_has_begun_is_continued(processor):
+    """The prompt is that of the whole conversation without the end of its last message; another last message is refused."""
+    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a <|im_end|>"}]
+    whole = processor.process(messages).input_ids
+    begun = processor.apply_chat_template(messages, tokenize=True, continue_final_message=True)
+    assert begun["input_ids"][0].tolist() == whole[:-2].tolist()
+    assert begun["input_ids"][0].tolist() == processor.process(messages, continue_final_message=True).input_ids.tolist()
+    for wrong in ({"conversation": messages[:1]}, {"conversation": messages, "add_generation_prompt": True}):
+        with pytest.raises(PromptError, match="continue_final_message"):
+            processor.apply_chat_template(tokenize=True, continue_final_message=True, **wrong)

@@ -450,3 +450,36 @@ def test_video_information_without_times_has_none_to_choose_from(media):
 def test_a_number_of_frames_is_not_a_list_of_times(small_mp4, times):
     with pytest.raises(ValueError, match=r"times must be a list of seconds, not .*choose_times\(probe\(path\), count\)"):
         read_frames(small_mp4, times)
+
+
+@pytest.mark.parametrize("name", ["mp4", "mkv", "avi", "hevc.mp4", "mpeg4.avi", "vp9.webm"])
+def test_damage_is_concealed_on_demand_and_listed(name, media, truth, tmp_path):
+    how = {
+        "hevc.mp4": {"codec": "libx265", "options": X265},
+        "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "24"}},
+        "vp9.webm": {"codec": "libvpx-vp9", "options": REALTIME},
+    }.get(name, {})
+    path = media(f"groups.{name}", count=72, **how)
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][30]
+        at = data.index(bytes(packet))
+    data[at + packet.size // 2 : at + packet.size // 2 + 8] = bytes(8)
+    broken = tmp_path / f"broken.{name}"
+    broken.write_bytes(data)
+    times = probe(broken).times.times()
+    refused = read_frames(broken, times, on_error="skip")
+    assert refused.concealed == ()
+    served = read_frames(broken, times, on_error="skip", on_damage="conceal", workers=2)
+    expected = list(truth(broken).values())  # a plain decode, which conceals
+    assert {error.index for error in served.concealed} | {error.index for error in served.errors} == {
+        error.index for error in refused.errors
+    }
+    if name != "avi":  # where frames are known by their order only, they may stay unknown
+        assert served.errors == ()
+        assert all((served.pixels[i] == picture).all() for i, picture in enumerate(expected))
+    if refused.errors:
+        assert served.concealed or served.errors
+        assert all("damaged" in error.reason or "decoding failed" in error.reason for error in served.concealed)
+    with pytest.raises(ValueError, match="on_damage must be"):
+        read_frames(broken, times, on_damage="ignore")

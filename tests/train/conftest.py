@@ -83,7 +83,8 @@ def make_config(tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.fixture(scope="session")
 def make_facts() -> Callable[..., Facts]:
-    """Facts from a list of rows `{"text": tokens, "images": [(w, h)], "videos": [(frames, fps) or pages]}`, without any file."""
+    """Facts from a list of rows `{"text": tokens, "images": [(w, h)], "videos": [(frames, fps) or pages], "group": media_group}`,
+    without any file."""
 
     def make(rows: Sequence[dict[str, Any]], sources: Sequence[FactsSource] | None = None) -> Facts:
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
@@ -93,6 +94,7 @@ def make_facts() -> Callable[..., Facts]:
             columns["size"].append(99)
             columns["text_tokens"].append(content["text"])
             columns["label_tokens"].append(content.get("labels", 1))
+            columns["media_group"].append(content.get("group", 0))
             columns["image_width"].append([width for width, _ in content.get("images", ())])
             columns["image_height"].append([height for _, height in content.get("images", ())])
             videos: list[dict[str, Any]] = []

@@ -182,6 +182,11 @@ def test_batch_files_lead_to_the_same_rows(ready, tmp_path):
     assert read(config) == expected
 
 
+def test_results_are_not_written_over(ready, tmp_path):
+    with pytest.raises(ConfigError, match="name another file"):
+        annotate(ready(), batch_in=tmp_path / "a.jsonl", batch_out=tmp_path / "a.jsonl")
+
+
 def test_checks_remove_with_reasons_and_the_recipe_is_read(ready):
     def answers(schema, prompt, images):
         if schema == "Guess" and "kind action" in prompt:

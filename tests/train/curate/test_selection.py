@@ -17,13 +17,13 @@ def test_nearest_equals_the_whole_product(block_bytes):
     product = a @ b.T
     found = nearest(a, b, block_bytes=block_bytes)
     np.testing.assert_allclose(found.similarity, product.max(axis=1), rtol=1e-6)
-    np.testing.assert_array_equal(found.index, product.argmax(axis=1))
+    np.testing.assert_array_equal(found.which, product.argmax(axis=1))
 
 
 def test_nearest_without_others_and_with_other_widths():
     found = nearest(unit(3), np.empty((0, 0), np.float32))
     assert found.similarity.tolist() == [-np.inf] * 3
-    assert found.index.tolist() == [-1] * 3
+    assert found.which.tolist() == [-1] * 3
     with pytest.raises(ValueError, match="same encoder"):
         nearest(unit(3), unit(3, 8))
 

@@ -23,9 +23,9 @@ from eagle_train.watching.curation import write_page
 from tests.train.curate.conftest import ENCODER, film
 
 
-def curation(folder, **sections):
+def curation(base, **sections):
     sections.setdefault("embed", {"encoder": ENCODER})
-    return parse_curation({"folder": "out", "videos": ["videos"], "workers": 1, **sections}, base=folder)
+    return parse_curation({"folder": "out", "videos": ["videos"], "workers": 1, **sections}, base=base)
 
 
 def reasons(config):

@@ -96,7 +96,7 @@ class ContextMesh:
         """The groups of both levels, and the whole group."""
         return self.ulysses, self.all_gather, self.context
 
-    def watch(self, timeout: float, store: dist.Store | None = None) -> Watchdog:
+    def watch(self, timeout: float, store: dist.Store | None = None) -> Watchdog:  # pyright: ignore[reportPrivateImportUsage]
         """Starts a watchdog: a collective that is unfinished after `timeout` seconds is logged, with the state of each rank of its group.
 
         store: where ranks publish their state, for example the `TCPStore` of the job. Default: each rank reports its own state only.

@@ -27,7 +27,11 @@ class Watchdog:
     """
 
     def __init__(
-        self, groups: Sequence[Group], timeout: float, store: dist.Store | None = None, report: Callable[[str], None] | None = None
+        self,
+        groups: Sequence[Group],
+        timeout: float,
+        store: dist.Store | None = None,  # pyright: ignore[reportPrivateImportUsage]
+        report: Callable[[str], None] | None = None,
     ):
         self.groups = [g for g in groups if g.size > 1]
         self.timeout, self.store = timeout, store
@@ -100,7 +104,7 @@ class Watchdog:
             self._lose_store(error)
             return head + " (the store doesn't answer)"
 
-    def _state(self, store: dist.Store, group: Group, rank: int) -> str:
+    def _state(self, store: dist.Store, group: Group, rank: int) -> str:  # pyright: ignore[reportPrivateImportUsage]
         key = self._key(group, rank)
         if not store.check([key]):
             return "no state published"

@@ -37,7 +37,7 @@ _OF_VIDEOS = ("fps", "min_frames", "max_frames", "num_frames", "placement")
 _OF_IMAGES = ("max_tiles",)
 SETTINGS = frozenset({field.name for field in fields(VisualSpec)} | {"system_prompt", "max_tokens"})
 #: What a tokenised `apply_chat_template` passes on.
-_CALL_OPTIONS = frozenset({"max_tokens", "padding_side", "return_labels", "return_tensors", *CALL_SETTINGS})
+_CALL_OPTIONS = frozenset({"continue_final_message", "max_tokens", "padding_side", "return_labels", "return_tensors", *CALL_SETTINGS})
 #: Arguments that transformers passes to processors, with the values that ask for what happens here anyway; so does None, False or nothing.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
@@ -204,6 +204,7 @@ class EagleProcessor(ProcessorMixin):
         *,
         messages: Any = None,
         add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         max_tokens: int | None = None,
         padding_side: str = "left",
         return_labels: bool = False,
@@ -215,7 +216,8 @@ class EagleProcessor(ProcessorMixin):
         text or messages: a question, a ChatML string, a list of messages (content as text or as blocks), or a list of any of these.
         images, videos: for one conversation a list (or a single one); for a batch a list of lists, or of one medium for each text. Media
         inside content blocks are not given again. add_generation_prompt: whether an answer is wanted (default: if the last message is not
-        an assistant's). max_tokens and `CALL_SETTINGS` (max_tiles, fps, num_frames, ...): as in `process`, also inside `images_kwargs` and
+        an assistant's). continue_final_message: leave the last message, an assistant's, open, so that generation continues it.
+        max_tokens and `CALL_SETTINGS` (max_tiles, fps, num_frames, ...): as in `process`, also inside `images_kwargs` and
         `videos_kwargs`. return_labels: add labels [B, L] (-100 where nothing is learned). return_tensors: "pt" or "np".
 
         Raises what `process` raises, and TypeError or ValueError for other arguments, except those of transformers' processors that ask
@@ -239,7 +241,15 @@ class EagleProcessor(ProcessorMixin):
             wants = talk.answer_next or not talk.messages or talk.messages[-1]["role"] != "assistant"
             generate = (wants and not return_labels) if add_generation_prompt is None else add_generation_prompt or talk.answer_next
             processed.append(
-                self.process(talk.messages, talk.images, talk.videos, add_generation_prompt=generate, max_tokens=max_tokens, **settings)
+                self.process(
+                    talk.messages,
+                    talk.images,
+                    talk.videos,
+                    add_generation_prompt=generate,
+                    continue_final_message=continue_final_message,
+                    max_tokens=max_tokens,
+                    **settings,
+                )
             )
         return self._batch(processed, padding_side, return_labels, return_tensors)
 
@@ -270,9 +280,9 @@ class EagleProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> Any:
         """Messages as a ChatML string with `<image-N>` and `<video-N>` (for `processor(text=..., images=...)`), or, with tokenize, as
-        model inputs, media taken from the content blocks; then `kwargs` may be `max_tokens`, `padding_side`, `return_labels`,
-        `return_tensors` and `CALL_SETTINGS`. The format is Eagle's: another `chat_template`, `tools` and `continue_final_message` are
-        refused."""
+        model inputs, media taken from the content blocks; then `kwargs` may be `continue_final_message`, `max_tokens`, `padding_side`,
+        `return_labels`, `return_tensors` and `CALL_SETTINGS`. The format is Eagle's: another `chat_template`, `tools`, and
+        `continue_final_message` without tokenize are refused."""
         if chat_template is not None and chat_template != self.chat_template:
             raise ValueError("Eagle has one prompt format; messages can't be rendered with another chat template")
         kwargs = _flat(kwargs)
@@ -307,7 +317,7 @@ class EagleProcessor(ProcessorMixin):
         return [str(folder / FILE)]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "EagleProcessor":
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "EagleProcessor":  # pyright: ignore[reportIncompatibleMethodOverride]
         """From a folder or hub name: the tokenizer, and settings from `processor_config.json` if Eagle wrote it, else from the model's
         `config.json` (released checkpoints). `kwargs` may replace single settings; TypeError for others."""
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}

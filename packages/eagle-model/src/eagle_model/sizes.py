@@ -69,8 +69,8 @@ def stated_sizes(values: Mapping[str, Any]) -> ModelSizes | None:
     if not all(isinstance(number, int) for number in numbers):
         return None
     return ModelSizes(
-        VisionSizes(*numbers[:2]),
-        TextSizes(numbers[2]),
+        VisionSizes(*numbers[:2]),  # pyright: ignore[reportArgumentType]
+        TextSizes(numbers[2]),  # pyright: ignore[reportArgumentType]
         force_image_size=values.get("force_image_size"),
         downsample_ratio=values.get("downsample_ratio", 0.5),
         use_pixel_shuffle=values.get("use_pixel_shuffle", True),

@@ -34,7 +34,7 @@ def require_heic(name: str) -> Any:
 def open_heic(data: bytes, name: str, limits: Limits) -> Image.Image:
     """The decoded primary image, upright. Raises MediaError when it is over the limits; errors of libheif pass through."""
     file = require_heic(name).open_heif(io.BytesIO(data))
-    limits.check_size(*file.size, name)
+    limits.check_size(file.size[0], file.size[1], name)  # pyright: ignore[reportCallIssue]
     image = file.to_pillow()
     image.format = "HEIF"
     return image

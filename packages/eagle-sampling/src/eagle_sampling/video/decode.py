@@ -62,9 +62,10 @@ class Painter:
 
 
 class PacketReader(Protocol):
-    """Returns encoded frames by sample number."""
+    """Returns encoded frames by sample number; when `tolerant`, also those that the container marks as damaged."""
 
     context: av.VideoCodecContext
+    tolerant: bool
 
     def begin(self, start: int, stop: int, wanted: set[int]) -> None:
         """Begin a pass over samples start ... stop - 1 for the pictures of `wanted`."""
@@ -77,6 +78,8 @@ class PacketReader(Protocol):
 
 class FileReader:
     """Packets read at the offsets of the index, in windows that hold many, with a decoder created here."""
+
+    tolerant = False
 
     def __init__(self, source: Source, track: Track, limits: Limits):
         self.source, self.track, self.limits = source, track, limits
@@ -123,11 +126,17 @@ class FileReader:
 
 
 class Decoder:
-    """Decodes groups. `failures` maps a sample to the reason why its frame could not be read."""
+    """Decodes groups. `failures` maps a sample to the reason why its frame could not be read.
 
-    def __init__(self, reader: PacketReader, track: Track, painter: Painter, check: Callable[[], None], threads: int = 1):
-        self.reader, self.track, self.painter, self.check = reader, track, painter, check
+    conceal: of damaged frames the picture that the decoder makes up is used; `concealed` maps these samples to the reason.
+    """
+
+    def __init__(
+        self, reader: PacketReader, track: Track, painter: Painter, check: Callable[[], None], threads: int = 1, *, conceal: bool = False
+    ):
+        self.reader, self.track, self.painter, self.check, self.conceal = reader, track, painter, check, conceal
         self.failures: dict[int, str] = {}
+        self.concealed: dict[int, str] = {}
         self.orderly = len(track.presentation_ticks()) == (len(track.ticks) if track.shown is None else np.count_nonzero(track.shown))
         # H.264 may begin at a P-frame (periodic intra refresh) and reports a missing reference; older codecs use a grey picture instead.
         self.reports_types = track.codec != "h264"
@@ -149,8 +158,45 @@ class Decoder:
             start = earlier_start(self.track, start, attempt) if left and (reason is None or attempt == 0) else None
             if start is None:
                 break
+        reason = reason or "the decoder gives no frame of that time"
+        if left and self.conceal:
+            self._conceal(group.start, left, places, reason)
         for sample in left:
-            self.failures[sample] = reason or "the decoder gives no frame of that time"
+            self.failures[sample] = reason
+
+    def _conceal(self, start: int, left: set[int], places: dict[int, list[int]], reason: str) -> None:
+        """One pass by a decoder that paints over damage, up to the last sample of `left`; removes those for which it gives a picture."""
+        context = av.CodecContext.create(self.reader.context.codec, "r")
+        assert isinstance(context, av.VideoCodecContext)
+        if self.reader.context.extradata:
+            context.extradata = self.reader.context.extradata
+        context.options = dict(self.track.colour)
+        context.thread_count, context.thread_type = 1, "NONE"
+        stop = max(left) + 1
+        self.reader.tolerant = True
+        self.reader.begin(start, stop, left)
+
+        def decode(packet: av.Packet | None) -> None:
+            try:
+                frames = context.decode(packet)
+            except av.FFmpegError:  # as players do: continue with the next packet
+                return
+            for frame in frames:
+                if frame.pts in left:
+                    left.remove(frame.pts)
+                    self.painter.paint(frame, places[frame.pts])
+                    self.concealed[frame.pts] = reason
+
+        for sample in range(start, stop):
+            self.check()
+            try:
+                packet = self.reader.packet(sample, stop, True)
+            except av.FFmpegError:  # the file ends before it
+                break
+            if packet is not None:
+                decode(packet)
+        decode(None)
+        self.reader.tolerant = False
 
     def _decode(self, start: int, stop: int, left: set[int], places: dict[int, list[int]]) -> str | None:
         """One pass over samples start ... stop - 1; removes the frames it reads from `left`. Returns a reason when the data are damaged."""

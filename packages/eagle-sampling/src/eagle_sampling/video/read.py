@@ -36,11 +36,13 @@ from .sequential import PacketStream, decode_linear
 
 @dataclass(frozen=True)
 class Frames:
-    """pixels: uint8 [n, h, w, 3] RGB; times: float64 [n], the true presentation times; errors: frames skipped under on_error="skip"."""
+    """pixels: uint8 [n, h, w, 3] RGB; times: float64 [n], the true presentation times; errors: frames skipped under on_error="skip";
+    concealed: frames of `pixels` that are damaged and were made up by the decoder, under on_damage="conceal"."""
 
     pixels: NDArray[np.uint8]
     times: NDArray[np.float64]
     errors: tuple[FrameError, ...] = ()
+    concealed: tuple[FrameError, ...] = ()
 
 
 def read_frames(
@@ -51,6 +53,7 @@ def read_frames(
     workers: int = 1,
     tolerance: float = 0.0,
     on_error: Literal["raise", "skip"] = "raise",
+    on_damage: Literal["refuse", "conceal"] = "refuse",
     timeout: float | None = None,
     out: NDArray[np.uint8] | None = None,
     limits: Limits = DEFAULT_LIMITS,
@@ -67,6 +70,8 @@ def read_frames(
             frame threads of the decoders.
         tolerance: seconds by which a keyframe may replace a wanted frame; `Frames.times` are those of the frames returned.
         on_error: "raise" a MediaError that names the file and the time, or "skip" frames that cannot be read and list them in `errors`.
+        on_damage: "refuse" frames whose data, or data that they depend on, are damaged: they are errors. "conceal": of these frames, the
+            picture that players show is used (libav's concealment), and each is listed in `Frames.concealed`.
         timeout: seconds for the whole call. A decoder that hangs inside libav stays in its thread, and the call fails.
         out: uint8 [n, h, w, 3] to write to, for example in shared memory; after a skip its first rows hold the frames that were read.
 
@@ -83,6 +88,8 @@ def read_frames(
             f"{name}: times must be a list of seconds, not {given}; for a number of frames, choose their times first: "
             "read_frames(path, choose_times(probe(path), count))"
         )
+    if on_damage not in ("refuse", "conceal"):
+        raise ValueError(f"on_damage must be 'refuse' or 'conceal', not {on_damage!r}")
     if workers < 1 or tolerance < 0 or on_error not in ("raise", "skip") or (timeout is not None and timeout <= 0):
         raise ValueError(
             f"workers = {workers}, tolerance = {tolerance}, on_error = {on_error!r}, timeout = {timeout}: need workers >= 1, "
@@ -102,17 +109,21 @@ def read_frames(
 
     places = _places(samples)
     failures: dict[int, str] = {}
+    made_up: dict[int, str] = {}
+    conceal = on_damage == "conceal"
     if places:
         try:
-            failures = _decode(name, track, places, out, workers, watch, limits)
+            failures, made_up = _decode(name, track, places, out, workers, watch, limits, conceal)
         except Unsupported:  # a transport stream that turns out to be irregular inside
             track = dataclasses.replace(read_packets(name, limits, watch.deadline), rotation=track.rotation, mirrored=track.mirrored)
             samples, errors = _find(track, requested, tolerance)
             places = _places(samples)
-            failures = _decode(name, track, places, out, 1, watch, limits)
+            failures, made_up = _decode(name, track, places, out, 1, watch, limits, conceal)
     for sample, reason in failures.items():
         errors += [FrameError(i, float(requested[i]), reason) for i in places[sample]]
-    return _result(name, track, requested, samples, out, sorted(errors, key=lambda error: error.index), on_error)
+    concealed = [FrameError(i, float(requested[i]), reason) for sample, reason in made_up.items() for i in places[sample]]
+    frames = _result(name, track, requested, samples, out, sorted(errors, key=lambda error: error.index), on_error)
+    return dataclasses.replace(frames, concealed=tuple(sorted(concealed, key=lambda error: error.index)))
 
 
 class _Watch:
@@ -171,18 +182,36 @@ def _places(samples: NDArray[np.int64]) -> dict[int, list[int]]:
 
 
 def _decode(
-    name: str, track: Track, places: dict[int, list[int]], out: NDArray[np.uint8], workers: int, watch: _Watch, limits: Limits
-) -> dict[int, str]:
-    """Decode what `places` needs into `out`; returns sample -> reason for what failed."""
+    name: str,
+    track: Track,
+    places: dict[int, list[int]],
+    out: NDArray[np.uint8],
+    workers: int,
+    watch: _Watch,
+    limits: Limits,
+    conceal: bool,
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Decode what `places` needs into `out`; returns sample -> reason for what failed, and for what was concealed."""
     failures: dict[int, str] = {}
+    concealed: dict[int, str] = {}
     problems: list[BaseException] = []
     painter = functools.partial(Painter, out, track.rotation, track.mirrored, lambda: watch.stopped)
     if track.container == "webp":
         _in_threads([lambda: failures.update(_from_webp(name, places, painter(), watch))], watch, problems)
-        return failures
+        return failures, concealed
     if not track.timed:
-        _in_threads([lambda: failures.update(_from_front(name, track, places, painter(), watch, workers))], watch, problems)
-        return failures
+
+        def from_front() -> None:
+            failed = _from_front(name, track, places, painter(), watch, workers)
+            if failed and conceal:
+                damaged = {sample: places[sample] for sample in failed}
+                lost = _from_front(name, track, damaged, painter(), watch, workers, conceal=True)
+                concealed.update((sample, reason) for sample, reason in failed.items() if sample not in lost)
+                failed = lost
+            failures.update(failed)
+
+        _in_threads([from_front], watch, problems)
+        return failures, concealed
 
     indexed = track.offsets is not None or track.scattered is not None
     wanted = np.fromiter(places, np.int64)
@@ -201,7 +230,7 @@ def _decode(
 
         def work() -> None:
             reader = FileReader(source, track, limits) if indexed else PacketStream(name)
-            decoder = Decoder(reader, track, painter(), watch.check, max(1, workers // len(groups)))
+            decoder = Decoder(reader, track, painter(), watch.check, max(1, workers // len(groups)), conceal=conceal)
             while not problems:
                 try:
                     group = todo.get_nowait()
@@ -209,11 +238,12 @@ def _decode(
                     break
                 decoder.run(group, places)
             failures.update(decoder.failures)
+            concealed.update(decoder.concealed)
 
         _in_threads([work] * count, watch, problems)
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{name}: can't be read: {error.strerror or error}") from error
-    return failures
+    return failures, concealed
 
 
 def _in_threads(jobs: list[Callable[[], None]], watch: _Watch, problems: list[BaseException]) -> None:
@@ -241,9 +271,13 @@ def _in_threads(jobs: list[Callable[[], None]], watch: _Watch, problems: list[Ba
         raise problems[0]
 
 
-def _from_front(name: str, track: Track, places: dict[int, list[int]], painter: Painter, watch: _Watch, threads: int) -> dict[int, str]:
+def _from_front(
+    name: str, track: Track, places: dict[int, list[int]], painter: Painter, watch: _Watch, threads: int, *, conceal: bool = False
+) -> dict[int, str]:
     """Decode from the front, for packets that do not state which frame they hold."""
-    failed, reason = decode_linear(name, track, set(places), lambda frame, i: painter.paint(frame, places[i]), watch.check, threads)
+    failed, reason = decode_linear(
+        name, track, set(places), lambda frame, i: painter.paint(frame, places[i]), watch.check, threads, conceal=conceal
+    )
     return dict.fromkeys(failed, reason)
 
 

@@ -16,6 +16,8 @@ _REORDERED = 16  # most frames that a decoder of H.264 or HEVC holds: none is sh
 class PacketStream:
     """The video packets of a file by number, in one pass from the front; to go back, the file is opened again."""
 
+    tolerant = False
+
     def __init__(self, path: str):
         self.path = path
         self.container = open_container(path)
@@ -37,7 +39,7 @@ class PacketStream:
         for packet in self.packets:
             self.next += 1
             if self.next > sample:
-                if packet.is_corrupt:
+                if packet.is_corrupt and not self.tolerant:
                     raise av.InvalidDataError(0, "lost or damaged in transport", self.path)
                 packet.pts = sample
                 return packet
@@ -45,11 +47,19 @@ class PacketStream:
 
 
 def decode_linear(
-    path: str, track: Track, wanted: set[int], paint: Callable[[av.VideoFrame, int], None], check: Callable[[], None], threads: int = 1
+    path: str,
+    track: Track,
+    wanted: set[int],
+    paint: Callable[[av.VideoFrame, int], None],
+    check: Callable[[], None],
+    threads: int = 1,
+    *,
+    conceal: bool = False,
 ) -> tuple[set[int], str]:
     """Call `paint(frame, i)` for the i-th frame of the file, for i in `wanted`: for packets that do not state which frame they hold.
 
-    check: called once per packet; raises when the time is up. Returns those of `wanted` that are not known to be right, and the reason.
+    check: called once per packet; raises when the time is up. conceal: paint what the decoder makes up for damage.
+    Returns those of `wanted` that are not known to be right, and the reason.
 
     A packet without a frame would shift the numbers of all later frames if it went unnoticed. So packets are followed through the decoder,
     and decoding continues after the last wanted frame until no packet is left that could have been shown before it.
@@ -66,7 +76,10 @@ def decode_linear(
             threads = 1 if track.opens else threads  # so that an error is raised at its own packet
             context.thread_count = threads
             context.thread_type = "FRAME" if threads > 1 else "NONE"
-            context.options = {"err_detect": "explode", **({"strict": "1"} if track.codec == "h264" else {})}  # as in `Decoder`
+            context.options = {  # as in `Decoder`
+                **({} if conceal else {"err_detect": "explode"}),
+                **({"strict": "1"} if track.codec == "h264" else {}),
+            }
             number = 0
             for packet in container.demux(stream):
                 check()
@@ -80,11 +93,13 @@ def decode_linear(
                 try:
                     frames = packet.decode()
                 except av.FFmpegError:
+                    if conceal:
+                        continue
                     if not track.opens or track.codec != "h264" or sent > DEFERRED:
                         raise
                     continue  # as in `Decoder`: it stays among the pending packets unless its picture is whole
                 for frame in frames:
-                    if frame.is_corrupt:
+                    if frame.is_corrupt and not conceal:
                         raise av.InvalidDataError(0, "the picture is incomplete", path)
                     if track.whole and frame.pts is not None:
                         pending.pop(frame.pts, None)

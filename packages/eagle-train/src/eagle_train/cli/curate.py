@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -148,10 +148,8 @@ def _check(config: CurateConfig) -> None:
     print(f"recipe: {config.folder / 'recipe.yaml'}")
 
 
-def _hours(table) -> str:
-    import pyarrow.compute as pc
-
-    return f"{(pc.sum(pc.subtract(table['end'], table['start'])).as_py() or 0.0) / 3600:.2f} hours"
+def _hours(clips: Any) -> str:
+    return f"{float((clips['end'].to_numpy() - clips['start'].to_numpy()).sum()) / 3600:.2f} hours"
 
 
 def _removed(config: CurateConfig, step: str) -> str:

@@ -151,7 +151,7 @@ def _evaluate_run(request: Request) -> None:
 
     config, source = open_run(request.folder), request.source
     if source is not None:
-        data = config.data.replaced(eval_recipe=None, eval_sources={source.annotation.stem: source})
+        data = config.data.replaced(eval_recipe=None, eval_sources={source.annotation.stem: source})  # pyright: ignore[reportAttributeAccessIssue]
         config = config.replaced(data=data, eval=config.eval.replaced(metrics={}))
     config = eval_overrides(config, request.overrides)
     path = find_checkpoint(config.run.folder / "checkpoints", request.checkpoint) if request.checkpoint is not None else None

@@ -173,7 +173,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], *, baseline: bool = True) -> 
     lines = [("source", "frames", "max_tokens", "questions", "unanswered", "right", "95 % interval", "text-only", "loss")]
     for row in sorted(rows, key=lambda row: str(row["source"])):
         lines.append(
-            (
+            (  # pyright: ignore[reportArgumentType]
                 row["source"],
                 *(str(row[key]) if row[key] is not None else "-" for key in ("frames", "max_tokens", "questions", "unanswered")),
                 f"{row['accuracy']:.3f}",

@@ -225,7 +225,7 @@ def map_paths(section: SectionT, change: Callable[[Path], Path]) -> SectionT:
         elif isinstance(value, dict) and all(isinstance(item, Section) for item in value.values()):
             values[name] = {key: map_paths(item, change) for key, item in value.items()}
         elif name in section.paths and value is not None and not (name in section.names and is_hub_name(str(value))):
-            one = [change(path) for path in value] if isinstance(value, list) else change(Path(value))
+            one = [change(path) for path in value] if isinstance(value, list) else change(Path(value))  # pyright: ignore[reportArgumentType]
             values[name] = one if isinstance(value, Path | list) else str(one)
     return section.replaced(**values)
 

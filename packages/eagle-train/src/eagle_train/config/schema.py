@@ -362,6 +362,14 @@ class TilingConfig(Section):
         return self
 
 
+class PackingConfig(Section):
+    share_media: bool = Field(
+        default=False,
+        description="true: rows of a source with the same media (references, clip bounds and text before them) have them in a pack once: "
+        "one video, many questions. Loss and gradients are those of separate samples; frames are those that fit the longest of the rows.",
+    )
+
+
 class PartConfig(Section):
     """How one part is trained in a stage."""
 
@@ -442,7 +450,7 @@ class StageConfig(Section):
     def modes(self) -> dict[Part, Mode]:
         """How every part is trained in this stage."""
         named = {part: settings.train for part, settings in self.parts.items() if settings.train is not None}
-        return {part: named.get(part, "full" if part in self.train else "frozen") for part in PARTS}
+        return {part: named.get(part, "full" if part in self.train else "frozen") for part in PARTS}  # pyright: ignore[reportReturnType]
 
     @model_validator(mode="after")
     def _one_choice_per_part(self) -> Self:
@@ -558,6 +566,7 @@ class Config(Section):
     prompt: PromptConfig = Field(default_factory=PromptConfig, description="The prompt.")
     sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="How many frames and which (ADS).")
     tiling: TilingConfig = Field(default_factory=TilingConfig, description="How images are cut (IAP).")
+    packing: PackingConfig = Field(default_factory=PackingConfig, description="How samples become packs.")
     stages: list[StageConfig] = Field(
         default_factory=_default_stages, min_length=1, description="Stages in order, each starting from the last one's weights."
     )
@@ -620,7 +629,7 @@ class Config(Section):
     def adapters(self) -> dict[Part, LoraConfig]:
         """The adapters of parts that a stage trains as lora. They are in the model in every stage, and zero until trained."""
         used = [part for part in PARTS if any(stage.modes[part] == "lora" for stage in self.stages)]
-        return {part: self.model.lora.get(part, LoraConfig()) for part in used}
+        return {part: self.model.lora.get(part, LoraConfig()) for part in used}  # pyright: ignore[reportArgumentType, reportCallIssue, reportReturnType]
 
     @property
     def max_tokens(self) -> int:

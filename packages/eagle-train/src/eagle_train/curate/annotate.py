@@ -137,6 +137,8 @@ def annotate(
     clips = folder.read("select")
     if not clips.num_rows:
         raise nothing("annotate", "select", folder.ledger.path)
+    if batch_out is not None and batch_in is not None and batch_out.absolute() == batch_in.absolute():
+        raise ConfigError(f"--batch-in and --batch-out are both {batch_in}: the results would be written over; name another file")
     endpoint = Endpoint(config.annotate.endpoint, folder.path / "answers.jsonl", batch=batch_out)
     problems: list[str] = []
     if batch_in is not None:

@@ -128,8 +128,8 @@ def anchor_problem(row: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def leaks(anchor: str, question: str, answer: str) -> bool:
-    """Whether all words of the answer that the question does not have are in the anchor."""
-    new = [word for word in words(answer) if word not in set(words(question)) and word not in _SMALL]
+    """Whether the anchor has every word of the answer that is not in the question."""
+    new = [name for name in words(answer) if name not in set(words(question)) and name not in _SMALL]
     return bool(new) and set(new) <= set(words(anchor))
 
 

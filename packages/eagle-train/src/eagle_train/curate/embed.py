@@ -16,7 +16,6 @@ from .encoders import Encoder, fingerprint, load_encoder
 from .executors import cpus, map_items
 from .folder import CurateError, Folder, Part, entry, key_of, nothing, read_part, write_part
 from .settings import CurateConfig, EmbedConfig
-from .split import SCHEMA as CLIPS
 
 VERSION = 1
 FRAMES_AT_ONCE = 256
@@ -169,10 +168,6 @@ def _default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-COLUMNS = [*CLIPS.names, "frames", "vector"]
-"""Columns of embed.parquet."""
 
 
 def entries_for(step: str, table: pa.Table, lines: list[int], reason: str, details: list[str]) -> list[Entry]:

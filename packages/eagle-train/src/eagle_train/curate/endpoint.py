@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -206,7 +206,7 @@ class Endpoint:
             self._silent = 0
         return _from_body(response.model_dump(mode="json") if hasattr(response, "model_dump") else {})
 
-    def _no_answer(self, detail: str, error: Exception) -> None:
+    def _no_answer(self, detail: str, error: Exception) -> NoReturn:
         with self._lock:
             self._silent += 1
             silent = self._silent
@@ -234,7 +234,14 @@ class Endpoint:
     def _count(self, requests: int = 0, known: int = 0, input_tokens: int = 0, output_tokens: int = 0) -> None:
         cost = (input_tokens * self.settings.input_price + output_tokens * self.settings.output_price) / 1e6
         with self._lock:
-            self.account = Account(*(a + b for a, b in zip(self.account, (requests, known, input_tokens, output_tokens, cost))))
+            old = self.account
+            self.account = Account(
+                old.requests + requests,
+                old.known + known,
+                old.input_tokens + input_tokens,
+                old.output_tokens + output_tokens,
+                old.cost + cost,
+            )
 
 
 class Answers:

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -35,12 +36,12 @@ def select(config: CurateConfig, *, progress: Callable[[int, int], None] | None 
         entries.extend(entries_for("select", clips, rows.tolist(), reason, [f"{names[row]}: {text}" for row, text in zip(rows, details)]))
 
     try:
-        found = _search(config.select)(vectors, seed)
+        found = _search(config.select, config.embed.device or "cpu")(vectors, seed)
     except ValueError as error:
         raise ConfigError(f"select.seed: {error}") from error
     novel = found.similarity < config.select.tau
     old = np.flatnonzero(~novel)
-    remove(old, "not-novel", [f"similarity {found.similarity[row]:.4f} to clip {found.index[row] + 1} of the seed" for row in old])
+    remove(old, "not-novel", [f"similarity {found.similarity[row]:.4f} to clip {found.which[row] + 1} of the seed" for row in old])
     rows = np.flatnonzero(novel)
     # Long clips first, so that of two similar clips the longer one is kept; equal lengths in the order of the table.
     rows = rows[np.argsort(-seconds[rows], kind="stable")]
@@ -75,9 +76,9 @@ def read_seed(settings: SelectConfig) -> tuple[Vectors, np.ndarray]:
     return np.concatenate(vectors), np.concatenate(seconds)
 
 
-def _search(settings: SelectConfig) -> Callable[[Vectors, Vectors], Nearest]:
+def _search(settings: SelectConfig, device: str) -> Callable[[Vectors, Vectors], Nearest]:
     if settings.index is None:
-        return nearest
+        return partial(nearest, device=device)
     module, colon, name = settings.index.partition(":")
     try:
         if not colon:

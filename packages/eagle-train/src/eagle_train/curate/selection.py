@@ -17,10 +17,10 @@ ACTIVE = 4096
 
 
 class Nearest(NamedTuple):
-    """similarity: float32 [n], highest cosine similarity; index: int64 [n], which vector has it (the first of equals)."""
+    """similarity: float32 [n], highest cosine similarity; which: int64 [n], the vector that has it (the first of equals), or -1."""
 
     similarity: NDArray[np.float32]
-    index: NDArray[np.int64]
+    which: NDArray[np.int64]
 
 
 def nearest(queries: Vectors, others: Vectors, *, device: str = "cpu", block_bytes: int = BLOCK_BYTES) -> Nearest:

@@ -43,7 +43,11 @@ class EmbedConfig(Section):
     fps: float = Field(default=1.0, gt=0, description="Frames per second of a clip; every clip has at least one.")
     size: int = Field(default=0, ge=0, description="Side in pixels of the frames that the encoder gets; 0: what the encoder states.")
     batch: int = Field(default=32, ge=1, description="Frames per forward pass.", json_schema_extra=FREE)
-    device: str | None = Field(default=None, description="cpu or cuda; null: a GPU when there is one.", json_schema_extra=FREE)
+    device: str | None = Field(
+        default=None,
+        description="cpu or cuda, also for the products of select; null: a GPU for embed when there is one.",
+        json_schema_extra=FREE,
+    )
 
 
 class SelectConfig(Section):

@@ -144,7 +144,8 @@ def _blend(frames: NDArray[np.uint8], span: int) -> NDArray[np.float32]:
 
 def _distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float32]:
     apart = np.maximum(a, b) - np.minimum(a, b)
-    return apart.reshape(len(apart), -1).sum(axis=1, dtype=np.uint32).astype(np.float32) / np.float32(a.shape[2] * a.shape[3])
+    pixels = a.shape[2] * a.shape[3]
+    return apart.reshape(len(apart), a.shape[1] * pixels).sum(axis=1, dtype=np.uint32).astype(np.float32) / np.float32(pixels)
 
 
 def _excess(change: NDArray[np.float64], scale: Scale) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ from .recipe import is_pattern
 from .sample import Address
 from .sources import open_rows
 
-FACTS_VERSION = 4
+FACTS_VERSION = 5
 """Raised when the columns or what they mean change; part of the content key."""
 
 SCHEMA = pa.schema(
@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("size", pa.int64()),
         ("text_tokens", pa.int32()),  # every token outside of image contexts and frames (upper bound over rates and times)
         ("label_tokens", pa.int32()),  # tokens with a label
+        ("media_group", pa.int64()),  # names the media and the prompt through the last one; 0: nothing that rows can share
         ("image_width", pa.list_(pa.int32())),  # pixels as displayed, per image
         ("image_height", pa.list_(pa.int32())),
         ("video_frames", pa.list_(pa.int32())),  # frames of the clip, pages of the document
@@ -261,7 +262,7 @@ def _read_part(part: Part) -> pa.Table:
         raise OSError(f"{part.path}: can't be read ({error}); remove the folder {part.path.parent} and run eagle prepare again") from error
     for name, base in (("line", part.first_line), ("offset", part.start)):
         place = SCHEMA.get_field_index(name)
-        table = table.set_column(place, SCHEMA.field(place), pc.add(table.column(name), pa.scalar(base, pa.int64())))
+        table = table.set_column(place, SCHEMA.field(place), pc.add(table.column(name), pa.scalar(base, pa.int64())))  # pyright: ignore[reportAttributeAccessIssue]
     return table
 
 

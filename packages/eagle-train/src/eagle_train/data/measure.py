@@ -4,11 +4,12 @@ The measuring itself is `eagle_model.visual.facts`; here are the limits, the che
 many rows share.
 """
 
+import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from eagle_model.prompt import CachedEncoder, PromptError
+from eagle_model.prompt import CachedEncoder, Media, PromptError, place_media
 from eagle_model.prompt.costs import PromptCosts
 from eagle_model.visual import ClipError, VideoFacts, VideoRef, measure_image, measure_video
 from eagle_sampling import Limits, MediaError, VideoInfo, page_count, probe, read_frames
@@ -54,6 +55,7 @@ class Measurer:
         facts: dict[str, Any] = {
             "text_tokens": text.text_tokens,
             "label_tokens": text.label_tokens,
+            "media_group": media_group(sample, sizes, videos),
             "image_width": [width for width, _ in sizes],
             "image_height": [height for _, height in sizes],
         }
@@ -103,6 +105,28 @@ class Measurer:
         except OSError as error:
             raise MediaError(str(error)) from error
         return info
+
+
+def media_group(sample: Sample, sizes: list[tuple[int, int]], videos: list[VideoFacts]) -> int:
+    """What rows must have in common to share their media in a pack, as a number: the media with their clip bounds and sizes, and all of the
+    prompt through the last of them. 0 for a row without media, and for one with a label before its last medium."""
+    placed = place_media(sample.messages, len(sample.images), len(sample.videos))
+    last = max((i for i, (_, pieces) in enumerate(placed) if any(isinstance(piece, Media) for piece in pieces)), default=-1)
+    if last < 0 or any(role == "assistant" for role, _ in placed[: last + 1]):
+        return 0
+    role, pieces = placed[last]
+    end = max(i for i, piece in enumerate(pieces) if isinstance(piece, Media)) + 1
+    common = [*placed[:last], (role, pieces[:end])]
+    measured = [(video.frames, video.seconds, video.start, video.end, video.fps) for video in videos]
+    images = [_digest(image) for image in sample.images]
+    files = [(video.path, [_digest(frame) for frame in video.frames], video.times) for video in sample.videos]
+    described = repr((common, images, files, sizes, measured)).encode()
+    return int.from_bytes(hashlib.blake2b(described, digest_size=8).digest(), "little", signed=True) or 1
+
+
+def _digest(ref: Any) -> Any:
+    """An image reference; of bytes, what names them."""
+    return hashlib.blake2b(ref, digest_size=16).hexdigest() if isinstance(ref, bytes) else ref
 
 
 def _missing_or(reason: str, ref: Any) -> str:

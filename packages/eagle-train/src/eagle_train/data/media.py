@@ -180,11 +180,11 @@ class Media:
             identity = stored
         else:
             try:
-                stat = os.stat(stored["tar"])
+                stat = os.stat(stored["tar"])  # pyright: ignore[reportArgumentType]
             except OSError as error:
-                raise RowError("media-missing", f"{stored['tar']}: {error.strerror}") from error
-            identity = repr((sorted(stored.items()), stat.st_size, stat.st_mtime_ns)).encode()
-            suffix = Path(stored["member"]).suffix or suffix
+                raise RowError("media-missing", f"{stored['tar']}: {error.strerror}") from error  # pyright: ignore[reportArgumentType]
+            identity = repr((sorted(stored.items()), stat.st_size, stat.st_mtime_ns)).encode()  # pyright: ignore[reportAttributeAccessIssue]
+            suffix = Path(stored["member"]).suffix or suffix  # pyright: ignore[reportArgumentType]
         target = Path(self.unpacked) / f"{hashlib.blake2b(identity, digest_size=16).hexdigest()}{suffix}"
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)

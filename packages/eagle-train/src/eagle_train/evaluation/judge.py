@@ -78,7 +78,7 @@ class Judge:
             if attempt + 1 < config.attempts:
                 self.wait(2.0**attempt)
         raise EvaluationError(
-            f"judge {config.model} at {address}: {problem}; check eval.judge and that the server runs "
+            f"judge {config.model} at {address}: {problem}; check eval.judge and that the server runs "  # pyright: ignore[reportPossiblyUnboundVariable]
             f"(the key is read from the environment variable {config.key_variable})"
         )
 

@@ -37,7 +37,7 @@ class Frequencies(NamedTuple):
     overall: str
 
     @classmethod
-    def count(cls, pairs: Iterable[tuple[str, str]], questions: set[str]) -> Frequencies:
+    def count(cls, pairs: Iterable[tuple[str, str]], questions: set[str]) -> Frequencies:  # pyright: ignore[reportIncompatibleMethodOverride]
         """From (question, answer) pairs; only the answers to `questions` are kept apart."""
         counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         every: Counter[str] = Counter()

@@ -28,7 +28,7 @@ from eagle_sampling import Limits
 from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address
 from eagle_train.errors import TrainError
-from eagle_train.planning.stages import Planned
+from eagle_train.planning.stages import Planned, pack_tiles, pack_tokens
 
 from .pack import WHOLE, LoadedPack, Share, Weighting, load_pack
 
@@ -58,8 +58,7 @@ class Task(NamedTuple):
 
     def nbytes(self, spec: VisualSpec, share: Share = WHOLE) -> int:
         """Bytes of the batch for a process that reads `share` of its tiles, from the plan alone."""
-        tokens = sum(planned.plan.tokens for planned in self.pack)
-        tiles = sum(planned.plan.tile_count(spec) for planned in self.pack)
+        tokens, tiles = pack_tokens(self.pack, spec), pack_tiles(self.pack, spec)
         return tokens * 36 + -(-tiles // share.ranks) * 3 * spec.tile_size**2
 
 

@@ -7,19 +7,19 @@ denominators stay right, because they are summed from the batches that were made
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from eagle_model.batch import PackedBatch
-from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, CachedEncoder, Encoded, PromptError, encode
+from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, CachedEncoder, Encoded, PromptError, encode, share_prefix
 from eagle_model.visual import MediaChanged, VisualSpec, read_tiles_into
 from eagle_sampling import Limits, MediaError
 from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address, RowError, Sample, load_sample
-from eagle_train.planning.stages import Planned
+from eagle_train.planning.stages import Planned, pack_tokens
 
 Weighting = Literal["token", "sample", "sqrt"]
 
@@ -85,6 +85,9 @@ def load_pack(
 ) -> LoadedPack:
     """Read the samples of a pack: the text of all, and the tiles of this process's share.
 
+    Samples of a tree (`Planned.tree`) share their media: the tiles are read once, and a medium that can't be read is missing for all of
+    them. A sample of a tree whose row no longer begins as the others do is missing alone.
+
     skip: samples (by place in the pack) that are known to be unreadable, with their ledger entries. change: what a sample is read as, by
     its place (evaluation puts other answers in); the plan must hold for it.
     on_sample: called with the place of each sample before it is read. clock: seconds, for the reading time by source.
@@ -123,14 +126,39 @@ def load_pack(
             raise MediaChanged(f"the row has {len(tokens.input_ids)} tokens, prepare counted {planned.plan.tokens}")
         return sample, tokens
 
+    image_token = encoder.token_id(IMG_CONTEXT)
     rows: dict[int, tuple[Sample, Encoded]] = {}
+    trees: dict[int, list[int]] = {}  # the first sample that can be read of each tree, and the others; a sample alone
+    of_tree: dict[int, int] = {}  # number of a tree -> its first sample
+
+    def read_branch(place: int) -> tuple[Sample, Encoded]:
+        """`read_text`, which must begin as the first sample of the tree does, through the last visual token."""
+        row = read_text(place)
+        tree = pack[place].tree
+        if tree is not None and tree in of_tree:
+            first, tokens = rows[of_tree[tree]]
+            stop = int(np.flatnonzero(tokens.input_ids == image_token)[-1]) + 1
+            same_text = np.array_equal(row[1].input_ids[:stop], tokens.input_ids[:stop])
+            if not same_text or (row[0].images, row[0].videos) != (first.images, first.videos):
+                raise MediaChanged(
+                    f"the row no longer has the media of {first.source}:{first.line}, with which it shares them; prepare again"
+                )
+        return row
+
     for place in range(len(pack)):
         if place in skip:
             missing[place] = skip[place]
-        elif (row := attempt(place, partial(read_text, place))) is not None:
+        elif (row := attempt(place, partial(read_branch, place))) is not None:
             rows[place] = row
+            tree = pack[place].tree
+            if tree is None or tree not in of_tree:
+                trees[place] = [place]
+                if tree is not None:
+                    of_tree[tree] = place
+            else:
+                trees[of_tree[tree]].append(place)
 
-    counts = {place: pack[place].plan.tile_count(spec) for place in rows}
+    counts = {place: pack[place].plan.tile_count(spec) for place in trees}
     first, last = share.of(sum(counts.values()))
     tiles = np.empty((last - first, spec.tile_size, spec.tile_size, 3), np.uint8)
     filled, start = 0, 0  # start: the sample's first tile in the pack
@@ -144,22 +172,43 @@ def load_pack(
             read_tiles_into, part, sample.messages, sample.images, sample.videos, pack[place].plan, spec, first=begin, limits=limits
         )
         attempt(place, read)
-        if place in missing:
-            del rows[place]  # the next sample's tiles take the room
+        if place in missing:  # the next sample's tiles take the room
+            for branch in trees.pop(place):
+                address = pack[branch].address
+                missing[branch] = replace(missing[place], source=address.source, line=address.line)
+                del rows[branch]
         else:
             filled += end - begin
     # A share of a pack that lost a sample is another share: such a batch is read again.
-    whole = share.ranks == 1 or len(rows) == len(counts)
-    samples = [tokens for _, tokens in rows.values()]
-    batch, tile_count = join_samples(samples, tiles[:filled], encoder, spec, weighting=weighting, share=share if whole else None)
+    whole = share.ranks == 1 or len(trees) == len(counts)
+    samples, prefixes = _documents([[rows[place][1] for place in places] for places in trees.values()], image_token)
+    batch, tile_count = join_samples(
+        samples, tiles[:filled], encoder, spec, weighting=weighting, share=share if whole else None, prefixes=prefixes
+    )
     return LoadedPack(
         batch,
-        tuple((pack[place].address.source, pack[place].address.line) for place in rows),
+        tuple((pack[place].address.source, pack[place].address.line) for places in trees.values() for place in places),
         tile_count,
-        sum(planned.plan.tokens for planned in pack),
+        pack_tokens(pack, spec),
         dict(sorted(missing.items())),
         seconds,
     )
+
+
+def _documents(trees: Sequence[Sequence[Encoded]], image_token: int) -> tuple[list[Encoded], tuple[int, ...]]:
+    """Prefixes, branches and samples alone, in the order of a pack, and what each one continues (empty: nothing is shared)."""
+    documents: list[Encoded] = []
+    prefixes: list[int] = []
+    for samples in trees:
+        if len(samples) == 1:
+            documents += samples
+            prefixes.append(-1)
+            continue
+        last_visual = int(np.flatnonzero(samples[0].input_ids == image_token)[-1])
+        shared = share_prefix(samples, at_least=last_visual + 1)
+        prefixes += [-1, *[len(documents)] * len(samples)]
+        documents += shared.documents
+    return documents, tuple(prefixes) if any(prefix >= 0 for prefix in prefixes) else ()
 
 
 def join_samples(
@@ -170,9 +219,10 @@ def join_samples(
     *,
     weighting: Weighting,
     share: Share | None = WHOLE,
+    prefixes: Sequence[int] = (),
 ) -> tuple[PackedBatch, int]:
     """One batch of tokenised samples, and the number of their tiles, of which `tiles` are this share (None: what could be read of it, and
-    the batch is to be read again).
+    the batch is to be read again). prefixes: for trees, the place of the sample that each one continues, or -1 (`PackedBatch.prefixes`).
 
     Without any sample: one ignored token, so that every rank has something to run. Raises ValueError when ids and tiles disagree.
     """
@@ -186,7 +236,7 @@ def join_samples(
     positions = np.empty(len(ids), np.int64)
     offsets = [0]
     kept, total = 0, 0.0
-    for tokens in samples:
+    for number, tokens in enumerate(samples):
         start, stop = offsets[-1], offsets[-1] + len(tokens.input_ids)
         offsets.append(stop)
         targets[start : stop - 1] = tokens.labels[1:]
@@ -194,10 +244,13 @@ def join_samples(
         weight = token_weight(labels, weighting)
         weights[start:stop] = np.where(targets[start:stop] != IGNORE_INDEX, np.float32(weight), np.float32(0))
         positions[start:stop] = np.arange(stop - start)
+        if prefixes and prefixes[number] >= 0:
+            positions[start:stop] += len(samples[prefixes[number]].input_ids)
         kept += labels
         total += labels * float(np.float32(weight))
     visual = np.flatnonzero(ids == encoder.token_id(IMG_CONTEXT))
     count, rest = divmod(len(visual), spec.tokens_per_tile)
     if rest or (share is not None and len(tiles) != np.diff(share.of(count))):
         raise ValueError(f"{len(visual)} visual tokens for {len(tiles)} tiles of {spec.tokens_per_tile}: prompt and tiles disagree")
-    return PackedBatch(ids, targets, positions, weights, tuple(offsets), tiles, visual, kept, total), count
+    batch = PackedBatch(ids, targets, positions, weights, tuple(offsets), tiles, visual, kept, total, prefixes=tuple(prefixes))
+    return batch, count

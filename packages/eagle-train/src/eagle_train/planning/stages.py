@@ -12,8 +12,9 @@ can be split, are some packs of an epoch empty.
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +26,33 @@ from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address
 
 from .packing import Packs, pack, sample_costs, shuffled
+from .trees import expand, make_trees, media_groups, visual_tokens
 from .visual import plan_visual, sample_plan
 
 
 class Planned(NamedTuple):
-    """A sample of a pack: the address of its row, and the plan of its media."""
+    """A sample of a pack: the address of its row, and the plan of its media. tree: a number that samples with the same media share, which
+    are in the pack once (`packing.share_media`); None: the sample has its media for itself."""
 
     address: Address
     plan: SamplePlan
+    tree: int | None = None
+
+
+def pack_tokens(pack: Sequence[Planned], spec: VisualSpec) -> int:
+    """Tokens of a pack by its plan, an upper bound: visual tokens of a tree once."""
+    tokens = sum(planned.plan.tokens for planned in pack)
+    return tokens - spec.tokens_per_tile * (sum(planned.plan.tile_count(spec) for planned in pack) - pack_tiles(pack, spec))
+
+
+def pack_tiles(pack: Sequence[Planned], spec: VisualSpec) -> int:
+    """Tiles of a pack by its plan: those of a tree once."""
+    return sum(planned.plan.tile_count(spec) for place, planned in enumerate(pack) if not follows(pack, place))
+
+
+def follows(pack: Sequence[Planned], place: int) -> bool:
+    """Whether the sample at `place` is in a tree with the sample before it."""
+    return place > 0 and pack[place].tree is not None and pack[place].tree == pack[place - 1].tree
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,7 @@ class StagePlan:
     """One epoch of a stage.
 
     pack_offsets: int64 [P + 1]; pack_rows: int64 [S], rows of the facts; pack p holds pack_rows[pack_offsets[p]:pack_offsets[p + 1]].
+    pack_items: int64 [S], which samples of a pack are one tree: those with the same number, which follow one another.
     Step s is packs s * packs_per_step ... (s + 1) * packs_per_step - 1. A row may come several times (repeat_time, weight).
     """
 
@@ -74,6 +95,7 @@ class StagePlan:
     pack_offsets: np.ndarray
     pack_rows: np.ndarray
     drop_rows: np.ndarray
+    pack_items: np.ndarray
 
     @property
     def packs(self) -> int:
@@ -110,9 +132,23 @@ class StagePlan:
 
     def samples(self, pack: int) -> list[Planned]:
         """All samples of a pack, in order (none, where an epoch ran out of samples for its last step)."""
+        items = self.pack_items[self.pack_offsets[pack] : self.pack_offsets[pack + 1]].tolist()
+        sizes = Counter(items)
         return [
-            Planned(self.facts.address(row), sample_plan(self.facts, self.visual, row, self.spec)) for row in self.rows_of(pack).tolist()
+            Planned(self.facts.address(row), sample_plan(self.facts, self.visual, row, self.spec), item if sizes[item] > 1 else None)
+            for row, item in zip(self.rows_of(pack).tolist(), items)
         ]
+
+    @cached_property
+    def _items(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the trees and of samples alone, in pack order: first sample (its place in pack_rows), tokens; and the offsets of packs in
+        them."""
+        changed = np.diff(self.pack_items, prepend=-1) != 0
+        first = np.flatnonzero(changed)
+        own = self.visual.tokens[self.pack_rows] - np.where(changed, 0, visual_tokens(self.visual, self.spec)[self.pack_rows])
+        total = np.concatenate([[0], np.cumsum(own)])
+        tokens = total[np.append(first[1:], len(own))] - total[first] if len(own) else own
+        return first, tokens, np.concatenate([[0], np.cumsum(changed)])[self.pack_offsets]
 
     def drops(self) -> Iterator[Entry]:
         """Ledger entries of the rows that this stage could not fit."""
@@ -125,7 +161,8 @@ class StagePlan:
     def summary(self) -> PlanSummary:
         """Counts, fill and balance; a few column sums."""
         used = self.rows()
-        tokens = self.visual.tokens[self.pack_rows]
+        first, tokens, _ = self._items
+        media = self.pack_rows[first]  # rows whose media are read: one of each tree
         frames = np.concatenate([[0], np.cumsum(self.visual.frames, dtype=np.int64)])
         frames = frames[self.visual.video_offsets[1:]] - frames[self.visual.video_offsets[:-1]]
         reasons = Counter(self.visual.status[self.drop_rows].tolist())
@@ -139,10 +176,10 @@ class StagePlan:
             steps=self.steps,
             tokens=int(tokens.sum()),
             label_tokens=int(self.facts.column("label_tokens")[self.pack_rows].sum()),
-            tiles=int(self.visual.tiles[self.pack_rows].sum()),
-            frames=int(frames[self.pack_rows].sum()),
+            tiles=int(self.visual.tiles[media].sum()),
+            frames=int(frames[media].sum()),
             fill=float(tokens.sum() / (self.packs * self.stage.max_tokens)) if self.packs else 0.0,
-            longest_sample=int(tokens.max(initial=0)),
+            longest_sample=int(self.visual.tokens[self.pack_rows].max(initial=0)),
             samples_per_pack=len(self.pack_rows) / self.packs if self.packs else 0.0,
             cost_spread=self._cost_spread(),
             drops={self.visual.reasons[code]: number for code, number in sorted(reasons.items())},
@@ -151,7 +188,8 @@ class StagePlan:
     def _cost_spread(self) -> float:
         if not self.packs:
             return 1.0
-        costs = pack_costs(self.visual.tokens[self.pack_rows], self.pack_offsets).reshape(self.steps, -1)
+        _, tokens, offsets = self._items
+        costs = pack_costs(tokens, offsets).reshape(self.steps, -1)
         return float(np.mean(costs.max(axis=1) / np.maximum(costs.mean(axis=1), 1e-9)))
 
 
@@ -163,25 +201,29 @@ def plan_stage(
     seed: int = 0,
     epoch: int = 0,
     visual: VisualPlans | None = None,
+    share_media: bool = False,
 ) -> StagePlan:
     """Plan one epoch of a stage.
 
-    visual: the stage's visual plan when it is already known (it does not depend on the epoch); computed otherwise.
+    share_media: rows with the same media become trees (`packing.share_media`). visual: the stage's visual plan when it is already known (it
+    does not depend on the epoch, but on share_media); computed otherwise.
     An epoch that drew only rows that don't fit, by chance, has no steps. Raises ValueError when no epoch draws a row that fits the stage.
     """
     if visual is None:
-        visual = plan_visual(facts, stage.max_tokens, spec)
+        visual = plan_visual(facts, stage.max_tokens, spec, share_media=share_media)
     drawn = draw_rows(facts, stage, seed, epoch)
     fits = visual.status[drawn] == 0
     rows, dropped = drawn[fits], np.unique(drawn[~fits])
     if not len(rows) and not np.any(visual.status[drawable_rows(facts, stage, seed)] == 0):
         raise nothing_to_train(facts, stage, visual, seed)
     mixed = (seed * 1_000_003 + epoch) * 1_000_003 + zlib.crc32(stage.name.encode())
-    packs = pack(visual.tokens[rows], stage.max_tokens, seed=mixed)
-    lengths = visual.tokens[rows]
+    groups = media_groups(facts) if share_media else np.full(len(facts), -1, np.int64)
+    trees, lengths = make_trees(rows, groups, visual.tokens, visual_tokens(visual, spec), stage.max_tokens)
+    packs = pack(lengths, stage.max_tokens, seed=mixed)
     packs = whole_steps(packs, lengths, stage.packs_per_step)
     packs = order_steps(packs, lengths, stage.packs_per_step, mixed)
-    return StagePlan(stage, epoch, facts, spec, visual, packs.offsets, rows[packs.items], dropped)
+    packs, items = expand(packs, trees)
+    return StagePlan(stage, epoch, facts, spec, visual, packs.offsets, rows[packs.items], dropped, items)
 
 
 def nothing_to_train(facts: Facts, stage: StageConfig, visual: VisualPlans, seed: int) -> ValueError:
@@ -271,7 +313,8 @@ class StageSchedule:
     def __init__(self, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec) -> None:
         self.stage = stage
         self.facts, self.spec, self._seed = facts, spec, config.run.seed
-        self.visual = plan_visual(facts, stage.max_tokens, spec)
+        self._share_media = config.packing.share_media
+        self.visual = plan_visual(facts, stage.max_tokens, spec, share_media=self._share_media)
         self._lock = threading.RLock()  # of the two below
         self._plans: dict[int, StagePlan] = {}
         self._ends: list[int] = []  # steps until the end of epoch e
@@ -299,6 +342,7 @@ class StageSchedule:
                     seed=self._seed,
                     epoch=epoch,
                     visual=self.visual,
+                    share_media=self._share_media,
                 )
             return self._plans[epoch]
 

@@ -6,6 +6,8 @@ from eagle_model.visual import SamplePlan, VisualPlans, VisualSpec, plan_columns
 from eagle_train.config import Config
 from eagle_train.data.facts import Facts
 
+from .trees import media_groups, plan_groups
+
 
 def visual_spec(config: Config, described: Any) -> VisualSpec:
     """How media become tiles in a run: tile size and `k` of the model (an EagleConfig), the rest from `sampling` and `tiling`."""
@@ -24,9 +26,12 @@ def visual_spec(config: Config, described: Any) -> VisualSpec:
     )
 
 
-def plan_visual(facts: Facts, max_tokens: int, spec: VisualSpec) -> VisualPlans:
-    """Tiles and frames of every row under a budget of `max_tokens` tokens (Eq. 1 and 2); a pure function."""
-    return plan_columns(facts.columns(), max_tokens, spec, facts.frame_costs)
+def plan_visual(facts: Facts, max_tokens: int, spec: VisualSpec, *, share_media: bool = False) -> VisualPlans:
+    """Tiles and frames of every row under a budget of `max_tokens` tokens (Eq. 1 and 2); a pure function.
+
+    share_media: rows with the same media get the same frames and tiles (`packing.share_media`)."""
+    plans = plan_columns(facts.columns(), max_tokens, spec, facts.frame_costs)
+    return plan_groups(facts, plans, media_groups(facts), spec) if share_media else plans
 
 
 def sample_plan(facts: Facts, plans: VisualPlans, row: int, spec: VisualSpec) -> SamplePlan:

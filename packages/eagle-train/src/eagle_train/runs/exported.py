@@ -49,7 +49,7 @@ def evaluation_config(folder: Path, processor: EagleProcessor, positions: int, s
     config = parse_config(
         {
             "model": {"path": str(folder)},
-            "data": {"eval_sources": {source.annotation.stem: source.model_dump(mode="json", exclude_none=True)}},
+            "data": {"eval_sources": {source.annotation.stem: source.model_dump(mode="json", exclude_none=True)}},  # pyright: ignore[reportAttributeAccessIssue]
             "prompt": {"system": processor.system_prompt},
             "sampling": {name: getattr(spec, name) for name in ("strategy", "fps", "min_frames", "max_frames", "placement")},
             "tiling": {name: getattr(spec, name) for name in ("min_tiles", "max_tiles", "thumbnail")},

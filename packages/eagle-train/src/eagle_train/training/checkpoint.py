@@ -108,9 +108,9 @@ def read(
             f"{path}: can't be read, or does not fit this model: {reasons}. If it is damaged, remove that folder: "
             "the run goes on from the checkpoint before"
         ) from error
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state["model"])  # pyright: ignore[reportArgumentType]
     if with_optimizer is not None:
-        set_optimizer_state_dict(model, with_optimizer, state["optimizer"])
+        set_optimizer_state_dict(model, with_optimizer, state["optimizer"])  # pyright: ignore[reportArgumentType]
     return progress
 
 

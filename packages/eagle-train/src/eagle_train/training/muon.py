@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        ahead = parameter.grad.lerp(momentum, group["momentum"])
+        ahead = parameter.grad.lerp(momentum, group["momentum"])  # pyright: ignore[reportOptionalMemberAccess]
         rows, columns = parameter.shape
         scale = 0.2 * max(rows, columns) ** 0.5  # the root mean square of AdamW's updates is 0.2 to 0.4
         if not isinstance(ahead, DTensor):

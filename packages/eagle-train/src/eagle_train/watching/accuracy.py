@@ -50,14 +50,14 @@ def plot_depths(answers: Iterable[Mapping[str, Any]], needles: Mapping[int, Mapp
     figure, axes = _figure(len(cells), 1, (1 + 3.5 * len(cells), 4))
     for axis, (kind, of_kind) in zip(axes, cells.items()):
         frames, depths = (sorted({cell[index] for cell in of_kind}) for index in (0, 1))
-        grid = np.array([[np.mean(of_kind.get((count, depth), [np.nan])) for count in frames] for depth in depths])
+        grid = np.array([[np.mean(of_kind.get((count, depth), [np.nan])) for count in frames] for depth in depths])  # pyright: ignore[reportArgumentType, reportCallIssue]
         image = axis.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
         axis.set_xticks(range(len(frames)), [str(count) for count in frames])
         axis.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
         axis.set_xlabel("most frames of a video")
         axis.set_title(kind)
     axes[0].set_ylabel("depth (0: start, 1: end)")
-    figure.colorbar(image, ax=axes, label="share of right rows")
+    figure.colorbar(image, ax=axes, label="share of right rows")  # pyright: ignore[reportPossiblyUnboundVariable]
     return _save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from eagle_train.config import Config, ConfigError
@@ -9,7 +10,7 @@ from eagle_train.data.facts import Facts
 from eagle_train.data.measure import media_limits
 from eagle_train.data.prepare import load_facts
 from eagle_train.data.sample import load_sample
-from eagle_train.planning.stages import Planned, StageSchedule
+from eagle_train.planning.stages import Planned, StageSchedule, follows
 from eagle_train.planning.visual import plan_visual, sample_plan, visual_spec
 from eagle_train.training.model import load_run_tokenizer
 from eagle_train.training.sizes import model_sizes
@@ -43,12 +44,14 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
         plans, title, capacity = plan.samples(pack), f"stage {chosen.name}, pack {pack} of {plan.packs}", chosen.max_tokens
     else:
         number = find_row(facts, row)
-        visual = plan_visual(facts, chosen.max_tokens, spec)
+        visual = plan_visual(facts, chosen.max_tokens, spec, share_media=config.packing.share_media and not evaluation)
         plans = [Planned(facts.address(number), sample_plan(facts, visual, number, spec))]
         title, capacity = f"{row} in stage {chosen.name}", None
     limits = media_limits(config.data.limits)
     views = [view_sample(load_sample(one.address), one.plan, spec, tokenizer, budget=chosen.max_tokens, limits=limits) for one in plans]
-    return View(views, title, capacity)
+    k = spec.tokens_per_tile
+    shared = [one.plan.tile_count(spec) * k if follows(plans, place) else 0 for place, one in enumerate(plans)]
+    return View([replace(one, shared=tokens) for one, tokens in zip(views, shared)], title, capacity)
 
 
 def find_row(facts: Facts, name: str) -> int:

@@ -57,7 +57,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class SampleView:
-    """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is the length in the plan."""
+    """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is the length in the plan.
+
+    shared: visual tokens that it shares in the pack with the sample before it."""
 
     source: str
     line: int
@@ -70,6 +72,7 @@ class SampleView:
     planned: int
     budget: int
     notes: tuple[str, ...] = field(default=())
+    shared: int = 0
 
 
 def view_sample(
@@ -200,7 +203,9 @@ def _template() -> Any:
 
 def to_html(views: Sequence[SampleView], *, title: str, capacity: int | None = None) -> str:
     """One self-contained page: a sample, or the samples of a pack (then `capacity` is the pack's max_tokens)."""
-    return _template().render(views=views, title=title, capacity=capacity, total=sum(view.length for view in views), groups=_groups)
+    return _template().render(
+        views=views, title=title, capacity=capacity, total=sum(view.length - view.shared for view in views), groups=_groups
+    )
 
 
 def _groups(pieces: Sequence[Piece]) -> Iterator[tuple[str, list[Piece]]]:
@@ -226,8 +231,8 @@ def to_terminal(views: Sequence[SampleView], *, title: str, capacity: int | None
     """The same for a terminal: no pictures, frames named by their times."""
     parts: list[RenderableType] = []
     if capacity is not None:
-        total = sum(view.length for view in views)
-        bar = _bar([(view.length, ("cyan", "blue")[index % 2]) for index, view in enumerate(views)], capacity, width)
+        total = sum(view.length - view.shared for view in views)
+        bar = _bar([(view.length - view.shared, ("cyan", "blue")[index % 2]) for index, view in enumerate(views)], capacity, width)
         parts += [bar, RichText(f"{total} of {capacity} tokens ({total / capacity:.1%}), {counted(len(views), 'sample')}")]
     for view in views:
         parts.append(Panel(_terminal_sample(view, width), title=f"{view.source}:{view.line}", title_align="left"))
@@ -249,6 +254,8 @@ def _terminal_sample(view: SampleView, width: int) -> RenderableType:
     kinds = f"text {view.text}, images {view.image}, frames {view.frame}"
     numbers = RichText(f"{view.length} of {view.budget} tokens: {kinds}; {view.labels} labels (green)")
     notes = [RichText(note, style="red") for note in view.notes]
+    if view.shared:
+        notes.append(RichText(f"{view.shared} visual tokens are in the pack once, shared with the sample before this one", style="cyan"))
     return Group(bar, numbers, text, *notes)
 
 

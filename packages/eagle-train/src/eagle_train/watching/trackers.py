@@ -39,7 +39,7 @@ class TensorBoard:
 
     def log(self, step: int, scalars: dict[str, float], answers: Sequence[tuple[str, str, str]]) -> None:
         if self._writer is None:  # what an interrupted run wrote after its checkpoint comes again
-            self._writer = self._make(**({"purge_step": step} | self._options))
+            self._writer = self._make(**({"purge_step": step} | self._options))  # pyright: ignore[reportArgumentType]
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
         if answers:
@@ -177,7 +177,7 @@ class Trackers:
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record, with `train/` or the record's kind in front, and the keys of nested ones joined by `/`."""
     prefix = {"step": "train", "final": "eval"}.get(record["kind"], record["kind"])
-    return dict(_numbers({key: value for key, value in record.items() if key not in ("step", "steps", "total_step")}, prefix))
+    return dict(_numbers({key: value for key, value in record.items() if key not in ("step", "steps", "total_step")}, prefix))  # pyright: ignore[reportArgumentType]
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:

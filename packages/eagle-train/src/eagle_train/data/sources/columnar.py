@@ -135,7 +135,7 @@ class ArrowFile(Columnar):
                 for place in range(field.type.num_fields):
                     inner = field.type.field(place)
                     if not _has_binary(inner.type):
-                        columns[f"{field.name}.{inner.name}"] = pc.struct_field(self._table.column(field.name), inner.name)
+                        columns[f"{field.name}.{inner.name}"] = pc.struct_field(self._table.column(field.name), inner.name)  # pyright: ignore[reportAttributeAccessIssue]
         return pa.table(columns)
 
     def _media_sizes(self, number: int) -> bytes:

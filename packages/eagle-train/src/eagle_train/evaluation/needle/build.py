@@ -18,6 +18,39 @@ from .hosts import Host, NeedleError, find_hosts, host_frames
 __all__ = ["KINDS", "NeedleError", "Settings", "build"]
 
 INSTRUCTION = "Answer with the letter of the option."
+TASK = """\
+# lmms-eval task: cd to the folder above, then python -m lmms_eval --model eagle --tasks needle --include_path lmms_eval ...
+task: needle
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function functions.visuals
+doc_to_text: !function functions.question
+doc_to_target: !function functions.answer
+generation_kwargs: {max_new_tokens: 4, temperature: 0}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true, ignore_punctuation: true}
+metadata: [{version: 0}]
+"""
+FUNCTIONS = """\
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1]
+
+
+def visuals(doc):
+    return [str(FOLDER / doc["video"])]
+
+
+def question(doc, lmms_eval_specific_kwargs=None):
+    return doc["conversations"][0]["value"].removeprefix("<video>")
+
+
+def answer(doc):
+    return doc["conversations"][1]["value"]
+"""
+"""The rows as a task of lmms-eval: accuracy of single rows, without the rule about rotations."""
 GAP = 0.1
 """Time between two cards of a needle, as a share of the video."""
 
@@ -56,7 +89,9 @@ class Settings:
 
 
 def build(folder: Path, settings: Settings, progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
-    """Write `videos/`, `rows.jsonl`, `needles.jsonl` and `needle.json` (the settings) to a new folder; returns counts of videos and rows.
+    """Write `videos/`, `rows.jsonl`, `needles.jsonl`, `needle.json` (the settings) and `lmms_eval/` (the rows as a task) to a new folder.
+
+    Returns counts of videos and rows.
 
     A row of needles.jsonl is about the row of rows.jsonl with its `line`: kind, seconds, depth, frames at which the cards begin, host,
     rotation. Nothing is left when it is interrupted. Raises NeedleError.
@@ -93,6 +128,9 @@ def build(folder: Path, settings: Settings, progress: Callable[[int, int], None]
                 progress(done + 1, len(cells))
         for file, lines in (("rows.jsonl", rows), ("needles.jsonl", needles)):
             (temporary / file).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        (temporary / "lmms_eval").mkdir()
+        (temporary / "lmms_eval" / "needle.yaml").write_text(TASK, encoding="utf-8")
+        (temporary / "lmms_eval" / "functions.py").write_text(FUNCTIONS, encoding="utf-8")
         made = asdict(settings) | {"hosts": [str(path) for path in settings.hosts]}  # paths as given
         (temporary / "needle.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
         if folder.exists():

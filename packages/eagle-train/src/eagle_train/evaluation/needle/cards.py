@@ -137,4 +137,4 @@ def _one(rng: np.random.Generator, names: Sequence[str]) -> str:
 
 def _two(rng: np.random.Generator, names: Sequence[str]) -> tuple[str, str]:
     first, second = rng.choice(len(names), 2, replace=False).tolist()
-    return names[first], names[second]
+    return names[first], names[second]  # pyright: ignore[reportReturnType]

@@ -1,0 +1,62 @@
+"""The Ray executor: the result of local processes, also when a node dies midway."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+from ray.cluster_utils import Cluster
+
+from eagle_train.curate.executors import map_items
+from eagle_train.curate.settings import parse_curation
+from eagle_train.curate.split import split
+from tests.train.curate.conftest import film
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two nodes of one CPU each; tests' modules can be imported there."""
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = found.add_node(num_cpus=1)
+    ray.init(address=found.address, log_to_driver=False)
+    found.wait_for_nodes()
+    try:
+        yield found, second
+    finally:
+        ray.shutdown()
+        found.shutdown()
+
+
+def write_slowly(item):
+    """Write the item's file at the end of half a second."""
+    time.sleep(0.5)
+    Path(item).write_text("done")
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_costs_no_item(tmp_path, cluster):
+    found, second = cluster
+    items = [str(tmp_path / f"{number}.txt") for number in range(16)]
+    done = []
+    for item in map_items(write_slowly, items, workers=1, executor="ray"):
+        done.append(item)
+        if len(done) == 3:
+            threading.Thread(target=found.remove_node, args=(second,), kwargs={"allow_graceful": False}).start()
+    assert sorted(done) == sorted(items)
+    assert all(Path(item).read_text() == "done" for item in items)
+
+
+@pytest.mark.slow
+def test_split_on_ray_gives_what_local_processes_give(tmp_path, cluster):
+    for number in range(4):
+        film(tmp_path / f"{number}.mp4", [20, 15], first_seed=10 * number)
+    content = {"videos": ["*.mp4"], "workers": 1}
+    here = split(parse_curation({**content, "folder": "here"}, base=tmp_path))
+    there = split(parse_curation({**content, "folder": "there", "executor": "ray"}, base=tmp_path))
+    assert there.equals(here)
