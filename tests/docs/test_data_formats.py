@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from eagle_train.config import parse_config
+from eagle_train.curate.settings import load_curation
 from eagle_train.data.recipe import parse_recipe
 from eagle_train.data.sample import RowError, Sample, normalise, parse_row
 
@@ -62,7 +63,11 @@ def yaml_blocks() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "text"), yaml_blocks())
 def test_yaml_blocks_are_configurations_or_recipes(page, text, tmp_path):
     content = yaml.safe_load(text)
-    if set(content) == {"sources"}:
+    if "videos" in content and "folder" in content:  # of eagle curate
+        path = tmp_path / page
+        path.write_text(text)
+        assert load_curation(path).folder.name == Path(content["folder"]).name
+    elif set(content) == {"sources"}:
         recipe = parse_recipe(content["sources"], base=tmp_path, origin=page)
         assert set(recipe.sources) == set(content["sources"])
     else:
@@ -71,4 +76,4 @@ def test_yaml_blocks_are_configurations_or_recipes(page, text, tmp_path):
 
 
 def test_there_are_yaml_blocks():
-    assert {page for page, _ in yaml_blocks()} == {"data-formats.md", "evaluation.md", "getting-started.md", "weights.md"}
+    assert {page for page, _ in yaml_blocks()} == {"curate.md", "data-formats.md", "evaluation.md", "getting-started.md", "weights.md"}

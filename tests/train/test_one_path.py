@@ -30,7 +30,7 @@ rates = st.sampled_from([{}, {"fps": 3}, {"fps": 29.97}, {"fps": 2, "start": 0.6
 frames = st.builds(lambda names, rate: {"frames": names, **rate}, st.lists(images, min_size=3, max_size=12), rates)
 clips = st.one_of(files, frames)
 documents = st.one_of(
-    st.sampled_from(["pages.pdf", "pages.tif"]), st.lists(images, min_size=1, max_size=12).map(lambda pages: {"pages": pages})
+    st.sampled_from(["pages.pdf", {"document": "pages.tif"}]), st.lists(images, min_size=1, max_size=12).map(lambda pages: {"pages": pages})
 )
 rows = st.fixed_dictionaries(
     {"images": st.lists(images, max_size=3), "videos": st.lists(clips, max_size=2), "documents": st.lists(documents, max_size=2)}
@@ -85,7 +85,7 @@ def written(content: dict) -> dict:
         {
             "images": ["wide.png", "turned.jpg"],
             "videos": [{"path": "even.mp4", "start": 0.35}, {"frames": ["wide.png"] * 7, "fps": 1.5}, {"path": "slow.mp4"}],
-            "documents": ["pages.pdf", "pages.tif", {"pages": ["tall.jpg"] * 9}],
+            "documents": ["pages.pdf", {"document": "pages.tif"}, {"pages": ["tall.jpg"] * 9}],
         }
     ],
     spec=VisualSpec(tile_size=32, tokens_per_tile=K, min_frames=2),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from eagle_model.prompt import VideoSpan, encode, render
 from eagle_model.prompt.costs import PromptCosts
@@ -63,6 +64,17 @@ def test_facts_are_what_the_rows_hold(media, rows, make_config, write_jsonl, tok
         assert (sample.source, sample.line) == ("s", index + 1)
         assert sample.messages[-1] == {"role": "assistant", "content": "A square."}
     assert load_sample(facts.address(2)).images == (str(media / "a.png"), str(media / "b.jpg"))
+
+
+def test_a_tiff_of_several_pages_is_a_document_of_its_own(tmp_path, row, make_config, write_jsonl, tokenizer):
+    pages = [Image.new("RGB", (40 + number, 30)) for number in range(3)]
+    pages[0].save(tmp_path / "three.tif", save_all=True, append_images=pages[1:])
+    pages[1].save(tmp_path / "one.tif")
+    documents = ["three.tif", ["one.tif", "one.tif"], {"document": "three.tif"}, ["one.tif", "three.tif"]]
+    write_jsonl(tmp_path / "rows.jsonl", [row(document=document) for document in documents])
+    report = prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer)
+    assert report.facts.lists("video_frames")[1].tolist() == [3, 2, 3]
+    assert report.reasons == {"bad-document": 1}
 
 
 def test_text_tokens_are_those_of_the_prompt(media, rows, make_config, write_jsonl, tokenizer):

@@ -108,6 +108,7 @@ def facts_of(count: int) -> Facts:
         columns["size"].append(199)
         columns["text_tokens"].append(int(rng.integers(50, 800)))
         columns["label_tokens"].append(40)
+        columns["media_group"].append(0)
         columns["image_width"].append(rng.integers(100, 3000, images).tolist())
         columns["image_height"].append(rng.integers(100, 3000, images).tolist())
         values = {

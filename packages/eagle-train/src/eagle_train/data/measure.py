@@ -12,7 +12,7 @@ from typing import Any
 from eagle_model.prompt import CachedEncoder, Media, PromptError, place_media
 from eagle_model.prompt.costs import PromptCosts
 from eagle_model.visual import ClipError, VideoFacts, VideoRef, measure_image, measure_video
-from eagle_sampling import Limits, MediaError, VideoInfo, probe, read_frames
+from eagle_sampling import Limits, MediaError, VideoInfo, page_count, probe, read_frames
 from eagle_sampling.images import exists
 from eagle_train.config import LimitsConfig
 
@@ -84,6 +84,9 @@ class Measurer:
         """Facts of a video, a clip or a document."""
         for page in video.frames:
             self.image(page)
+            if isinstance(page, str) and page.lower().endswith((".tif", ".tiff")) and page_count(page) > 1:
+                why = "as one of a list only its first page would be read; write it as a document of its own"
+                raise RowError("bad-document", f'{page}: has several pages, and {why}: {{"document": ...}}')
         try:
             info = self._probe(video.path) if video.path is not None and not video.is_paged else None
             return measure_video(video, self.limits, info=info)
