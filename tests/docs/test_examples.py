@@ -85,5 +85,5 @@ def run_folder_is_as_documented(folder: Path) -> None:
     [entry] = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     assert documented_keys(page, "## Ledger") == set(entry) | {"step"}
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    of_eval_only = {"frames", "max_tokens"}  # the answers of a run, as here, are not those of a sweep
-    assert {frozenset(answer) | of_eval_only for answer in answers} == {frozenset(documented_keys(page, "## Answers"))}
+    elsewhere = {"frames", "max_tokens", "value", "text_only_value"}  # of sweeps, and of metrics that compare more than text
+    assert {frozenset(answer) | elsewhere for answer in answers} == {frozenset(documented_keys(page, "## Answers"))}

@@ -22,6 +22,8 @@ Value: TypeAlias = "bytes | MediaError"
 
 _HEAD = 4096
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+#: Of icons, whose pictures may lie behind the bytes that are looked at.
+_ICON = b"\0\0\1\0"
 _BRANDS = frozenset((b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix"))
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
@@ -61,7 +63,7 @@ def _source(path: Path, column: str | None) -> Iterator[tuple[str, Value]]:
 
 def _is_image(name: str, head: bytes) -> bool:
     """head: the first 4 KiB. Pillow decides on formats without a signature here, from their headers; it decodes nothing."""
-    if os.path.splitext(name)[1].lower() in _SUFFIXES or head.startswith(_SIGNATURES):
+    if os.path.splitext(name)[1].lower() in _SUFFIXES or head.startswith((*_SIGNATURES, _ICON)):
         return True
     if (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS):
         return True
