@@ -14,7 +14,7 @@ pytest.importorskip("lmms_eval")
 from eagle_model import EagleForConditionalGeneration, EagleProcessor
 from eagle_model.integrations.lmms_eval import Eagle
 from tests.support.media import random_image, random_pixels, write_video
-from tests.support.models import small_tokenizer, tiny_model
+from tests.support.models import save_tiny_model
 
 TASK = """\
 task: local_media
@@ -44,11 +44,7 @@ def question(doc, lmms_eval_specific_kwargs=None):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model = tiny_model(tokenizer=small_tokenizer(320))
-    model.save_pretrained(path)
-    EagleProcessor.for_config(small_tokenizer(320), model.config, min_frames=2, max_tokens=2000).save_pretrained(path)
-    return path
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

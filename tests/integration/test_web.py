@@ -14,12 +14,11 @@ pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 # ruff: noqa: E402  (the imports below need what is skipped above)
 
-from eagle_model import EagleProcessor
 from eagle_sampling import MediaError
 from eagle_train.runs.chat import Chat
 from eagle_train.runs.web import pictures, run_page, sort_uploads
 from tests.support.media import random_image, random_pixels, write_video
-from tests.support.models import small_tokenizer, tiny_model
+from tests.support.models import save_tiny_model
 
 CHROMIUM = shutil.which("chromium")
 SECONDS = 20_000  # of a step in the browser, in milliseconds
@@ -27,11 +26,7 @@ SECONDS = 20_000  # of a step in the browser, in milliseconds
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model = tiny_model(tokenizer=small_tokenizer(320))
-    model.save_pretrained(path)
-    EagleProcessor.for_config(small_tokenizer(320), model.config, min_frames=2, max_tokens=2000).save_pretrained(path)
-    return path
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

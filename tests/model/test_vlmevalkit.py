@@ -3,19 +3,14 @@
 import pytest
 import torch
 
-from eagle_model import EagleProcessor
 from eagle_model.integrations.vlmevalkit import Eagle, register
 from tests.support.media import random_image, random_pixels, write_video
-from tests.support.models import small_tokenizer, tiny_model
+from tests.support.models import save_tiny_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model = tiny_model(tokenizer=small_tokenizer(320))
-    model.save_pretrained(path)
-    EagleProcessor.for_config(small_tokenizer(320), model.config, min_frames=2, max_tokens=2000).save_pretrained(path)
-    return path
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

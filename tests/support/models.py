@@ -6,7 +6,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eagle_model import EagleForConditionalGeneration, preset
+from eagle_model import EagleForConditionalGeneration, EagleProcessor, preset
 from eagle_model.prompt import EAGLE_TOKENS
 from eagle_model.tokenizer import train_tokenizer
 
@@ -59,3 +59,12 @@ def tiny_model(config=None, *, seed=0, **changes) -> EagleForConditionalGenerati
     """The model of `config` (default: `tiny_config(**changes)`) with random weights, in eval mode."""
     torch.manual_seed(seed)
     return EagleForConditionalGeneration(config if config is not None else tiny_config(**changes)).eval()
+
+
+def save_tiny_model(folder):
+    """Write the tiny model with a tokenizer of 320 tokens and its processor to `folder`, which is returned."""
+    tokenizer = small_tokenizer(320)
+    model = tiny_model(tokenizer=tokenizer)
+    model.save_pretrained(folder)
+    EagleProcessor.for_config(tokenizer, model.config, min_frames=2, max_tokens=2000).save_pretrained(folder)
+    return folder

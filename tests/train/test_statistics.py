@@ -58,6 +58,11 @@ def test_the_verb_exits_with_the_code_of_bad_data(colour_run, tmp_path, capsys):
         verb(tmp_path / "run.yaml")
     assert end.value.exit_code == 3
     assert "refused: bad-row: 1 row, for example rows:4" in capsys.readouterr().out
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(typer.Exit) as end:
+        verb(tmp_path / "run.yaml")
+    assert end.value.exit_code == 3
+    assert "refused: source rows has no rows" in capsys.readouterr().out
 
 
 def test_numbers_are_those_of_the_rows(colour_run, tmp_path, capsys):

@@ -26,19 +26,23 @@ def lint(
     held_out: HeldOut = False,
     overrides: Overrides = None,
 ) -> None:
-    """Print per key of the rows whether it is used, and which rows are refused; media are not opened. Exit code 3 when rows are refused."""
+    """Print per key of the rows whether it is used, and which rows are refused; media are not opened. Exit code 3 when rows are refused
+    or a source has none."""
     from eagle_train.config import load_config
     from eagle_train.data.lint import lint as lint_rows
 
-    refused = 0
+    failed = False
     for source in lint_rows(load_config(config, overrides or ()), evaluation=held_out, limit=limit):
         print(f"source {source.name}: {counted(source.rows, 'row')}")
+        if not source.rows:
+            print(f"refused: source {source.name} has no rows; check its annotation")
+            failed = True
         if source.keys:
             print(table([("key", "rows", "use", "example"), *((use.key, str(use.rows), use.use, use.example) for use in source.keys)]))
         for refusal in source.refusals:
             print(f"refused: {refusal.reason}: {counted(refusal.rows, 'row')}, for example {refusal.example}")
-            refused += refusal.rows
-    if refused:
+            failed = True
+    if failed:
         raise typer.Exit(3)
 
 
