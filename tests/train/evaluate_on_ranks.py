@@ -5,13 +5,15 @@ ranks wait for it in a layer.
 """
 
 import datetime
+import gc
 import sys
 
 import torch
+import torch.distributed as dist
 
 from eagle_train.config import load_config
 from eagle_train.distributed import world as world_module
-from eagle_train.distributed.world import start_world
+from eagle_train.distributed.world import RankError, start_world
 from eagle_train.evaluation import evaluate
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
@@ -39,7 +41,14 @@ if __name__ == "__main__":
         evaluate._Reader.read = break_reading
     if way == "collective" and world.rank == 1:
         evaluate._answer = break_reading
-    trained = train(ready, world, on_start=lambda trainer: break_model(trainer.model) if way == "everywhere" else None)
+    try:
+        trained = train(ready, world, on_start=lambda trainer: break_model(trainer.model) if way == "everywhere" else None)
+    except RankError:
+        # What the exiting interpreter does in an order that varies: the group is freed while its thread waits for the other rank.
+        dist.destroy_process_group(world.patient)
+        world.patient = None
+        gc.collect()
+        raise
     trained.final_evaluation()
     print(trained.trainer.failed_evaluations)
     trained.check_evaluations()

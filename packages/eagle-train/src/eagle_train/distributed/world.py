@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 from collections.abc import Callable, Sequence
@@ -133,6 +134,9 @@ class World:
         except RuntimeError as error:
             if own is None:
                 raise RankError(f"rank {self.rank} lost another rank ({error}); see the message of that rank") from error
+            # gloo's thread still waits in the collective, and the destructor of the group would wait for that thread: the process would
+            # hang while it exits. One reference that nothing drops keeps the destructor from running.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.patient))
             raise RankError(
                 f"rank {self.rank} failed while the others waited for it in a collective: {own}. The run ends here; "
                 "the same command continues from the newest checkpoint"
