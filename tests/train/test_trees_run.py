@@ -34,7 +34,7 @@ def many_questions(colour_run, tmp_path, write_jsonl):
         stages = [
             {
                 "name": "one",
-                "max_tokens": 640,
+                "max_tokens": 2048,
                 "steps": steps,
                 "packs_per_step": packs_per_step,
                 "lr": 1e-3,

@@ -368,6 +368,13 @@ class PackingConfig(Section):
         description="true: rows of a source with the same media (references, clip bounds and text before them) have them in a pack once: "
         "one video, many questions. Loss and gradients are those of separate samples; frames are those that fit the longest of the rows.",
     )
+    reserve: float = Field(
+        default=0.0625,
+        ge=0,
+        lt=1,
+        description="With share_media: the part of the context that media leave free for further questions about them. Without it a video "
+        "that fills the context with one question would be in a pack per question. 0: frames are those of the longest row alone.",
+    )
 
 
 class PartConfig(Section):

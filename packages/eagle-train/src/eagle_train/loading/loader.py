@@ -58,7 +58,7 @@ class Task(NamedTuple):
 
     def nbytes(self, spec: VisualSpec, share: Share = WHOLE) -> int:
         """Bytes of the batch for a process that reads `share` of its tiles, from the plan alone."""
-        tokens, tiles = pack_tokens(self.pack, spec), pack_tiles(self.pack, spec)
+        tokens, tiles = pack_tokens(self.pack), pack_tiles(self.pack, spec)
         return tokens * 36 + -(-tiles // share.ranks) * 3 * spec.tile_size**2
 
 

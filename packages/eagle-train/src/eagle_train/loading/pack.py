@@ -189,7 +189,7 @@ def load_pack(
         batch,
         tuple((pack[place].address.source, pack[place].address.line) for places in trees.values() for place in places),
         tile_count,
-        pack_tokens(pack, spec),
+        pack_tokens(pack),
         dict(sorted(missing.items())),
         seconds,
     )

@@ -26,23 +26,24 @@ from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address
 
 from .packing import Packs, pack, sample_costs, shuffled
-from .trees import expand, make_trees, media_groups, visual_tokens
+from .trees import expand, make_trees, media_groups, media_tokens
 from .visual import plan_visual, sample_plan
 
 
 class Planned(NamedTuple):
     """A sample of a pack: the address of its row, and the plan of its media. tree: a number that samples with the same media share, which
-    are in the pack once (`packing.share_media`); None: the sample has its media for itself."""
+    are in the pack once (`packing.share_media`); None: the sample has its media for itself. media_tokens: tokens of `plan` that are of its
+    media, with the text around frames and tiles."""
 
     address: Address
     plan: SamplePlan
     tree: int | None = None
+    media_tokens: int = 0
 
 
-def pack_tokens(pack: Sequence[Planned], spec: VisualSpec) -> int:
-    """Tokens of a pack by its plan, an upper bound: visual tokens of a tree once."""
-    tokens = sum(planned.plan.tokens for planned in pack)
-    return tokens - spec.tokens_per_tile * (sum(planned.plan.tile_count(spec) for planned in pack) - pack_tiles(pack, spec))
+def pack_tokens(pack: Sequence[Planned]) -> int:
+    """Tokens of a pack by its plan, an upper bound: the media of a tree once."""
+    return sum(planned.plan.tokens - (planned.media_tokens if follows(pack, place) else 0) for place, planned in enumerate(pack))
 
 
 def pack_tiles(pack: Sequence[Planned], spec: VisualSpec) -> int:
@@ -134,10 +135,16 @@ class StagePlan:
         """All samples of a pack, in order (none, where an epoch ran out of samples for its last step)."""
         items = self.pack_items[self.pack_offsets[pack] : self.pack_offsets[pack + 1]].tolist()
         sizes = Counter(items)
+        rows = self.rows_of(pack)
+        plans = [sample_plan(self.facts, self.visual, row, self.spec) for row in rows.tolist()]
         return [
-            Planned(self.facts.address(row), sample_plan(self.facts, self.visual, row, self.spec), item if sizes[item] > 1 else None)
-            for row, item in zip(self.rows_of(pack).tolist(), items)
+            Planned(self.facts.address(row), plan, item if sizes[item] > 1 else None, media)
+            for row, plan, item, media in zip(rows.tolist(), plans, items, self._media_tokens[rows].tolist())
         ]
+
+    @cached_property
+    def _media_tokens(self) -> np.ndarray:
+        return media_tokens(self.facts, self.visual)
 
     @cached_property
     def _items(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,7 +152,7 @@ class StagePlan:
         them."""
         changed = np.diff(self.pack_items, prepend=-1) != 0
         first = np.flatnonzero(changed)
-        own = self.visual.tokens[self.pack_rows] - np.where(changed, 0, visual_tokens(self.visual, self.spec)[self.pack_rows])
+        own = self.visual.tokens[self.pack_rows] - np.where(changed, 0, self._media_tokens[self.pack_rows])
         total = np.concatenate([[0], np.cumsum(own)])
         tokens = total[np.append(first[1:], len(own))] - total[first] if len(own) else own
         return first, tokens, np.concatenate([[0], np.cumsum(changed)])[self.pack_offsets]
@@ -218,7 +225,7 @@ def plan_stage(
         raise nothing_to_train(facts, stage, visual, seed)
     mixed = (seed * 1_000_003 + epoch) * 1_000_003 + zlib.crc32(stage.name.encode())
     groups = media_groups(facts) if share_media else np.full(len(facts), -1, np.int64)
-    trees, lengths = make_trees(rows, groups, visual.tokens, visual_tokens(visual, spec), stage.max_tokens)
+    trees, lengths = make_trees(rows, groups, visual.tokens, media_tokens(facts, visual), stage.max_tokens)
     packs = pack(lengths, stage.max_tokens, seed=mixed)
     packs = whole_steps(packs, lengths, stage.packs_per_step)
     packs = order_steps(packs, lengths, stage.packs_per_step, mixed)
@@ -314,7 +321,7 @@ class StageSchedule:
         self.stage = stage
         self.facts, self.spec, self._seed = facts, spec, config.run.seed
         self._share_media = config.packing.share_media
-        self.visual = plan_visual(facts, stage.max_tokens, spec, share_media=self._share_media)
+        self.visual = plan_visual(facts, stage.max_tokens, spec, share_media=self._share_media, reserve=config.packing.reserve)
         self._lock = threading.RLock()  # of the two below
         self._plans: dict[int, StagePlan] = {}
         self._ends: list[int] = []  # steps until the end of epoch e

@@ -28,24 +28,35 @@ def media_groups(facts: Facts) -> np.ndarray:
     return groups
 
 
-def plan_groups(facts: Facts, plans: VisualPlans, groups: np.ndarray, spec: VisualSpec) -> VisualPlans:
+def plan_groups(facts: Facts, plans: VisualPlans, groups: np.ndarray, spec: VisualSpec, reserve: float = 0.0) -> VisualPlans:
     """`plans` with the frames and tiles of each group those of its longest text. A row that does not fit on its own changes nothing for the
-    others."""
+    others.
+
+    reserve: at most this part of the context is kept free of visual tokens for the further rows of a group. Media that fill the context
+    with one question leave no room for a second, and would be in as many packs as they have rows. A group of which a row would no longer
+    fit keeps nothing free.
+    """
     member = (plans.status == 0) & (groups >= 0)
     if not member.any():
         return plans
     columns = facts.columns()
-    longest = np.zeros(groups.max() + 1, np.int64)
+    longest, total = (np.zeros(groups.max() + 1, np.int64) for _ in range(2))
     np.maximum.at(longest, groups[member], columns.text_tokens[member])
-    text = columns.text_tokens.copy()
-    text[member] = longest[groups[member]]
-    shared = plan_columns(columns._replace(text_tokens=text), plans.max_tokens, spec, facts.frame_costs)
-    return replace(shared, tokens=shared.tokens - np.where(member, text - columns.text_tokens, 0))
+    np.add.at(total, groups[member], columns.text_tokens[member])
+    room = np.minimum(total - longest, int(reserve * plans.max_tokens))
+    while True:
+        text = columns.text_tokens.copy()
+        text[member] = (longest + room)[groups[member]]
+        shared = plan_columns(columns._replace(text_tokens=text), plans.max_tokens, spec, facts.frame_costs)
+        too_long = groups[member & (shared.status != 0)]
+        if not room[too_long].any():
+            return replace(shared, tokens=shared.tokens - np.where(member, text - columns.text_tokens, 0))
+        room[too_long] = 0
 
 
-def visual_tokens(plans: VisualPlans, spec: VisualSpec) -> np.ndarray:
-    """Tokens that a row shares with the others of its group at least: those of its tiles, int64 [N]."""
-    return plans.tiles * spec.tokens_per_tile
+def media_tokens(facts: Facts, plans: VisualPlans) -> np.ndarray:
+    """Tokens of each row that are of its media, with the text around frames and tiles: what the rows of a group share, int64 [N]."""
+    return plans.tokens - facts.columns().text_tokens
 
 
 def make_trees(rows: np.ndarray, groups: np.ndarray, tokens: np.ndarray, shared: np.ndarray, capacity: int) -> tuple[Packs, np.ndarray]:

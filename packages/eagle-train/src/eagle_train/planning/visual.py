@@ -26,12 +26,12 @@ def visual_spec(config: Config, described: Any) -> VisualSpec:
     )
 
 
-def plan_visual(facts: Facts, max_tokens: int, spec: VisualSpec, *, share_media: bool = False) -> VisualPlans:
+def plan_visual(facts: Facts, max_tokens: int, spec: VisualSpec, *, share_media: bool = False, reserve: float = 0.0) -> VisualPlans:
     """Tiles and frames of every row under a budget of `max_tokens` tokens (Eq. 1 and 2); a pure function.
 
-    share_media: rows with the same media get the same frames and tiles (`packing.share_media`)."""
+    share_media: rows with the same media get the same frames and tiles (`packing.share_media`). reserve: `packing.reserve`."""
     plans = plan_columns(facts.columns(), max_tokens, spec, facts.frame_costs)
-    return plan_groups(facts, plans, media_groups(facts), spec) if share_media else plans
+    return plan_groups(facts, plans, media_groups(facts), spec, reserve) if share_media else plans
 
 
 def sample_plan(facts: Facts, plans: VisualPlans, row: int, spec: VisualSpec) -> SamplePlan:

@@ -44,13 +44,13 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
         plans, title, capacity = plan.samples(pack), f"stage {chosen.name}, pack {pack} of {plan.packs}", chosen.max_tokens
     else:
         number = find_row(facts, row)
-        visual = plan_visual(facts, chosen.max_tokens, spec, share_media=config.packing.share_media and not evaluation)
+        share_media = config.packing.share_media and not evaluation
+        visual = plan_visual(facts, chosen.max_tokens, spec, share_media=share_media, reserve=config.packing.reserve)
         plans = [Planned(facts.address(number), sample_plan(facts, visual, number, spec))]
         title, capacity = f"{row} in stage {chosen.name}", None
     limits = media_limits(config.data.limits)
     views = [view_sample(load_sample(one.address), one.plan, spec, tokenizer, budget=chosen.max_tokens, limits=limits) for one in plans]
-    k = spec.tokens_per_tile
-    shared = [one.plan.tile_count(spec) * k if follows(plans, place) else 0 for place, one in enumerate(plans)]
+    shared = [one.media_tokens if follows(plans, place) else 0 for place, one in enumerate(plans)]
     return View([replace(one, shared=tokens) for one, tokens in zip(views, shared)], title, capacity)
 
 

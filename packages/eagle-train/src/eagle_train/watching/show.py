@@ -59,7 +59,7 @@ class Piece:
 class SampleView:
     """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is the length in the plan.
 
-    shared: visual tokens that it shares in the pack with the sample before it."""
+    shared: tokens of media that it shares in the pack with the sample before it."""
 
     source: str
     line: int
@@ -255,7 +255,7 @@ def _terminal_sample(view: SampleView, width: int) -> RenderableType:
     numbers = RichText(f"{view.length} of {view.budget} tokens: {kinds}; {view.labels} labels (green)")
     notes = [RichText(note, style="red") for note in view.notes]
     if view.shared:
-        notes.append(RichText(f"{view.shared} visual tokens are in the pack once, shared with the sample before this one", style="cyan"))
+        notes.append(RichText(f"{view.shared} tokens of media are in the pack once, shared with the sample before this one", style="cyan"))
     return Group(bar, numbers, text, *notes)
 
 
