@@ -1,8 +1,8 @@
 """Does a model learn as well from shared media? The same rows as separate samples and as trees (`packing.share_media`).
 
 A model of 0.3 M parameters learns easy-VQA from random weights: every training image has several rows, each with one question. Both arms
-train the same rows for the same number of optimizer steps and epochs; `packs_per_step` gives both arms about as many rows per step. Held-out
-test images are asked what is shown, and questions with one word as the answer.
+train the same rows for the same number of optimizer steps; `packs_per_step` gives both about as many rows per step. Held-out images are
+asked what is shown, and questions with one word as the answer.
 
     python packages/eagle-train/benchmarks/shared_media.py [--images 1500] [--steps 900] [--seeds 0 1 2] [--out FILE.json]
 
