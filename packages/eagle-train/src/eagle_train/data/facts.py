@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,8 @@ SCHEMA = pa.schema(
         ("video_times", pa.list_(pa.list_(pa.int64()))),  # see times_to_list; empty for a document
     ]
 )
+
+_PLANNED = ["text_tokens", "image_width", "image_height", "video_frames", "video_seconds", "video_last_time"]
 
 
 class RowFile(NamedTuple):
@@ -105,15 +107,11 @@ class Facts:
 
     def column(self, name: str) -> np.ndarray:
         """A flat column as numpy, [rows]."""
-        return self.table.column(name).combine_chunks().to_numpy(zero_copy_only=False)
+        return _whole(self.table.column(name)).to_numpy(zero_copy_only=False)
 
     def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A list column as (offsets int64 [rows + 1], values); a null number is NaN."""
-        column = self.table.column(name)
-        array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-        offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
-        values = array.flatten().to_numpy(zero_copy_only=False)
-        return offsets - offsets[0], values
+        return _lists(_whole(self.table.column(name)))
 
     def source_of(self, row: int) -> FactsSource:
         """The source that row `row` belongs to."""
@@ -135,26 +133,35 @@ class Facts:
         for line, offset, size in zip(*(self.column(name)[rows].tolist() for name in ("line", "offset", "size"))):
             yield Address(source.name, line, source.file_of(line).path, offset, size, str(source.root), self.system, source.form)
 
-    def columns(self) -> FactColumns:
-        """What `eagle_model.visual.plan_columns` takes; `image_limits` from the sources' max_dynamic_tiles."""
-        image_offsets, widths = self.lists("image_width")
-        video_offsets, frames = self.lists("video_frames")
+    def batches(self, rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The columns that plans are made of, for up to `rows` rows at a time, each with its first row; nothing is copied."""
+        first = 0
+        for batch in self.table.select(_PLANNED).to_batches(max_chunksize=rows):
+            yield first, batch
+            first += len(batch)
+
+    def columns(self, first: int, batch: pa.RecordBatch) -> FactColumns:
+        """What `eagle_model.visual.plan_columns` takes, of the rows of a batch from row `first` on; `image_limits` from the sources'
+        max_dynamic_tiles."""
+        image_offsets, widths = _lists(batch.column("image_width"))
+        video_offsets, frames = _lists(batch.column("video_frames"))
         limits = None
         if any(source.max_dynamic_tiles is not None for source in self.sources):
             limits = np.full(len(widths), np.iinfo(np.int64).max, np.int64)
             for source in self.sources:
+                begin, end = (min(max(row - first, 0), len(batch)) for row in (source.first, source.first + source.rows))
                 if source.max_dynamic_tiles is not None:
-                    limits[image_offsets[source.first] : image_offsets[source.first + source.rows]] = source.max_dynamic_tiles
+                    limits[image_offsets[begin] : image_offsets[end]] = source.max_dynamic_tiles
         return FactColumns(
-            self.column("text_tokens").astype(np.int64),
+            batch.column("text_tokens").to_numpy(zero_copy_only=False).astype(np.int64),
             image_offsets,
             widths,
-            self.lists("image_height")[1],
+            _lists(batch.column("image_height"))[1],
             limits,
             video_offsets,
             frames,
-            self.lists("video_seconds")[1],
-            self.lists("video_last_time")[1],
+            _lists(batch.column("video_seconds"))[1],
+            _lists(batch.column("video_last_time"))[1],
         )
 
     def media(self, row: int) -> tuple[list[tuple[int, int]], list[VideoFacts]]:
@@ -165,6 +172,15 @@ class Facts:
         names = ("frames", "width", "height", "seconds", "last_time", "start", "end", "times", "fps")
         columns = (self.table.column(f"video_{name}")[row].as_py() for name in names)
         return sizes, [_video_facts(*values) for values in zip(*columns)]
+
+
+def _whole(column: pa.ChunkedArray) -> Any:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _lists(array: Any) -> tuple[np.ndarray, np.ndarray]:
+    offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+    return offsets - offsets[0], array.flatten().to_numpy(zero_copy_only=False)
 
 
 def _video_facts(

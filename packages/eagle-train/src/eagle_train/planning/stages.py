@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eagle_model.visual import SamplePlan, VisualPlans, VisualSpec, drop_detail
+from eagle_model.visual import SamplePlan, VisualPlans, VisualSpec
 from eagle_train.config import Config, StageConfig
 from eagle_train.data.facts import Facts, FactsSource
 from eagle_train.data.ledger import Entry
@@ -27,7 +27,7 @@ from eagle_train.data.sample import Address
 
 from .packing import Packs, pack, sample_costs, shuffled
 from .trees import expand, make_trees, media_groups, visual_tokens
-from .visual import plan_visual, sample_plan
+from .visual import drop_details, plan_visual, sample_plan
 
 
 class Planned(NamedTuple):
@@ -107,7 +107,9 @@ class StagePlan:
 
     def rows(self) -> np.ndarray:
         """Distinct rows of the facts in the epoch, int64, rising."""
-        return np.unique(self.pack_rows)
+        shown = np.zeros(len(self.facts), bool)
+        shown[self.pack_rows] = True
+        return np.flatnonzero(shown)
 
     def rows_of(self, pack: int) -> np.ndarray:
         """Rows of the facts in pack `pack`, int64 [samples]."""
@@ -153,9 +155,9 @@ class StagePlan:
     def drops(self) -> Iterator[Entry]:
         """Ledger entries of the rows that this stage could not fit."""
         lines = self.facts.column("line")
-        for row in self.drop_rows.tolist():
+        for row, why in zip(self.drop_rows.tolist(), drop_details(self.facts, self.visual, self.drop_rows, self.spec)):
             reason = self.visual.reasons[self.visual.status[row]]
-            detail = f"{drop_detail(self.visual, row)}; raise the stage's max_tokens, or shorten the row"
+            detail = f"{why}; raise the stage's max_tokens, or shorten the row"
             yield Entry(self.facts.source_of(row).name, int(lines[row]), reason, detail, f"stage {self.stage.name}")
 
     def summary(self) -> PlanSummary:
@@ -217,7 +219,7 @@ def plan_stage(
     if not len(rows) and not np.any(visual.status[drawable_rows(facts, stage, seed)] == 0):
         raise nothing_to_train(facts, stage, visual, seed)
     mixed = (seed * 1_000_003 + epoch) * 1_000_003 + zlib.crc32(stage.name.encode())
-    groups = media_groups(facts) if share_media else np.full(len(facts), -1, np.int64)
+    groups = media_groups(facts) if share_media else None
     trees, lengths = make_trees(rows, groups, visual.tokens, visual_tokens(visual, spec), stage.max_tokens)
     packs = pack(lengths, stage.max_tokens, seed=mixed)
     packs = whole_steps(packs, lengths, stage.packs_per_step)
@@ -265,7 +267,8 @@ def _times(rows: np.ndarray, factor: float, seed: int) -> np.ndarray:
     """`rows` repeated `factor` times; the fractional part picks round(fraction * N) of them by hash, none twice."""
     whole = int(factor)
     some = round((factor - whole) * len(rows))
-    return np.concatenate([np.repeat(rows, whole), rows[shuffled(len(rows), seed)[:some]]])
+    picked = rows[shuffled(len(rows), seed)[:some]] if some else rows[:0]
+    return np.concatenate([np.repeat(rows, whole), picked])
 
 
 def pack_costs(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:

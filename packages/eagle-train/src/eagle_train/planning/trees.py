@@ -4,11 +4,10 @@
 and all text before it). The frames and tiles of a group are those of its tightest row, so every row of it fits on its own."""
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 
-from eagle_model.visual import VisualPlans, VisualSpec, plan_columns
+from eagle_model.visual import VisualPlans, VisualSpec
 from eagle_train.data.facts import Facts
 
 from .packing import Packs
@@ -28,19 +27,19 @@ def media_groups(facts: Facts) -> np.ndarray:
     return groups
 
 
-def plan_groups(facts: Facts, plans: VisualPlans, groups: np.ndarray, spec: VisualSpec) -> VisualPlans:
-    """`plans` with the frames and tiles of each group those of its longest text. A row that does not fit on its own changes nothing for the
-    others."""
-    member = (plans.status == 0) & (groups >= 0)
+def longest_texts(text: np.ndarray, status: np.ndarray, groups: np.ndarray) -> np.ndarray | None:
+    """The text tokens that each row of a group is planned with, int64 [N]: those of the longest text among the rows that fit on their own.
+    A row that does not fit changes nothing for the others. None: no row is in a group.
+
+    text: int64 [N], what rows have; status: of their own plans."""
+    member = (status == 0) & (groups >= 0)
     if not member.any():
-        return plans
-    columns = facts.columns()
+        return None
     longest = np.zeros(groups.max() + 1, np.int64)
-    np.maximum.at(longest, groups[member], columns.text_tokens[member])
-    text = columns.text_tokens.copy()
-    text[member] = longest[groups[member]]
-    shared = plan_columns(columns._replace(text_tokens=text), plans.max_tokens, spec, facts.frame_costs)
-    return replace(shared, tokens=shared.tokens - np.where(member, text - columns.text_tokens, 0))
+    np.maximum.at(longest, groups[member], text[member])
+    planned = text.copy()
+    planned[member] = longest[groups[member]]
+    return planned
 
 
 def visual_tokens(plans: VisualPlans, spec: VisualSpec) -> np.ndarray:
@@ -48,15 +47,17 @@ def visual_tokens(plans: VisualPlans, spec: VisualSpec) -> np.ndarray:
     return plans.tiles * spec.tokens_per_tile
 
 
-def make_trees(rows: np.ndarray, groups: np.ndarray, tokens: np.ndarray, shared: np.ndarray, capacity: int) -> tuple[Packs, np.ndarray]:
+def make_trees(rows: np.ndarray, groups: np.ndarray | None, tokens: np.ndarray, shared: np.ndarray, capacity: int) -> tuple[Packs, np.ndarray]:
     """The drawn `rows` as items for the packer: trees, and rows alone; and the tokens of each item.
 
     rows: int64 [S], a row as often as it is drawn; a row is in a tree once. groups, tokens, shared: of all rows of the facts. A tree of
     rows with `n_i` tokens of which `V` are shared has `V + sum(n_i - V)`; a group that is longer than `capacity` becomes several trees,
-    with them. Items are in the order of their first row; without groups they are the rows."""
+    with them. Items are in the order of their first row; without groups (None) they are the rows."""
     item = np.arange(len(rows))
-    lengths = tokens[rows]
-    together = np.flatnonzero(groups[rows] >= 0)
+    lengths = tokens[rows].astype(np.int64)
+    together = np.flatnonzero(groups[rows] >= 0) if groups is not None else item[:0]
+    if not len(together):
+        return Packs(np.arange(len(rows) + 1), item), lengths
     seen: Counter[int] = Counter()
     open_trees: dict[tuple[int, int], tuple[int, int]] = {}  # group and occurrence of the row -> item and its tokens
     for place in together.tolist():
@@ -78,6 +79,8 @@ def make_trees(rows: np.ndarray, groups: np.ndarray, tokens: np.ndarray, shared:
 
 def expand(packs: Packs, trees: Packs) -> tuple[Packs, np.ndarray]:
     """Packs of items as packs of the rows in them, and the item of each row in pack order, int64 [S]."""
+    if len(trees) == len(trees.items):  # every item is a row
+        return packs, packs.items
     sizes = np.diff(trees.offsets)[packs.items]
     ends = np.concatenate([[0], np.cumsum(sizes)])
     within = np.arange(ends[-1]) - np.repeat(ends[:-1], sizes)
