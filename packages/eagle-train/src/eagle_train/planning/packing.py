@@ -47,6 +47,7 @@ def pack(lengths: np.ndarray, capacity: int, *, seed: int = 0, window: int = WIN
         return Packs(np.zeros(1, np.int64), np.zeros(0, np.int64))
     if lengths.min() < 1 or lengths.max() > capacity:
         raise ValueError(f"lengths must lie in 1 ... {capacity}, got {lengths.min()} ... {lengths.max()}; drop longer samples first")
+
     def pack_part(part: np.ndarray) -> Packs:
         bins, used = _pack_window(lengths[part], capacity)
         return Packs(np.bincount(bins, minlength=used), part[np.lexsort((part, bins))])  # sizes and items, which rise within a pack

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +25,10 @@ from eagle_train.config import Config, StageConfig
 from eagle_train.data.facts import Facts, FactsSource
 from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address
+from eagle_train.data.shared import shared_arrays
 
 from .packing import Packs, pack, sample_costs, shuffled
+from .stored import can_be_kept, epoch_file, narrow, shared_visual
 from .trees import expand, make_trees, media_groups, visual_tokens
 from .visual import drop_details, plan_visual, sample_plan
 
@@ -82,8 +85,9 @@ class PlanSummary:
 class StagePlan:
     """One epoch of a stage.
 
-    pack_offsets: int64 [P + 1]; pack_rows: int64 [S], rows of the facts; pack p holds pack_rows[pack_offsets[p]:pack_offsets[p + 1]].
-    pack_items: int64 [S], which samples of a pack are one tree: those with the same number, which follow one another.
+    Integers are int64, or int32 from a file.
+    pack_offsets: [P + 1]; pack_rows: [S], rows of the facts; pack p holds pack_rows[pack_offsets[p]:pack_offsets[p + 1]].
+    pack_items: [S], which samples of a pack are one tree: those with the same number, which follow one another.
     Step s is packs s * packs_per_step ... (s + 1) * packs_per_step - 1. A row may come several times (repeat_time, weight).
     """
 
@@ -96,6 +100,10 @@ class StagePlan:
     pack_rows: np.ndarray
     drop_rows: np.ndarray
     pack_items: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is the plan's own: packs, rows and drops."""
+        return {name: getattr(self, name) for name in ("pack_offsets", "pack_rows", "drop_rows", "pack_items")}
 
     @property
     def packs(self) -> int:
@@ -310,14 +318,16 @@ def order_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int, seed: in
 class StageSchedule:
     """All epochs of a stage as one run of steps; plans of epochs are made when they are needed and the last two are kept.
 
+    folder: where plans are found, or made by one process for all that map them; None: plans are made in this process.
     Threads may share it (the loader's is ahead of the trainer's): one plans, and the others wait for it.
     """
 
-    def __init__(self, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec) -> None:
+    def __init__(self, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec, folder: Path | None = None) -> None:
         self.stage = stage
         self.facts, self.spec, self._seed = facts, spec, config.run.seed
         self._share_media = config.packing.share_media
-        self.visual = plan_visual(facts, stage.max_tokens, spec, share_media=self._share_media)
+        self._folder = folder if can_be_kept(facts, spec) else None
+        self.visual = shared_visual(self._folder, facts, stage.max_tokens, spec, share_media=self._share_media)
         self._lock = threading.RLock()  # of the two below
         self._plans: dict[int, StagePlan] = {}
         self._ends: list[int] = []  # steps until the end of epoch e
@@ -338,16 +348,20 @@ class StageSchedule:
             if epoch not in self._plans:
                 while len(self._plans) > 1:
                     del self._plans[next(iter(self._plans))]
-                self._plans[epoch] = plan_stage(
-                    self.facts,
-                    self.stage,
-                    self.spec,
-                    seed=self._seed,
-                    epoch=epoch,
-                    visual=self.visual,
-                    share_media=self._share_media,
-                )
+                self._plans[epoch] = self._plan(epoch)
             return self._plans[epoch]
+
+    def _plan(self, epoch: int) -> StagePlan:
+        options = {"seed": self._seed, "epoch": epoch, "share_media": self._share_media}
+
+        def make() -> StagePlan:
+            return plan_stage(self.facts, self.stage, self.spec, visual=self.visual, **options)
+
+        if self._folder is None:
+            return make()
+        path = epoch_file(self._folder, self.facts, self.stage, self.spec, **options)
+        arrays = shared_arrays(path, lambda: narrow(make().arrays()))
+        return StagePlan(self.stage, epoch, self.facts, self.spec, self.visual, **arrays)
 
     def locate(self, step: int) -> tuple[StagePlan, int]:
         """The plan that step `step` (0-based, of the whole stage) belongs to, and the step within it."""

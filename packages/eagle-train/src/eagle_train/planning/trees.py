@@ -43,11 +43,13 @@ def longest_texts(text: np.ndarray, status: np.ndarray, groups: np.ndarray) -> n
 
 
 def visual_tokens(plans: VisualPlans, spec: VisualSpec) -> np.ndarray:
-    """Tokens that a row shares with the others of its group at least: those of its tiles, int64 [N]."""
+    """Tokens that a row shares with the others of its group at least: those of its tiles, [N]."""
     return plans.tiles * spec.tokens_per_tile
 
 
-def make_trees(rows: np.ndarray, groups: np.ndarray | None, tokens: np.ndarray, shared: np.ndarray, capacity: int) -> tuple[Packs, np.ndarray]:
+def make_trees(
+    rows: np.ndarray, groups: np.ndarray | None, tokens: np.ndarray, shared: np.ndarray, capacity: int
+) -> tuple[Packs, np.ndarray]:
     """The drawn `rows` as items for the packer: trees, and rows alone; and the tokens of each item.
 
     rows: int64 [S], a row as often as it is drawn; a row is in a tree once. groups, tokens, shared: of all rows of the facts. A tree of
