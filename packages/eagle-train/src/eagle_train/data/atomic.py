@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any, BinaryIO
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` at the end. It is on the disk before it has the name: a few ms on an SSD."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # With the host's name: on a shared disk processes of two hosts may have the same number.
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

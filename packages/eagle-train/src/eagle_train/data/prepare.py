@@ -33,13 +33,15 @@ from eagle_model.prompt import VideoSpan, encode, render, to_text
 from eagle_model.prompt.costs import FrameCosts, PromptCosts
 from eagle_train.config import Config, Source
 from eagle_train.errors import BAD_DATA, TrainError
+from eagle_train.executors import in_threads
 
 from .atomic import read_json, replacing
-from .facts import FACTS_VERSION, Facts, Part, Prepared, RowFile, join_sources, root_of
+from .facts import FACTS_VERSION, Facts, RowFile, root_of
+from .join import Part, Prepared, join_sources
 from .ledger import Entry, Ledger, read_entries, top_reasons
 from .lock import locked
 from .measure import Measurer
-from .parts import Counts, Work, counts_of, has_media_reasons, ledger_of, run_shard
+from .parts import Counts, Work, content_of_part, counts_of, has_media_reasons, ledger_of, run_shard
 from .recipe import Recipe, recipe_of
 from .sample import RowFormat
 from .sources import files_of
@@ -274,6 +276,7 @@ class _SourcePlan:
             "blank_lines": self.counts.blank,
             # The lines that the facts don't have, which a repair changes.
             "unused": hashlib.blake2b(repr([entry.line for entry in self.entries()]).encode(), digest_size=10).hexdigest(),
+            "content": self._content([self.part(shard).name for _, shard, _ in self.shards()]),
             "parts": [[self.part(shard).name, line, shard.start] for _, shard, line in self.shards()],
             "frame_costs": costs.table,
         }
@@ -285,7 +288,13 @@ class _SourcePlan:
         lines = itertools.accumulate((file.rows for file in self.files), initial=1)
         files = tuple(RowFile(file.path, line) for file, line in zip(self.files, lines))
         parts = [Part(self.folder / name, line, start) for name, line, start in done["parts"]]
-        return Prepared(self.name, self.source, files, self.form, self.fingerprint, done["bad_rows"], parts)
+        content = done.get("content") or self._content([part.path.name for part in parts])
+        return Prepared(self.name, self.source, files, self.form, self.fingerprint, done["rows"], done["bad_rows"], content, parts)
+
+    def _content(self, names: Sequence[str]) -> str:
+        """A hash of the facts in parts, in this order."""
+        hashes = in_threads(content_of_part, [self.folder / name for name in names])
+        return hashlib.blake2b(" ".join(hashes).encode(), digest_size=16).hexdigest()
 
 
 def row_format(source: Source, facts_folder: Path) -> RowFormat:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eagle_train.executors import in_threads
+
 WINDOW = 1 << 16
 DEALT = (0.95, 0.9, 0.5)
 """Shares of the tokens that are dealt in rounds, tried in order."""
@@ -45,20 +47,25 @@ def pack(lengths: np.ndarray, capacity: int, *, seed: int = 0, window: int = WIN
         return Packs(np.zeros(1, np.int64), np.zeros(0, np.int64))
     if lengths.min() < 1 or lengths.max() > capacity:
         raise ValueError(f"lengths must lie in 1 ... {capacity}, got {lengths.min()} ... {lengths.max()}; drop longer samples first")
-    order = shuffled(len(lengths), seed)
-    bins = np.empty(len(lengths), np.int64)
-    count = 0
-    for part in np.array_split(order, -(-len(lengths) // window)):
-        chosen, used = _pack_window(lengths[part], capacity)
-        bins[part] = chosen + count
-        count += used
-    items = np.argsort(bins, kind="stable")
-    return Packs(np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=count))]), items)
+
+    def pack_part(part: np.ndarray) -> Packs:
+        bins, used = _pack_window(lengths[part], capacity)
+        return Packs(np.bincount(bins, minlength=used), part[np.lexsort((part, bins))])  # sizes and items, which rise within a pack
+
+    parts = in_threads(pack_part, np.array_split(shuffled(len(lengths), seed), -(-len(lengths) // window)))
+    sizes = np.concatenate([part.offsets for part in parts])
+    return Packs(np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([part.items for part in parts]))
+
+
+def narrowed(values: np.ndarray) -> np.ndarray:
+    """Numbers from 0 on in rising order as int32 where that holds them."""
+    return values.astype(np.int32) if not len(values) or values[-1] < 1 << 31 else values
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:
     """A permutation of `count` indices by sorted hashes: the same on every machine and with every numpy."""
-    return np.argsort(hashes(np.arange(count, dtype=np.uint64), seed), kind="stable")
+    # No two hashes are equal (splitmix64 is a bijection), so that every way of sorting gives this order.
+    return np.argsort(hashes(np.arange(count, dtype=np.uint64), seed))
 
 
 def hashes(values: np.ndarray, seed: int) -> np.ndarray:

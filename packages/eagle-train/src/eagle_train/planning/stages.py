@@ -15,19 +15,22 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from eagle_model.visual import SamplePlan, VisualPlans, VisualSpec, drop_detail
+from eagle_model.visual import SamplePlan, VisualPlans, VisualSpec
 from eagle_train.config import Config, StageConfig
 from eagle_train.data.facts import Facts, FactsSource
 from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address
+from eagle_train.data.shared import shared_arrays
 
 from .packing import Packs, pack, sample_costs, shuffled
+from .stored import can_be_kept, epoch_file, narrow, shared_visual
 from .trees import expand, make_trees, media_groups, media_tokens
-from .visual import plan_visual, sample_plan
+from .visual import drop_details, plan_visual, sample_plan
 
 
 class Planned(NamedTuple):
@@ -83,8 +86,9 @@ class PlanSummary:
 class StagePlan:
     """One epoch of a stage.
 
-    pack_offsets: int64 [P + 1]; pack_rows: int64 [S], rows of the facts; pack p holds pack_rows[pack_offsets[p]:pack_offsets[p + 1]].
-    pack_items: int64 [S], which samples of a pack are one tree: those with the same number, which follow one another.
+    Integers are int64, or int32 from a file.
+    pack_offsets: [P + 1]; pack_rows: [S], rows of the facts; pack p holds pack_rows[pack_offsets[p]:pack_offsets[p + 1]].
+    pack_items: [S], which samples of a pack are one tree: those with the same number, which follow one another.
     Step s is packs s * packs_per_step ... (s + 1) * packs_per_step - 1. A row may come several times (repeat_time, weight).
     """
 
@@ -98,6 +102,10 @@ class StagePlan:
     drop_rows: np.ndarray
     pack_items: np.ndarray
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is the plan's own: packs, rows and drops."""
+        return {name: getattr(self, name) for name in ("pack_offsets", "pack_rows", "drop_rows", "pack_items")}
+
     @property
     def packs(self) -> int:
         return len(self.pack_offsets) - 1
@@ -108,7 +116,9 @@ class StagePlan:
 
     def rows(self) -> np.ndarray:
         """Distinct rows of the facts in the epoch, int64, rising."""
-        return np.unique(self.pack_rows)
+        shown = np.zeros(len(self.facts), bool)
+        shown[self.pack_rows] = True
+        return np.flatnonzero(shown)
 
     def rows_of(self, pack: int) -> np.ndarray:
         """Rows of the facts in pack `pack`, int64 [samples]."""
@@ -139,12 +149,8 @@ class StagePlan:
         plans = [sample_plan(self.facts, self.visual, row, self.spec) for row in rows.tolist()]
         return [
             Planned(self.facts.address(row), plan, item if sizes[item] > 1 else None, media)
-            for row, plan, item, media in zip(rows.tolist(), plans, items, self._media_tokens[rows].tolist())
+            for row, plan, item, media in zip(rows.tolist(), plans, items, media_tokens(self.facts, self.visual, rows).tolist())
         ]
-
-    @cached_property
-    def _media_tokens(self) -> np.ndarray:
-        return media_tokens(self.facts, self.visual)
 
     @cached_property
     def _items(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -152,7 +158,7 @@ class StagePlan:
         them."""
         changed = np.diff(self.pack_items, prepend=-1) != 0
         first = np.flatnonzero(changed)
-        own = self.visual.tokens[self.pack_rows] - np.where(changed, 0, self._media_tokens[self.pack_rows])
+        own = self.visual.tokens[self.pack_rows] - np.where(changed, 0, media_tokens(self.facts, self.visual, self.pack_rows))
         total = np.concatenate([[0], np.cumsum(own)])
         tokens = total[np.append(first[1:], len(own))] - total[first] if len(own) else own
         return first, tokens, np.concatenate([[0], np.cumsum(changed)])[self.pack_offsets]
@@ -160,9 +166,9 @@ class StagePlan:
     def drops(self) -> Iterator[Entry]:
         """Ledger entries of the rows that this stage could not fit."""
         lines = self.facts.column("line")
-        for row in self.drop_rows.tolist():
+        for row, why in zip(self.drop_rows.tolist(), drop_details(self.facts, self.visual, self.drop_rows, self.spec)):
             reason = self.visual.reasons[self.visual.status[row]]
-            detail = f"{drop_detail(self.visual, row)}; raise the stage's max_tokens, or shorten the row"
+            detail = f"{why}; raise the stage's max_tokens, or shorten the row"
             yield Entry(self.facts.source_of(row).name, int(lines[row]), reason, detail, f"stage {self.stage.name}")
 
     def summary(self) -> PlanSummary:
@@ -224,8 +230,9 @@ def plan_stage(
     if not len(rows) and not np.any(visual.status[drawable_rows(facts, stage, seed)] == 0):
         raise nothing_to_train(facts, stage, visual, seed)
     mixed = (seed * 1_000_003 + epoch) * 1_000_003 + zlib.crc32(stage.name.encode())
-    groups = media_groups(facts) if share_media else np.full(len(facts), -1, np.int64)
-    trees, lengths = make_trees(rows, groups, visual.tokens, media_tokens(facts, visual), stage.max_tokens)
+    groups = media_groups(facts) if share_media else None
+    shared = media_tokens(facts, visual) if share_media else None
+    trees, lengths = make_trees(rows, groups, visual.tokens, shared, stage.max_tokens)
     packs = pack(lengths, stage.max_tokens, seed=mixed)
     packs = whole_steps(packs, lengths, stage.packs_per_step)
     packs = order_steps(packs, lengths, stage.packs_per_step, mixed)
@@ -272,7 +279,8 @@ def _times(rows: np.ndarray, factor: float, seed: int) -> np.ndarray:
     """`rows` repeated `factor` times; the fractional part picks round(fraction * N) of them by hash, none twice."""
     whole = int(factor)
     some = round((factor - whole) * len(rows))
-    return np.concatenate([np.repeat(rows, whole), rows[shuffled(len(rows), seed)[:some]]])
+    picked = rows[shuffled(len(rows), seed)[:some]] if some else rows[:0]
+    return np.concatenate([np.repeat(rows, whole), picked])
 
 
 def pack_costs(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -314,14 +322,17 @@ def order_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int, seed: in
 class StageSchedule:
     """All epochs of a stage as one run of steps; plans of epochs are made when they are needed and the last two are kept.
 
+    folder: where plans are found, or made by one process for all that map them; None: plans are made in this process.
     Threads may share it (the loader's is ahead of the trainer's): one plans, and the others wait for it.
     """
 
-    def __init__(self, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec) -> None:
+    def __init__(self, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec, folder: Path | None = None) -> None:
         self.stage = stage
         self.facts, self.spec, self._seed = facts, spec, config.run.seed
         self._share_media = config.packing.share_media
-        self.visual = plan_visual(facts, stage.max_tokens, spec, share_media=self._share_media, reserve=config.packing.reserve)
+        self._folder = folder if can_be_kept(facts, spec) else None
+        self._reserve = config.packing.reserve if self._share_media else 0.0
+        self.visual = shared_visual(self._folder, facts, stage.max_tokens, spec, share_media=self._share_media, reserve=self._reserve)
         self._lock = threading.RLock()  # of the two below
         self._plans: dict[int, StagePlan] = {}
         self._ends: list[int] = []  # steps until the end of epoch e
@@ -342,16 +353,20 @@ class StageSchedule:
             if epoch not in self._plans:
                 while len(self._plans) > 1:
                     del self._plans[next(iter(self._plans))]
-                self._plans[epoch] = plan_stage(
-                    self.facts,
-                    self.stage,
-                    self.spec,
-                    seed=self._seed,
-                    epoch=epoch,
-                    visual=self.visual,
-                    share_media=self._share_media,
-                )
+                self._plans[epoch] = self._plan(epoch)
             return self._plans[epoch]
+
+    def _plan(self, epoch: int) -> StagePlan:
+        options = {"seed": self._seed, "epoch": epoch, "share_media": self._share_media}
+
+        def make() -> StagePlan:
+            return plan_stage(self.facts, self.stage, self.spec, visual=self.visual, **options)
+
+        if self._folder is None:
+            return make()
+        path = epoch_file(self._folder, self.facts, self.stage, self.spec, reserve=self._reserve, **options)
+        arrays = shared_arrays(path, lambda: narrow(make().arrays()))
+        return StagePlan(self.stage, epoch, self.facts, self.spec, self.visual, **arrays)
 
     def locate(self, step: int) -> tuple[StagePlan, int]:
         """The plan that step `step` (0-based, of the whole stage) belongs to, and the step within it."""

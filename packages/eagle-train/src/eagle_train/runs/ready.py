@@ -42,8 +42,12 @@ class Ready:
 
     @cached_property
     def schedules(self) -> list[StageSchedule]:
-        """The plan of every stage; no model is made for it. Raises ValueError for a stage without a row that fits."""
-        return [StageSchedule(self.facts, self.config, stage, self.spec) for stage in self.config.stages]
+        """The plan of every stage, made by one process of each host; no model is made for it.
+
+        Raises ValueError for a stage without a row that fits.
+        """
+        folder = self.config.facts_folder / "plans"
+        return [StageSchedule(self.facts, self.config, stage, self.spec, folder) for stage in self.config.stages]
 
     def record_drops(self) -> None:
         """Write the rows that a stage can't fit to the run's ledger, in place of what the stage wrote before."""
