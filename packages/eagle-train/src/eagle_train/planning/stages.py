@@ -5,8 +5,9 @@
 How often a row comes: `repeat_time` of its recipe entry (whole copies, and for the fractional part the same rows in every epoch),
 times the source's weight (the stage's, else the recipe's; its fractional part is drawn anew in every epoch).
 Steps are groups of `packs_per_step` packs. Within a step packs are sorted by cost, so that `packs_of` hands ranks packs of about
-the same cost at the same time. The last step is made whole by splitting packs; only when every pack holds a single sample, and none
-can be split, are some packs of an epoch empty.
+the same cost at the same time. With a cost model (`costs.CostModel`) packs and steps are balanced by FLOPs, else by tokens.
+The last step is made whole by splitting packs; only when every pack holds a single sample, and none can be split, are some packs of an
+epoch empty.
 """
 
 import threading
@@ -25,6 +26,8 @@ from eagle_train.data.facts import Facts, FactsSource
 from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address
 
+from .balance import deal_steps
+from .costs import CostModel, Work, spread, work_of
 from .packing import Packs, pack, sample_costs, shuffled
 from .trees import expand, make_trees, media_groups, visual_tokens
 from .visual import plan_visual, sample_plan
@@ -84,6 +87,7 @@ class StagePlan:
 
     pack_offsets: int64 [P + 1]; pack_rows: int64 [S], rows of the facts; pack p holds pack_rows[pack_offsets[p]:pack_offsets[p + 1]].
     pack_items: int64 [S], which samples of a pack are one tree: those with the same number, which follow one another.
+    costs: what packs and steps are balanced by; None: tokens.
     Step s is packs s * packs_per_step ... (s + 1) * packs_per_step - 1. A row may come several times (repeat_time, weight).
     """
 
@@ -96,6 +100,7 @@ class StagePlan:
     pack_rows: np.ndarray
     drop_rows: np.ndarray
     pack_items: np.ndarray
+    costs: CostModel | None = None
 
     @property
     def packs(self) -> int:
@@ -118,6 +123,13 @@ class StagePlan:
 
         Raises ValueError when the packs of a step can't be shared evenly, naming the numbers that can.
         """
+        self._check_groups(ranks)
+        per_step = self.stage.packs_per_step
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} is not in 0 ... {self.steps - 1} of epoch {self.epoch}")
+        return range(step * per_step + rank, (step + 1) * per_step, ranks)
+
+    def _check_groups(self, ranks: int) -> None:
         per_step = self.stage.packs_per_step
         if per_step % ranks:
             lower, upper = per_step // ranks * ranks, -(-per_step // ranks) * ranks
@@ -126,9 +138,6 @@ class StagePlan:
                 f"stage {self.stage.name}: packs_per_step is {per_step}, which {ranks} data-parallel groups can't share evenly; "
                 f"set it to {near}"
             )
-        if not 0 <= step < self.steps:
-            raise IndexError(f"step {step} is not in 0 ... {self.steps - 1} of epoch {self.epoch}")
-        return range(step * per_step + rank, (step + 1) * per_step, ranks)
 
     def samples(self, pack: int) -> list[Planned]:
         """All samples of a pack, in order (none, where an epoch ran out of samples for its last step)."""
@@ -185,11 +194,32 @@ class StagePlan:
             drops={self.visual.reasons[code]: number for code, number in sorted(reasons.items())},
         )
 
+    def work(self) -> Work:
+        """What each pack consists of."""
+        first, _, offsets = self._items
+        shared = visual_tokens(self.visual, self.spec)[self.pack_rows]
+        trees = Packs(np.append(first, len(self.pack_rows)), np.arange(len(self.pack_rows)))
+        rows = self.pack_rows
+        labels = self.facts.column("label_tokens")[rows]
+        return work_of(trees, self.visual.tokens[rows], labels, self.visual.tiles[rows], shared).joined(offsets)
+
+    def pack_costs(self, costs: CostModel | None = None) -> np.ndarray:
+        """Cost of each pack under `costs` (default: the plan's own), float64 [P]: FLOPs; without a model, tokens' worth of linear work."""
+        model = costs or self.costs
+        if model is not None:
+            return model.of(self.work())
+        _, tokens, offsets = self._items
+        return pack_costs(sample_costs(tokens), offsets)
+
+    def spread(self, groups: int, costs: CostModel | None = None) -> float:
+        """`costs.spread` over data groups. Raises ValueError when the packs of a step can't be shared evenly."""
+        self._check_groups(groups)
+        return spread(self.pack_costs(costs), self.stage.packs_per_step, groups)
+
     def _cost_spread(self) -> float:
         if not self.packs:
             return 1.0
-        _, tokens, offsets = self._items
-        costs = pack_costs(tokens, offsets).reshape(self.steps, -1)
+        costs = self.pack_costs().reshape(self.steps, -1)
         return float(np.mean(costs.max(axis=1) / np.maximum(costs.mean(axis=1), 1e-9)))
 
 
@@ -202,9 +232,11 @@ def plan_stage(
     epoch: int = 0,
     visual: VisualPlans | None = None,
     share_media: bool = False,
+    costs: CostModel | None = None,
 ) -> StagePlan:
     """Plan one epoch of a stage.
 
+    costs: what packs and steps are balanced by; default: tokens.
     share_media: rows with the same media become trees (`packing.share_media`). visual: the stage's visual plan when it is already known (it
     does not depend on the epoch, but on share_media); computed otherwise.
     An epoch that drew only rows that don't fit, by chance, has no steps. Raises ValueError when no epoch draws a row that fits the stage.
@@ -218,12 +250,17 @@ def plan_stage(
         raise nothing_to_train(facts, stage, visual, seed)
     mixed = (seed * 1_000_003 + epoch) * 1_000_003 + zlib.crc32(stage.name.encode())
     groups = media_groups(facts) if share_media else np.full(len(facts), -1, np.int64)
-    trees, lengths = make_trees(rows, groups, visual.tokens, visual_tokens(visual, spec), stage.max_tokens)
-    packs = pack(lengths, stage.max_tokens, seed=mixed)
-    packs = whole_steps(packs, lengths, stage.packs_per_step)
-    packs = order_steps(packs, lengths, stage.packs_per_step, mixed)
+    shared = visual_tokens(visual, spec)
+    trees, lengths = make_trees(rows, groups, visual.tokens, shared, stage.max_tokens)
+    weights = sample_costs(lengths)
+    if costs is not None:
+        labels = facts.column("label_tokens")[rows]
+        weights = costs.of(work_of(trees, visual.tokens[rows], labels, visual.tiles[rows], shared[rows]))
+    packs = pack(lengths, stage.max_tokens, costs=weights if costs is not None else None, seed=mixed)
+    packs = whole_steps(packs, lengths, weights, stage.packs_per_step)
+    packs = order_steps(packs, weights, stage.packs_per_step, mixed, deal=costs is not None)
     packs, items = expand(packs, trees)
-    return StagePlan(stage, epoch, facts, spec, visual, packs.offsets, rows[packs.items], dropped, items)
+    return StagePlan(stage, epoch, facts, spec, visual, packs.offsets, rows[packs.items], dropped, items, costs)
 
 
 def nothing_to_train(facts: Facts, stage: StageConfig, visual: VisualPlans, seed: int) -> ValueError:
@@ -268,17 +305,17 @@ def _times(rows: np.ndarray, factor: float, seed: int) -> np.ndarray:
     return np.concatenate([np.repeat(rows, whole), rows[shuffled(len(rows), seed)[:some]]])
 
 
-def pack_costs(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Cost of each pack, float64 [P], for the lengths of its samples in pack order."""
-    total = np.concatenate([[0.0], np.cumsum(sample_costs(lengths))])
+def pack_costs(weights: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Cost of each pack, float64 [P], for the costs of its samples in pack order."""
+    total = np.concatenate([[0.0], np.cumsum(weights)])
     return total[offsets[1:]] - total[offsets[:-1]]
 
 
-def whole_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int) -> Packs:
+def whole_steps(packs: Packs, lengths: np.ndarray, weights: np.ndarray, packs_per_step: int) -> Packs:
     """Split packs (the costliest first, samples dealt alternately) until steps are whole; add empty packs when samples run out."""
     while missing := -len(packs) % packs_per_step:
         counts = np.diff(packs.offsets)
-        costs = np.where(counts > 1, pack_costs(lengths[packs.items], packs.offsets), -1.0)
+        costs = np.where(counts > 1, pack_costs(weights[packs.items], packs.offsets), -1.0)
         split = np.argsort(-costs, kind="stable")[:missing]
         split = split[costs[split] > 0]
         if not len(split):
@@ -293,10 +330,12 @@ def whole_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int) -> Packs
     return packs
 
 
-def order_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int, seed: int) -> Packs:
-    """Shuffle packs into steps; within a step the costliest pack comes first."""
+def order_steps(packs: Packs, weights: np.ndarray, packs_per_step: int, seed: int, *, deal: bool = False) -> Packs:
+    """Shuffle packs into steps; within a step the costliest pack comes first. deal: by `balance.deal_steps`."""
     order = shuffled(len(packs), seed + 1).reshape(-1, packs_per_step)
-    costs = pack_costs(lengths[packs.items], packs.offsets)
+    costs = pack_costs(weights[packs.items], packs.offsets)
+    if deal and len(order):
+        order = deal_steps(order, costs, shuffled(len(packs), seed + 2))
     order = np.take_along_axis(order, np.argsort(-costs[order], axis=1, kind="stable"), axis=1).ravel()
     counts = np.diff(packs.offsets)[order]
     offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -310,8 +349,8 @@ class StageSchedule:
     Threads may share it (the loader's is ahead of the trainer's): one plans, and the others wait for it.
     """
 
-    def __init__(self, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec) -> None:
-        self.stage = stage
+    def __init__(self, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec, costs: CostModel | None = None) -> None:
+        self.stage, self.costs = stage, costs
         self.facts, self.spec, self._seed = facts, spec, config.run.seed
         self._share_media = config.packing.share_media
         self.visual = plan_visual(facts, stage.max_tokens, spec, share_media=self._share_media)
@@ -343,8 +382,13 @@ class StageSchedule:
                     epoch=epoch,
                     visual=self.visual,
                     share_media=self._share_media,
+                    costs=self.costs,
                 )
             return self._plans[epoch]
+
+    def by_tokens(self) -> StagePlan:
+        """The plan of the first epoch if every token cost the same: what balancing by cost is compared with."""
+        return plan_stage(self.facts, self.stage, self.spec, seed=self._seed, visual=self.visual, share_media=self._share_media)
 
     def locate(self, step: int) -> tuple[StagePlan, int]:
         """The plan that step `step` (0-based, of the whole stage) belongs to, and the step within it."""
