@@ -106,7 +106,7 @@ def rank(folder: str, parts: int, start, results) -> None:
     for index in range(len(STAGES)):
         begin, used = time.perf_counter(), time.process_time()
         config, facts = facts_of(Path(folder), parts)
-        schedule = StageSchedule(facts, config, config.stages[index], VisualSpec(), config.facts_folder / "plans")
+        schedule = StageSchedule(facts, config, config.stages[index], VisualSpec(), folder=config.facts_folder / "plans")
         plan = schedule.plan(0)
         assert sum(len(plan.rows_of(pack)) for pack in (0, plan.packs - 1)) > 0
         results.put((time.perf_counter() - begin, time.process_time() - used, plan.packs))

@@ -490,6 +490,11 @@ class ParallelConfig(Section):
     data: int | None = Field(default=None, ge=1, description="Groups that read different packs; null: ranks / (ulysses * all_gather).")
     ulysses: int = Field(default=1, ge=1, description="Ranks of the inner level of context parallelism (all-to-all over heads).")
     all_gather: int = Field(default=1, ge=1, description="Ranks of the outer level of context parallelism (all-gather of keys and values).")
+    context: Literal["fixed", "auto"] = Field(
+        default="fixed",
+        description="How the ulysses * all_gather ranks of a group share a pack. fixed: as these two numbers say; auto: for every pack the "
+        "fastest split of that many ranks, which may also leave all samples whole (packs of short samples).",
+    )
     fsdp: bool = Field(
         default=True, description="Shard parameters over the ranks (FSDP2) when there is more than one; false: replicate them."
     )
@@ -500,9 +505,17 @@ class ParallelConfig(Section):
     )
 
     @property
-    def context(self) -> int:
+    def group_size(self) -> int:
         """Ranks that share one pack."""
         return self.ulysses * self.all_gather
+
+    @model_validator(mode="after")
+    def _something_to_split(self) -> Self:
+        if self.context == "auto" and self.group_size == 1:
+            raise ValueError(
+                "context is auto, and ulysses * all_gather is 1: no pack is shared; set all_gather to the number of ranks that share a pack"
+            )
+        return self
 
 
 class LoaderConfig(Section):

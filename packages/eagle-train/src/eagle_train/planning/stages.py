@@ -5,8 +5,9 @@
 How often a row comes: `repeat_time` of its recipe entry (whole copies, and for the fractional part the same rows in every epoch),
 times the source's weight (the stage's, else the recipe's; its fractional part is drawn anew in every epoch).
 Steps are groups of `packs_per_step` packs. Within a step packs are sorted by cost, so that `packs_of` hands ranks packs of about
-the same cost at the same time. The last step is made whole by splitting packs; only when every pack holds a single sample, and none
-can be split, are some packs of an epoch empty.
+the same cost at the same time. With a cost model (`costs.CostModel`) packs and steps are balanced by FLOPs, else by tokens.
+The last step is made whole by splitting packs; only when every pack holds a single sample, and none can be split, are some packs of an
+epoch empty.
 """
 
 import threading
@@ -27,6 +28,8 @@ from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address
 from eagle_train.data.shared import shared_arrays
 
+from .balance import deal_steps
+from .costs import CostModel, Work, spread, work_of
 from .packing import Packs, pack, sample_costs, shuffled
 from .stored import can_be_kept, epoch_file, narrow, shared_visual
 from .trees import expand, make_trees, media_groups, media_tokens
@@ -89,6 +92,7 @@ class StagePlan:
     Integers are int64, or int32 from a file.
     pack_offsets: [P + 1]; pack_rows: [S], rows of the facts; pack p holds pack_rows[pack_offsets[p]:pack_offsets[p + 1]].
     pack_items: [S], which samples of a pack are one tree: those with the same number, which follow one another.
+    costs: what packs and steps are balanced by; None: tokens.
     Step s is packs s * packs_per_step ... (s + 1) * packs_per_step - 1. A row may come several times (repeat_time, weight).
     """
 
@@ -101,6 +105,7 @@ class StagePlan:
     pack_rows: np.ndarray
     drop_rows: np.ndarray
     pack_items: np.ndarray
+    costs: CostModel | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is the plan's own: packs, rows and drops."""
@@ -129,6 +134,13 @@ class StagePlan:
 
         Raises ValueError when the packs of a step can't be shared evenly, naming the numbers that can.
         """
+        self._check_groups(ranks)
+        per_step = self.stage.packs_per_step
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} is not in 0 ... {self.steps - 1} of epoch {self.epoch}")
+        return range(step * per_step + rank, (step + 1) * per_step, ranks)
+
+    def _check_groups(self, ranks: int) -> None:
         per_step = self.stage.packs_per_step
         if per_step % ranks:
             lower, upper = per_step // ranks * ranks, -(-per_step // ranks) * ranks
@@ -137,9 +149,6 @@ class StagePlan:
                 f"stage {self.stage.name}: packs_per_step is {per_step}, which {ranks} data-parallel groups can't share evenly; "
                 f"set it to {near}"
             )
-        if not 0 <= step < self.steps:
-            raise IndexError(f"step {step} is not in 0 ... {self.steps - 1} of epoch {self.epoch}")
-        return range(step * per_step + rank, (step + 1) * per_step, ranks)
 
     def samples(self, pack: int) -> list[Planned]:
         """All samples of a pack, in order (none, where an epoch ran out of samples for its last step)."""
@@ -198,11 +207,32 @@ class StagePlan:
             drops={self.visual.reasons[code]: number for code, number in sorted(reasons.items())},
         )
 
+    def work(self) -> Work:
+        """What each pack consists of."""
+        first, _, offsets = self._items
+        shared = media_tokens(self.facts, self.visual, self.pack_rows)
+        trees = Packs(np.append(first, len(self.pack_rows)), np.arange(len(self.pack_rows)))
+        rows = self.pack_rows
+        labels = self.facts.column("label_tokens")[rows]
+        return work_of(trees, self.visual.tokens[rows], labels, self.visual.tiles[rows], shared).joined(offsets)
+
+    def pack_costs(self, costs: CostModel | None = None) -> np.ndarray:
+        """Cost of each pack under `costs` (default: the plan's own), float64 [P]: FLOPs; without a model, tokens' worth of linear work."""
+        model = costs or self.costs
+        if model is not None:
+            return model.of(self.work())
+        _, tokens, offsets = self._items
+        return pack_costs(sample_costs(tokens), offsets)
+
+    def spread(self, groups: int, costs: CostModel | None = None) -> float:
+        """`costs.spread` over data groups. Raises ValueError when the packs of a step can't be shared evenly."""
+        self._check_groups(groups)
+        return spread(self.pack_costs(costs), self.stage.packs_per_step, groups)
+
     def _cost_spread(self) -> float:
         if not self.packs:
             return 1.0
-        _, tokens, offsets = self._items
-        costs = pack_costs(tokens, offsets).reshape(self.steps, -1)
+        costs = self.pack_costs().reshape(self.steps, -1)
         return float(np.mean(costs.max(axis=1) / np.maximum(costs.mean(axis=1), 1e-9)))
 
 
@@ -215,9 +245,11 @@ def plan_stage(
     epoch: int = 0,
     visual: VisualPlans | None = None,
     share_media: bool = False,
+    costs: CostModel | None = None,
 ) -> StagePlan:
     """Plan one epoch of a stage.
 
+    costs: what packs and steps are balanced by; default: tokens.
     share_media: rows with the same media become trees (`packing.share_media`). visual: the stage's visual plan when it is already known (it
     does not depend on the epoch, but on share_media); computed otherwise.
     An epoch that drew only rows that don't fit, by chance, has no steps. Raises ValueError when no epoch draws a row that fits the stage.
@@ -233,11 +265,16 @@ def plan_stage(
     groups = media_groups(facts) if share_media else None
     shared = media_tokens(facts, visual) if share_media else None
     trees, lengths = make_trees(rows, groups, visual.tokens, shared, stage.max_tokens)
-    packs = pack(lengths, stage.max_tokens, seed=mixed)
-    packs = whole_steps(packs, lengths, stage.packs_per_step)
-    packs = order_steps(packs, lengths, stage.packs_per_step, mixed)
+    weights = sample_costs(lengths)
+    if costs is not None:
+        labels = facts.column("label_tokens")[rows]
+        once = shared[rows] if shared is not None else np.zeros(len(rows), np.int64)
+        weights = costs.of(work_of(trees, visual.tokens[rows], labels, visual.tiles[rows], once))
+    packs = pack(lengths, stage.max_tokens, costs=weights if costs is not None else None, seed=mixed)
+    packs = whole_steps(packs, lengths, weights, stage.packs_per_step)
+    packs = order_steps(packs, weights, stage.packs_per_step, mixed, deal=costs is not None)
     packs, items = expand(packs, trees)
-    return StagePlan(stage, epoch, facts, spec, visual, packs.offsets, rows[packs.items], dropped, items)
+    return StagePlan(stage, epoch, facts, spec, visual, packs.offsets, rows[packs.items], dropped, items, costs)
 
 
 def nothing_to_train(facts: Facts, stage: StageConfig, visual: VisualPlans, seed: int) -> ValueError:
@@ -283,17 +320,17 @@ def _times(rows: np.ndarray, factor: float, seed: int) -> np.ndarray:
     return np.concatenate([np.repeat(rows, whole), picked])
 
 
-def pack_costs(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Cost of each pack, float64 [P], for the lengths of its samples in pack order."""
-    total = np.concatenate([[0.0], np.cumsum(sample_costs(lengths))])
+def pack_costs(weights: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Cost of each pack, float64 [P], for the costs of its samples in pack order."""
+    total = np.concatenate([[0.0], np.cumsum(weights)])
     return total[offsets[1:]] - total[offsets[:-1]]
 
 
-def whole_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int) -> Packs:
+def whole_steps(packs: Packs, lengths: np.ndarray, weights: np.ndarray, packs_per_step: int) -> Packs:
     """Split packs (the costliest first, samples dealt alternately) until steps are whole; add empty packs when samples run out."""
     while missing := -len(packs) % packs_per_step:
         counts = np.diff(packs.offsets)
-        costs = np.where(counts > 1, pack_costs(lengths[packs.items], packs.offsets), -1.0)
+        costs = np.where(counts > 1, pack_costs(weights[packs.items], packs.offsets), -1.0)
         split = np.argsort(-costs, kind="stable")[:missing]
         split = split[costs[split] > 0]
         if not len(split):
@@ -308,10 +345,12 @@ def whole_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int) -> Packs
     return packs
 
 
-def order_steps(packs: Packs, lengths: np.ndarray, packs_per_step: int, seed: int) -> Packs:
-    """Shuffle packs into steps; within a step the costliest pack comes first."""
+def order_steps(packs: Packs, weights: np.ndarray, packs_per_step: int, seed: int, *, deal: bool = False) -> Packs:
+    """Shuffle packs into steps; within a step the costliest pack comes first. deal: by `balance.deal_steps`."""
     order = shuffled(len(packs), seed + 1).reshape(-1, packs_per_step)
-    costs = pack_costs(lengths[packs.items], packs.offsets)
+    costs = pack_costs(weights[packs.items], packs.offsets)
+    if deal and len(order):
+        order = deal_steps(order, costs, shuffled(len(packs), seed + 2))
     order = np.take_along_axis(order, np.argsort(-costs[order], axis=1, kind="stable"), axis=1).ravel()
     counts = np.diff(packs.offsets)[order]
     offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -326,8 +365,17 @@ class StageSchedule:
     Threads may share it (the loader's is ahead of the trainer's): one plans, and the others wait for it.
     """
 
-    def __init__(self, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec, folder: Path | None = None) -> None:
-        self.stage = stage
+    def __init__(
+        self,
+        facts: Facts,
+        config: Config,
+        stage: StageConfig,
+        spec: VisualSpec,
+        *,
+        folder: Path | None = None,
+        costs: CostModel | None = None,
+    ) -> None:
+        self.stage, self.costs = stage, costs
         self.facts, self.spec, self._seed = facts, spec, config.run.seed
         self._share_media = config.packing.share_media
         self._folder = folder if can_be_kept(facts, spec) else None
@@ -356,8 +404,12 @@ class StageSchedule:
                 self._plans[epoch] = self._plan(epoch)
             return self._plans[epoch]
 
+    def by_tokens(self) -> StagePlan:
+        """The plan of the first epoch if every token cost the same: what balancing by cost is compared with."""
+        return plan_stage(self.facts, self.stage, self.spec, seed=self._seed, visual=self.visual, share_media=self._share_media)
+
     def _plan(self, epoch: int) -> StagePlan:
-        options = {"seed": self._seed, "epoch": epoch, "share_media": self._share_media}
+        options = {"seed": self._seed, "epoch": epoch, "share_media": self._share_media, "costs": self.costs}
 
         def make() -> StagePlan:
             return plan_stage(self.facts, self.stage, self.spec, visual=self.visual, **options)
@@ -366,7 +418,7 @@ class StageSchedule:
             return make()
         path = epoch_file(self._folder, self.facts, self.stage, self.spec, reserve=self._reserve, **options)
         arrays = shared_arrays(path, lambda: narrow(make().arrays()))
-        return StagePlan(self.stage, epoch, self.facts, self.spec, self.visual, **arrays)
+        return StagePlan(self.stage, epoch, self.facts, self.spec, self.visual, **arrays, costs=self.costs)
 
     def locate(self, step: int) -> tuple[StagePlan, int]:
         """The plan that step `step` (0-based, of the whole stage) belongs to, and the step within it."""

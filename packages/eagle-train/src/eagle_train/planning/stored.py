@@ -21,6 +21,7 @@ from eagle_train.data.facts import Facts
 from eagle_train.data.keys import RowFormat
 from eagle_train.data.shared import shared_arrays
 
+from .costs import CostModel
 from .visual import plan_visual
 
 PLAN_VERSION = 1
@@ -50,11 +51,20 @@ def shared_visual(
 
 
 def epoch_file(
-    folder: Path, facts: Facts, stage: StageConfig, spec: VisualSpec, *, seed: int, epoch: int, share_media: bool, reserve: float = 0.0
+    folder: Path,
+    facts: Facts,
+    stage: StageConfig,
+    spec: VisualSpec,
+    *,
+    seed: int,
+    epoch: int,
+    share_media: bool,
+    reserve: float = 0.0,
+    costs: CostModel | None = None,
 ) -> Path:
     """Where the packs of an epoch of a stage are."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", stage.name)
-    return folder / f"{name}-epoch-{epoch}-{_key(facts, stage.model_dump_json(), spec, share_media, reserve, seed, epoch)}.plan"
+    return folder / f"{name}-epoch-{epoch}-{_key(facts, stage.model_dump_json(), spec, share_media, reserve, seed, epoch, costs)}.plan"
 
 
 def narrow(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -39,7 +39,8 @@ def plan_visual(facts: Facts, max_tokens: int, spec: VisualSpec, *, share_media:
     """Tiles and frames of every row under a budget of `max_tokens` tokens (Eq. 1 and 2); a pure function.
 
     share_media: rows with the same media get the same frames and tiles (`packing.share_media`). reserve: `packing.reserve`.
-    Without `result`; see `drop_details`. Rows are planned in blocks, which threads of this process share: the plan of a row depends on no other row."""
+    Without `result`; see `drop_details`. Rows are planned in blocks, which threads of this process share: the plan of a row depends on no
+    other row."""
     plans = _empty_plans(facts, max_tokens)
     _fill(plans, facts, spec)
     if share_media:

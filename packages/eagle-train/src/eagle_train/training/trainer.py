@@ -158,6 +158,8 @@ class Trainer:
                 self._train_stage(number, step, loader, resumed if step else None)
                 step = 0
         if self.world.is_main:
+            if splits := self.world.chosen:
+                logger.info("context parallel splits: %s", ", ".join(f"{name} {count} packs" for name, count in splits.most_common()))
             longest = loader.seconds_by_source.most_common(3)
             if longest and longest[0][1] >= 1:
                 readers = self.config.loader.workers

@@ -13,7 +13,7 @@ from eagle_train.data.sample import load_sample
 from eagle_train.planning.stages import Planned, StageSchedule, follows
 from eagle_train.planning.visual import plan_visual, sample_plan, visual_spec
 from eagle_train.training.model import load_run_tokenizer
-from eagle_train.training.sizes import model_sizes
+from eagle_train.training.sizes import model_sizes, stage_costs
 
 from .show import SampleView, view_sample
 
@@ -34,11 +34,12 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
     if stage is not None and stage not in names:
         raise ConfigError(f"no stage is called {stage!r}; they are {', '.join(names)}")
     chosen = config.stages[names.index(stage) if stage is not None else (-1 if evaluation else 0)]
-    spec = visual_spec(config, model_sizes(config, tokenizer))
+    sizes = model_sizes(config, tokenizer)
+    spec = visual_spec(config, sizes)
     if row is None and evaluation:
         raise ConfigError("held-out rows aren't packed; name one with --row source:line")
     if row is None:
-        plan = StageSchedule(facts, config, chosen, spec).plan(0)
+        plan = StageSchedule(facts, config, chosen, spec, costs=stage_costs(config, chosen, sizes, tokenizer)).plan(0)
         if not 0 <= pack < plan.packs:
             raise ConfigError(f"stage {chosen.name} has packs 0 ... {plan.packs - 1}, there is no {pack}")
         plans, title, capacity = plan.samples(pack), f"stage {chosen.name}, pack {pack} of {plan.packs}", chosen.max_tokens
