@@ -144,8 +144,9 @@ def start_line(trainer: Trainer) -> str:
     return f"training {parameters:,} parameters{part}, {trainer.total_steps} steps, {dtype} on {world.device.type}{ranks}"
 
 
-def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
-    """Where all rows of the sources went; the parts add up to the first number. `missing`: samples that vanished while training."""
+def rows_line(schedules: Sequence[StageSchedule], missing: int = 0, concealed: int = 0) -> str:
+    """Where all rows of the sources went; the parts add up to the first number. `missing`: samples that vanished while training;
+    `concealed`: damaged frames that were trained."""
     import numpy as np
 
     facts = schedules[0].facts
@@ -160,7 +161,8 @@ def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
     text = f"{counted(len(facts) + bad, 'row')}: " + ", ".join(
         f"{number} {what}" for what, number in parts.items() if number or what == "planned"
     )
-    return text + (f"; {counted(missing, 'sample')} could not be read while training" if missing else "")
+    text += f"; {counted(missing, 'sample')} could not be read while training" if missing else ""
+    return text + (f"; {counted(concealed, 'damaged frame')} concealed by the decoder, listed in ledger-train.jsonl" if concealed else "")
 
 
 def score_table(result: Evaluation, *, baseline: bool = True) -> str:

@@ -246,6 +246,11 @@ class Source(Section):
     max_dynamic_tiles: int | None = Field(
         default=None, ge=1, le=64, description="Most tiles an image of this source may have; null: tiling.max_tiles."
     )
+    on_damage: Literal["refuse", "conceal"] = Field(
+        default="refuse",
+        description="Samples with damaged frames of a video file. refuse: not used, and in the ledger; conceal: the picture that the "
+        "decoder makes of such a frame is used, as players do, and the sample is listed in the ledger and counted in the metrics.",
+    )
 
     @field_validator("annotation")
     @classmethod
