@@ -105,16 +105,16 @@ def test_sound_with_a_cover_is_no_video(name, cover, tmp_path):
 def test_pictures_and_streams_without_times_are_no_video(suffix, tmp_path):
     """libavformat opens each of them, as one frame or with 25 frames a second that the file does not say."""
     path = tmp_path / f"a.{suffix}"
-    kind, reason = {"pdf": ("PDF", "is a PDF"), "mjpeg": ("JPEG", r"is a bare stream \(mjpeg\) whose frames have no")}.get(
-        suffix, (None, r"is an image \(")
-    )
+    reason = {"pdf": "is a PDF", "mjpeg": r"is a bare stream \(mjpeg\) whose frames have no"}.get(suffix, r"is an image \(")
     pictures = [random_image(seed, (64, 48)) for seed in range(3)]
-    options = {"save_all": True, "append_images": pictures[1:]} if suffix == "pdf" else {}
-    pictures[0].save(path, kind, **options)
     if suffix == "mjpeg":
-        with open(path, "ab") as file:
-            for picture in pictures[1:]:
-                picture.save(file, "JPEG")
+        with av.open(str(path), "w", format="mjpeg") as out:
+            stream = out.add_stream("mjpeg", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+            for picture in pictures * 10:
+                out.mux(stream.encode(av.VideoFrame.from_image(picture)))
+    else:
+        pictures[0].save(path, **({"save_all": True, "append_images": pictures[1:]} if suffix == "pdf" else {}))
     with pytest.raises(MediaError, match=rf"a\.{suffix}: {reason}"):
         probe(path)
     with pytest.raises(MediaError, match=rf"a\.{suffix}: {reason}"):
