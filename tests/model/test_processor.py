@@ -73,6 +73,32 @@ def test_forms_of_one_conversation(processor, tmp_path):
         assert (form["pixel_values"].int() - forms[0]["pixel_values"].int()).abs().max() <= 2
 
 
+def test_blocks_that_only_mark_where_media_stand(processor, video):
+    first, second = random_image(1), random_image(2)
+    bare = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}, {"type": "video"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+    ]
+    filled = [{"role": "user", "content": [{"type": "image", "image": first}, {"type": "text", "text": "and"}]}, bare[1]]
+    filled[0]["content"] += [{"type": "image", "image": second}, {"type": "video", "video": str(video)}]
+    text = processor.apply_chat_template(bare)
+    assert text == processor.apply_chat_template(filled)
+    expected = processor(messages=filled)
+    for inputs in (
+        processor(messages=bare, images=[first, second], videos=[video]),
+        processor(text=text, images=[first, second], videos=video),
+    ):
+        assert np.array_equal(inputs["input_ids"], expected["input_ids"])
+        assert np.array_equal(inputs["pixel_values"], expected["pixel_values"])
+    with pytest.raises(PromptError, match="2 image blocks have no image in them, and 1 images are given in images; give as many"):
+        processor(messages=bare, images=[first], videos=[video])
+    with pytest.raises(PromptError, match="2 image blocks have no image in them, and 0 images"):
+        processor.apply_chat_template(bare, tokenize=True)
+    filled[0]["content"][2] = {"type": "image"}
+    with pytest.raises(PromptError, match="some image blocks have a medium in them and others have none"):
+        processor(messages=filled, images=[second])
+
+
 def test_words_that_look_like_placeholders_are_text_in_messages_with_media(processor):
     a, b, c = random_image(1, (30, 30)), random_image(2, (60, 30)), random_image(3, (90, 30))
 

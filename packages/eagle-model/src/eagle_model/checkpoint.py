@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -203,7 +203,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """`save_file` with the mode that the umask gives a new file; safetensors leaves files that only the owner can read."""
     with open(path, "wb") as file:
         mode = os.fstat(file.fileno()).st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # of the system, which it names without the file
+        raise OSError(f"{path}: can't be written: {error}") from error
     path.chmod(mode)
 
 

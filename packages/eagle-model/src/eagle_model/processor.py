@@ -420,9 +420,21 @@ def _per_row(media: Any, rows: int, single: bool, kind: str) -> list[Any]:
 
 def _with_media(talk: Conversation, images: Any, videos: Any) -> Conversation:
     for kind, own, given in (("images", talk.images, images), ("videos", talk.videos, videos)):
-        if own and given:
+        if not own or own[0] is None:
+            continue
+        if given:
             raise PromptError(f"{kind} stand in the content blocks and are given as an argument too; give them once")
-    return talk._replace(images=talk.images or list(images or ()), videos=talk.videos or list(videos or ()))
+    return talk._replace(images=_placed("image", talk.images, images), videos=_placed("video", talk.videos, videos))
+
+
+def _placed(kind: str, own: list[Any], given: Any) -> list[Any]:
+    """The media of a conversation: those in its blocks, or those that are given for blocks that only mark their places."""
+    if own and own[0] is not None:
+        return own
+    media = list(given or ())
+    if own and len(own) != len(media):
+        raise PromptError(f"{len(own)} {kind} blocks have no {kind} in them, and {len(media)} {kind}s are given in {kind}s; give as many")
+    return media
 
 
 class Eagle2_5_VLProcessor(EagleProcessor):

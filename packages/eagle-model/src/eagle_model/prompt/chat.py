@@ -13,7 +13,8 @@ _TURN = re.compile(rf"{re.escape(IM_START)}(\w+)\n(.*?)(?:({re.escape(IM_END)})\
 
 
 class Conversation(NamedTuple):
-    """messages: role and text with placeholders. images, videos: what the placeholders stand for, number 1 first.
+    """messages: role and text with placeholders. images, videos: what the placeholders stand for, number 1 first; all None when the blocks
+    say only where media stand, as `{"type": "image"}` does: then media are given separately, in this order.
 
     answer_next: whether the text already ends with the assistant's header.
     """
@@ -29,7 +30,8 @@ def flatten(messages: Sequence[Mapping[str, Any]]) -> Conversation:
 
     A medium becomes a placeholder where it stands, unless a text of the same kind of message mentions its number already. The words
     `<image>` and `<video>` in a message that has media are text; in one of text alone they are placeholders (see `place_media`).
-    Raises PromptError for a block of unknown type or without its content.
+    A block `{"type": "image"}` or `{"type": "video"}` stands for the next medium that is given separately.
+    Raises PromptError for a block of unknown type or a text block without text, and for a conversation with media in some blocks only.
     """
     parsed = [(message.get("role"), _blocks(position, message.get("content"))) for position, message in enumerate(messages)]
     said = "".join(_text(blocks) for role, blocks in parsed if role != "assistant")
@@ -51,6 +53,9 @@ def flatten(messages: Sequence[Mapping[str, Any]]) -> Conversation:
         if message.get("train") is False:
             made["train"] = False
         result.append(made)
+    for kind, found in media.items():
+        if any(one is None for one in found) and any(one is not None for one in found):
+            raise PromptError(f"some {kind} blocks have a medium in them and others have none; give all in the blocks, or all separately")
     return Conversation(result, media["image"], media["video"])
 
 
@@ -77,6 +82,8 @@ def _block(block: Any) -> tuple[str, Any]:
         raise PromptError(f"a content block has the type {kind!r}; known are text, image, image_url and video")
     names = (kind,) if kind == "text" else (kind.removesuffix("_url"), kind, "path", "url")
     name = next((name for name in names if block.get(name) is not None), None)
+    if name is None and kind in ("image", "video") and set(block) <= {"type", kind, "path", "url"}:
+        return kind, None
     if name is None:
         raise PromptError(f"a content block of type {kind} has no {kind} in it")
     if kind == "video":

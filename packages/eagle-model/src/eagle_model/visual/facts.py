@@ -10,7 +10,7 @@ import binascii
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 import numpy as np
@@ -40,6 +40,7 @@ class VideoRef:
     path: a video file, a PDF or a TIFF. start, end: bounds of the clip in seconds from the file's first frame.
     frames: images in order, instead of a file; pages of a document when neither `times` (seconds of each frame) nor `fps` (rate at which
     the frames were taken) is given.
+    on_damage: of a file, what becomes of damaged frames, as in `eagle_sampling.read_frames`.
     """
 
     path: str | None = None
@@ -48,6 +49,7 @@ class VideoRef:
     frames: Sequence[ImageRef] = ()
     times: Sequence[float] | None = None
     fps: float | None = None
+    on_damage: Literal["refuse", "conceal"] = "refuse"
 
     @property
     def is_paged(self) -> bool:

@@ -152,7 +152,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
             printer.message(score_table(result))
         if world.is_main:
             write_report(config.run.folder)
-            printer.message(rows_line(ready.schedules, trained.trainer.missing))
+            printer.message(rows_line(ready.schedules, trained.trainer.missing, trained.trainer.concealed))
             printer.message(f"run folder: {config.run.folder}\ntry it: eagle chat {config.run.folder} --image picture.png 'a question'")
         trained.check_evaluations()
     finally:

@@ -21,7 +21,7 @@ Mode = Literal["full", "lora", "frozen"]
 # Names of runs and stages are folders: no dot in front, which would hide them, or be the folder itself or the one above.
 _FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
 _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
+_TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
 
 def _with_unit(units: dict[str, int], what: str) -> BeforeValidator:
@@ -246,6 +246,11 @@ class Source(Section):
     max_dynamic_tiles: int | None = Field(
         default=None, ge=1, le=64, description="Most tiles an image of this source may have; null: tiling.max_tiles."
     )
+    on_damage: Literal["refuse", "conceal"] = Field(
+        default="refuse",
+        description="Samples with damaged frames of a video file. refuse: not used, and in the ledger; conceal: the picture that the "
+        "decoder makes of such a frame is used, as players do, and the sample is listed in the ledger and counted in the metrics.",
+    )
 
     @field_validator("annotation")
     @classmethod
@@ -396,6 +401,57 @@ class PartConfig(Section):
     )
 
 
+class MixtureConfig(Section):
+    """Which share of an epoch each source has: by weight, by size with a temperature, or as tokens."""
+
+    weights: dict[str, float] | None = Field(
+        default=None,
+        min_length=1,
+        description="Relative share of each source, for example {chat: 3, video: 1}; other sources are not used. null: with temperature, "
+        "the recipe's weights.",
+    )
+    temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="Shares are proportional to weight x size^(1/temperature): 1 keeps the sizes of the sources, larger values even them "
+        "out. null: shares are the weights, whatever the sizes.",
+    )
+    tokens: dict[str, Tokens] | None = Field(
+        default=None,
+        min_length=1,
+        description="Tokens of each source in an epoch, for example {chat: 20M, video: 80M} (M is 2^20); other sources are not used. "
+        "Excludes the other keys.",
+    )
+    count: Literal["tokens", "samples"] = Field(default="tokens", description="What shares and sizes count.")
+    size: Tokens | None = Field(
+        default=None,
+        description="Tokens of an epoch (samples, with count: samples); null: as many as the sources of the mixture have together.",
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        return positive_weights(value)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.weights is None and self.temperature is None and self.tokens is None:
+            raise ValueError("says nothing about shares; give weights, temperature or tokens")
+        given = [name for name in ("weights", "temperature", "size") if getattr(self, name) is not None]
+        if self.tokens is not None and (given or self.count == "samples"):
+            other = given[0] if given else "count: samples"
+            raise ValueError(f"tokens and {other} both say how much of each source an epoch has; keep one")
+        return self
+
+
+def positive_weights(weights: dict[str, float] | None) -> dict[str, float] | None:
+    """The weights of sources by name; raises ValueError for one that is not above 0."""
+    for name, weight in (weights or {}).items():
+        if not weight > 0:
+            raise ValueError(f"weight of source {name!r} is {weight}; it must be above 0; to exclude a source, remove it here")
+    return weights
+
+
 class StageConfig(Section):
     name: str = Field(pattern=_FOLDER_NAME, description="Name of the stage, in folders and metrics.")
     max_tokens: Tokens = Field(description="Context length L_max: budget of a sample and length of a pack, in tokens (32K is 32768).")
@@ -415,6 +471,11 @@ class StageConfig(Section):
     sources: dict[str, float] | None = Field(
         default=None,
         description="Weight of each source in this stage, in place of the recipe's weight; other sources are not used.",
+    )
+    mixture: MixtureConfig | None = Field(
+        default=None,
+        description="Share of each source in an epoch of this stage, by weight, temperature or tokens; excludes sources. null: every "
+        "source comes as often as its repeat_time and weight say.",
     )
     loss_weighting: Literal["token", "sample", "sqrt"] = Field(
         default="sqrt",
@@ -441,10 +502,7 @@ class StageConfig(Section):
     @field_validator("sources")
     @classmethod
     def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for name, weight in (value or {}).items():
-            if not weight > 0:
-                raise ValueError(f"weight of source {name!r} is {weight}; it must be above 0; to exclude a source, remove it here")
-        return value
+        return positive_weights(value)
 
     @field_validator("betas")
     @classmethod
@@ -469,6 +527,19 @@ class StageConfig(Section):
                 raise ValueError(f"parts.{part}: {', '.join(sorted(given))} has no effect, since {part} is frozen; add it to train")
         if set(self.modes.values()) == {"frozen"}:
             raise ValueError("every part is frozen; name at least one in train")
+        return self
+
+    @property
+    def source_weights(self) -> dict[str, float] | None:
+        """Weights of the sources that the stage names (tokens, where its mixture states them); None: every source has the recipe's."""
+        if self.mixture is None:
+            return self.sources
+        return dict(self.mixture.tokens) if self.mixture.tokens is not None else self.mixture.weights
+
+    @model_validator(mode="after")
+    def _one_choice_of_sources(self) -> Self:
+        if self.sources is not None and self.mixture is not None:
+            raise ValueError("sources and mixture both say how often sources come; keep one")
         return self
 
     @model_validator(mode="after")

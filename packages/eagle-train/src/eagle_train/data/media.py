@@ -20,7 +20,7 @@ from eagle_sampling import Limits, MediaError, read_bytes
 
 from .atomic import replacing
 from .errors import RowError
-from .keys import ENDS, STARTS, short
+from .keys import ENDS, STARTS, RowFormat, short
 
 ImageRef = str | bytes | dict[str, Any]
 """An absolute path, bytes, `{"lmdb_file", "lmdb_key"}` or `{"tar", "member"}`: what `eagle_sampling.open_image` takes."""
@@ -42,8 +42,8 @@ _DOCUMENT_KEYS = _KEYS | {"document", "pages"}
 class Media:
     """Collects the references of one row."""
 
-    def __init__(self, root: Path, unpacked: str | None) -> None:
-        self.root, self.unpacked = root, unpacked
+    def __init__(self, root: Path, form: RowFormat) -> None:
+        self.root, self.unpacked, self.on_damage = root, form.media, form.on_damage
         self.images: list[ImageRef] = []
         self.videos: list[VideoRef] = []
         self.documents: list[VideoRef] = []
@@ -100,7 +100,7 @@ class Media:
         if isinstance(item, list | bytes | str):
             item = {"video": item}
         elif not isinstance(item, Mapping):
-            return VideoRef(self.path(item, "video"))
+            item = {"video": self.path(item, "video")}
         _check(item, _VIDEO_KEYS, "a video")
         about = {**clip, **{key: value for key, value in item.items() if value is not None}}
         if both := [key for key in clip if item.get(key) is not None and item[key] != clip[key]]:
@@ -120,8 +120,8 @@ class Media:
         if isinstance(place, bytes):
             item = {"bytes": place}
         if (stored := self._stored(item, "video")) is not None:
-            return VideoRef(self._as_file(stored, ".mp4"), start, end)
-        return VideoRef(self.path(place, "video"), start, end)
+            return VideoRef(self._as_file(stored, ".mp4"), start, end, on_damage=self.on_damage)
+        return VideoRef(self.path(place, "video"), start, end, on_damage=self.on_damage)
 
     def _frames(self, frames: Sequence[Any], about: Mapping[str, Any], start: float | None, end: float | None) -> VideoRef:
         """A video of images. With fps their times are known and a clip can be cut; without, they are numbered frames."""

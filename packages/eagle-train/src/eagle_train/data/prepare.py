@@ -215,6 +215,8 @@ class _SourcePlan:
             "verify": data.verify,
             "limits": limits,
         }
+        if data.verify == "decode" and source.on_damage != "refuse":  # otherwise no frame is decoded, and the facts are the same
+            content["on_damage"] = source.on_damage
         rules = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=10).hexdigest()
         self.folder = config.facts_folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{rules}"
         self.key = hashlib.blake2b(f"{rules} {self.fingerprint}".encode(), digest_size=10).hexdigest()
@@ -299,7 +301,8 @@ class _SourcePlan:
 
 def row_format(source: Source, facts_folder: Path) -> RowFormat:
     """How the rows of a source are written."""
-    return RowFormat(tuple(source.columns.items()), tuple(source.ignore), source.question, str(facts_folder / "media"))
+    columns, ignore = tuple(source.columns.items()), tuple(source.ignore)
+    return RowFormat(columns, ignore, source.question, str(facts_folder / "media"), source.on_damage)
 
 
 def fingerprint_of(files: Sequence[FileIndex]) -> str:

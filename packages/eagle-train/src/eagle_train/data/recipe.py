@@ -92,9 +92,10 @@ def recipe_of(config: Config, *, evaluation: bool = False) -> Recipe:
         if not recipe.sources:
             raise ConfigError("data: neither recipe nor sources is given, there is nothing to train on; name a recipe file in data.recipe")
         for index, stage in enumerate(config.stages):
-            for name in stage.sources or ():
+            for name in stage.source_weights or ():
                 if name not in recipe.sources:
-                    raise ConfigError(f"stages.{index}.sources: no source is called {name!r}{nearest(name, list(recipe.sources))}")
+                    key = "sources" if stage.mixture is None else "mixture"
+                    raise ConfigError(f"stages.{index}.{key}: no source is called {name!r}{nearest(name, list(recipe.sources))}")
     for name, source in recipe.sources.items():
         for path in source.annotation if isinstance(source.annotation, list) else [source.annotation]:
             if not there(path):

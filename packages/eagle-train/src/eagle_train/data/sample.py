@@ -80,7 +80,7 @@ def normalise(
     row = with_columns(row, form)
     absent = [kind for kind in KINDS if _says_absent(row, kind)]
     row = without_nulls(row)
-    media = Media(Path(root), form.media)
+    media = Media(Path(root), form)
     for entry in _as_list(row.get("data"), "data"):
         _add_entry(entry, media)
     clip = _row_clip(row, form)

@@ -3,7 +3,7 @@
 `plan_stage` is a pure function of (facts, stage, seed, epoch), identical on every rank; resuming is an index into it.
 
 How often a row comes: `repeat_time` of its recipe entry (whole copies, and for the fractional part the same rows in every epoch),
-times the source's weight (the stage's, else the recipe's; its fractional part is drawn anew in every epoch).
+times the source's weight (the stage's, else the recipe's; its fractional part is drawn anew in every epoch); or as `mixture` says.
 Steps are groups of `packs_per_step` packs. Within a step packs are sorted by cost, so that `packs_of` hands ranks packs of about
 the same cost at the same time. With a cost model (`costs.CostModel`) packs and steps are balanced by FLOPs, else by tokens.
 The last step is made whole by splitting packs; only when every pack holds a single sample, and none can be split, are some packs of an
@@ -30,6 +30,7 @@ from eagle_train.data.shared import shared_arrays
 
 from .balance import deal_steps
 from .costs import CostModel, Work, spread, work_of
+from .mixture import Pool, SourceDraws, count_draws, draw_mixture
 from .packing import Packs, pack, sample_costs, shuffled
 from .stored import can_be_kept, epoch_file, narrow, shared_visual
 from .trees import expand, make_trees, media_groups, media_tokens
@@ -180,6 +181,10 @@ class StagePlan:
             detail = f"{why}; raise the stage's max_tokens, or shorten the row"
             yield Entry(self.facts.source_of(row).name, int(lines[row]), reason, detail, f"stage {self.stage.name}")
 
+    def draws(self) -> list[SourceDraws]:
+        """What the epoch takes from each source that it uses."""
+        return count_draws(self.facts, self.visual.tokens, self.visual.status == 0, self.pack_rows)
+
     def summary(self) -> PlanSummary:
         """Counts, fill and balance; a few column sums."""
         used = self.rows()
@@ -256,9 +261,7 @@ def plan_stage(
     """
     if visual is None:
         visual = plan_visual(facts, stage.max_tokens, spec, share_media=share_media)
-    drawn = draw_rows(facts, stage, seed, epoch)
-    fits = visual.status[drawn] == 0
-    rows, dropped = drawn[fits], np.unique(drawn[~fits])
+    rows, dropped = choose_rows(facts, stage, visual, seed, epoch)
     if not len(rows) and not np.any(visual.status[drawable_rows(facts, stage, seed)] == 0):
         raise nothing_to_train(facts, stage, visual, seed)
     mixed = (seed * 1_000_003 + epoch) * 1_000_003 + zlib.crc32(stage.name.encode())
@@ -287,8 +290,28 @@ def nothing_to_train(facts: Facts, stage: StageConfig, visual: VisualPlans, seed
     )
 
 
+def choose_rows(facts: Facts, stage: StageConfig, visual: VisualPlans, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that an epoch trains, int64 [S], in the facts' order, a row as often as it comes; and those that would be drawn and don't fit.
+
+    With a mixture shares are of rows that fit, so that long rows don't make a source small."""
+    if stage.mixture is None:
+        drawn = draw_rows(facts, stage, seed, epoch)
+        fits = visual.status[drawn] == 0
+        return drawn[fits], np.unique(drawn[~fits])
+    pools, seeds, dropped = [], [], [np.zeros(0, np.int64)]
+    for source, weight, base in _sources_of(facts, stage, seed):
+        rows = base + source.first
+        fits = visual.status[rows] == 0
+        dropped.append(np.unique(rows[~fits]))
+        rows = rows[fits]
+        costs = visual.tokens[rows].astype(np.int64) if stage.mixture.count == "tokens" else np.ones(len(rows), np.int64)
+        pools.append(Pool(source.name, weight, rows, costs))
+        seeds.append((seed * 1_000_003 + zlib.crc32(source.name.encode())) * 1_000_003 + zlib.crc32(stage.name.encode()))
+    return draw_mixture(pools, stage.mixture, stage.name, seeds, epoch), np.concatenate(dropped)
+
+
 def draw_rows(facts: Facts, stage: StageConfig, seed: int, epoch: int) -> np.ndarray:
-    """Rows that an epoch of the stage shows, int64 [S], in the facts' order, a row as often as it comes."""
+    """Rows that an epoch of a stage without a mixture shows, int64 [S], in the facts' order, a row as often as it comes."""
     parts = [np.zeros(0, np.int64)]
     for source, weight, base in _sources_of(facts, stage, seed):
         name = zlib.crc32(source.name.encode())
@@ -299,14 +322,19 @@ def draw_rows(facts: Facts, stage: StageConfig, seed: int, epoch: int) -> np.nda
 
 def drawable_rows(facts: Facts, stage: StageConfig, seed: int) -> np.ndarray:
     """Rows that some epoch of the stage shows, int64."""
-    shown = [base + source.first for source, weight, base in _sources_of(facts, stage, seed) if len(_times(base, weight, 0))]
+    shown = [
+        base + source.first
+        for source, weight, base in _sources_of(facts, stage, seed)
+        if stage.mixture is not None or len(_times(base, weight, 0))
+    ]
     return np.concatenate([np.zeros(0, np.int64), *shown])
 
 
 def _sources_of(facts: Facts, stage: StageConfig, seed: int) -> Iterator[tuple[FactsSource, float, np.ndarray]]:
     """The stage's sources with their weights, and the rows that repeat_time makes of each, int64, counted within the source."""
+    weights = stage.source_weights
     for source in facts.sources:
-        weight = source.weight if stage.sources is None else stage.sources.get(source.name)
+        weight = source.weight if weights is None else weights.get(source.name)
         if weight is not None and source.rows:
             rows = np.arange(source.rows, dtype=np.int64)
             yield source, weight, _times(rows, source.repeat_time, seed * 1_000_003 + zlib.crc32(source.name.encode()))
@@ -429,6 +457,17 @@ class StageSchedule:
             while step >= self._end(epoch):
                 epoch += 1
             return self.plan(epoch), step - (self._end(epoch - 1) if epoch else 0)
+
+    def times_drawn(self) -> np.ndarray:
+        """How often every row of the facts is trained in all steps of the stage, int64 [rows]; plans all of its epochs."""
+        times, step = np.zeros(len(self.facts), np.int64), 0
+        while step < self.steps:
+            plan, _ = self.locate(step)
+            steps = min(plan.steps, self.steps - step)
+            rows = plan.pack_rows[: plan.pack_offsets[steps * self.stage.packs_per_step]]
+            times += np.bincount(rows, minlength=len(times))
+            step += steps
+        return times
 
     def _end(self, epoch: int) -> int:
         while len(self._ends) <= epoch:

@@ -108,7 +108,7 @@ class Trainer:
         self.failed_evaluations: list[str] = []
         self._pending: _Pending | None = None
         self._pace: float | None = None
-        self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0}
+        self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0, "concealed": 0}
         #: Stage and step of the newest checkpoint, and when it was written.
         self._saved, self._saved_at = (0, 0), time.monotonic()
 
@@ -116,6 +116,11 @@ class Trainer:
     def missing(self) -> int:
         """Samples that could not be read, so far."""
         return self._seen["missing"]
+
+    @property
+    def concealed(self) -> int:
+        """Damaged frames that were trained as the decoder makes them (`on_damage: conceal`), so far."""
+        return self._seen["concealed"]
 
     @property
     def checkpoints(self) -> Path:
@@ -179,7 +184,7 @@ class Trainer:
             self._rewind(progress.total_steps if progress is not None else 0)
         if path is None or progress is None:
             return 0, 0, None
-        self._seen = dict(progress.seen)
+        self._seen |= progress.seen
         lost = self._lost_evaluation(progress)
         if progress.done or lost:  # within a stage weights are read together with the optimizer's state
             self._load(path, None)
@@ -362,6 +367,7 @@ class Trainer:
             loss += self._forward_backward(replace(pack.batch, denominator=denominator))
             if world.context.rank == 0:
                 self.ledger.extend(replace(entry, step=total_step) for entry in pack.failed)
+            self.ledger.extend(replace(entry, step=total_step) for entry in pack.concealed)
         self.beat.at("the optimizer")
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
@@ -384,9 +390,11 @@ class Trainer:
             "samples": totals.samples,
             "labels": totals.labels,
             "missing": totals.missing,
+            "concealed": totals.concealed,
             "fill": totals.tokens / (stage.packs_per_step * stage.max_tokens),
             "seen_tokens": self._seen["tokens"],
             "seen_missing": self._seen["missing"],
+            "seen_concealed": self._seen["concealed"],
         }
         ids = [sample for pack in packs for sample in pack.sample_ids]
         self._settle()

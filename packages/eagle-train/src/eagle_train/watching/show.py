@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.text import Text as RichText
 
 from eagle_model.prompt import IGNORE_INDEX, Segment, Special, Text, encode
-from eagle_model.visual import MediaChanged, SamplePlan, VideoPlan, VideoRef, VisualSpec, read_image, read_video
+from eagle_model.visual import MediaChanged, SamplePlan, VideoPlan, VideoRef, VisualSpec, describe_concealed, read_image, read_video
 from eagle_sampling import Limits, MediaError
 from eagle_tiling import Grid, tile_count
 from eagle_train.data.sample import Sample
@@ -178,7 +178,8 @@ def _frame_pictures(
     )
     tiles = np.empty((len(chosen), spec.tile_size, spec.tile_size, 3), np.uint8)
     try:
-        read_video(tiles, ref, some, limits=limits)
+        if concealed := read_video(tiles, ref, some, limits=limits):
+            notes.append(describe_concealed(concealed))
     except (MediaError, MediaChanged, OSError) as error:
         notes.append(str(error))
         return {}

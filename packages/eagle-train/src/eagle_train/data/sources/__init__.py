@@ -78,6 +78,8 @@ def format_of(path: str) -> str:
     """Name of a file's format: from its first bytes where they tell, else from its suffix; JSONL if nothing tells."""
     with open(path, "rb") as file:
         head = file.read(512)
+    if (encoding := _other_encoding(head)) is not None:
+        raise ConfigError(f"{path}: is {encoding} text, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 {Path(path).name} > new file")
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith(b"ARROW1") or (suffix := Path(path).suffix.lower()) == ".arrow":
@@ -91,6 +93,18 @@ def format_of(path: str) -> str:
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]
     return "json" if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else "jsonl"
+
+
+def _other_encoding(head: bytes) -> str | None:
+    """Name of a text's encoding when it is UTF-16 or UTF-32; without a byte order mark by its zeros, since JSON begins with ASCII."""
+    for mark, name in ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
+        if head.startswith(mark):
+            return name
+    first = head[:4]
+    if len(first) < 4 or first.count(0) not in (2, 3):
+        return None
+    patterns = {(1, 0, 0, 0): "UTF-32LE", (0, 0, 0, 1): "UTF-32BE", (1, 0, 1, 0): "UTF-16LE", (0, 1, 0, 1): "UTF-16BE"}
+    return patterns.get(tuple(int(byte != 0) for byte in first))
 
 
 def open_rows(path: str) -> RowSource:

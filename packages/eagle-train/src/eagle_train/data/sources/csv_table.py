@@ -35,7 +35,12 @@ class CsvTable:
         """Names of the columns; raises ConfigError when the file has none, or one twice."""
         with open(self.path, "rb") as file:
             _, record = next(_records(file), (0, b""))
-        names = self._cells(record.removeprefix(b"\xef\xbb\xbf"))
+        try:
+            names = self._cells(record.removeprefix(b"\xef\xbb\xbf"))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(
+                f"{self.path}: its first line can't be read ({error}); save it as UTF-8, with {self.delimiter!r} between cells"
+            ) from error
         if not any(names) or len(set(names)) != len(names):
             raise ConfigError(f"{self.path}: the first line must name the columns, each once; it says {names}")
         return names
