@@ -83,7 +83,7 @@ def read_whole(path: str | os.PathLike[str], limits: Limits) -> bytes | None:
 def open_stream(path: str | os.PathLike[str]) -> Any:
     """What libraries that take a path or a binary file can read: a stream of an address, or the local path itself. Raises MediaError."""
     file = open_remote(path)
-    return path if file is None else MediaStream(file, str(path))
+    return path if file is None else io.BufferedReader(MediaStream(file, str(path)), _SMALLEST)
 
 
 class MediaStream(io.RawIOBase):

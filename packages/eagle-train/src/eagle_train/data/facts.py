@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from eagle_model.prompt.costs import FrameCosts
 from eagle_model.visual import FactColumns, VideoFacts
 from eagle_sampling import TimeTable
-from eagle_train.config import Config, Source
+from eagle_train.config import Config, HubDataset, Source, addresses
 
+from . import remote
 from .keys import RowFormat
 from .recipe import is_pattern
 from .sample import Address
@@ -66,8 +67,8 @@ class FactsSource(NamedTuple):
     """
 
     name: str
-    annotation: Path | list[Path]
-    root: Path
+    annotation: Any
+    root: Path | str
     first: int
     rows: int
     bad_rows: int
@@ -196,11 +197,18 @@ def empty_table() -> pa.Table:
     return SCHEMA.empty_table()
 
 
-def root_of(source: Source) -> Path:
-    """Folder that media paths start from: `root`, else that of the annotation (of the first one, and of a pattern what comes before it)."""
+def root_of(source: Source) -> Path | str:
+    """Folder or address that media paths start from: `root`, else that of the annotation (of the first one, and of a pattern what comes
+    before it; of a dataset of the hub, its repository)."""
     if source.root is not None:
         return source.root
     first = source.annotation[0] if isinstance(source.annotation, list) else source.annotation
+    if isinstance(first, HubDataset):
+        return f"hf://datasets/{first.hub}" + (f"@{first.revision}" if first.revision else "")
+    if isinstance(first, str):
+        if addresses.is_pattern(first):
+            return addresses.fixed_part(first)
+        return first.rstrip("/") if remote.is_folder(first) else addresses.parent(first)
     if is_pattern(first):
         return Path(*itertools.takewhile(lambda part: not any(character in part for character in "*?["), first.parts))
     return first if first.is_dir() else first.parent
