@@ -19,6 +19,7 @@ from PIL import Image
 from eagle_model.errors import ModelError
 from eagle_sampling import Limits, MediaError, TimeTable, VideoInfo, clip_range, image_size, open_image, probe
 from eagle_sampling.documents import pdf_size
+from eagle_sampling.files import is_remote, open_remote
 from eagle_sampling.images import describe
 from eagle_tiling import load_rgb
 
@@ -90,7 +91,10 @@ class VideoFacts:
 
 
 def local_path(address: str) -> str:
-    """The path that a `file://` address names (%20 is a space there), or the path itself. Raises ValueError for other addresses."""
+    """The path that a `file://` address names (%20 is a space there), or the path itself, or an address that has an opener
+    (`eagle_sampling.register_opener`). Raises ValueError for other addresses."""
+    if is_remote(address):
+        return address
     if address.startswith(("http://", "https://")):
         raise ValueError(f"{address}: media are not fetched from the network; download the file first and give its path")
     return unquote(address.removeprefix("file://")) if address.startswith("file://") else address
@@ -217,6 +221,9 @@ def measure_video(ref: VideoRef, limits: Limits | None = None, *, info: VideoInf
 
 
 def _file_size(path: str) -> int:
+    if (remote := open_remote(path)) is not None:
+        remote.close()
+        return remote.size
     try:
         return os.stat(path).st_size
     except OSError as error:

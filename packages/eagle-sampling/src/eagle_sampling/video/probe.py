@@ -132,7 +132,7 @@ def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = 
         partial: accept a file that was cut off and describe the frames that it still holds.
 
     Raises:
-        MediaError: the file is missing, an address, not a video, damaged, cut off (unless `partial`), or over the limits.
+        MediaError: the file is missing, an address without an opener, not a video, damaged, cut off (unless `partial`), or over the limits.
         TypeError: `path` is not a path.
     """
     name = path_text(path, "the path of a video file")
@@ -170,6 +170,7 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
                 if track is None and head[4:8] == b"ftyp" and head[8:12] in _STILLS:  # libavformat shows one of its tiles
                     raise MediaError(f"{path}: is an image ({head[8:12].decode()}), not a video; give it as an image")
             elif head[:4] == _EBML:
+                source.copy_whole()
                 track = read_matroska(source, limits)
             elif looks_like_ts(head):
                 track = read_mpegts(source, limits)
@@ -223,6 +224,8 @@ def _opened(path: str) -> Iterator[Source]:
     """The open file; an exception of a parser inside becomes a MediaError that names the file."""
     try:
         source = Source(path)
+    except MediaError:
+        raise
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     try:

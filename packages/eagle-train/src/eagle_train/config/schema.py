@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 from eagle_sampling.budget import STRATEGIES
 
+from .addresses import Place, scheme_of
+
 Part = Literal["vision", "connector", "language"]
 PARTS: tuple[Part, ...] = ("vision", "connector", "language")
 Mode = Literal["full", "lora", "frozen"]
@@ -72,7 +74,9 @@ class Section(BaseModel):
             return value
         resolve = info.context["resolve"]
         if isinstance(value, list):
-            return [resolve(Path(one)) for one in value]
+            return [one if isinstance(one, Section) or scheme_of(one) else resolve(Path(one)) for one in value]
+        if isinstance(value, Section) or scheme_of(value):
+            return value
         resolved = resolve(Path(value))
         if info.field_name in cls.names and is_hub_name(str(value)) and not resolved.exists():
             return value
@@ -209,16 +213,39 @@ class ModelConfig(Section):
         return self.path or (f"{self.vision} and {self.language}" if self.vision else self.preset or "tiny")
 
 
+class HubDataset(Section):
+    """A dataset of the Hugging Face hub, read by the library datasets."""
+
+    hub: str = Field(description="Name of the dataset, for example HuggingFaceM4/ChartQA.")
+    subset: str | None = Field(default=None, description="Its configuration; null: the default one.")
+    split: str = Field(default="train", pattern=r"^[A-Za-z0-9_.-]+$", description="Its split, whole: train, not train[:100].")
+    revision: str | None = Field(default=None, description="Commit, tag or branch; null: main, whatever it is on that day.")
+
+    @field_validator("hub")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not is_hub_name(value):
+            raise ValueError(f"{value!r} is not the name of a dataset, which has the form owner/name")
+        return value
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.hub, self.subset, self.split)))
+
+
 class Source(Section):
     """One entry of a recipe."""
 
     paths = ("annotation", "root")
-    annotation: Path | list[Path] = Field(
+    annotation: HubDataset | Place | list[HubDataset | Place] = Field(
         description="File of rows: JSONL, a JSON array, CSV, TSV (each also .gz, .zst, .bz2, .xz), Parquet, Arrow, or a WebDataset tar; a "
-        "folder of Parquet, Arrow or tar files (a saved datasets dataset); a pattern such as shards/*.parquet; or a list of these."
+        "folder of Parquet, Arrow or tar files (a saved datasets dataset); a pattern such as shards/*.parquet; an address of any of these "
+        "(s3://bucket/rows.jsonl, see data.remote); a dataset of the Hugging Face hub as {hub: owner/name, subset: ..., split: train, "
+        "revision: ...}; or a list of these."
     )
-    root: Path | None = Field(
-        default=None, description="Folder that the media paths of the rows start from; null: the annotation's folder."
+    root: Place | None = Field(
+        default=None,
+        description="Folder or address that the media paths of the rows start from; null: the annotation's folder, of a dataset of the hub "
+        "its repository.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -254,7 +281,7 @@ class Source(Section):
 
     @field_validator("annotation")
     @classmethod
-    def _some_file(cls, value: Path | list[Path]) -> Path | list[Path]:
+    def _some_file(cls, value: Any) -> Any:
         if value == []:
             raise ValueError("is an empty list; name at least one file")
         return value
@@ -289,6 +316,47 @@ class LimitsConfig(Section):
     )
 
 
+class RemoteConfig(Section):
+    """Files that are read by address. Nothing is fetched unless its scheme is named here."""
+
+    paths = ("cache",)
+    schemes: list[str] = Field(
+        default_factory=list,
+        description="Schemes of addresses that are read, for example [s3, https]: s3, gs, hf, http, https and others that fsspec knows. "
+        "Empty: none. Credentials come from the environment's standard places.",
+    )
+    anonymous: bool = Field(default=False, description="Read s3:// and gs:// without credentials (public buckets).")
+    endpoint_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^@?]+$",
+        description="Address of an S3-compatible server; null: AWS_ENDPOINT_URL, else Amazon's.",
+    )
+    cache: Path | None = Field(
+        default=None, description="Folder of the pieces that were fetched, best on a local disk; null: ~/.cache/eagle (or XDG_CACHE_HOME)."
+    )
+    cache_bytes: Bytes = Field(
+        default=20 * 2**30,
+        description="Size of the cache, which all processes of the host share; what was not used for longest goes first.",
+    )
+    retries: int = Field(
+        default=6, ge=0, description="Attempts after a request that failed for a reason that may pass; waits grow from 0.5 to 30 s."
+    )
+    timeout: float = Field(default=60.0, gt=0, description="Seconds without a byte after which a request has failed.")
+    check_after: float = Field(
+        default=3600.0,
+        ge=0,
+        description="Seconds for which a process takes a file's size and ETag as still true.",
+    )
+
+    @field_validator("schemes")
+    @classmethod
+    def _schemes(cls, value: list[str]) -> list[str]:
+        for scheme in value:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme) or scheme in ("file", "local"):
+                raise ValueError(f"{scheme!r} is not a scheme of remote files; write it as in s3://, without the ://")
+        return value
+
+
 class DataConfig(Section):
     paths = ("recipe", "eval_recipe", "facts")
     recipe: Path | None = Field(default=None, description="Recipe file (YAML, or the originals' JSON); excludes sources.")
@@ -306,6 +374,9 @@ class DataConfig(Section):
     )
     shard_rows: int = Field(default=2048, ge=1, description="Rows of a facts file: what a kill costs each worker at most.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="When to refuse a file, and when to stop.")
+    remote: RemoteConfig = Field(
+        default_factory=RemoteConfig, json_schema_extra=FREE, description="Files that are read by address (s3://, https://, ...)."
+    )
 
     @model_validator(mode="after")
     def _one_recipe(self) -> Self:

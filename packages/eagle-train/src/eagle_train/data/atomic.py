@@ -15,7 +15,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.errno is not None and error.filename is None:  # else the error has a message of its own
             error.filename = str(path)
         raise
 

@@ -17,8 +17,9 @@ import pyarrow as pa
 from eagle_model.prompt.costs import FrameCosts
 from eagle_model.visual import FactColumns, VideoFacts
 from eagle_sampling import TimeTable
-from eagle_train.config import Source
+from eagle_train.config import HubDataset, Source, addresses
 
+from . import remote
 from .keys import RowFormat
 from .recipe import is_pattern
 from .sample import Address
@@ -67,8 +68,8 @@ class FactsSource(NamedTuple):
     """
 
     name: str
-    annotation: Path | list[Path]
-    root: Path
+    annotation: Any
+    root: Path | str
     first: int
     rows: int
     bad_rows: int
@@ -229,11 +230,18 @@ def _add_values(array: Any, digest: Any) -> None:
     digest.update(array.fill_null(0).to_numpy(zero_copy_only=False).tobytes())
 
 
-def root_of(source: Source) -> Path:
-    """Folder that media paths start from: `root`, else that of the annotation (of the first one, and of a pattern what comes before it)."""
+def root_of(source: Source) -> Path | str:
+    """Folder or address that media paths start from: `root`, else that of the annotation (of the first one, and of a pattern what comes
+    before it; of a dataset of the hub, its repository)."""
     if source.root is not None:
         return source.root
     first = source.annotation[0] if isinstance(source.annotation, list) else source.annotation
+    if isinstance(first, HubDataset):
+        return f"hf://datasets/{first.hub}" + (f"@{first.revision}" if first.revision else "")
+    if isinstance(first, str):
+        if addresses.is_pattern(first):
+            return addresses.fixed_part(first)
+        return first.rstrip("/") if remote.is_folder(first) else addresses.parent(first)
     if is_pattern(first):
         return Path(*itertools.takewhile(lambda part: not any(character in part for character in "*?["), first.parts))
     return first if first.is_dir() else first.parent

@@ -17,13 +17,16 @@ from urllib.parse import unquote
 
 from eagle_model.visual import VideoRef
 from eagle_sampling import Limits, MediaError, read_bytes
+from eagle_sampling.files import is_remote
+from eagle_train.config import addresses
 
 from .atomic import replacing
 from .errors import RowError
+from .files import version_of
 from .keys import ENDS, STARTS, RowFormat, short
 
 ImageRef = str | bytes | dict[str, Any]
-"""An absolute path, bytes, `{"lmdb_file", "lmdb_key"}` or `{"tar", "member"}`: what `eagle_sampling.open_image` takes."""
+"""An absolute path or an address, bytes, `{"lmdb_file", "lmdb_key"}` or `{"tar", "member"}`: what `eagle_sampling.open_image` takes."""
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:[\w/+.-]*[;,]")
 """Addresses, which are not files: `s3://...`, `data:image/png;base64,...`; `clip1:2.png` is a file."""
@@ -42,8 +45,9 @@ _DOCUMENT_KEYS = _KEYS | {"document", "pages"}
 class Media:
     """Collects the references of one row."""
 
-    def __init__(self, root: Path, form: RowFormat) -> None:
-        self.root, self.unpacked, self.on_damage = root, form.media, form.on_damage
+    def __init__(self, root: str | Path, form: RowFormat) -> None:
+        self.root = root if isinstance(root, str) and addresses.scheme_of(root) else Path(root)
+        self.unpacked, self.on_damage = form.media, form.on_damage
         self.images: list[ImageRef] = []
         self.videos: list[VideoRef] = []
         self.documents: list[VideoRef] = []
@@ -77,7 +81,7 @@ class Media:
         if value.startswith("file://"):
             value = unquote(value.removeprefix("file://"))
         if _ADDRESS.match(value):
-            raise RowError("bad-media", f"{what} {short(value)} is an address; media are read from files, download it first")
+            return _address(value, what)
         if len(value) > _LONGEST_PATH:
             raise RowError("bad-media", f"{what} {short(value)} has {len(value)} characters and is not a path; media are read from files")
         if "\0" in value:
@@ -86,6 +90,8 @@ class Media:
             os.fsencode(value)
         except UnicodeEncodeError as error:  # half of a surrogate pair, except those that Python spells odd bytes of a name with
             raise RowError("bad-media", f"{what} {short(value)} can't be a path: {error}") from error
+        if isinstance(self.root, str) and not os.path.isabs(value):
+            return _address(addresses.join(self.root, value), what)
         return str(self.root / value)
 
     def image(self, item: Any) -> ImageRef:
@@ -180,10 +186,12 @@ class Media:
             identity = stored
         else:
             try:
-                stat = os.stat(stored["tar"])  # pyright: ignore[reportArgumentType]
+                version = version_of(stored["tar"])  # pyright: ignore[reportArgumentType]
             except OSError as error:
                 raise RowError("media-missing", f"{stored['tar']}: {error.strerror}") from error  # pyright: ignore[reportArgumentType]
-            identity = repr((sorted(stored.items()), stat.st_size, stat.st_mtime_ns)).encode()  # pyright: ignore[reportAttributeAccessIssue]
+            except MediaError as error:
+                raise RowError("media-missing", str(error)) from error
+            identity = repr((sorted(stored.items()), *version)).encode()  # pyright: ignore[reportAttributeAccessIssue]
             suffix = Path(stored["member"]).suffix or suffix  # pyright: ignore[reportArgumentType]
         target = Path(self.unpacked) / f"{hashlib.blake2b(identity, digest_size=16).hexdigest()}{suffix}"
         if not target.exists():
@@ -195,6 +203,19 @@ class Media:
             with replacing(target) as file:
                 file.write(content)
         return str(target)
+
+
+def _address(value: str, what: str) -> str:
+    """An address that this process reads; raises RowError for any other, and for one with credentials, which messages would repeat."""
+    if not is_remote(value):
+        scheme = addresses.scheme_of(value)
+        hint = f", or add {scheme} to data.remote.schemes" if scheme else ""
+        shown = short(addresses.without_secrets(value)) if scheme else short(value)
+        raise RowError("bad-media", f"{what} {shown} is an address; media are read from files, download it first{hint}")
+    if (secret := addresses.secret_in(value)) is not None:
+        why = f"carries credentials ({secret}); leave them to the environment's standard places, or download the file"
+        raise RowError("bad-media", f"{what} {short(addresses.without_secrets(value))} {why}")
+    return value
 
 
 def clip_of(mapping: Mapping[str, Any]) -> dict[str, Any]:

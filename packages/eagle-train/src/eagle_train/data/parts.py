@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eagle_sampling import MediaUnavailable
+
 from .atomic import replacing
 from .errors import RowError
 from .facts import SCHEMA, content_of
@@ -45,7 +47,7 @@ class Work(NamedTuple):
 
     source: str
     file: str
-    root: Path
+    root: Path | str
     shard: Shard
     first_line: int
     part: Path
@@ -97,6 +99,8 @@ def _measure_rows(work: Work, measurer: Measurer, only: Container[int] | None = 
         except RowError as error:
             bad.append(Entry(work.source, line, error.reason, error.detail[:_LONGEST_DETAIL]))
             continue
+        except MediaUnavailable:  # says nothing about the row
+            raise
         except Exception as error:  # one odd row among millions: the ledger names it, the limits count it, and the others go on
             bad.append(Entry(work.source, line, UNEXPECTED, _report(error)))
             continue

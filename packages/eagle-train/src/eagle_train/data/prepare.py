@@ -31,10 +31,11 @@ from typing import Any, NamedTuple
 
 from eagle_model.prompt import VideoSpan, encode, render, to_text
 from eagle_model.prompt.costs import FrameCosts, PromptCosts
-from eagle_train.config import Config, Source
+from eagle_train.config import Config, DataConfig, Source
 from eagle_train.errors import BAD_DATA, TrainError
 from eagle_train.executors import in_threads
 
+from . import remote
 from .atomic import read_json, replacing
 from .facts import FACTS_VERSION, Facts, RowFile, root_of
 from .join import Part, Prepared, join_sources
@@ -209,7 +210,7 @@ class _SourcePlan:
             "version": FACTS_VERSION,
             "source": name,
             "columns": [sorted(source.columns.items()), sorted(source.ignore), source.question],
-            "root": str(root_of(source).resolve()),
+            "root": str(root.resolve() if isinstance(root := root_of(source), Path) else root),
             "tokenizer": fingerprint,
             "system": config.prompt.system,
             "verify": data.verify,
@@ -395,7 +396,7 @@ def _run_in_processes(todo: list[tuple[_SourcePlan, Work]], workers: int, config
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer, config.data.limits, config.data.verify, os.getpid()),
+        initargs=(tokenizer, config.data, os.getpid()),
     )
     queue = iter(todo)
     running: dict[Future[Counts], tuple[_SourcePlan, Work]] = {}
@@ -424,11 +425,12 @@ def _run_in_processes(todo: list[tuple[_SourcePlan, Work]], workers: int, config
 _worker: Measurer | None = None
 
 
-def _start_worker(tokenizer: Any, limits: Any, verify: str, parent: int) -> None:
+def _start_worker(tokenizer: Any, data: DataConfig, parent: int) -> None:
     global _worker
+    remote.enable(data.remote)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of their own would only take turns with the other workers
-    _worker = Measurer(tokenizer, limits, verify)
+    _worker = Measurer(tokenizer, data.limits, data.verify)
 
     def watch() -> None:  # a killed parent can't tell its workers to stop
         while os.getppid() == parent:

@@ -468,7 +468,7 @@ class Trainer:
         share = Share(self.world.context.rank, self.world.context.size)
         origin = self.folder / "origin"  # with Eagle's tokens, also where the language model's own tokenizer lacks them
         tokenizer = origin if (origin / "tokenizer_config.json").is_file() else tokenizer_folder(self.config)
-        return Reading(str(tokenizer), self.schedules[0].spec, media_limits(self.config.data.limits), share)
+        return Reading(str(tokenizer), self.schedules[0].spec, media_limits(self.config.data.limits), share, self.config.data.remote)
 
     def _read_again(self, number: int, step: int, place: int, missing: dict[int, Entry]) -> LoadedPack:
         """A pack without some samples, read in this process: rare, and the loader's processes are already ahead."""

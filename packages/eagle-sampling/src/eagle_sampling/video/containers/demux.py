@@ -18,6 +18,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from ...files import open_stream
 from ...limits import Limits, MediaError
 from ..beginning import FIRST_WITHIN, LEADING, whole_pictures
 from ..keyframes import Start, StartOf, start_test
@@ -41,7 +42,8 @@ Turn = tuple[int, bool, bool]  # as `orientation` returns it
 
 def open_container(path: str) -> InputContainer:
     """The file opened by libavformat, by its absolute path: "12:30.avi" would be read as a protocol."""
-    return av.open(os.path.abspath(path), **_OPEN)
+    source = open_stream(path)
+    return av.open(os.path.abspath(path) if source is path else source, **_OPEN)
 
 
 def choose_stream(container: InputContainer) -> VideoStream:

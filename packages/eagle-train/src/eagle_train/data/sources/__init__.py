@@ -12,10 +12,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from eagle_train.config import ConfigError, Source
+from eagle_train.config import ConfigError, HubDataset, Source
 
+from .. import remote
+from ..files import open_binary, version_of
 from ..recipe import is_pattern
-from . import compressed
+from . import compressed, hub
 from .columnar import ArrowFile, Columnar
 from .csv_table import CsvTable
 from .json_array import JsonArray
@@ -41,18 +43,22 @@ _IN_FOLDERS = (".parquet", ".arrow", ".tar")
 
 def files_of(source: Source, unpack: Path) -> list[str]:
     """The annotation files of a source in order: paths, patterns (`shards/*.parquet`, sorted by name), and folders of Parquet, Arrow or tar
-    files, such as a saved `datasets` dataset. Compressed files are unpacked into the folder `unpack`.
+    files, such as a saved `datasets` dataset; all also as addresses; and the files of datasets of the hub. Compressed files are unpacked into
+    the folder `unpack`, Arrow files at an address copied there.
 
     Raises ConfigError for what doesn't exist, a pattern or folder without files, and a file that is named twice.
     """
     given = source.annotation if isinstance(source.annotation, list) else [source.annotation]
     found: list[str] = []
-    for path in given:
-        found += _expanded(path)
+    for one in given:
+        if isinstance(one, HubDataset):
+            found += hub.files_of(one)
+        else:
+            found += _expanded(one) if isinstance(one, Path) else remote.names_of(one)
     twice = {path for path in found if found.count(path) > 1} if len(found) < 1000 else set()
     if len(set(found)) != len(found):
         raise ConfigError(f"annotation names a file twice: {next(iter(twice), 'see the list')}; use repeat_time to repeat rows")
-    return [compressed.unpacked(path, unpack) if path.lower().endswith(compressed.SUFFIXES) else path for path in found]
+    return [compressed.unpacked(path, unpack) if compressed.is_copied(path) else path for path in found]
 
 
 def _expanded(path: Path) -> list[str]:
@@ -76,7 +82,7 @@ def _expanded(path: Path) -> list[str]:
 
 def format_of(path: str) -> str:
     """Name of a file's format: from its first bytes where they tell, else from its suffix; JSONL if nothing tells."""
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         head = file.read(512)
     if (encoding := _other_encoding(head)) is not None:
         raise ConfigError(f"{path}: is {encoding} text, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 {Path(path).name} > new file")
@@ -109,10 +115,9 @@ def _other_encoding(head: bytes) -> str | None:
 
 def open_rows(path: str) -> RowSource:
     """The rows of a file; files stay open, as many as a process used last. Raises ConfigError for a file that isn't of its format."""
-    stat = os.stat(path)
-    return _opened(path, stat.st_size, stat.st_mtime_ns)
+    return _opened(path, *version_of(path))
 
 
 @lru_cache(maxsize=32)
-def _opened(path: str, size: int, mtime_ns: int) -> RowSource:
+def _opened(path: str, size: int, version: int | str) -> RowSource:
     return FORMATS[format_of(path)](path)
