@@ -40,10 +40,11 @@ from eagle_train.planning.stages import StageSchedule
 
 from . import checkpoint
 from .activations import activation_mode, make_engine
+from .build import empty_model, fill_model
 from .ema import MovingAverage
 from .heartbeat import Heartbeat
 from .metrics import Metrics
-from .model import attention_backend, build_model, tokenizer_folder
+from .model import attention_backend, tokenizer_folder
 from .optim import make_optimizer, set_learning_rates, set_trainable
 from .stop import Interrupted, StopSignals, what_is_saved
 
@@ -442,9 +443,9 @@ class Trainer:
     # ---- model and reading --------------------------------------------------------------------------------------------------------
 
     def _new_model(self, modes: Any = None, *, weights: bool = True) -> nn.Module:
-        """weights: False leaves pretrained weights unread, where a checkpoint of the run follows."""
-        model = build_model(self.config, self.tokenizer, weights=weights)
-        modes = modes or self.config.stages[0].modes
+        """weights: False leaves weights undefined, where a checkpoint of the run follows."""
+        empty = empty_model(self.config, self.tokenizer, weights=weights)
+        modes, model = modes or self.config.stages[0].modes, empty.model
         set_trainable(model, modes)
         self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
@@ -452,7 +453,9 @@ class Trainer:
         if mode == "offload" and self.engine is None:
             self.engine = make_engine(self.config, model.config, self.world)
         model.set_activation_checkpointing(mode, self.engine)
-        return shard_model(nn.Module.to(model, self.world.device), self.world, self.config.parallel)
+        sharded = shard_model(model, self.world, self.config.parallel)
+        fill_model(sharded, empty.rows, self.world)
+        return sharded
 
     def _reading(self) -> Reading:
         share = Share(self.world.context.rank, self.world.context.size)
