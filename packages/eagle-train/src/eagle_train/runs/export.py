@@ -15,8 +15,8 @@ from eagle_train.distributed.world import World, alone
 from eagle_train.errors import TrainError
 from eagle_train.planning.visual import visual_spec
 from eagle_train.training import checkpoint
-from eagle_train.training.ema import MovingAverage
 from eagle_train.training.build import build_model
+from eagle_train.training.ema import MovingAverage
 from eagle_train.training.model import load_run_tokenizer
 
 
