@@ -26,7 +26,8 @@ from eagle_kernels import OffloadEngine, offload_checkpoint
 from eagle_model.batch import PackedBatch
 from eagle_model.checkpoint import HEAD, finish_folder, lacks_head
 from eagle_model.configuration import EagleConfig
-from eagle_model.language.attention import AttentionInputs, Norm
+from eagle_model.initial import draws
+from eagle_model.language.attention import AttentionInputs
 from eagle_model.language.decoder import LanguageModel
 from eagle_model.language.head import Head, head_loss, token_scores
 from eagle_model.padded import CACHE_FIELD, Arrangement, Backbone, EagleOutput, arrange, refuse_unknown
@@ -426,22 +427,11 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """SigLIP's own scheme for the tower (Xavier), normal with `initializer_range` for the rest, ones for norms."""
+        """Random weights of one module, from the distributions of `eagle_model.initial`."""
+        for name, draw in draws(self.config, module).items():
+            draw.fill_(module.get_parameter(name))
         if isinstance(module, SiglipVisionEmbeddings):
-            init.normal_(module.position_embedding.weight, std=self.config.vision_config.hidden_size**-0.5)
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
-        elif isinstance(module, nn.Conv2d):
-            own = self.config.patch_initializer_range
-            init.lecun_normal_(module.weight) if own is None else init.normal_(module.weight, std=own)
-        elif getattr(module, "xavier", False):
-            init.xavier_uniform_(module.weight)  # type: ignore[arg-type]
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            own = self.config.initializer_range
-            init.normal_(module.weight, std=self.config.text_config.initializer_range if own is None else own)
-        elif isinstance(module, nn.LayerNorm | Norm):
-            init.ones_(module.weight)
-        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-            init.zeros_(bias)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """Also refuses arguments of `generate` that transformers defines for models of other kinds."""

@@ -40,10 +40,11 @@ from eagle_train.planning.stages import StageSchedule
 
 from . import checkpoint
 from .activations import activation_mode, make_engine
+from .build import empty_model, fill_model
 from .ema import MovingAverage
 from .heartbeat import Heartbeat
 from .metrics import Metrics
-from .model import attention_backend, build_model, tokenizer_folder
+from .model import attention_backend, tokenizer_folder
 from .optim import make_optimizer, set_learning_rates, set_trainable
 from .stop import Interrupted, StopSignals, what_is_saved
 
@@ -101,7 +102,13 @@ class Trainer:
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
         #: Host memory of `model.activations: offload`, made once and used by every model of the run.
         self.engine: OffloadEngine | None = None
-        self.model: nn.Module = self._new_model(weights=checkpoint.latest(self.checkpoints) is None)
+        #: Its processes start, and read the first packs, while the model is made and filled.
+        self._loader = self._start_reading()
+        try:
+            self.model: nn.Module = self._new_model(weights=checkpoint.latest(self.checkpoints) is None)
+        except BaseException:
+            self._loader.close()
+            raise
         #: The moving average of the trained weights, with `model.ema`.
         self.average = MovingAverage(self.model, config, config.model.ema) if config.model.ema is not None else None
         #: One sentence for every evaluation that failed.
@@ -150,15 +157,9 @@ class Trainer:
             raise Interrupted(signum)
 
     def _train(self) -> None:
-        stage, step, resumed = self._resume()
-        self._saved = stage, step
-        with Loader(
-            self.tasks.from_step(stage, step),
-            self._reading(),
-            workers=self.config.loader.workers,
-            prefetch=self.config.loader.prefetch,
-            encoder=None if self.config.loader.workers else CachedEncoder(self.tokenizer),
-        ) as loader:
+        with self._loader as loader:
+            stage, step, resumed = self._resume()
+            self._saved = stage, step
             for number in range(stage, len(self.schedules)):
                 self._train_stage(number, step, loader, resumed if step else None)
                 step = 0
@@ -190,7 +191,7 @@ class Trainer:
             self._load(path, None)
         if lost:
             self._evaluate(progress.stage_name, progress.total_steps)
-        return (progress.stage + 1, 0, path) if progress.done else (progress.stage, progress.step, path)
+        return *_next_step(progress), path
 
     # ---- one stage ---------------------------------------------------------------------------------------------------------------
 
@@ -452,9 +453,9 @@ class Trainer:
     # ---- model and reading --------------------------------------------------------------------------------------------------------
 
     def _new_model(self, modes: Any = None, *, weights: bool = True) -> nn.Module:
-        """weights: False leaves pretrained weights unread, where a checkpoint of the run follows."""
-        model = build_model(self.config, self.tokenizer, weights=weights)
-        modes = modes or self.config.stages[0].modes
+        """weights: False leaves weights undefined, where a checkpoint of the run follows."""
+        empty = empty_model(self.config, self.tokenizer, weights=weights)
+        modes, model = modes or self.config.stages[0].modes, empty.model
         set_trainable(model, modes)
         self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
@@ -462,7 +463,18 @@ class Trainer:
         if mode == "offload" and self.engine is None:
             self.engine = make_engine(self.config, model.config, self.world)
         model.set_activation_checkpointing(mode, self.engine)
-        return shard_model(nn.Module.to(model, self.world.device), self.world, self.config.parallel)
+        sharded = shard_model(model, self.world, self.config.parallel)
+        fill_model(sharded, empty.rows, self.world)
+        return sharded
+
+    def _start_reading(self) -> Loader:
+        """The loader, at the step that follows the newest checkpoint."""
+        newest = checkpoint.latest(self.checkpoints)
+        stage, step = _next_step(checkpoint.read_progress(newest)) if newest is not None else (0, 0)
+        loader = self.config.loader
+        encoder = None if loader.workers else CachedEncoder(self.tokenizer)
+        tasks = self.tasks.from_step(stage, step)
+        return Loader(tasks, self._reading(), workers=loader.workers, prefetch=loader.prefetch, encoder=encoder)
 
     def _reading(self) -> Reading:
         share = Share(self.world.context.rank, self.world.context.size)
@@ -473,3 +485,8 @@ class Trainer:
     def _read_again(self, number: int, step: int, place: int, missing: dict[int, Entry]) -> LoadedPack:
         """A pack without some samples, read in this process: rare, and the loader's processes are already ahead."""
         return read(self.tasks.one(number, step, place), CachedEncoder(self.tokenizer), self._reading(), missing)
+
+
+def _next_step(progress: checkpoint.Progress) -> tuple[int, int]:
+    """Stage and step to go on with after a checkpoint."""
+    return (progress.stage + 1, 0) if progress.done else (progress.stage, progress.step)
