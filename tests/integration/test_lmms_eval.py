@@ -68,7 +68,7 @@ def generated(folder, row):
     )
     kind = "video" if row["medium"].endswith("mp4") else "image"
     messages = [{"role": "user", "content": [{"type": kind, kind: row["medium"]}, {"type": "text", "text": row["question"]}]}]
-    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 

@@ -215,6 +215,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        mm_token_type_ids: Tensor | None = None,
         score_tokens: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -229,7 +230,8 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         new tokens), padding on either side; pixel_values: uint8 tiles [N, s, s, 3] or normalised float [N, 3, s, s]; labels [B, L], not
         shifted; num_items_in_batch: divisor of the summed loss (default: the number of labels here, a mean); logits_to_keep: only the
         last so many positions (0: all), or their indices; cache: keys and values of earlier tokens (past_key_values is the older name);
-        output_hidden_states: also the hidden states of every layer. Gives logits, the loss with labels, and the cache with use_cache.
+        output_hidden_states: also the hidden states of every layer; mm_token_type_ids: not read, input_ids say where visual tokens are.
+        Gives logits, the loss with labels, and the cache with use_cache.
 
         Returns an `EagleOutput`, or its values as a tuple with return_dict=False. Raises TypeError for unknown arguments and ValueError
         for arguments that do not fit together.

@@ -118,7 +118,8 @@ class Backbone:
         self.model = model
 
     def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> EagleOutput:
-        kwargs.pop("return_dict", None)
+        for unread in ("return_dict", "mm_token_type_ids"):
+            kwargs.pop(unread, None)
         known = signature(self.model.run_padded).parameters
         refuse_unknown(kwargs, known)
         return self.model.run_padded(input_ids, attention_mask, **{name: kwargs[name] for name in kwargs if name in known})[1]
