@@ -65,7 +65,9 @@ def test_forms_of_one_conversation(processor, tmp_path):
         processor(messages=blocks({"type": "image", "path": str(tmp_path / "a.png")})),
         processor(messages=blocks({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}})),
         processor(text=[rendered], images=[[image]]),
-        processor.apply_chat_template(blocks({"type": "image", "image": image}), add_generation_prompt=True, tokenize=True),
+        processor.apply_chat_template(
+            blocks({"type": "image", "image": image}), add_generation_prompt=True, tokenize=True, return_tensors="pt"
+        ),
     ]
     for form in forms[1:]:
         assert torch.equal(form["input_ids"], forms[0]["input_ids"])
@@ -300,8 +302,8 @@ def test_wrong_use_is_said(processor, tmp_path):
         processor(text="x", max_tiles=0)
     with pytest.raises(TypeError, match="max_tiles is given twice"):
         processor(text="x", max_tiles=2, images_kwargs={"max_tiles": 3})
-    with pytest.raises(ValueError, match="truncation=True"):
-        processor(text="x", truncation=True)
+    with pytest.raises(ValueError, match="pad_to_multiple_of=8"):
+        processor(text="x", pad_to_multiple_of=8)
     with pytest.raises(TypeError, match="max_tile; is max_tiles meant"):
         EagleProcessor.from_pretrained(tmp_path, max_tile=4)
     with pytest.raises(PromptError, match="no image"):
@@ -332,7 +334,7 @@ def test_what_transformers_passes_is_accepted(processor):
     for options in ({"padding": True, "truncation": False}, {"padding": "longest", "return_attention_mask": True}):
         assert torch.equal(processor(messages=messages, **options)["input_ids"], plain["input_ids"])
     options = {"tools": None, "documents": None, "continue_final_message": False, "return_dict": True, "processor_kwargs": {}}
-    made = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, **options)
+    made = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_tensors="pt", **options)
     assert torch.equal(made["input_ids"], plain["input_ids"])
 
 
@@ -373,7 +375,9 @@ def test_settings_of_a_call_and_of_a_medium(processor, video):
         ({}, {"fps": 10.0, "start": 1.0}, 20 + image_tiles),
         ({}, {"fps": 1.0, "min_frames": 2}, 3 + image_tiles),
     ):
-        made = processor.apply_chat_template(blocks(image_block, video_block), tokenize=True, add_generation_prompt=True)
+        made = processor.apply_chat_template(
+            blocks(image_block, video_block), tokenize=True, add_generation_prompt=True, return_tensors="pt"
+        )
         assert len(made["pixel_values"]) == expected
     two = processor(text="<video-1><video-2>", videos=[{"video": str(video), "num_frames": 2}, video])
     assert len(two["pixel_values"]) == 2 + 8, "one video's setting is not the other's"
@@ -423,8 +427,8 @@ def test_an_answer_that_has_begun_is_continued(processor):
     messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a <|im_end|>"}]
     whole = processor.process(messages).input_ids
     begun = processor.apply_chat_template(messages, tokenize=True, continue_final_message=True)
-    assert begun["input_ids"][0].tolist() == whole[:-2].tolist()
-    assert begun["input_ids"][0].tolist() == processor.process(messages, continue_final_message=True).input_ids.tolist()
+    assert begun["input_ids"][0] == whole[:-2].tolist()
+    assert begun["input_ids"][0] == processor.process(messages, continue_final_message=True).input_ids.tolist()
     for wrong in ({"conversation": messages[:1]}, {"conversation": messages, "add_generation_prompt": True}):
         with pytest.raises(PromptError, match="continue_final_message"):
             processor.apply_chat_template(tokenize=True, continue_final_message=True, **wrong)

@@ -15,6 +15,7 @@ import numpy as np
 from eagle_model.errors import ModelError
 from eagle_model.prompt.costs import FrameCosts
 from eagle_model.prompt.render import Segment, VideoSpan, render, sampled_fps, shown_times
+from eagle_model.prompt.verbatim import render_text
 from eagle_model.visual.facts import VideoFacts
 from eagle_model.visual.spec import VisualSpec
 from eagle_sampling import Dropped, PlanColumns, PlanResult, choose_pages, choose_times, plan_many, wanted_frames
@@ -113,21 +114,26 @@ class SamplePlan:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any]] | str,
         spec: VisualSpec,
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
     ) -> list[Segment]:
-        """The prompt of the sample as segments (`eagle_model.prompt.render`); raises PromptError."""
+        """The prompt of the sample as segments: messages (`eagle_model.prompt.render`), or a text that is rendered already (`render_text`,
+        which takes no options). Raises PromptError."""
         k = spec.tokens_per_tile
+        images = [tile_count(grid, thumbnail=spec.thumbnail) * k for grid in self.grids]
+        videos = [
+            VideoSpan(None if video.shown is None else video.shown.tolist(), video.fps, k, video.count if video.shown is None else None)
+            for video in self.videos
+        ]
+        if isinstance(messages, str):
+            return render_text(messages, images=images, videos=videos)
         return render(
             messages,
-            images=[tile_count(grid, thumbnail=spec.thumbnail) * k for grid in self.grids],
-            videos=[
-                VideoSpan(None if video.shown is None else video.shown.tolist(), video.fps, k, video.count if video.shown is None else None)
-                for video in self.videos
-            ],
+            images=images,
+            videos=videos,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
