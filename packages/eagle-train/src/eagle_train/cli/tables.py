@@ -113,7 +113,9 @@ def resources_text(needed: Resources) -> str:
 
 def start_line(trainer: Trainer) -> str:
     """What is trained, and where, before the first step."""
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    from eagle_model.quantized import parameter_count
+
+    parameters = parameter_count(trainer.model)
     learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     part = "" if learning == parameters else f" ({learning:,} of them learn in the first stage)"
     world, dtype = trainer.world, trainer.config.parallel.dtype

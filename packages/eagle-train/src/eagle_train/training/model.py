@@ -236,7 +236,21 @@ def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> Eagl
             load_parts(model, located(config, "vision"), located(config, "language"))
         grow_vocabulary(model, len(tokenizer))
     _add_adapters(config, model, weights=weights)
+    _quantize(config, model, weights=weights)
     return model
+
+
+def _quantize(config: Config, model: EagleForConditionalGeneration, *, weights: bool) -> None:
+    """Linear layers in 4 bits, as `model.quantize` says; their values are loaded later unless `weights`."""
+    from eagle_model.lora import quantize
+
+    for part in config.model.quantize:
+        try:
+            quantize(model, part, empty=not weights)
+        except ImportError as error:
+            raise ConfigError(
+                f"model.quantize: 4-bit weights need bitsandbytes ({error.__cause__}): pip install 'eagle-train[qlora]'"
+            ) from error
 
 
 def _add_adapters(config: Config, model: EagleForConditionalGeneration, *, weights: bool) -> None:
