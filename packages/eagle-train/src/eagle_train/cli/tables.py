@@ -123,8 +123,8 @@ def start_line(trainer: Trainer) -> str:
     return f"training {parameters:,} parameters{part}, {trainer.total_steps} steps, {dtype} on {world.device.type}{ranks}"
 
 
-def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
-    """Where all rows of the sources went; the parts add up to the first number. `missing`: samples that vanished while training."""
+def row_counts(schedules: Sequence[StageSchedule]) -> dict[str, int]:
+    """Where all rows of the sources went; the parts add up to `all`."""
     import numpy as np
 
     facts = schedules[0].facts
@@ -135,10 +135,15 @@ def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
         dropped[first.drop_rows] = True
     bad = sum(source.bad_rows for source in facts.sources)
     good, fit_none = int(planned.sum()), int((dropped & ~planned).sum())
-    parts = {"planned": good, "unusable": bad, "too long for every stage": fit_none, "not drawn": len(facts) - good - fit_none}
-    text = f"{counted(len(facts) + bad, 'row')}: " + ", ".join(
-        f"{number} {what}" for what, number in parts.items() if number or what == "planned"
-    )
+    left = len(facts) - good - fit_none
+    return {"all": len(facts) + bad, "planned": good, "unusable": bad, "too_long_for_every_stage": fit_none, "not_drawn": left}
+
+
+def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
+    """`row_counts` in a line. `missing`: samples that vanished while training."""
+    counts = row_counts(schedules)
+    parts = [f"{number} {what.replace('_', ' ')}" for what, number in counts.items() if what == "planned" or (number and what != "all")]
+    text = f"{counted(counts['all'], 'row')}: {', '.join(parts)}"
     return text + (f"; {counted(missing, 'sample')} could not be read while training" if missing else "")
 
 

@@ -78,10 +78,13 @@ def _launch(path: str, overrides: list[str] | None, device: str | None, nproc: i
     from eagle_train.config import load_config
 
     from . import launch
+    from .threads import share_cores
 
     config = load_config(path, overrides or ())  # what is wrong with it is reported once
     count = launch.processes(nproc, device)
     if count * nodes > 1:
+        if not launch.gpus(device):
+            share_cores(count)
         launch.start(launch.torchrun(launch.without_launch_options(sys.argv[1:]), count, nodes, rdzv, config.run.name))
 
 
