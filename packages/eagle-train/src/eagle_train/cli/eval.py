@@ -56,6 +56,7 @@ def evaluate(
             help="Metric of --data: exact (default), choice, contains, anls, numeric, temporal_iou, f1, judge, teacher_forced, likelihood.",
             metavar="NAME",
             show_default=False,
+            autocompletion=lambda: _metrics(),
         ),
     ] = None,
     frames: Annotated[
@@ -121,6 +122,15 @@ def evaluate(
         _evaluate_run(request)
     else:
         _evaluate_model(request)
+
+
+def _metrics() -> list[str]:
+    """For completion."""
+    from typing import get_args
+
+    from eagle_train.config.schema import MetricName
+
+    return list(get_args(MetricName))
 
 
 def numbers(option: str, text: str | None) -> list[int]:

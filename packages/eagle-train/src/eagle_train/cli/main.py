@@ -16,10 +16,14 @@ from .pages import stored_page
 from .progress import is_main_rank
 
 
+COMPLETION = "_EAGLE_COMPLETE"
+"""Set by the shell's completion script, which calls `eagle` for the words that may come next."""
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command line (default: that of the process) and exit with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    page = stored_page(given)
+    page = stored_page(given) if COMPLETION not in os.environ else None
     try:
         if page is not None:
             print(page, flush=True)
