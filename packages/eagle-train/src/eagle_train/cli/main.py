@@ -15,7 +15,6 @@ from eagle_train.errors import INTERRUPTED, RUN_FAILED
 from .pages import stored_page
 from .progress import is_main_rank
 
-
 COMPLETION = "_EAGLE_COMPLETE"
 """Set by the shell's completion script, which calls `eagle` for the words that may come next."""
 

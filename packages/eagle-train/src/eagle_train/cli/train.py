@@ -111,6 +111,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     from eagle_train.runs.folder import resolve_dtype
     from eagle_train.runs.ready import get_ready
     from eagle_train.runs.train import train
+    from eagle_train.watching.pictures import SamplePictures
     from eagle_train.watching.report import write_report
     from eagle_train.watching.trackers import open_trackers
 
@@ -134,6 +135,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
                 printer.message(warning)
             printer.message(start_line(trainer))
 
+        pictures = SamplePictures(ready)
         with open_trackers(config, main=world.is_main) as trackers:
 
             def recorded(record: dict[str, Any]) -> None:
@@ -147,7 +149,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
                 on_start=started,
                 stop=stop,
                 on_slow=printer.message,
-                on_answers=trackers.answers,
+                on_answers=lambda answers: trackers.answers(answers, pictures),
             )
         result = trained.final_evaluation(limit=config.eval.limit)
         if world.is_main and result is not None:
