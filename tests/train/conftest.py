@@ -168,7 +168,8 @@ def colour_run_in(tokenizer: PreTrainedTokenizerFast, write_jsonl: Any, write_vi
 def eagle_here(capsys, monkeypatch):
     """The command `eagle` in this process, which has torch already; for what doesn't depend on being a process."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("TQDM_DISABLE", "1")  # verbs set it; so it is taken back
+    for name, value in (("TQDM_DISABLE", "1"), ("OMP_WAIT_POLICY", "PASSIVE")):  # verbs set them; so they are taken back
+        monkeypatch.setenv(name, value)
 
     def run(*arguments):
         capsys.readouterr()

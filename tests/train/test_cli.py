@@ -334,3 +334,46 @@ def test_lmdb_build_and_check(tmp_path, picture, eagle_here):
         done = eagle_here("lmdb", *command)
         assert done.returncode == 3
         assert why in done.stderr
+
+
+def test_json_documents(colour_run, tmp_path, eagle_here):
+    """`--json` prints one document and nothing else, with the numbers of the tables."""
+    path = tmp_path / "run.yaml"
+    data = {"sources": {"rows": {"annotation": "rows.jsonl"}}, "eval_sources": {"held": {"annotation": "rows.jsonl"}}, "workers": 1}
+    config = colour_run(data=data, eval={"limit": 3})
+    path.write_text(dump_config(config))
+    planned = json.loads(eagle_here("plan", path, "--json", "--show-defaults", "--gpus", 2, "--set", "sampling={fps: 2.0}").stdout)
+    assert [(stage["name"], stage["max_tokens"], stage["steps"]) for stage in planned["stages"]] == [("one", 640, 4), ("two", 1280, 2)]
+    table = eagle_here("plan", path).stdout.splitlines()[1].split()
+    first = planned["stages"][0]
+    names = ("name", "max_tokens", "rows_used", "samples", "rows_dropped", "packs", "fill", "longest_sample", "tokens", "tiles")
+    names += ("label_tokens", "steps_per_epoch", "steps")
+    assert [f"{first[name]:.1%}" if name == "fill" else str(first[name]) for name in names] == table
+    assert planned["rows"]["all"] == planned["rows"]["planned"] == 25
+    assert planned["defaults"]["sampling.min_frames"] == 8
+    assert planned["resources"]["gpus"] == 2
+    assert planned["resources"]["memory"]["gpu"] > 0
+
+    shown = json.loads(eagle_here("show", path, "--row", "rows:1", "--json", "--html", tmp_path / "row.html").stdout)
+    [sample] = shown["samples"]
+    assert (shown["capacity"], sample["source"], sample["line"]) == (None, "rows", 1)
+    assert sample["tokens"]["length"] == sample["tokens"]["planned"]
+    assert "".join(piece["text"] for piece in sample["pieces"] if piece["labelled"]).startswith("red")
+    assert [piece["grid"] for piece in sample["pieces"] if piece["kind"] == "image"] == [[2, 1]]
+    assert (tmp_path / "row.html").is_file()
+    pack = json.loads(eagle_here("show", path, "--json").stdout)
+    assert (pack["capacity"], len(pack["samples"]) > 1) == (640, True)
+
+    assert eagle_here("train", path, "--device", "cpu").returncode == 0
+    done = eagle_here("eval", config.run.folder, "--device", "cpu", "--limit", 2, "--json", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    scored = json.loads(done.stdout)
+    assert (scored["checkpoint"]["stage_name"], scored["checkpoint"]["done"]) == ("two", True)
+    [score] = scored["scores"]
+    assert (score["source"], score["questions"]) == ("held", 2)
+    assert {"accuracy", "text_only", "low", "high", "loss"} <= set(score)
+    assert json.loads((tmp_path / "out" / "sweep.jsonl").read_text()) == score
+    assert scored["files"] == {"scores": str(tmp_path / "out" / "sweep.jsonl"), "answers": str(tmp_path / "out" / "answers.jsonl")}
+    swept = json.loads(eagle_here("eval", config.run.folder, "--device", "cpu", "--limit", 1, "--json", "--frames", "1,2").stdout)
+    assert [score["frames"] for score in swept["scores"]] == [1, 2]
+    assert swept["files"]["plot"].endswith("sweep.png")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from eagle_train.cli import launch
+from eagle_train.cli import launch, threads
 from eagle_train.config import ConfigError
 
 
@@ -93,3 +93,39 @@ def test_two_processes_train_a_run(colour_run, tmp_path):
     wrong = eagle("train", "c.yaml", "--nproc", "2", "--set", "stages.0.lr=-1", folder=tmp_path)
     assert wrong.returncode == 2
     assert wrong.stderr.count("stages.0.lr") == 1
+
+
+def test_threads_sleep_while_they_wait():
+    """What the OpenMP library of torch itself says when it is loaded; a setting of the user's stays."""
+    code = "from eagle_train.cli.threads import sleep_while_waiting as s; s(); import torch"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=clean | {"OMP_DISPLAY_ENV": "true"}, timeout=120
+    )
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr, done.stderr
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        environment = {name: "1"}
+        threads.sleep_while_waiting(environment)
+        assert environment == {name: "1"}
+
+
+def test_every_verb_sets_it_before_torch_is_imported(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    code = (
+        "import os, sys\n"
+        "import eagle_train.cli.app as app\n"
+        "app.command = lambda: lambda **_: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "from eagle_train.cli.main import main\n"
+        "main(['plan', 'run.yaml'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "PASSIVE False\n", done.stderr
+
+
+def test_processes_share_the_cores(monkeypatch):
+    monkeypatch.setattr(threads, "cores", lambda: 10)
+    for given, processes, expected in (({}, 4, "2"), ({}, 16, "1"), ({"OMP_NUM_THREADS": "7"}, 2, "7")):
+        environment = dict(given)
+        threads.share_cores(processes, environment)
+        assert environment == {"OMP_NUM_THREADS": expected}

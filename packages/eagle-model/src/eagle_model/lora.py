@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from eagle_model.checkpoint import save_tensors
 from eagle_model.configuration import EagleConfig
+from eagle_model.layers import linear_layers, replace_layer
+from eagle_model.quantized import QuantizedLinear, dequantize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -62,6 +64,28 @@ class LoraLinear(nn.Linear):
         return layer
 
 
+class QuantizedLoraLinear(LoraLinear, QuantizedLinear):
+    """A layer with an adapter whose own weight is in 4 bits and frozen (QLoRA, arXiv 2305.14314)."""
+
+    def __init__(self, base: LoraLinear, *, empty: bool = False) -> None:
+        QuantizedLinear.__init__(self, base, empty=empty)
+        self.lora_A, self.lora_B = base.lora_A, base.lora_B
+        self.rank, self.alpha = base.rank, base.alpha
+
+
+def quantize(model: Any, part: str, *, empty: bool = False) -> list[str]:
+    """Round the weights of a part's linear layers to 4 bits; returns the layers' names. Adapters stay; the language head stays as it is.
+
+    empty: the values of the layers are loaded later. Call it after `add_lora` and before the model is sharded. Raises ImportError, with
+    the command that installs it, without bitsandbytes.
+    """
+    layers = linear_layers(model, part)
+    for name, layer in layers.items():
+        made = QuantizedLoraLinear(layer, empty=empty) if isinstance(layer, LoraLinear) else QuantizedLinear(layer, empty=empty)
+        replace_layer(model, name, made)
+    return list(layers)
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter's name is that of an adapter's matrix."""
     return name.rpartition(".")[2] in ("lora_A", "lora_B")
@@ -74,7 +98,7 @@ def add_lora(model: Any, part: str, *, rank: int, alpha: float, targets: Sequenc
     language head, which is computed together with its loss and takes none. Call it before the model is sharded. Raises ValueError for a
     target without a layer, and for layers that are not plain linears.
     """
-    layers = _linear_layers(model, part)
+    layers = linear_layers(model, part)
     if targets is None:
         chosen = list(layers)
     else:
@@ -86,22 +110,12 @@ def add_lora(model: Any, part: str, *, rank: int, alpha: float, targets: Sequenc
     for name in chosen:
         if type(layers[name]) is not nn.Linear:
             raise ValueError(f"{name} is a {type(layers[name]).__name__}; an adapter goes on a plain linear layer")
-        _replace(model, name, LoraLinear(layers[name], rank, alpha))
+        replace_layer(model, name, LoraLinear(layers[name], rank, alpha))
     return chosen
 
 
 def _matches(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
-
-
-def _linear_layers(model: Any, part: str) -> dict[str, nn.Linear]:
-    inside, head = set(model.parts()[part].modules()), model.get_output_embeddings()
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in inside - {head}}
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
@@ -113,7 +127,7 @@ def merge_lora(model: nn.Module) -> list[str]:
     """Add every adapter to its weight and remove it; returns the layers' names. Call it on a model that is not sharded."""
     found = adapters(model)
     for name, layer in found.items():
-        _replace(model, name, layer.merged())
+        replace_layer(model, name, layer.merged())
     return list(found)
 
 
@@ -198,7 +212,7 @@ def place_adapter(model: Any, folder: str | Path) -> dict[str, Tensor]:
                 f"{folder / WEIGHTS}: {key} is not a matrix of an adapter on a linear layer; merge the adapter with PEFT first"
             )
         pairs.setdefault(name, {})[matrix] = tensor
-    layers = {name: layer for part in model.parts() for name, layer in _linear_layers(model, part).items()}
+    layers = {name: layer for part in model.parts() for name, layer in linear_layers(model, part).items()}
     for name, pair in pairs.items():
         if name not in layers or set(pair) != {"lora_A", "lora_B"}:
             reason = "the model has no such linear layer" if name not in layers else f"it has {', '.join(pair)} alone"
@@ -217,8 +231,12 @@ def _alpha(settings: Mapping[str, Any], name: str, rank: int) -> float:
 def _place(model: nn.Module, name: str, layer: nn.Linear, pair: Mapping[str, Tensor], alpha: float) -> None:
     rank = pair["lora_A"].shape[0]
     if not isinstance(layer, LoraLinear):
+        if type(layer) is not nn.Linear:
+            raise ValueError(
+                f"adapter of {name}: the layer is a {type(layer).__name__}; load the adapter before weights are rounded to 4 bits"
+            )
         layer = LoraLinear(layer, rank, alpha)
-        _replace(model, name, layer)
+        replace_layer(model, name, layer)
     for matrix, tensor in pair.items():
         own = getattr(layer, matrix)
         if own.shape != tensor.shape:
@@ -231,7 +249,7 @@ def _place(model: nn.Module, name: str, layer: nn.Linear, pair: Mapping[str, Ten
 
 @torch.no_grad()
 def merge_checked(model: Any, *, tokens: int = 64) -> float:
-    """Merge the adapters, and return the largest change of a logit relative to the largest logit.
+    """Merge the adapters, give layers in 4 bits plain weights, and return the largest change of a logit relative to the largest logit.
 
     Measured on one black tile and `tokens` pseudorandom tokens, on the model's device. In float32 it is about 1e-6.
     """
@@ -245,5 +263,6 @@ def merge_checked(model: Any, *, tokens: int = 64) -> float:
     tiles = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
     before = model(ids, pixel_values=tiles, logits_to_keep=tokens).logits.float()
     merge_lora(model)
+    dequantize(model)
     after = model(ids, pixel_values=tiles, logits_to_keep=tokens).logits.float()
     return ((after - before).abs().max() / before.abs().max()).item()

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
+from eagle_model.quantized import quantized_layers
+
 BLOCK_ELEMENTS = 1 << 22
 """Elements that are copied at a time: with 8 threads at most 256 MiB of host memory."""
 THREADS = 8
@@ -109,16 +111,21 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def fill(model: nn.Module, rows: Mapping[str, Rows], *, threads: int | None = None) -> None:
-    """Fill every parameter of a model (plain or sharded) from `rows`, by name; of tied parameters the first name counts.
+    """Fill every parameter of a model (plain or sharded) from `rows`, by name; of tied parameters the first name counts. Weights of
+    layers in 4 bits are rounded on every rank.
 
     Host memory: a few blocks of `BLOCK_ELEMENTS`. threads: that read or draw at once (default: the CPUs of this host over its ranks, at
     most 8). Raises ValueError for a parameter without rows or of another shape, before anything is read.
     """
     work = []
-    for name, parameter in model.named_parameters():
-        if name not in rows or rows[name].shape != tuple(parameter.shape):
+    rounded = {f"{name}.weight": layer for name, layer in quantized_layers(model).items()}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in rounded.items()}
+    shapes |= {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, shape in shapes.items():
+        if name not in rows or rows[name].shape != shape:
             found = rows[name].shape if name in rows else "nothing"
-            raise ValueError(f"{name} is {tuple(parameter.shape)}, but there is {found} to fill it with")
+            raise ValueError(f"{name} is {shape}, but there is {found} to fill it with")
+    for name, parameter in model.named_parameters():
         local, first = local_rows(parameter)
         if not local.ndim:
             work.append((local, rows[name], 0, 1))
@@ -133,6 +140,8 @@ def fill(model: nn.Module, rows: Mapping[str, Rows], *, threads: int | None = No
         with ThreadPoolExecutor(count) as pool:
             for _ in pool.map(_copy, work):
                 pass
+    for name, layer in rounded.items():
+        layer.fill(rows[name].read(0, layer.out_features))
     fill_buffers(model)
 
 

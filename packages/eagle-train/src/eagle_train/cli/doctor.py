@@ -49,6 +49,7 @@ PACKAGES = (
 OPTIONAL = {
     "flash-attn-4": "the fastest attention on Hopper GPUs: pip install 'eagle-train[gpu]'",
     "torchao": "the 8-bit optimizer: pip install 'eagle-train[gpu]'",
+    "bitsandbytes": "LoRA on 4-bit weights (model.quantize): pip install 'eagle-train[qlora]'",
     "tensorboard": "a tracker: pip install 'eagle-train[trackers]'",
     "wandb": "a tracker: pip install 'eagle-train[trackers]'",
     "gguf": "language models in GGUF files: pip install 'eagle-train[gguf]'",

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from .app import app
+from .documents import AsJson, evaluation_document, write
 from .options import Checkpoint, Device, ModelFolder
 
 if TYPE_CHECKING:
     from eagle_train.config import Source
     from eagle_train.data.facts import Facts
     from eagle_train.runs.sweep import Point
-
-    from .progress import Printer
 
 
 class Request(NamedTuple):
@@ -33,6 +33,7 @@ class Request(NamedTuple):
     device: str | None
     ulysses: int
     all_gather: int
+    as_json: bool
 
 
 @app.command("eval")
@@ -55,6 +56,7 @@ def evaluate(
             help="Metric of --data: exact (default), choice, contains, anls, numeric, temporal_iou, f1, judge, teacher_forced, likelihood.",
             metavar="NAME",
             show_default=False,
+            autocompletion=lambda: _metrics(),
         ),
     ] = None,
     frames: Annotated[
@@ -92,6 +94,7 @@ def evaluate(
         ),
     ] = None,
     device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate held-out questions with their metrics, or tasks of lmms-eval.
 
@@ -142,11 +145,21 @@ def evaluate(
         device,
         ulysses,
         all_gather,
+        as_json,
     )
     if (folder / "config.yaml").is_file():
         _evaluate_run(request)
     else:
         _evaluate_model(request)
+
+
+def _metrics() -> list[str]:
+    """For completion."""
+    from typing import get_args
+
+    from eagle_train.config.schema import MetricName
+
+    return list(get_args(MetricName))
 
 
 def numbers(option: str, text: str | None) -> list[int]:
@@ -185,7 +198,7 @@ def _evaluate_run(request: Request) -> None:
     config = eval_overrides(config, request.overrides)
     path = find_checkpoint(config.run.folder / "checkpoints", request.checkpoint) if request.checkpoint is not None else None
     world = start_world(for_evaluation(config.parallel, ulysses=request.ulysses, all_gather=request.all_gather), request.device)
-    printer = Printer(silent=not world.is_main)
+    printer = Printer(silent=not world.is_main or request.as_json)
     # Files of the run do not change: the ledger of this evaluation is in its own folder, and facts are shared.
     folder = world.gather(evaluation_folder(config.run.folder / "evaluations", "", request.out))[0]
     trained, facts = config, config.data.replaced(facts=config.facts_folder)
@@ -203,7 +216,8 @@ def _evaluate_run(request: Request) -> None:
             frames=request.frames,
             lengths=request.lengths,
         )
-    _print_result(printer, points, ready.eval_facts, folder, baseline=True)
+    if world.is_main:
+        _report(request, points, ready.eval_facts, folder, asdict(at))
     world.close()
 
 
@@ -222,7 +236,7 @@ def _evaluate_model(request: Request) -> None:
     if request.checkpoint is not None:
         raise ConfigError(f"--checkpoint {request.checkpoint}: {model} is the folder of a model; only a run has checkpoints")
     world = start_world(for_evaluation(ParallelConfig(), ulysses=request.ulysses, all_gather=request.all_gather), request.device)
-    printer = Printer(silent=not world.is_main)
+    printer = Printer(silent=not world.is_main or request.as_json)
     folder = world.gather(evaluation_folder(Path("evaluations").absolute(), f"{model.resolve().name}-", request.out))[0]
     with printer.preparing() as measured, printer.counting("questions") as counted:
         points, facts = evaluate_exported(
@@ -237,32 +251,36 @@ def _evaluate_model(request: Request) -> None:
             on_prepare=measured,
             on_answer=counted,
         )
-    _print_result(printer, points, facts, folder, baseline=False)
+    if world.is_main:
+        _report(request, points, facts, folder)
     world.close()
 
 
-def _print_result(printer: Printer, points: list[Point], facts: Facts | None, folder: Path, *, baseline: bool) -> None:
-    from eagle_train.errors import counted
+def _report(request: Request, points: list[Point], facts: Facts | None, folder: Path, at: dict[str, Any] | None = None) -> None:
+    """Write the answers and scores, and print the scores. at: the checkpoint of a run, whose scores stand next to text-only ones."""
     from eagle_train.runs.sweep import write_points
+
+    answers, rows = write_points(points, folder)
+    files = {"scores": rows, "answers": answers}
+    scores = [row for point in points for row in point.rows()]
+    if len(points) > 1:
+        from eagle_train.watching.accuracy import plot_sweep
+
+        files = {"plot": plot_sweep(scores, folder / "sweep.png")} | files
+    if request.as_json:
+        write(evaluation_document(request.folder, at, points, facts, files))
+        return
+    from eagle_train.errors import counted
 
     from .tables import score_table, sweep_table
 
-    if printer.silent:
-        return
     for source in facts.sources if facts is not None else ():
         if source.bad_rows:
             print(f"{source.name}: {counted(source.bad_rows, 'row')} can't be evaluated; see {folder / 'ledger.jsonl'}")
-    answers, rows = write_points(points, folder)
-    if len(points) == 1:
-        print(score_table(points[0].evaluation, baseline=baseline))
-    else:
-        from eagle_train.watching.accuracy import plot_sweep
-
-        scores = [row for point in points for row in point.rows()]
-        print(sweep_table(scores, baseline=baseline))
-        print(f"plot: {plot_sweep(scores, folder / 'sweep.png')}")
-    print(f"scores: {rows}")
-    print(f"answers: {answers}")
+    baseline = at is not None
+    print(score_table(points[0].evaluation, baseline=baseline) if len(points) == 1 else sweep_table(scores, baseline=baseline))
+    for name, path in files.items():
+        print(f"{name}: {path}")
 
 
 def evaluation_folder(parent: Path, prefix: str, out: Path | None) -> Path:

@@ -10,13 +10,15 @@ import typer
 from .app import app
 from .options import Checkpoint, RunFolder
 
+DTYPES = ["bfloat16", "float16", "float32"]
+
 
 @app.command()
 def export(
     run: RunFolder,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
     checkpoint: Checkpoint = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.", metavar="DTYPE")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.", metavar="DTYPE", autocompletion=lambda: DTYPES)] = "bfloat16",
     vllm: Annotated[bool, typer.Option("--vllm", help="Also write vllm.yaml, options for vllm serve.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the LoRA adapters alone, in PEFT's format.")] = False,
@@ -28,7 +30,7 @@ def export(
     """
     from eagle_train.config import ConfigError
 
-    if dtype not in ("bfloat16", "float16", "float32"):
+    if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: expected bfloat16, float16 or float32")
     if output.exists() and not (output.is_dir() and (force or not any(output.iterdir()))):
         raise ConfigError(f"{output} exists and is not an empty folder; name another one, or add --force to write into that folder")

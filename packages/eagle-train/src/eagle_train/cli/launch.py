@@ -48,11 +48,16 @@ def processes(nproc: int | None, device: str | None) -> int:
     """Processes to start on this machine: `nproc`, or one for every visible GPU; one without GPUs, and for `device` cpu."""
     if nproc is not None:
         return nproc
+    return max(1, gpus(device))
+
+
+def gpus(device: str | None) -> int:
+    """GPUs that the processes of this machine use: the visible ones, none for `device` cpu."""
     if device == "cpu":
-        return 1
+        return 0
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
 def torchrun(arguments: Sequence[str], nproc: int, nodes: int, rendezvous: str | None, name: str) -> list[str]:

@@ -15,11 +15,14 @@ from eagle_train.errors import INTERRUPTED, RUN_FAILED, TrainError, disk_is_full
 from .pages import stored_page
 from .progress import is_main_rank
 
+COMPLETION = "_EAGLE_COMPLETE"
+"""Set by the shell's completion script, which calls `eagle` for the words that may come next."""
+
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command line (default: that of the process) and exit with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    page = stored_page(given)
+    page = stored_page(given) if COMPLETION not in os.environ else None
     try:
         if page is not None:
             print(page, flush=True)
@@ -33,7 +36,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(given: list[str]) -> NoReturn:
     """Run a verb and exit with its exit code."""
     from .app import command
+    from .threads import sleep_while_waiting
 
+    sleep_while_waiting()
     debug = "--debug" in given
     try:
         command()(args=[argument for argument in given if argument != "--debug"], prog_name="eagle")

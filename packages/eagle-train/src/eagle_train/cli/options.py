@@ -21,4 +21,9 @@ Checkpoint = Annotated[
     typer.Option(help="Checkpoint of the run by name, or its folder; default: the newest.", metavar="NAME", show_default=False),
 ]
 ShowDefaults = Annotated[bool, typer.Option("--show-defaults", help="Also print every value that the file does not set.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU when there is one.", metavar="DEVICE", show_default=False)]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu or cuda; default: a GPU when there is one.", metavar="DEVICE", show_default=False, autocompletion=lambda: ["cpu", "cuda"]
+    ),
+]

@@ -10,6 +10,7 @@ import typer
 from eagle_train.errors import counted
 
 from .app import app
+from .documents import AsJson, plan_document, write
 from .options import ConfigFile, Overrides, ShowDefaults
 
 
@@ -30,6 +31,7 @@ def plan(
         ),
     ] = None,
     show_defaults: ShowDefaults = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print stages, steps and packs, and what does not fit."""
     from eagle_train.config import load_config
@@ -39,11 +41,24 @@ def plan(
     from .tables import PLAN_LEGEND, defaults_text, draws_table, plan_table, position_warnings, resources_text, rows_line
 
     loaded = load_config(config, overrides or ())
-    if show_defaults:
+    if show_defaults and not as_json:
         print(defaults_text(loaded))
     with prepare_progress() as progress:
         ready = get_ready(loaded, progress=progress, held_out=False)
     ready.record_drops()
+    needed = None
+    if gpus is not None:
+        from eagle_train.runs.resources import resources
+
+        needed = resources(ready, gpus)
+    written = 0
+    if rows is not None:
+        from eagle_train.runs.draws import write_draws
+
+        written = write_draws(ready.schedules, rows)
+    if as_json:
+        write(plan_document(ready, needed, loaded if show_defaults else None))
+        return
     print(plan_table(ready.schedules))
     print(PLAN_LEGEND)
     if draws := draws_table(ready.schedules):
@@ -52,12 +67,5 @@ def plan(
     for warning in position_warnings(ready):
         print(warning)
     if rows is not None:
-        from eagle_train.runs.draws import write_draws
-
-        print(f"wrote {rows}: {counted(write_draws(ready.schedules, rows), 'row')}")
-    if gpus is None:
-        print(f"parameters and memory: eagle plan {config} --gpus N")
-    else:
-        from eagle_train.runs.resources import resources
-
-        print(resources_text(resources(ready, gpus)))
+        print(f"wrote {rows}: {counted(written, 'row')}")
+    print(f"parameters and memory: eagle plan {config} --gpus N" if needed is None else resources_text(needed))

@@ -136,7 +136,9 @@ def resources_text(needed: Resources) -> str:
 
 def start_line(trainer: Trainer) -> str:
     """What is trained, and where, before the first step."""
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    from eagle_model.quantized import parameter_count
+
+    parameters = parameter_count(trainer.model)
     learning = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     part = "" if learning == parameters else f" ({learning:,} of them learn in the first stage)"
     world, dtype = trainer.world, trainer.config.parallel.dtype
@@ -144,9 +146,8 @@ def start_line(trainer: Trainer) -> str:
     return f"training {parameters:,} parameters{part}, {trainer.total_steps} steps, {dtype} on {world.device.type}{ranks}"
 
 
-def rows_line(schedules: Sequence[StageSchedule], missing: int = 0, concealed: int = 0) -> str:
-    """Where all rows of the sources went; the parts add up to the first number. `missing`: samples that vanished while training;
-    `concealed`: damaged frames that were trained."""
+def row_counts(schedules: Sequence[StageSchedule]) -> dict[str, int]:
+    """Where all rows of the sources went; the parts add up to `all`."""
     import numpy as np
 
     facts = schedules[0].facts
@@ -157,10 +158,15 @@ def rows_line(schedules: Sequence[StageSchedule], missing: int = 0, concealed: i
         dropped[first.drop_rows] = True
     bad = sum(source.bad_rows for source in facts.sources)
     good, fit_none = int(planned.sum()), int((dropped & ~planned).sum())
-    parts = {"planned": good, "unusable": bad, "too long for every stage": fit_none, "not drawn": len(facts) - good - fit_none}
-    text = f"{counted(len(facts) + bad, 'row')}: " + ", ".join(
-        f"{number} {what}" for what, number in parts.items() if number or what == "planned"
-    )
+    left = len(facts) - good - fit_none
+    return {"all": len(facts) + bad, "planned": good, "unusable": bad, "too_long_for_every_stage": fit_none, "not_drawn": left}
+
+
+def rows_line(schedules: Sequence[StageSchedule], missing: int = 0, concealed: int = 0) -> str:
+    """`row_counts` in a line. missing: samples that vanished while training; concealed: damaged frames that were trained."""
+    counts = row_counts(schedules)
+    parts = [f"{number} {what.replace('_', ' ')}" for what, number in counts.items() if what == "planned" or (number and what != "all")]
+    text = f"{counted(counts['all'], 'row')}: {', '.join(parts)}"
     text += f"; {counted(missing, 'sample')} could not be read while training" if missing else ""
     return text + (f"; {counted(concealed, 'damaged frame')} concealed by the decoder, listed in ledger-train.jsonl" if concealed else "")
 

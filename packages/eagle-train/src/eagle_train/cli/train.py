@@ -78,10 +78,13 @@ def _launch(path: str, overrides: list[str] | None, device: str | None, nproc: i
     from eagle_train.config import load_config
 
     from . import launch
+    from .threads import share_cores
 
     config = load_config(path, overrides or ())  # what is wrong with it is reported once
     count = launch.processes(nproc, device)
     if count * nodes > 1:
+        if not launch.gpus(device):
+            share_cores(count)
         launch.start(launch.torchrun(launch.without_launch_options(sys.argv[1:]), count, nodes, rdzv, config.run.name))
 
 
@@ -108,6 +111,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     from eagle_train.runs.folder import resolve_dtype
     from eagle_train.runs.ready import get_ready
     from eagle_train.runs.train import train
+    from eagle_train.watching.pictures import SamplePictures
     from eagle_train.watching.report import write_report
     from eagle_train.watching.trackers import open_trackers
 
@@ -131,6 +135,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
         def started(trainer: Trainer) -> None:
             printer.message(start_line(trainer))
 
+        pictures = SamplePictures(ready)
         with open_trackers(config, main=world.is_main) as trackers:
 
             def recorded(record: dict[str, Any]) -> None:
@@ -144,7 +149,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
                 on_start=started,
                 stop=stop,
                 on_slow=printer.message,
-                on_answers=trackers.answers,
+                on_answers=lambda answers: trackers.answers(answers, pictures),
             )
         result = trained.final_evaluation(limit=config.eval.limit)
         if world.is_main and result is not None:

@@ -171,6 +171,11 @@ class ModelConfig(Section):
     adapter: str | None = Field(
         default=None, description="Folder of an adapter in PEFT's format that training starts from; its ranks are those of lora."
     )
+    quantize: dict[Part, Literal["nf4"]] = Field(
+        default_factory=dict,
+        description="Parts whose linear layers are kept frozen in 4 bits, for example {language: nf4} (QLoRA, arXiv 2305.14314); no stage "
+        "trains them in full. Adapters, norms, embeddings and the language head keep their precision. Needs bitsandbytes (extra qlora).",
+    )
     ema: float | None = Field(
         default=None,
         gt=0,
@@ -772,6 +777,17 @@ class Config(Section):
             raise ValueError(f"model.lora.{unused[0]}: no stage trains {unused[0]} as lora; set stages.N.parts.{unused[0]}.train: lora")
         if self.model.adapter is not None and not self.adapters:
             raise ValueError("model.adapter: no stage trains a part as lora; set stages.N.parts.PART.train: lora")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_quantized_is_frozen(self) -> Self:
+        for part in self.model.quantize:
+            trained = [stage.name for stage in self.stages if stage.modes[part] == "full"]
+            if trained:
+                raise ValueError(
+                    f"model.quantize.{part}: stage {trained[0]} trains {part} in full, and weights in 4 bits stay as they are; set "
+                    f"stages.N.parts.{part}.train to lora or frozen in every stage"
+                )
         return self
 
     @model_validator(mode="after")

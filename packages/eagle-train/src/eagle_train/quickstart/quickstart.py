@@ -16,7 +16,9 @@ from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
 from eagle_train.training.metrics import Metrics
 from eagle_train.training.stop import StopSignals, what_is_saved
+from eagle_train.watching.pictures import SamplePictures
 from eagle_train.watching.report import write_report
+from eagle_train.watching.trackers import open_trackers
 
 from .build import Size, build, configuration, write_configuration
 
@@ -83,7 +85,17 @@ def run_quickstart(
                 f"{clock()} training {parameters:,} parameters from random weights, {trainer.total_steps} steps, on {world.device.type}"
             )
 
-        trained = train(ready, world, on_record=printer.record, on_start=started, stop=stop, on_slow=printer.message)
+        pictures = SamplePictures(ready)
+        with open_trackers(config, main=world.is_main) as trackers:
+
+            def recorded(record: dict[str, Any]) -> None:
+                printer.record(record)
+                trackers.record(record)
+
+            def answered(answers: Sequence[Answer]) -> None:
+                trackers.answers(answers, pictures)
+
+            trained = train(ready, world, on_record=recorded, on_start=started, stop=stop, on_slow=printer.message, on_answers=answered)
         printer.message(f"{clock()} trained; evaluating all held-out questions")
         with printer.counting("questions") as counted:
             result = trained.final_evaluation(progress=counted)

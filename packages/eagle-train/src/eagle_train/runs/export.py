@@ -68,6 +68,7 @@ def export_adapter(
     adapters, in `dtype`, and the processor are written to `folder/base`.
     """
     from eagle_model.lora import remove_lora, save_adapter
+    from eagle_model.quantized import dequantize
 
     if not config.adapters:
         raise ConfigError(f"{config.run.folder} has no adapters: no stage trains a part as lora; export its weights without --adapter")
@@ -78,6 +79,7 @@ def export_adapter(
     save_adapter(model, folder, base=start if only_adapters else str(folder / "base"))
     if not only_adapters:
         remove_lora(model)
+        dequantize(model)
         _save(config, model, tokenizer, folder / "base", dtype)
     return {"folder": str(folder), "from": asdict(progress)}
 
@@ -87,12 +89,12 @@ def export(
 ) -> dict[str, Any]:
     """Write a run's weights in the layout of the released checkpoints, with tokenizer and processor; returns what was written.
 
-    ema: write the moving average of the weights. Adapters are merged into the weights. Raises ExportError when this changes the logits by
-    more than rounding.
+    ema: write the moving average of the weights. Adapters are merged into the weights, and weights in 4 bits become plain ones. Raises
+    ExportError when this changes the logits by more than rounding.
     """
     tokenizer = load_run_tokenizer(config)
     model, progress = load_trained(config, tokenizer, alone("cpu"), checkpoint_path, ema=ema)
-    if config.adapters:
+    if config.adapters or config.model.quantize:
         from eagle_model.lora import merge_checked
 
         error = merge_checked(model)

@@ -40,12 +40,18 @@ class EmptyModel:
 
 
 def empty_model(config: Config, tokenizer: Any, *, weights: bool = True) -> EmptyModel:
-    """The model of a run in float32 with its adapters, on the meta device, and where its weights come from: run.seed, the checkpoint or
-    the parts. Only headers of files are read.
+    """The model of a run in float32 with its adapters and its layers in 4 bits, on the meta device, and where its weights come from:
+    run.seed, the checkpoint or the parts. Only headers of files are read.
 
     weights: False gives no rows, for a model into which a checkpoint of the run is read. Raises ConfigError for adapters that do not
-    fit, and ValueError for tensors that are missing or of another shape.
+    fit and for 4 bits without bitsandbytes, and ValueError for tensors that are missing or of another shape.
     """
+    empty = _unrounded(config, tokenizer, weights=weights)
+    _quantize(config, empty.model)
+    return empty
+
+
+def _unrounded(config: Config, tokenizer: Any, *, weights: bool) -> EmptyModel:
     import torch
 
     described = model_config(config, tokenizer)
@@ -131,6 +137,19 @@ def _add_adapters(config: Config, model: EagleForConditionalGeneration) -> None:
             add_lora(model, part, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
         except ValueError as error:
             raise ConfigError(f"model.lora.{part}: {error}") from error
+
+
+def _quantize(config: Config, model: EagleForConditionalGeneration) -> None:
+    """Layers in 4 bits, as `model.quantize` says, without values: `fill` rounds the weights."""
+    from eagle_model.lora import quantize
+
+    for part in config.model.quantize:
+        try:
+            quantize(model, part, empty=True)
+        except ImportError as error:
+            raise ConfigError(
+                f"model.quantize: 4-bit weights need bitsandbytes ({error.__cause__}): pip install 'eagle-train[qlora]'"
+            ) from error
 
 
 def _place_adapter(config: Config, model: EagleForConditionalGeneration) -> dict[str, Rows]:

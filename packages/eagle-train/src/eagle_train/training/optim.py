@@ -86,7 +86,7 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
     Matrices have weight decay; norms and biases do not.
     """
     rates = _rates(model, stage)
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and "weight" in module._parameters}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear -= {id(head.weight)} if head is not None else set()
     linear -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from eagle_train.config import Config, ConfigError
 
@@ -17,12 +19,33 @@ logger = logging.getLogger(__name__)
 ANSWERS = 16
 """Answers of an evaluation that trackers show."""
 
+COLUMNS = ("question", "expected", "given")
+
+
+class Shown(NamedTuple):
+    """An answer of an evaluation. picture: what the model sees of its media, uint8 [h, w, 3]; None without media."""
+
+    question: str
+    expected: str
+    given: str
+    picture: np.ndarray | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Question, expected and given answer (`COLUMNS`)."""
+        return [self.question, self.expected, self.given]
+
+    @property
+    def caption(self) -> str:
+        """The texts under the picture."""
+        return f"{self.question} expected: {self.expected}; given: {self.given}"
+
 
 class Tracker(Protocol):
     """What a tracker does. It is made on the main rank with the configuration of the run and the options of its entry."""
 
-    def log(self, step: int, scalars: dict[str, float], answers: Sequence[tuple[str, str, str]]) -> None:
-        """Numbers by name, and (question, expected, given) of some answers, after optimizer step `step` of the run."""
+    def log(self, step: int, scalars: dict[str, float], answers: Sequence[Shown]) -> None:
+        """Numbers by name, and some answers of an evaluation, after optimizer step `step` of the run."""
 
     def close(self) -> None:
         """The run is over."""
@@ -37,14 +60,17 @@ class TensorBoard:
         self._options = {"log_dir": str(config.run.folder / "tensorboard")} | options
         self._make, self._writer = SummaryWriter, None
 
-    def log(self, step: int, scalars: dict[str, float], answers: Sequence[tuple[str, str, str]]) -> None:
+    def log(self, step: int, scalars: dict[str, float], answers: Sequence[Shown]) -> None:
         if self._writer is None:  # what an interrupted run wrote after its checkpoint comes again
             self._writer = self._make(**({"purge_step": step} | self._options))  # pyright: ignore[reportArgumentType]
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
         if answers:
-            rows = "\n".join("| " + " | ".join(_cell(text) for text in answer) + " |" for answer in answers)
-            self._writer.add_text("eval/answers", f"| question | expected | given |\n|---|---|---|\n{rows}", step)
+            rows = "\n".join("| " + " | ".join(_cell(text) for text in answer.texts) + " |" for answer in answers)
+            self._writer.add_text("eval/answers", f"| {' | '.join(COLUMNS)} |\n|---|---|---|\n{rows}", step)
+        for number, answer in enumerate(answers, 1):
+            if answer.picture is not None:
+                self._writer.add_image(f"eval/pictures/{number:02d}", answer.picture, step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:
@@ -67,10 +93,14 @@ class WandB:
         self._wandb, self._run = wandb, wandb.init(**(own | options))
         file.write_text(f"{self._run.id}\n")
 
-    def log(self, step: int, scalars: dict[str, float], answers: Sequence[tuple[str, str, str]]) -> None:
+    def log(self, step: int, scalars: dict[str, float], answers: Sequence[Shown]) -> None:
         content: dict[str, Any] = dict(scalars)
         if answers:
-            content["eval/answers"] = self._wandb.Table(columns=["question", "expected", "given"], data=[list(row) for row in answers])
+            content["eval/answers"] = self._wandb.Table(columns=list(COLUMNS), data=[answer.texts for answer in answers])
+        # Not in the table: offline, pictures of a table are kept outside of the run folder.
+        pictures = [self._wandb.Image(answer.picture, caption=answer.caption) for answer in answers if answer.picture is not None]
+        if pictures:
+            content["eval/pictures"] = pictures
         self._run.log(content, step=step)
 
     def close(self) -> None:
@@ -95,11 +125,14 @@ class MLflow:
         file.write_text(f"{run.info.run_id}\n")
         self._mlflow = mlflow
 
-    def log(self, step: int, scalars: dict[str, float], answers: Sequence[tuple[str, str, str]]) -> None:
+    def log(self, step: int, scalars: dict[str, float], answers: Sequence[Shown]) -> None:
         self._mlflow.log_metrics(scalars, step=step)
         if answers:
-            columns = {name: [answer[place] for answer in answers] for place, name in enumerate(("question", "expected", "given"))}
+            columns = {name: [answer.texts[place] for answer in answers] for place, name in enumerate(COLUMNS)}
             self._mlflow.log_dict(columns, f"answers-{step:08d}.json")
+        for number, answer in enumerate(answers, 1):
+            if answer.picture is not None:
+                self._mlflow.log_image(answer.picture, f"answers-{step:08d}/{number:02d}.png")
 
     def close(self) -> None:
         self._mlflow.end_run()
@@ -115,10 +148,13 @@ class Trackio:
         self._trackio = trackio
         trackio.init(**(own | options))
 
-    def log(self, step: int, scalars: dict[str, float], answers: Sequence[tuple[str, str, str]]) -> None:
+    def log(self, step: int, scalars: dict[str, float], answers: Sequence[Shown]) -> None:
         content: dict[str, Any] = dict(scalars)
         if answers:
-            content["eval/answers"] = "\n".join(" | ".join(answer) for answer in answers)
+            content["eval/answers"] = "\n".join(" | ".join(answer.texts) for answer in answers)
+        for number, answer in enumerate(answers, 1):
+            if answer.picture is not None:
+                content[f"eval/pictures/{number:02d}"] = self._trackio.Image(answer.picture, caption=answer.caption)
         self._trackio.log(content, step=step)
 
     def close(self) -> None:
@@ -142,7 +178,7 @@ class Trackers:
 
     def __init__(self, trackers: dict[str, Tracker]) -> None:
         self._trackers = trackers
-        self._answers: list[tuple[str, str, str]] = []
+        self._answers: list[Shown] = []
 
     def record(self, record: dict[str, Any]) -> None:
         """A record of `metrics.jsonl`."""
@@ -152,9 +188,11 @@ class Trackers:
             if numbers:
                 self._call(name, lambda tracker=tracker: tracker.log(record["total_step"], numbers, answers))
 
-    def answers(self, answers: Sequence[Any]) -> None:
-        """The answers of the evaluation whose record comes next; the first `ANSWERS` are shown."""
-        self._answers = [(answer.question, answer.expected, answer.given) for answer in answers[:ANSWERS]]
+    def answers(self, answers: Sequence[Any], picture: Callable[[Any], np.ndarray | None] = lambda answer: None) -> None:
+        """The answers of the evaluation whose record comes next; the first `ANSWERS` are shown, each with `picture(answer)`."""
+        if self._trackers:
+            chosen = answers[:ANSWERS]
+            self._answers = [Shown(answer.question, answer.expected, answer.given, picture(answer)) for answer in chosen]
 
     def close(self) -> None:
         """End all trackers."""
