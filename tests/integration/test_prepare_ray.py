@@ -120,7 +120,7 @@ def dies(item):
 def test_errors_of_the_function_and_of_its_process_arrive(cluster):
     with pytest.raises(PrepareError, match="item 3 can't be done"):
         list(map_items(fails, [3], executor="ray"))
-    with pytest.raises(WorkerError, match="while it read one of: row 3.*Ray ran it 6 times; find it"):
+    with pytest.raises(WorkerError, match=r"while it read one of: row 3.*Ray ran it 6 times; find it"):
         list(map_items(dies, [3], executor="ray", name=lambda item: f"row {item}", advice="find it"))
 
 

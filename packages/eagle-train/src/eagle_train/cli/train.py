@@ -126,6 +126,8 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
         printer.message(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
 
         def started(trainer: Trainer) -> None:
+            if not world.is_main:  # a summary reads the whole plan
+                return
             printer.message(plan_table(trainer.schedules))
             for warning in position_warnings(ready):
                 printer.message(warning)

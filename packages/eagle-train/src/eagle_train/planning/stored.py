@@ -7,7 +7,6 @@ of a strategy that a program registered itself are not kept: its name doesn't sa
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -49,8 +48,7 @@ def shared_visual(folder: Path | None, facts: Facts, max_tokens: int, spec: Visu
 
 def epoch_file(folder: Path, facts: Facts, stage: StageConfig, spec: VisualSpec, *, seed: int, epoch: int, share_media: bool) -> Path:
     """Where the packs of an epoch of a stage are."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", stage.name)
-    return folder / f"{name}-epoch-{epoch}-{_key(facts, stage.model_dump_json(), spec, share_media, seed, epoch)}.plan"
+    return folder / f"{stage.name}-epoch-{epoch}-{_key(facts, stage.model_dump_json(), spec, share_media, seed, epoch)}.plan"
 
 
 def narrow(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
