@@ -438,7 +438,7 @@ def test_processes_start_when_the_work_is_long(tmp_path, row, make_config, write
     write_jsonl(tmp_path / "rows.jsonl", rows)
     started = []
     monkeypatch.setattr(module, "POOL_PAYS_AFTER", patience)
-    monkeypatch.setattr(module, "_run_in_processes", lambda todo, workers, *rest: started.extend(todo))
+    monkeypatch.setattr(module, "map_items", lambda function, items, **options: iter(started.extend(items) or ()))
     config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 50, "workers": None})
     if patience > 1:
         assert prepare(config, tokenizer).good_rows == 1500

@@ -12,9 +12,9 @@ pytest.importorskip("ray")
 import ray
 from ray.cluster_utils import Cluster
 
-from eagle_train.curate.executors import map_items
 from eagle_train.curate.settings import parse_curation
 from eagle_train.curate.split import split
+from eagle_train.executors import map_items
 from tests.train.curate.conftest import film
 
 
@@ -44,7 +44,7 @@ def test_a_node_that_dies_costs_no_item(tmp_path, cluster):
     found, second = cluster
     items = [str(tmp_path / f"{number}.txt") for number in range(16)]
     done = []
-    for item in map_items(write_slowly, items, workers=1, executor="ray"):
+    for item, _ in map_items(write_slowly, items, executor="ray"):
         done.append(item)
         if len(done) == 3:
             threading.Thread(target=found.remove_node, args=(second,), kwargs={"allow_graceful": False}).start()

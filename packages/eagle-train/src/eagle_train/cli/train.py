@@ -127,9 +127,10 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     try:
         with printer.preparing() as progress:
             ready = get_ready(config, world, progress)
-        printer.message(plan_table(ready.schedules))
-        for warning in position_warnings(ready):
-            printer.message(warning)
+        if world.is_main:  # a summary reads the whole plan
+            printer.message(plan_table(ready.schedules))
+            for warning in position_warnings(ready):
+                printer.message(warning)
         printer.message(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
 
         def started(trainer: Trainer) -> None:

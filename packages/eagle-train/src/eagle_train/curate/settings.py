@@ -14,6 +14,8 @@ from eagle_train.config.schema import FREE, Section
 STEPS = ("split", "embed", "select", "annotate", "check")
 """In the order in which they read each other's results."""
 
+SET_ONE_WORKER = "run again with --set workers=1 to see which one it is"
+
 
 class SplitConfig(Section):
     method: Literal["shots", "fixed", "chapters", "transnetv2"] = Field(

@@ -134,12 +134,12 @@ class World:
         dist.broadcast_object_list(failure, src=0, group=self.patient)
         return result
 
-    def gather(self, value: Any) -> list[Any]:
-        """The (small, picklable) values of all ranks, on all ranks."""
+    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """The (small, picklable) values of all ranks, on all ranks. patient: wait for days if need be."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.patient if patient else None)
         return values
 
     def failures(self, own: str | None) -> list[str]:
