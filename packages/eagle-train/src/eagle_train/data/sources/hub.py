@@ -36,8 +36,8 @@ def _why(error: Exception) -> str:
     offline = next((name for name in _OFFLINE if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")), None)
     if offline is not None:
         return (
-            f": {offline} is set and it is not in the cache of datasets ({os.environ.get('HF_HOME', '~/.cache/huggingface')}); unset {offline} "
-            "to download it, or download it on another machine and copy the cache"
+            f": {offline} is set and it is not in the cache of datasets ({os.environ.get('HF_HOME', '~/.cache/huggingface')}); "
+            f"unset {offline} to download it, or download it on another machine and copy the cache"
         )
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = f"the server answers {status}" if status is not None else (str(error).strip().splitlines() or [""])[0][:300]
