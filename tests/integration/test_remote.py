@@ -98,11 +98,10 @@ def test_only_headers_and_wanted_groups_of_a_video_are_transferred(tmp_path, ser
     assert [method for method, _ in served.requests] == ["HEAD"]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "codec"), [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx")]
-)
-def test_every_container_gives_the_frames_of_the_local_file(tmp_path, served, suffix, codec):
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi", "webm"])
+def test_every_container_gives_the_frames_of_the_local_file(tmp_path, served, suffix):
     path = served.folder / f"v.{suffix}"
+    codec = {"avi": "mpeg4", "webm": "libvpx"}.get(suffix, "libx264")
     options = {"g": "5"} if codec == "libx264" else {}
     media.write_video(path, (media.random_pixels(number, (64, 48)) for number in range(12)), 10, options, {}, codec=codec)
     enable(tmp_path)
@@ -189,9 +188,7 @@ def test_a_file_that_changes_is_another_file(tmp_path, served, etags):
 def test_what_is_not_enabled_is_refused(tmp_path, served):
     address = f"{served.address}/a.png"
     row = {"image": address, "messages": talk("<image>?", "a")}
-    with pytest.raises(
-        RowError, match=r"is an address; media are read from files, download it first, or add http to data\.remote\.schemes"
-    ):
+    with pytest.raises(RowError, match=r"is an address; .* download it first, or add http to data\.remote\.schemes"):
         normalise(row, "s", root=tmp_path, line=1)
     with pytest.raises(MediaError, match="is an address"):
         image_size(address)
@@ -415,7 +412,7 @@ def test_rows_of_every_format_are_those_of_the_local_file(tmp_path, data, name):
 
 
 def test_a_network_that_fails_makes_no_row_bad(tmp_path, data):
-    folder, files = data
+    folder, _ = data
     tokenizer = byte_tokenizer()
     with FileServer(folder) as server:
         settings = {"schemes": ["http"], "cache": str(tmp_path / "cache"), "retries": 1}

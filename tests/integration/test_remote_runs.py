@@ -1,4 +1,4 @@
-"""A run from every format of rows, from files and over HTTP: interrupted and resumed, evaluated and shown, it is the run from a JSONL file."""
+"""A run from every format of rows, from files and over HTTP, interrupted and resumed, evaluated and shown: it is the run from JSONL."""
 
 import pytest
 
