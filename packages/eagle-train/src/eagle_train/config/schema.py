@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from eagle_sampling.budget import STRATEGIES
 
@@ -237,11 +237,23 @@ class HubDataset(Section):
         return "/".join(filter(None, (self.hub, self.subset, self.split)))
 
 
+def _kind(value: Any) -> str:
+    """Which of the forms of `annotation` a value has, so that errors are about this one."""
+    return "list" if isinstance(value, list) else "dataset" if isinstance(value, dict | HubDataset) else "path"
+
+
+_One = Annotated[Annotated[HubDataset, Tag("dataset")] | Annotated[Place, Tag("path")], Discriminator(_kind)]
+Annotation = Annotated[
+    Annotated[HubDataset, Tag("dataset")] | Annotated[Place, Tag("path")] | Annotated[list[_One], Tag("list")], Discriminator(_kind)
+]
+"""A file, pattern, folder, address or dataset of the hub, or a list of these."""
+
+
 class Source(Section):
     """One entry of a recipe."""
 
     paths = ("annotation", "root")
-    annotation: HubDataset | Place | list[HubDataset | Place] = Field(
+    annotation: Annotation = Field(
         description="File of rows: JSONL, a JSON array, CSV, TSV (each also .gz, .zst, .bz2, .xz), Parquet, Arrow, or a WebDataset tar; a "
         "folder of Parquet, Arrow or tar files (a saved datasets dataset); a pattern such as shards/*.parquet; an address of any of these "
         "(s3://bucket/rows.jsonl, see data.remote); a dataset of the Hugging Face hub as {hub: owner/name, subset: ..., split: train, "
