@@ -477,6 +477,11 @@ class CheckpointConfig(Section):
         default=60.0, gt=0, description="Minutes after which the running step is followed by a checkpoint, next to every; null: only every."
     )
     keep: int = Field(default=2, ge=1, description="Newest checkpoints kept within a stage; ends of stages are always kept.")
+    background: bool = Field(
+        default=True,
+        description="Write while training goes on, from a copy of the rank's weights and optimizer state in host memory; false: steps wait "
+        "until a checkpoint is written, and no copy is made.",
+    )
 
 
 class ParallelConfig(Section):

@@ -43,6 +43,11 @@ class Progress:
     seen: dict[str, int]
     data: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's folder."""
+        return f"{self.stage_name}-end" if self.done else f"{self.stage_name}-{self.step:08d}"
+
 
 class CheckpointError(TrainError, ValueError):
     """A checkpoint that can't be read or does not fit the run."""
@@ -60,29 +65,43 @@ def write(
     """Write a checkpoint under `folder`; every rank calls it. Returns its path, which exists only once everything in it is durable."""
     import torch.distributed.checkpoint as dcp
 
-    name = f"{progress.stage_name}-end" if progress.done else f"{progress.stage_name}-{progress.step:08d}"
-    temporary, final = folder / f"{_WRITING}{name}", folder / name
+    temporary = begin(folder, progress, world)
+    dcp.save(state_of(model, optimizer, average), checkpoint_id=str(temporary), no_dist=world.size == 1)
+    world.barrier()
+    if world.is_main:
+        publish(folder, progress)
+    world.barrier()
+    return folder / progress.name
+
+
+def begin(folder: Path, progress: Progress, world: World) -> Path:
+    """The empty folder that a checkpoint is written in before it gets its name; every rank calls it."""
+    temporary = folder / f"{_WRITING}{progress.name}"
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     world.barrier()
-    dcp.save(
-        _state(model, optimizer) | ({"average": dict(average)} if average else {}), checkpoint_id=str(temporary), no_dist=world.size == 1
-    )
-    world.barrier()
-    if world.is_main:
-        (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
-        for path in sorted(temporary.iterdir()):
-            _sync(path)
-        _sync(temporary)
-        if final.exists():  # the same step again, after a resume from an earlier one: the old folder is whole and equal
-            shutil.rmtree(temporary)
-        else:
-            os.rename(temporary, final)
-            _sync(folder)
-    world.barrier()
-    return final
+    return temporary
+
+
+def publish(folder: Path, progress: Progress) -> None:
+    """Give a checkpoint that all ranks have written its name, once everything in it is on disk; the main rank calls it."""
+    temporary, final = folder / f"{_WRITING}{progress.name}", folder / progress.name
+    (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+    for path in sorted(temporary.iterdir()):
+        _sync(path)
+    _sync(temporary)
+    if final.exists():  # the same step again, after a resume from an earlier one: the old folder is whole and equal
+        shutil.rmtree(temporary)
+    else:
+        os.rename(temporary, final)
+        _sync(folder)
+
+
+def discard(folder: Path, progress: Progress) -> None:
+    """Remove what was written of a checkpoint that will not be complete."""
+    shutil.rmtree(folder / f"{_WRITING}{progress.name}", ignore_errors=True)
 
 
 def read(
@@ -99,13 +118,12 @@ def read(
 
     progress = read_progress(path)
     with_optimizer = optimizer if not progress.done else None
-    state = _state(model, with_optimizer) | ({"average": dict(average)} if average else {})  # tensors of the average are filled in place
+    state = state_of(model, with_optimizer, average)  # tensors of the average are filled in place
     try:
         dcp.load(state, checkpoint_id=str(path), no_dist=world.size == 1)
     except dcp.api.CheckpointException as error:
-        reasons = "; ".join(dict.fromkeys(_reason(failure[0]) for failure in error.failures.values()))
         raise CheckpointError(
-            f"{path}: can't be read, or does not fit this model: {reasons}. If it is damaged, remove that folder: "
+            f"{path}: can't be read, or does not fit this model: {reasons(error)}. If it is damaged, remove that folder: "
             "the run goes on from the checkpoint before"
         ) from error
     set_model_state_dict(model, state["model"])  # pyright: ignore[reportArgumentType]
@@ -144,6 +162,17 @@ def _reason(error: BaseException) -> str:
     """The first line of what a library says; a file that was cut off may say nothing but its kind of error."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "a file in it ends too early" if isinstance(error, EOFError) else type(error).__name__
+
+
+def reasons(error: BaseException) -> str:
+    """Why `torch.distributed.checkpoint` failed, each reason of a rank once."""
+    failures = getattr(error, "failures", None)
+    return "; ".join(dict.fromkeys(_reason(failure[0]) for failure in failures.values())) if failures else _reason(error)
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, average: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+    """What a checkpoint holds, as the tensors of this rank."""
+    return _state(model, optimizer) | ({"average": dict(average)} if average else {})
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

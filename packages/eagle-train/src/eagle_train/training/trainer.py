@@ -46,6 +46,7 @@ from .heartbeat import Heartbeat
 from .metrics import Metrics
 from .model import attention_backend, tokenizer_folder
 from .optim import make_optimizer, set_learning_rates, set_trainable
+from .saving import Saver
 from .stop import Interrupted, StopSignals, what_is_saved
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class Trainer:
         self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0}
         #: Stage and step of the newest checkpoint, and when it was written.
         self._saved, self._saved_at = (0, 0), time.monotonic()
+        self.saver = Saver(self.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.background)
 
     @property
     def missing(self) -> int:
@@ -140,6 +142,8 @@ class Trainer:
                 self.check_stop()
         except Interrupted as stop:
             raise Interrupted(stop.signum, f"stopped; {self.what_is_saved()}") from None
+        finally:
+            self.saver.close()
 
     def what_is_saved(self) -> str:
         """What a command that trains this run continues from."""
@@ -158,6 +162,7 @@ class Trainer:
             for number in range(stage, len(self.schedules)):
                 self._train_stage(number, step, loader, resumed if step else None)
                 step = 0
+            self.saver.wait()
         if self.world.is_main:
             longest = loader.seconds_by_source.most_common(3)
             if longest and longest[0][1] >= 1:
@@ -192,6 +197,7 @@ class Trainer:
         stage, schedule = self.config.stages[number], self.schedules[number]
         if is_sharded(self.model) and stage.modes != self._sharded_for:
             # FSDP2 remembers at sharding what is trained: another choice needs a new model, from the end of the last stage.
+            self.saver.wait()
             self.model = None  # type: ignore[assignment]
             self.model = self._new_model(stage.modes, weights=False)
             checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
@@ -200,6 +206,7 @@ class Trainer:
         if resumed is not None:
             self._load(resumed, optimizer)
         elif stage.carry_optimizer:
+            self.saver.wait()
             checkpoint.carry_optimizer(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, optimizer, self.world)
         self.model.train()
         done_before = sum(schedule.steps for schedule in self.schedules[:number])
@@ -211,6 +218,8 @@ class Trainer:
             packs, totals = self._read(number, step, loader)
             if totals.interrupts or totals.terminations:
                 self._save_and_stop(number, step, optimizer, signal.SIGTERM if totals.terminations else signal.SIGINT)
+            if totals.broken:  # a checkpoint could not be written: every rank knows at the same step
+                self.saver.wait()
             pending = self._step(number, step, optimizer, packs, totals)
             self.stop.training = True
             now = time.monotonic()
@@ -240,17 +249,15 @@ class Trainer:
     # ---- checkpoints -------------------------------------------------------------------------------------------------------------
 
     def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Write a checkpoint after `step` steps of a stage, and apply the keep rule."""
-        self.beat.at("writing of a checkpoint")
+        """Write a checkpoint after `step` steps of a stage, while training goes on."""
+        self.beat.at("the copy of a checkpoint, or the end of writing the one before")
         self._settle()
         schedules, name = self.schedules, self.config.stages[number].name
         over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
         progress = checkpoint.Progress(number, name, step, total, over, dict(self._seen), self._data)
         carried = number + 1 < len(schedules) and self.config.stages[number + 1].carry_optimizer
         average = self.average.tensors if self.average is not None else None
-        checkpoint.write(self.checkpoints, progress, self.model, optimizer if carried or not over else None, self.world, average=average)
-        if self.world.is_main:
-            checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
+        self.saver.save(progress, self.model, optimizer if carried or not over else None, average=average)
         self._saved, self._saved_at = (number, step), time.monotonic()
 
     def _load(self, path: Path, optimizer: torch.optim.Optimizer | None) -> None:
@@ -268,6 +275,7 @@ class Trainer:
         self._settle()
         if step and self._saved != (number, step):
             self._save(number, step, optimizer)
+        self.saver.wait()
         raise Interrupted(signum)
 
     # ---- evaluations -------------------------------------------------------------------------------------------------------------
@@ -344,7 +352,7 @@ class Trainer:
                 )
             packs.append(item[1])
         self.beat.at("the sums over all ranks")
-        requests = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due())
+        requests = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due(), self.saver.broken)
         return agree(packs, self.world, partial(self._read_again, number, step), requests)
 
     def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, packs: list[LoadedPack], totals: Totals) -> _Pending:
