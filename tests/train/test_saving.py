@@ -85,13 +85,16 @@ def test_a_full_disk_is_one_error_and_the_checkpoint_before_stays(tmp_path, monk
     saver.save(at(1), model, optimizer)
     saver.wait()
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full_disk)
-    with pytest.raises(
-        WriteError, match=r"checkpoint s0-00000002 could not be written to .*No space left on device.*continues from s0-00000001"
-    ):
+
+    def save():
         saver.save(at(2), model, optimizer)
         while not saver.broken:
             time.sleep(0.01)
         saver.wait()
+
+    message = r"checkpoint s0-00000002 could not be written to .*No space left on device.*continues from s0-00000001"
+    with pytest.raises(WriteError, match=message):
+        save()
     assert [path.name for path in tmp_path.iterdir()] == ["s0-00000001"]
     other, other_optimizer = make(seed=1)
     assert checkpoint.read(tmp_path / "s0-00000001", other, other_optimizer, alone("cpu")) == at(1)

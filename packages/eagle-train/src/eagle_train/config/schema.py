@@ -491,11 +491,23 @@ class ParallelConfig(Section):
     fsdp: bool = Field(
         default=True, description="Shard parameters over the ranks (FSDP2) when there is more than one; false: replicate them."
     )
+    replicate: int = Field(
+        default=1,
+        ge=1,
+        description="Replicas of the sharded parameters (HSDP): parameters are gathered within ranks / replicate neighbouring ranks, and "
+        "only sums of gradients cross between replicas. The number of machines keeps gathering within each of them.",
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
         description="Precision of the computation; master weights stay float32. auto: bfloat16 on GPUs and CPUs that compute it natively "
         "(AVX512-BF16, AMX), else float32; a run that continues keeps what it began with.",
     )
+
+    @model_validator(mode="after")
+    def _one_way_to_replicate(self) -> Self:
+        if self.replicate > 1 and not self.fsdp:
+            raise ValueError(f"replicate ({self.replicate}) is for sharded parameters, and fsdp: false replicates all of them; keep one")
+        return self
 
     @property
     def context(self) -> int:

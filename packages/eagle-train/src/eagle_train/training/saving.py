@@ -88,10 +88,10 @@ class Saver:
             return
         before = checkpoint.latest(self.folder)
         then = f"the same command continues from {before.name}" if before is not None else "the same command starts again"
-        reasons = "; ".join(dict.fromkeys(failure.partition(": ")[2] if failure.startswith("rank ") else failure for failure in failures))
+        reasons = "; ".join(dict.fromkeys(failure.partition(": ")[2] if self.world.size > 1 else failure for failure in failures))
         raise WriteError(
-            f"checkpoint {progress.name} could not be written to {self.folder}: {reasons}. Nothing of it is kept, and older checkpoints are "
-            f"as they were: when there is space and the folder can be written, {then}"
+            f"checkpoint {progress.name} could not be written to {self.folder}: {reasons}. Nothing of it is kept, and older checkpoints "
+            f"are as they were: when there is space and the folder can be written, {then}"
         ) from error
 
     def close(self) -> None:
