@@ -44,7 +44,7 @@ def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
         compute_bytes=(2 if low else 4) if sharded else None,
         activation_bytes=2 if low else 4,
         offload=config.model.activations == "offload",
-        shards=ranks // config.parallel.replicate if config.parallel.fsdp else 1,
+        shards=max(1, ranks // config.parallel.replicate) if config.parallel.fsdp else 1,
     )
 
 
