@@ -43,8 +43,9 @@ from .activations import activation_mode, make_engine
 from .build import empty_model, fill_model
 from .ema import MovingAverage
 from .heartbeat import Heartbeat
+from .memory import check_memory, explained
 from .metrics import Metrics
-from .model import attention_backend, tokenizer_folder
+from .model import attention_backend, model_config, tokenizer_folder
 from .optim import make_optimizer, set_learning_rates, set_trainable
 from .saving import Saver
 from .stop import Interrupted, StopSignals, what_is_saved
@@ -101,6 +102,8 @@ class Trainer:
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
+        if world.device.type == "cuda":
+            check_memory(config, model_config(config, tokenizer), world)
         #: Host memory of `model.activations: offload`, made once and used by every model of the run.
         self.engine: OffloadEngine | None = None
         #: Its processes start, and read the first packs, while the model is made and filled.
@@ -365,8 +368,10 @@ class Trainer:
         for place, pack in enumerate(packs):
             if is_sharded(self.model):
                 self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
-            self.beat.at(f"forward/backward of pack {place + 1} of {micro}")
-            loss += self._forward_backward(replace(pack.batch, denominator=denominator))
+            doing = f"forward/backward of pack {place + 1} of {micro}"
+            self.beat.at(doing)
+            with explained(self.config, self.model.config, world, stage=stage, step=step + 1, doing=doing, pack=pack):
+                loss += self._forward_backward(replace(pack.batch, denominator=denominator))
             if world.context.rank == 0:
                 self.ledger.extend(replace(entry, step=total_step) for entry in pack.failed)
         self.beat.at("the optimizer")
@@ -374,7 +379,8 @@ class Trainer:
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(learning, limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
-        optimizer.step()
+        with explained(self.config, self.model.config, world, stage=stage, step=step + 1, doing="the optimizer's step"):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
