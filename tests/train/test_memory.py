@@ -51,10 +51,12 @@ def test_changes_need_less_and_the_first_that_fits_is_named(large):
     config, described = large(stage={"max_tokens": "128K"})
     need = planned(config, described, 8).gpu
     found = list(changes(config, described, 8))
-    assert [change.text for change in found[:3]] == [
+    assert [change.text for change in found[:5]] == [
         "model.activations: offload",
+        "stages.*.optimizer: adamw_host (its states in host memory)",
         "stages.*.optimizer: adamw8bit (needs torchao)",
-        "model.activations: offload and stages.*.optimizer: adamw8bit (needs torchao)",
+        "stages.*.optimizer: adamw8bit (needs torchao) and model.weights: bfloat16",
+        "stages.*.optimizer: adamw8bit (needs torchao), model.weights: bfloat16 and model.activations: offload",
     ]
     assert {"parallel.all_gather: 2", "stages.*.max_tokens: at most 65536", "16 GPUs instead of 8"} <= {change.text for change in found}
     assert all(change.plan.gpu <= need for change in found)

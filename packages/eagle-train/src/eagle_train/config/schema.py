@@ -174,6 +174,11 @@ class ModelConfig(Section):
         description="Decay of a moving average of the trained weights, which eagle export --ema writes, for example 0.999; it takes 4 more "
         "bytes per trained parameter. null: none.",
     )
+    weights: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Precision in which weights are kept while training. bfloat16 takes 4 bytes less per parameter (weight and gradient), "
+        "rounds every update stochastically, and needs parallel.dtype: bfloat16 and the optimizer adamw or adamw8bit.",
+    )
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Fields of EagleConfig to change, nested as in config.json, for example {text_config: {...}}."
     )
@@ -413,9 +418,10 @@ class StageConfig(Section):
         default="sqrt",
         description="token: every label alike; sample: every sample alike; sqrt: n_i^-1/2 per label of sample i, as the original.",
     )
-    optimizer: Literal["adamw", "adamw8bit", "muon", "adafactor"] = Field(
+    optimizer: Literal["adamw", "adamw8bit", "adamw_host", "muon", "adafactor"] = Field(
         default="adamw",
-        description="adamw: 8 bytes of state per parameter; adamw8bit: 2 (needs torchao); muon: 4 for matrices of linear layers, which get "
+        description="adamw: 8 bytes of state per parameter; adamw8bit: 2 (needs torchao); adamw_host: adamw with its 8 bytes in host "
+        "memory, copied while others are updated; muon: 4 for matrices of linear layers, which get "
         "orthogonalised momentum, and AdamW for the rest; adafactor: factored second moment, next to none.",
     )
     carry_optimizer: bool = Field(

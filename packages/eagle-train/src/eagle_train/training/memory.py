@@ -63,16 +63,16 @@ def changes(config: Config, described: Any, ranks: int) -> Iterator[Change]:
     def change(text: str, changed: Config, number: int = ranks) -> Change:
         return Change(text, planned(changed, described, number))
 
-    best = config
     for mode in {"keep": ("recompute", "offload"), "recompute": ("offload",)}.get(config.model.activations, ()):
-        best = config.replaced(model=config.model.replaced(activations=mode))
-        yield change(f"model.activations: {mode}", best)
+        yield change(f"model.activations: {mode}", _with(config, activations=mode))
     if any(stage.optimizer == "adamw" for stage in config.stages):
-        eight = [stage.replaced(optimizer="adamw8bit") if stage.optimizer == "adamw" else stage for stage in config.stages]
-        yield change("stages.*.optimizer: adamw8bit (needs torchao)", config.replaced(stages=eight))
-        best = best.replaced(stages=eight)
-        if best.model.activations != config.model.activations:
-            yield change(f"model.activations: {best.model.activations} and stages.*.optimizer: adamw8bit (needs torchao)", best)
+        yield change(f"{_OPTIMIZER}: adamw_host (its states in host memory)", _with(config, optimizer="adamw_host"))
+        yield change(f"{_OPTIMIZER}: adamw8bit (needs torchao)", _with(config, optimizer="adamw8bit"))
+        if config.model.weights == "float32":
+            least = _with(config, optimizer="adamw8bit", weights="bfloat16")
+            yield change(f"{_OPTIMIZER}: adamw8bit (needs torchao) and model.weights: bfloat16", least)
+            text = f"{_OPTIMIZER}: adamw8bit (needs torchao), model.weights: bfloat16 and model.activations: offload"
+            yield change(text, _with(least, activations="offload"))
     parallel = config.parallel
     for gather in range(parallel.all_gather + 1, ranks // parallel.ulysses + 1):
         if ranks % (gather * parallel.ulysses) == 0:
@@ -86,6 +86,15 @@ def changes(config: Config, described: Any, ranks: int) -> Iterator[Change]:
     while parallel.fsdp and number <= MOST_RANKS:
         yield change(f"{number} GPUs instead of {ranks}", config, number)
         number *= 2
+
+
+_OPTIMIZER = "stages.*.optimizer"
+
+
+def _with(config: Config, *, optimizer: str | None = None, **model: Any) -> Config:
+    """A configuration with other fields of `model`, and another optimizer where it is adamw."""
+    stages = [stage.replaced(optimizer=optimizer) if optimizer and stage.optimizer == "adamw" else stage for stage in config.stages]
+    return config.replaced(stages=stages, model=config.model.replaced(**model))
 
 
 def smallest_change(config: Config, described: Any, ranks: int, room: float) -> str:

@@ -12,7 +12,7 @@ from eagle_train.config import Config
 
 from .model import check_model_folder, check_preset, model_config
 
-_WITHOUT_EFFECT = {"preset", "path", "tokenizer", "activations", "lora", "adapter", "ema"}
+_WITHOUT_EFFECT = {"preset", "path", "tokenizer", "activations", "lora", "adapter", "ema", "weights"}
 """Keys of `model` that are read here, or change no size."""
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from eagle_kernels import OffloadEngine
 from eagle_model.batch import PackedBatch
 from eagle_model.prompt import CachedEncoder
-from eagle_train.config import Config
+from eagle_train.config import Config, ConfigError
 from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.data.measure import media_limits
 from eagle_train.distributed.agreement import Totals, agree
@@ -460,6 +460,12 @@ class Trainer:
         """weights: False leaves weights undefined, where a checkpoint of the run follows."""
         empty = empty_model(self.config, self.tokenizer, weights=weights)
         modes, model = modes or self.config.stages[0].modes, empty.model
+        if self.config.model.weights == "bfloat16":
+            if self.config.parallel.dtype != "bfloat16":
+                raise ConfigError(
+                    f"model.weights is bfloat16 and the run computes in {self.config.parallel.dtype}: set parallel.dtype: bfloat16"
+                )
+            nn.Module.to(model, torch.bfloat16)
         set_trainable(model, modes)
         self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
