@@ -210,3 +210,21 @@ def test_what_does_not_go_together_is_refused(colour_run):
         train(get_ready(config), alone("cpu"))
     with pytest.raises(ConfigError, match=r"stages.s.optimizer: muon does not round weights stochastically.*use adamw or adamw8bit"):
         make_optimizer(tiny_model().to(torch.bfloat16), stage(optimizer="muon"))
+
+
+@pytest.mark.integration
+def test_8_bit_states_with_weights_in_bfloat16():
+    """torchao rounds stochastically too: the mean weight moves by what float32 weights move by, where rounding to the nearest moves none."""
+    pytest.importorskip("torchao")
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model().to(dtype)
+        layer = model.language_model.model.layers[0].mlp.up_proj.weight
+        with torch.no_grad():
+            layer.fill_(1.0)
+        optimizer = make_optimizer(model, stage(optimizer="adamw8bit", weight_decay=0.0, lr=1e-4))
+        for _ in range(20):
+            layer.grad = torch.ones_like(layer)
+            optimizer.step()
+        moved[dtype] = 1 - layer.float().mean().item()
+    assert moved[torch.bfloat16] == pytest.approx(moved[torch.float32], rel=0.1)
