@@ -199,7 +199,8 @@ def for_evaluation(config: ParallelConfig, *, ulysses: int = 1, all_gather: int 
 
     ulysses, all_gather: ranks that share a pack of teacher-forced scoring.
     """
-    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": ulysses, "all_gather": all_gather, "context": "fixed"})
+    whole = {"dtype": "float32", "data": None, "replicate": 1, "context": "fixed"}
+    return config.model_copy(update=whole | {"ulysses": ulysses, "all_gather": all_gather})
 
 
 def start_world(config: ParallelConfig, device: str | None = None) -> World:
@@ -220,6 +221,8 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
         raise ConfigError(
             f"parallel.data is {config.data}, but {size} ranks in groups of {context} make {data}; start {config.data * context} ranks"
         )
+    if size % config.replicate:
+        raise ConfigError(f"parallel.replicate is {config.replicate}, which does not divide the {size} ranks that run")
     if kind == "cuda":
         if local >= torch.cuda.device_count():
             raise DeviceError(f"local rank {local} finds no GPU of its own, there are {torch.cuda.device_count()}; start fewer ranks here")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from eagle_kernels import OffloadEngine
 from eagle_model.batch import PackedBatch
 from eagle_model.prompt import CachedEncoder
-from eagle_train.config import Config
+from eagle_train.config import Config, ConfigError
 from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.data.measure import media_limits
 from eagle_train.distributed.agreement import Totals, agree
@@ -43,9 +43,11 @@ from .activations import activation_mode, make_engine
 from .build import empty_model, fill_model
 from .ema import MovingAverage
 from .heartbeat import Heartbeat
+from .memory import check_memory, explained
 from .metrics import Metrics
-from .model import attention_backend, tokenizer_folder
+from .model import attention_backend, model_config, tokenizer_folder
 from .optim import make_optimizer, set_learning_rates, set_trainable
+from .saving import Saver
 from .stop import Interrupted, StopSignals, what_is_saved
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,8 @@ class Trainer:
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
+        if world.device.type == "cuda":
+            check_memory(config, model_config(config, tokenizer), world)
         #: Host memory of `model.activations: offload`, made once and used by every model of the run.
         self.engine: OffloadEngine | None = None
         #: Its processes start, and read the first packs, while the model is made and filled.
@@ -118,6 +122,7 @@ class Trainer:
         self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0, "concealed": 0}
         #: Stage and step of the newest checkpoint, and when it was written.
         self._saved, self._saved_at = (0, 0), time.monotonic()
+        self.saver = Saver(self.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.background)
 
     @property
     def missing(self) -> int:
@@ -145,6 +150,8 @@ class Trainer:
                 self.check_stop()
         except Interrupted as stop:
             raise Interrupted(stop.signum, f"stopped; {self.what_is_saved()}") from None
+        finally:
+            self.saver.close()
 
     def what_is_saved(self) -> str:
         """What a command that trains this run continues from."""
@@ -163,6 +170,7 @@ class Trainer:
             for number in range(stage, len(self.schedules)):
                 self._train_stage(number, step, loader, resumed if step else None)
                 step = 0
+            self.saver.wait()
         if self.world.is_main:
             if splits := self.world.chosen:
                 logger.info("context parallel splits: %s", ", ".join(f"{name} {count} packs" for name, count in splits.most_common()))
@@ -199,6 +207,7 @@ class Trainer:
         stage, schedule = self.config.stages[number], self.schedules[number]
         if is_sharded(self.model) and stage.modes != self._sharded_for:
             # FSDP2 remembers at sharding what is trained: another choice needs a new model, from the end of the last stage.
+            self.saver.wait()
             self.model = None  # type: ignore[assignment]
             self.model = self._new_model(stage.modes, weights=False)
             checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
@@ -207,6 +216,7 @@ class Trainer:
         if resumed is not None:
             self._load(resumed, optimizer)
         elif stage.carry_optimizer:
+            self.saver.wait()
             checkpoint.carry_optimizer(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, optimizer, self.world)
         self.model.train()
         done_before = sum(schedule.steps for schedule in self.schedules[:number])
@@ -218,6 +228,8 @@ class Trainer:
             packs, totals = self._read(number, step, loader)
             if totals.interrupts or totals.terminations:
                 self._save_and_stop(number, step, optimizer, signal.SIGTERM if totals.terminations else signal.SIGINT)
+            if totals.broken:  # a checkpoint could not be written: every rank knows at the same step
+                self.saver.wait()
             pending = self._step(number, step, optimizer, packs, totals)
             self.stop.training = True
             now = time.monotonic()
@@ -247,17 +259,15 @@ class Trainer:
     # ---- checkpoints -------------------------------------------------------------------------------------------------------------
 
     def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Write a checkpoint after `step` steps of a stage, and apply the keep rule."""
-        self.beat.at("writing of a checkpoint")
+        """Write a checkpoint after `step` steps of a stage, while training goes on."""
+        self.beat.at("the copy of a checkpoint, or the end of writing the one before")
         self._settle()
         schedules, name = self.schedules, self.config.stages[number].name
         over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
         progress = checkpoint.Progress(number, name, step, total, over, dict(self._seen), self._data)
         carried = number + 1 < len(schedules) and self.config.stages[number + 1].carry_optimizer
         average = self.average.tensors if self.average is not None else None
-        checkpoint.write(self.checkpoints, progress, self.model, optimizer if carried or not over else None, self.world, average=average)
-        if self.world.is_main:
-            checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
+        self.saver.save(progress, self.model, optimizer if carried or not over else None, average=average)
         self._saved, self._saved_at = (number, step), time.monotonic()
 
     def _load(self, path: Path, optimizer: torch.optim.Optimizer | None) -> None:
@@ -275,6 +285,7 @@ class Trainer:
         self._settle()
         if step and self._saved != (number, step):
             self._save(number, step, optimizer)
+        self.saver.wait()
         raise Interrupted(signum)
 
     # ---- evaluations -------------------------------------------------------------------------------------------------------------
@@ -351,7 +362,7 @@ class Trainer:
                 )
             packs.append(item[1])
         self.beat.at("the sums over all ranks")
-        requests = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due())
+        requests = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due(), self.saver.broken)
         return agree(packs, self.world, partial(self._read_again, number, step), requests)
 
     def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, packs: list[LoadedPack], totals: Totals) -> _Pending:
@@ -364,8 +375,10 @@ class Trainer:
         for place, pack in enumerate(packs):
             if is_sharded(self.model):
                 self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
-            self.beat.at(f"forward/backward of pack {place + 1} of {micro}")
-            loss += self._forward_backward(replace(pack.batch, denominator=denominator))
+            doing = f"forward/backward of pack {place + 1} of {micro}"
+            self.beat.at(doing)
+            with explained(self.config, self.model.config, world, stage=stage, step=step + 1, doing=doing, pack=pack):
+                loss += self._forward_backward(replace(pack.batch, denominator=denominator))
             if world.context.rank == 0:
                 self.ledger.extend(replace(entry, step=total_step) for entry in pack.failed)
             self.ledger.extend(replace(entry, step=total_step) for entry in pack.concealed)
@@ -374,7 +387,8 @@ class Trainer:
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(learning, limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
-        optimizer.step()
+        with explained(self.config, self.model.config, world, stage=stage, step=step + 1, doing="the optimizer's step"):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
@@ -456,6 +470,12 @@ class Trainer:
         """weights: False leaves weights undefined, where a checkpoint of the run follows."""
         empty = empty_model(self.config, self.tokenizer, weights=weights)
         modes, model = modes or self.config.stages[0].modes, empty.model
+        if self.config.model.weights == "bfloat16":
+            if self.config.parallel.dtype != "bfloat16":
+                raise ConfigError(
+                    f"model.weights is bfloat16 and the run computes in {self.config.parallel.dtype}: set parallel.dtype: bfloat16"
+                )
+            nn.Module.to(model, torch.bfloat16)
         set_trainable(model, modes)
         self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
