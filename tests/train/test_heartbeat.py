@@ -33,11 +33,11 @@ def test_a_slow_step_of_a_run(colour_run, monkeypatch):
     monkeypatch.setattr(heartbeat, "EVERY", 0.4)
     forward, waited = Trainer._forward_backward, []
 
-    def slow(self, batch):
+    def slow(self, *arguments):
         if not waited or len(waited) == 1:
-            waited.append(batch)
+            waited.append(arguments)
             time.sleep(0.6 * (len(waited) == 2))
-        return forward(self, batch)
+        return forward(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_forward_backward", slow)
     lines = []

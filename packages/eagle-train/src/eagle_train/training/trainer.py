@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from eagle_kernels import OffloadEngine
-from eagle_model.batch import PackedBatch
 from eagle_model.prompt import CachedEncoder
 from eagle_train.config import Config
 from eagle_train.data.ledger import Entry, Ledger
@@ -45,6 +44,8 @@ from .heartbeat import Heartbeat
 from .metrics import Metrics
 from .model import attention_backend, build_model, tokenizer_folder
 from .optim import make_optimizer, set_learning_rates, set_trainable
+from .source_losses import SourceLosses, by_source
+from .speed import memory, peak_flops
 from .stop import Interrupted, StopSignals, what_is_saved
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class _Pending:
     record: dict[str, Any]
     loss: Tensor
     norm: Tensor
+    sources: SourceLosses
     sample_ids: list[tuple[str, int]]
 
 
@@ -108,6 +110,7 @@ class Trainer:
         self.failed_evaluations: list[str] = []
         self._pending: _Pending | None = None
         self._pace: float | None = None
+        self._peak = peak_flops(world.device, config.parallel.dtype)
         self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0}
         #: Stage and step of the newest checkpoint, and when it was written.
         self._saved, self._saved_at = (0, 0), time.monotonic()
@@ -221,6 +224,7 @@ class Trainer:
                 "tokens_per_second": totals.tokens / elapsed,
                 "tiles_per_second": totals.tiles / elapsed,
                 "data_wait": (loader.waited - waited) / elapsed,
+                **self._use(pending.record["flops"] / elapsed / self.world.size),
                 "total_step": done_before + step + 1,
             }
             begin, waited = now, loader.waited
@@ -355,11 +359,12 @@ class Trainer:
         lr = set_learning_rates(optimizer, step, schedule.steps, stage)
         denominator = torch.tensor(max(totals.label_weight, 1e-30), dtype=torch.float32).to(world.device, non_blocking=True)
         loss = torch.zeros((), device=world.device)
+        sources = SourceLosses([source.name for source in schedule.facts.sources], world.device)
         for place, pack in enumerate(packs):
             if is_sharded(self.model):
                 self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
             self.beat.at(f"forward/backward of pack {place + 1} of {micro}")
-            loss += self._forward_backward(replace(pack.batch, denominator=denominator))
+            loss += self._forward_backward(replace(pack, batch=replace(pack.batch, denominator=denominator)), sources)
             if world.context.rank == 0:
                 self.ledger.extend(replace(entry, step=total_step) for entry in pack.failed)
         self.beat.at("the optimizer")
@@ -373,6 +378,7 @@ class Trainer:
             self.average.update(self.model)
         for key in self._seen:
             self._seen[key] += getattr(totals, key)
+        plan, place = schedule.locate(step)
         record = {
             "kind": "step",
             "stage": stage.name,
@@ -385,19 +391,22 @@ class Trainer:
             "labels": totals.labels,
             "missing": totals.missing,
             "fill": totals.tokens / (stage.packs_per_step * stage.max_tokens),
+            "flops": plan.step_flops(place),
             "seen_tokens": self._seen["tokens"],
             "seen_missing": self._seen["missing"],
         }
         ids = [sample for pack in packs for sample in pack.sample_ids]
         self._settle()
-        return _Pending(record, loss, norm, ids)
+        return _Pending(record, loss, norm, sources, ids)
 
-    def _forward_backward(self, batch: PackedBatch) -> Tensor:
-        """Loss of a pack (of this context parallel rank's part of it), with its gradients added."""
+    def _forward_backward(self, pack: LoadedPack, sources: SourceLosses) -> Tensor:
+        """Loss of a pack (of this context parallel rank's part of it), with its gradients, and its tokens' losses in `sources`, added."""
         described: Any = self.model.config
-        layout = self.world.layout(batch.cu_seqlens, described.text_config, batch.prefixes)
-        output = self.model(batch.shard(layout, described.tokens_per_tile).to(self.world.device), layout=layout)
+        layout = self.world.layout(pack.batch.cu_seqlens, described.text_config, pack.batch.prefixes)
+        part = pack.batch.shard(layout, described.tokens_per_tile).to(self.world.device)
+        output = self.model(part, layout=layout, token_losses=True)
         output.loss.backward()
+        sources.add(pack, layout, output.token_losses, part.token_weights, count=self.world.context.rank == 0)
         return output.loss.detach()
 
     # ---- records -----------------------------------------------------------------------------------------------------------------
@@ -407,7 +416,9 @@ class Trainer:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        loss = self.world.sum(pending.loss.double().cpu() if self.world.size > 1 else pending.loss.double()).item()
+        sums = torch.cat([pending.loss.double().reshape(1), pending.sources.sums.flatten()]).cpu()
+        self.world.sum(sums)
+        loss, names = sums[0].item(), pending.sources.names
         norm, stage, step = float(pending.norm), pending.record["stage"], pending.record["step"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ids = sorted({f"{source}:{line}" for some in self.world.gather(pending.sample_ids) for source, line in some})
@@ -417,7 +428,15 @@ class Trainer:
                 "The last checkpoint is older than this step. Lower stages.*.lr, or inspect these rows with eagle show"
             )
         if self.world.is_main and (step % self.config.run.log_every == 0 or step == pending.record["steps"]):
-            self._record(pending.record | {"loss": loss, "grad_norm": norm, "eta": self._left(pending.record)})
+            losses = by_source(names, sums[1:].view(2, -1)) if len(names) > 1 else {}
+            losses = {"losses": losses} if losses else {}
+            self._record(pending.record | {"loss": loss, "grad_norm": norm, "eta": self._left(pending.record)} | losses)
+
+    def _use(self, rate: float) -> dict[str, Any]:
+        """What a rank does with its device, at `rate` FLOP/s."""
+        now, most = memory(self.world.device)
+        use: dict[str, Any] = {"tflops": rate / 1e12, "memory": now, "memory_peak": most}
+        return use if self._peak is None else use | {"mfu": rate / self._peak}
 
     def _left(self, record: dict[str, Any]) -> float:
         """Seconds to the end of the run: what is left in tokens of capacity, at the pace of the last steps."""
