@@ -16,8 +16,14 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="Also print parameters, and the memory of each of N GPUs.", metavar="N", show_default=False),
+        typer.Option(
+            min=1,
+            help="Also print parameters, memory of each of N GPUs, step times and GPU hours; fails when it can't fit.",
+            metavar="N",
+            show_default=False,
+        ),
     ] = None,
+    gpu: Annotated[str, typer.Option(help="With --gpus: which GPU, for example H200 or A100.", metavar="NAME")] = "H100",
     show_defaults: ShowDefaults = False,
 ) -> None:
     """Print stages, steps and packs, and what does not fit."""
@@ -25,7 +31,7 @@ def plan(
     from eagle_train.runs.ready import get_ready
     from eagle_train.watching.progress import prepare_progress
 
-    from .tables import PLAN_LEGEND, defaults_text, plan_table, position_warnings, resources_text, rows_line
+    from .tables import PLAN_LEGEND, defaults_text, plan_table, position_warnings, prediction_text, resources_text, rows_line
 
     loaded = load_config(config, overrides or ())
     if show_defaults:
@@ -39,8 +45,13 @@ def plan(
     for warning in position_warnings(ready):
         print(warning)
     if gpus is None:
-        print(f"parameters and memory: eagle plan {config} --gpus N")
+        print(f"parameters, memory and time: eagle plan {config} --gpus N --gpu H100")
     else:
+        from eagle_train.runs.prediction import assumed_rate, check_fits, measured_rate, named_gpu, predict
         from eagle_train.runs.resources import resources
 
+        card = named_gpu(gpu)
         print(resources_text(resources(ready, gpus)))
+        rate = measured_rate(loaded) or assumed_rate(card)
+        print(prediction_text(predict(ready, gpus, rate), gpus, rate))
+        check_fits(ready, gpus, card)
