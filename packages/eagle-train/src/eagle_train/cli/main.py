@@ -58,6 +58,11 @@ def run(given: list[str]) -> NoReturn:
 def report(error: Exception) -> None:
     """Print an error once: the main rank prints what every rank raises, and another rank names itself for what is its own."""
     text = str(error) or type(error).__name__
+    if (lost := getattr(error, "lost_rank", None)) is not None:  # of eagle_train.distributed.failure
+        write_error_file(lost.message)
+        if lost.reporter is None:
+            print(f"error: {lost.message}", file=sys.stderr)
+        return
     if not is_main_rank():
         write_error_file(f"rank {os.environ['RANK']}: {text}")
         if getattr(error, "on_every_rank", False):

@@ -138,10 +138,10 @@ def check_fits(ready: Ready, gpus: int, gpu: Gpu) -> None:
             break
     else:
         advice = "no change of activations, optimizer, context split, GPUs or max_tokens helps: use a smaller model"
+    needs = f"{needed_gib(plan.gpu / GIB):.1f} GiB of each of {gpus} {gpu.name}"
     raise ConfigError(
-        f"it does not fit: a step needs {needed_gib(plan.gpu / GIB):.1f} GiB of each of {gpus} {gpu.name} (planned {plan.gpu / GIB:.1f}, peak "
-        f"in {plan.moment}; {FRAGMENTATION - 1:.0%} for fragmentation, {CONTEXT_GIB} for the CUDA context), which have {gpu.gib:.1f} GiB; "
-        f"{advice}"
+        f"it does not fit: a step needs {needs} (planned {plan.gpu / GIB:.1f}, peak in {plan.moment}; {FRAGMENTATION - 1:.0%} for "
+        f"fragmentation, {CONTEXT_GIB} for the CUDA context), which have {gpu.gib:.1f} GiB; {advice}"
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from eagle_cp.watchdog import Watchdog
 from eagle_kernels import OffloadEngine
 from eagle_model.prompt import CachedEncoder
 from eagle_train.config import Config
@@ -37,7 +38,7 @@ from eagle_train.loading.tasks import Tasks
 from eagle_train.planning.identity import check_same, identify
 from eagle_train.planning.stages import StageSchedule
 
-from . import checkpoint
+from . import checkpoint, heartbeat
 from .activations import activation_mode, make_engine
 from .ema import MovingAverage
 from .heartbeat import Heartbeat
@@ -97,7 +98,9 @@ class Trainer:
         self._data = identify(config, tokenizer, self.schedules)
         self.on_record, self.on_evaluate = on_record, on_evaluate
         self.stop = stop or StopSignals()
-        self.beat = Heartbeat(on_slow or logger.info)
+        self.beat = Heartbeat(on_slow or logger.info, store=world.store, rank=world.rank, size=world.size)
+        #: Called after every step, for example by a profile.
+        self.after_step: Callable[[], None] = lambda: None
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
@@ -131,11 +134,20 @@ class Trainer:
         LoaderError, and Interrupted on every rank when a signal asked one of them to stop; by then a checkpoint is written.
         """
         try:
-            with self.stop.deferred(), self.beat if self.world.is_main else nullcontext():
+            with self.stop.deferred(), self.beat, self._collective_watch():
                 self._train()
                 self.check_stop()
         except Interrupted as stop:
             raise Interrupted(stop.signum, f"stopped; {self.what_is_saved()}") from None
+
+    def _collective_watch(self) -> Any:
+        """Names the collective of a context group that a rank waits in, after a minute."""
+        meshes = [self.world.context, *self.world.splits.values()]
+        if self.world.context.size == 1:
+            return nullcontext()
+        groups = {id(group): group for mesh in meshes for group in mesh.groups()}
+        report = logger.warning if self.world.context.rank == 0 else lambda _: None
+        return Watchdog(list(groups.values()), heartbeat.EVERY, self.world.store, report)
 
     def what_is_saved(self) -> str:
         """What a command that trains this run continues from."""
@@ -230,6 +242,7 @@ class Trainer:
             begin, waited = now, loader.waited
             self._pending = replace(pending, record=pending.record | speed)
             over = step + 1 == schedule.steps
+            self.after_step()
             if over:
                 self._settle()
             if over or totals.saves or (step + 1) % self.config.checkpoint.every == 0:
@@ -348,7 +361,7 @@ class Trainer:
                     f"stage {stage.name} step {step}: the loader gave {item and item[0]}, not pack {place}; please report this"
                 )
             packs.append(item[1])
-        self.beat.at("the sums over all ranks")
+        self.beat.at("the sums over all ranks (all-reduce)")
         requests = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due())
         return agree(packs, self.world, partial(self._read_again, number, step), requests)
 
