@@ -1,11 +1,12 @@
 """GPU memory of a run: refused before anything is loaded when it cannot fit, and explained when it ran out after all.
 
 Both name the smallest change of the configuration that helps, as `plan_memory` sees it: activation checkpointing first, then the
-optimizer, then packs shared by more ranks, shorter packs, and more GPUs.
+optimizer, packs shared by more ranks and more GPUs, two of these together, and at last shorter packs.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,37 +59,59 @@ class Change:
 
 
 def changes(config: Config, described: Any, ranks: int) -> Iterator[Change]:
-    """Changes that need less memory, the smallest one first. config: with `model.activations` resolved."""
+    """Changes that need less memory, from the least to the most intrusive: single ones, two together, and at last shorter packs.
 
-    def change(text: str, changed: Config, number: int = ranks) -> Change:
-        return Change(text, planned(changed, described, number))
-
-    for mode in {"keep": ("recompute", "offload"), "recompute": ("offload",)}.get(config.model.activations, ()):
-        yield change(f"model.activations: {mode}", _with(config, activations=mode))
-    if any(stage.optimizer == "adamw" for stage in config.stages):
-        yield change(f"{_OPTIMIZER}: adamw_host (its states in host memory)", _with(config, optimizer="adamw_host"))
-        yield change(f"{_OPTIMIZER}: adamw8bit (needs torchao)", _with(config, optimizer="adamw8bit"))
-        if config.model.weights == "float32":
-            least = _with(config, optimizer="adamw8bit", weights="bfloat16")
-            yield change(f"{_OPTIMIZER}: adamw8bit (needs torchao) and model.weights: bfloat16", least)
-            text = f"{_OPTIMIZER}: adamw8bit (needs torchao), model.weights: bfloat16 and model.activations: offload"
-            yield change(text, _with(least, activations="offload"))
-    parallel = config.parallel
-    for gather in range(parallel.all_gather + 1, ranks // parallel.ulysses + 1):
-        if ranks % (gather * parallel.ulysses) == 0:
-            yield change(f"parallel.all_gather: {gather}", config.replaced(parallel=parallel.replaced(all_gather=gather, data=None)))
+    config: with `model.activations` resolved.
+    """
+    kinds = (_activations, _optimizers, _sharing, _more_gpus)
+    for kind in kinds:
+        for text, changed, number in kind(config, ranks):
+            yield Change(text, planned(changed, described, number))
+    for first, second in itertools.combinations(kinds, 2):
+        for text, changed, number in first(config, ranks):
+            for then, both, together in second(changed, number):
+                yield Change(f"{text} and {then}", planned(both, described, together))
     limit = config.max_tokens // 2
     while limit >= SMALLEST:
         shorter = [stage.replaced(max_tokens=min(stage.max_tokens, limit)) for stage in config.stages]
-        yield change(f"stages.*.max_tokens: at most {limit}", config.replaced(stages=shorter))
+        yield Change(f"stages.*.max_tokens: at most {limit}", planned(config.replaced(stages=shorter), described, ranks))
         limit //= 2
+
+
+_Changed = Iterator[tuple[str, Config, int]]
+
+
+def _activations(config: Config, ranks: int) -> _Changed:
+    for mode in {"keep": ("recompute", "offload"), "recompute": ("offload",)}.get(config.model.activations, ()):
+        yield f"model.activations: {mode}", _with(config, activations=mode), ranks
+
+
+def _optimizers(config: Config, ranks: int) -> _Changed:
+    if any(stage.optimizer == "adamw" for stage in config.stages):
+        yield "stages.*.optimizer: adamw_host (its states in host memory)", _with(config, optimizer="adamw_host"), ranks
+        yield f"stages.*.optimizer: {_EIGHT_BIT}", _with(config, optimizer="adamw8bit"), ranks
+        if config.model.weights == "float32":
+            least = _with(config, optimizer="adamw8bit", weights="bfloat16")
+            yield f"stages.*.optimizer: {_EIGHT_BIT}, model.weights: bfloat16", least, ranks
+
+
+def _sharing(config: Config, ranks: int) -> _Changed:
+    """More ranks for each pack, while there are ranks."""
+    parallel = config.parallel
+    for gather in range(parallel.all_gather + 1, ranks // parallel.ulysses + 1):
+        if ranks % (gather * parallel.ulysses) == 0:
+            split = parallel.replaced(all_gather=gather, data=None)
+            yield f"parallel.all_gather: {gather} (packs shared by {split.group_size} GPUs)", config.replaced(parallel=split), ranks
+
+
+def _more_gpus(config: Config, ranks: int) -> _Changed:
     number = ranks * 2
-    while parallel.fsdp and number <= MOST_RANKS:
-        yield change(f"{number} GPUs instead of {ranks}", config, number)
+    while config.parallel.fsdp and number <= MOST_RANKS:
+        yield f"{number} GPUs instead of {ranks}", config, number
         number *= 2
 
 
-_OPTIMIZER = "stages.*.optimizer"
+_EIGHT_BIT = "adamw8bit (needs torchao)"
 
 
 def _with(config: Config, *, optimizer: str | None = None, **model: Any) -> Config:
@@ -102,7 +125,8 @@ def smallest_change(config: Config, described: Any, ranks: int, room: float) -> 
     for change in changes(config, described, ranks):
         if change.plan.gpu <= room:
             return f"The smallest change that helps: {change.text} (planned: {change.plan.gpu / GIB:.1f} GiB)"
-    return "No change of activations, optimizer, pack length or number of GPUs (up to 64) makes it fit: choose a smaller model"
+    tried = "activations, optimizer, context split, pack length or number of GPUs (up to 64)"
+    return f"No change of {tried} makes it fit: choose a smaller model"
 
 
 def resolved(config: Config, device: torch.device) -> Config:
