@@ -365,6 +365,14 @@ class EagleProcessor(ProcessorMixin):
         own = {"system_prompt": self.system_prompt, "max_tokens": self.max_tokens}
         return {"processor_class": EagleProcessor.__name__, **own, **self.spec.to_dict()}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SETTINGS and name not in ("system_prompt", "max_tokens"):
+            raise AttributeError(
+                f"{name} is part of `spec`, which does not change: give it to a call, as in processor(..., {name}={value!r}), or when the "
+                f"processor is loaded, as in from_pretrained(FOLDER, {name}={value!r})"
+            )
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_costs": None}  # built again where it is used, for example in a DataLoader's process
 
