@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ from eagle_model.visual import (
     read_tiles,
     size_of,
 )
+from eagle_sampling import MediaError
 
 FILE = "processor_config.json"
 
@@ -147,7 +149,7 @@ class EagleProcessor(ProcessorMixin):
         prompt = messages if isinstance(messages, str) else with_system(messages, self.system_prompt)
         most = self.max_tokens if max_tokens is None else max_tokens
         opened = [own_settings(image, OF_IMAGES, "image") for image in images]
-        pictures = [load_image(image) for image, _ in opened]
+        pictures = [_open(image, number) for number, (image, _) in enumerate(opened, 1)]
         given = [own_settings(video, OF_VIDEOS, "video") for video in videos]
         refs = [as_video(video) for video, _ in given]
         fixed = self.costs.fixed_tokens(
@@ -413,6 +415,16 @@ def visual_settings(config: EagleConfig) -> dict[str, Any]:
         "max_tiles": tiles,
         "thumbnail": config.use_thumbnail,
     }
+
+
+def _open(image: Any, number: int) -> Any:
+    """As `load_image`; the error of an image without a name says its number."""
+    try:
+        return load_image(image)
+    except MediaError as error:
+        if isinstance(image, str | PathLike) and not str(image).startswith("data:"):
+            raise
+        raise MediaError(f"image {number}: {error}") from error
 
 
 def _with_media(talk: Conversation, images: Any, videos: Any) -> Conversation:
