@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
@@ -31,14 +31,12 @@ from eagle_model.arguments import (
 from eagle_model.configuration import EagleConfig
 from eagle_model.eagle import HUB_OPTIONS
 from eagle_model.media_parts import ImagePart, VideoPart
-from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, CachedEncoder, Encoded, PromptError, Segment, VisualTokens, encode, with_system
+from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, CachedEncoder, PromptError, with_system
 from eagle_model.prompt.chat import Conversation, chatml, flatten, parse_chatml
 from eagle_model.prompt.costs import PromptCosts
-from eagle_model.prompt.encode import TextEncoder
+from eagle_model.request import Processed, RequestPlan
 from eagle_model.tokenizer import CHAT_TEMPLATE, check_tokenizer, load_tokenizer
 from eagle_model.visual import (
-    SamplePlan,
-    VideoRef,
     VisualSpec,
     as_video,
     load_image,
@@ -50,42 +48,6 @@ from eagle_model.visual import (
 from eagle_sampling import MediaError
 
 FILE = "processor_config.json"
-
-
-class Processed(NamedTuple):
-    """One conversation: input_ids, labels int64 [T]; tiles uint8 [N, s, s, 3] in the order of the prompt.
-
-    visual_kinds: int64 [n], for each visual token 1 (of an image) or 2 (of a video or document).
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    tiles: np.ndarray
-    visual_kinds: np.ndarray
-
-
-class RequestPlan(NamedTuple):
-    """One conversation with the plan of its media: messages with the system message; opened images; videos; how its prompt reads.
-
-    max_tokens: the budget that it was planned for, None without one.
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    images: list[Any]
-    videos: list[VideoRef]
-    plan: SamplePlan
-    spec: VisualSpec
-    segments: list[Segment]
-    max_tokens: int | None
-
-    def encode(self, encoder: TextEncoder) -> Encoded:
-        """input_ids and labels, int64 [T]."""
-        return encode(self.segments, encoder)
-
-    def visual_kinds(self) -> np.ndarray:
-        """For each visual token 1 (of an image) or 2 (of a video or document), int64 [n]."""
-        runs = [segment for segment in self.segments if isinstance(segment, VisualTokens)]
-        return np.repeat([1 if run.media == "image" else 2 for run in runs], [run.count for run in runs]).astype(np.int64)
 
 
 class EagleProcessor(ProcessorMixin):
