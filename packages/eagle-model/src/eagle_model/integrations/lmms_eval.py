@@ -18,9 +18,9 @@ manifest = ModelManifest("eagle", chat_class_path="eagle_model.integrations.lmms
 
 
 class Eagle(lmms):
-    """pretrained: an exported or released model. device, dtype: as in torch; default: a GPU, with several processes (`accelerate launch`) one
-    for each, which then share the questions. max_tokens, fps, max_tiles, num_frames, max_frames: of the
-    processor, for every question. batch_size: 1, since a prompt may hold hundreds of frames."""
+    """pretrained: an exported or released model. device, dtype: as in torch; default: a GPU where there is one, and with several processes
+    (`accelerate launch`), which share the questions, one for each. max_tokens, fps, max_tiles, num_frames, max_frames: of the processor,
+    for every question. batch_size: 1, since a prompt may hold hundreds of frames."""
 
     is_simple = False
 
