@@ -34,7 +34,7 @@ def embed(config: CurateFile, overrides: Overrides = None) -> None:
 
 @curate_app.command()
 def select(config: CurateFile, overrides: Overrides = None) -> None:
-    """Select novel clips, without near-duplicates, up to a number of hours."""
+    """Select novel clips without near-duplicates, up to some hours."""
     _select(_load(config, overrides))
 
 
@@ -47,13 +47,19 @@ def annotate(
     ] = None,
     batch_in: Annotated[Path | None, typer.Option(help="Results of a batch, which are read first.", show_default=False)] = None,
 ) -> None:
-    """Let a model write question-answer pairs, through an OpenAI-compatible endpoint."""
+    """Let a model write question-answer pairs.
+
+    It is requested through an OpenAI-compatible endpoint.
+    """
     _annotate(_load(config, overrides), batch_out, batch_in)
 
 
 @curate_app.command()
 def check(config: CurateFile, overrides: Overrides = None) -> None:
-    """Remove pairs that need no frames, leak, repeat or have a bad length; write the recipe."""
+    """Remove pairs that need no frames, leak or repeat.
+
+    Also those of a bad length. Then the recipe is written.
+    """
     _check(_load(config, overrides))
 
 
@@ -80,7 +86,7 @@ def show(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write a page with pictures of what a step gave, and of what it removed."""
+    """Write a page with what a step gave and what it removed."""
     from eagle_train.watching.curation import write_page
 
     path = write_page(_load(config, overrides), step=step, rows=rows, path=html)
