@@ -7,7 +7,8 @@ from tests.support.runs import colour_sources, colour_sources_run, outcome, trai
 from tests.support.tables import tables
 
 pytest.importorskip("aiohttp")
-FORMATS = ("jsonl", "json", "csv", "parquet", "arrow", "tar", "jsonl.zst")
+QUICK = (("http", "parquet"), ("http", "tar"))
+ALL = tuple((place, name) for place in ("file", "http") for name in ("jsonl", "json", "csv", "parquet", "arrow", "tar", "jsonl.zst"))
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +25,11 @@ def sources(tmp_path_factory):
 def expected(sources, tmp_path_factory):
     config = colour_sources_run(tmp_path_factory.mktemp("run"), "run", f"{sources}/rows.jsonl", f"{sources}/held_out.jsonl")
     found = outcome(config, train_in_parts(config, stop_at=None))
-    assert (len(found["steps"]), len(found["ledger"])) == (3, 1)
+    assert (len(found["steps"]), len(found["evaluations"]), len(found["ledger"])) == (4, 1, 1)  # steps: with the evaluation
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("place", ["file", "http"])
+@pytest.mark.parametrize(("place", "name"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in ALL if one not in QUICK)])
 def test_a_run_from_every_format_is_that_from_jsonl(sources, expected, tmp_path, place, name):
     with FileServer(sources) as server:
         root = server.address if place == "http" else str(sources)
