@@ -214,7 +214,7 @@ def test_what_does_not_go_together_is_refused(colour_run):
 
 @pytest.mark.integration
 def test_8_bit_states_with_weights_in_bfloat16():
-    """torchao rounds stochastically too: the mean weight moves by what float32 weights move by, where rounding to the nearest moves none."""
+    """torchao rounds stochastically too: the mean weight moves as in float32, where rounding to the nearest would not move it."""
     pytest.importorskip("torchao")
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -12,7 +12,7 @@ from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
 from eagle_train.training import memory
 from eagle_train.training.activations import planned
-from eagle_train.training.memory import OutOfMemory, Usage, changes, check_memory, smallest_change
+from eagle_train.training.memory import OutOfMemory, Usage, changes, check_host_memory, check_memory, smallest_change
 from eagle_train.training.model import model_config
 
 
@@ -88,6 +88,19 @@ def test_the_fullest_card_of_all_ranks_counts(large):
 
 def test_without_a_gpu_nothing_is_refused(large):
     assert check_memory(*large(), alone("cpu")) is None
+
+
+def test_a_host_with_too_little_memory_is_refused(large):
+    """8 billion parameters, AdamW in host memory on one rank: 64 GB of states, and 96 GB of a checkpoint's copy."""
+    config, _ = large(stage={"optimizer": "adamw_host"})
+    count = 8 * 10**9
+    check_host_memory(config, count, count, alone("cpu"), available=161 * 10**9)
+    with pytest.raises(ConfigError, match=r"can spare 149.0 GiB and its 1 ranks need 149.0: 59.6 for .* and 89.4 for .*background: false$"):
+        check_host_memory(config, count, count, alone("cpu"), available=16 * 10**10 - 1)
+    with pytest.raises(ConfigError, match=r"The smallest change that helps: stages.*adamw8bit"):
+        check_host_memory(config, count, count, alone("cpu"), available=60 * 10**9)
+    waiting = config.replaced(checkpoint=config.checkpoint.replaced(background=False))
+    check_host_memory(waiting, count, count, alone("cpu"), available=64 * 10**9)
 
 
 def run_out(*_, **__):

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python low_memory.py --out results/low-memory.json
 
-The model is Eagle's decoder (`tiny`: 4 layers, width 128) without images; the data are sequences of a fixed random automaton of 64 states
+The model is Eagle's decoder (2 layers, width 64) without images; the data are sequences of a fixed random automaton of 64 states
 (each has 4 likely successors), whose entropy is the lowest loss that can be reached. Computation is in bfloat16 (autocast) for all, so
 that only what is kept differs: weights, states, rounding. `nearest` keeps bfloat16 weights and rounds to the nearest, for comparison.
 """
@@ -21,7 +21,8 @@ from eagle_model import EagleForConditionalGeneration, preset
 from eagle_train.config import StageConfig
 from eagle_train.training.optim import make_optimizer, set_learning_rates
 
-STATES, LENGTH, ROWS = 64, 64, 8
+STATES, LENGTH, ROWS = 64, 48, 4
+SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONTENDERS = ("adamw", "bfloat16", "nearest", "adamw_host", "adamw8bit", "adamw8bit-bfloat16")
 
 
@@ -50,7 +51,7 @@ def optimizer_of(name: str, model: nn.Module, stage: StageConfig):
 
 def run(name: str, seed: int, options: argparse.Namespace) -> list[float]:
     torch.manual_seed(seed)
-    model = EagleForConditionalGeneration(preset("tiny", text_config={"vocab_size": 128}, image_token_index=100)).train()
+    model = EagleForConditionalGeneration(preset("tiny", text_config=SIZES, image_token_index=100)).train()
     if name in ("bfloat16", "nearest", "adamw8bit-bfloat16"):
         model.to(torch.bfloat16)
     kind = {"bfloat16": "adamw", "nearest": "adamw", "adamw8bit-bfloat16": "adamw8bit"}.get(name, name)
@@ -87,13 +88,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     chain = automaton(0)
-    result = {
-        "machine": {"torch": torch.__version__, "cpus": os.cpu_count(), "date": time.strftime("%F")},
-        "options": {"steps": options.steps, "lr": options.lr, "tokens": ROWS * LENGTH},
-        "entropy": round(-(chain * chain.log()).sum(1).mean().item(), 4),
-        "curves": {},
-        "last": {},
-    }
+    result = (
+        json.loads(options.out.read_text())
+        if options.out and options.out.exists()
+        else {
+            "machine": {"torch": torch.__version__, "cpus": os.cpu_count(), "date": time.strftime("%F")},
+            "options": {"steps": options.steps, "lr": options.lr, "tokens": ROWS * LENGTH},
+            "entropy": round(-(chain * chain.log()).sum(1).mean().item(), 4),
+            "curves": {},
+            "last": {},
+        }
+    )
     for name in filter(installed, options.only):
         begin = time.monotonic()
         curves = [run(name, seed, options) for seed in range(options.seeds)]

@@ -89,11 +89,13 @@ def write(
 def begin(folder: Path, progress: Progress, world: World) -> Path:
     """The empty folder that a checkpoint is written in before it gets its name; every rank calls it."""
     temporary = folder / f"{_WRITING}{progress.name}"
-    if world.is_main:
+
+    def make() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-    world.barrier()
+
+    world.first(make)  # also on a full disk no rank waits for one that has failed
     return temporary
 
 

@@ -7,6 +7,7 @@ optimizer, packs shared by more ranks and more GPUs, two of these together, and 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 
 from eagle_kernels import MemoryPlan
-from eagle_kernels.offload import GIB
+from eagle_kernels.offload import GIB, available_host_bytes
 from eagle_train.config import Config, ConfigError, StageConfig
 from eagle_train.distributed.world import World
 from eagle_train.errors import TrainError
 from eagle_train.loading.pack import LoadedPack
 
 from .activations import activation_mode, planned
+from .optim import OPTIMIZERS
 
 SMALLEST = 1024
 """Tokens below which no shorter pack is proposed."""
@@ -163,6 +165,30 @@ def check_memory(
         f"stages.{stage.name}: a pack of {stage.max_tokens} tokens cannot fit: a step is planned to need {parts_of(plan)}; the GPU of rank "
         f"{rank} has {total / GIB:.1f} GiB{taken}. {smallest_change(config, described, world.size, free)}"
     )
+
+
+def check_host_memory(config: Config, trained: int, total: int, world: World, *, available: int | None = None) -> None:
+    """Raises ConfigError, on every rank, when a host cannot hold what its ranks keep there: states of `adamw_host`, and the copy that a
+    checkpoint in the background is written from; a collective.
+
+    trained, total: elements of the whole model that are trained, and all. available: bytes that this host can spare; None asks the system.
+    """
+    shards = max(1, world.size // config.parallel.replicate) if config.parallel.fsdp else 1
+    choices = [OPTIMIZERS[stage.optimizer] for stage in config.stages]
+    states = max(choice.host_bytes for choice in choices) * trained // shards
+    kept = max(choice.state_bytes + choice.host_bytes for choice in choices) * trained
+    copy = (kept + (2 if config.model.weights == "bfloat16" else 4) * total) // shards if config.checkpoint.background else 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    available = available_host_bytes() if available is None else available
+    for rank, (ranks, spare) in enumerate(world.gather((local, available))):
+        if spare is None or ranks * (states + copy) <= spare:
+            continue
+        helps = "checkpoint.background: false" if ranks * states <= spare else "stages.*.optimizer: adamw8bit (needs torchao)"
+        raise ConfigError(
+            f"the host of rank {rank} can spare {spare / GIB:.1f} GiB and its {ranks} ranks need {ranks * (states + copy) / GIB:.1f}: "
+            f"{ranks * states / GIB:.1f} for the optimizer's states and {ranks * copy / GIB:.1f} for the copy that checkpoints are written "
+            f"from in the background. The smallest change that helps: {helps}"
+        )
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from .activations import activation_mode, make_engine
 from .build import empty_model, fill_model
 from .ema import MovingAverage
 from .heartbeat import Heartbeat
-from .memory import check_memory, explained
+from .memory import check_host_memory, check_memory, explained
 from .metrics import Metrics
 from .model import attention_backend, model_config, tokenizer_folder
 from .optim import make_optimizer, set_learning_rates, set_trainable
@@ -508,7 +508,10 @@ class Trainer:
                     f"model.weights is bfloat16 and the run computes in {self.config.parallel.dtype}: set parallel.dtype: bfloat16"
                 )
             nn.Module.to(model, torch.bfloat16)
-        set_trainable(model, modes)
+        trained = set_trainable(model, modes)
+        if self.world.device.type == "cuda":
+            total = sum(parameter.numel() for parameter in model.parameters())
+            check_host_memory(self.config, trained, total, self.world)
         self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
         mode = activation_mode(self.config, self.world.device)
