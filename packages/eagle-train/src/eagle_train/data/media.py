@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from eagle_model.visual import VideoRef
@@ -45,7 +45,8 @@ class Media:
     """Collects the references of one row."""
 
     def __init__(self, root: Path, form: RowFormat) -> None:
-        self.root, self.unpacked, self.on_damage = root, form.media, form.on_damage
+        self.root, self.unpacked = root, form.media
+        self.on_damage: Literal["refuse", "conceal"] = form.on_damage
         self.images: list[ImageRef] = []
         self.videos: list[VideoRef] = []
         self.documents: list[VideoRef] = []
