@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from eagle_model.visual import VideoRef
@@ -49,7 +49,8 @@ class Media:
 
     def __init__(self, root: str | Path, form: RowFormat) -> None:
         self.root = root if isinstance(root, str) and addresses.scheme_of(root) else Path(root)
-        self.unpacked, self.on_damage = form.media, form.on_damage
+        self.unpacked = form.media
+        self.on_damage: Literal["refuse", "conceal"] = form.on_damage
         self.images: list[ImageRef] = []
         self.videos: list[VideoRef] = []
         self.documents: list[VideoRef] = []
