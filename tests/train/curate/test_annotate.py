@@ -9,9 +9,10 @@ pytest.importorskip("openai")
 
 from eagle_train.config import ConfigError
 from eagle_train.curate.annotate import anchored, annotate, draw_types
+from eagle_train.curate.answers import Answers
 from eagle_train.curate.check import anchor_problem, check, leaks, script_share
 from eagle_train.curate.embed import embed
-from eagle_train.curate.endpoint import Answers, Endpoint
+from eagle_train.curate.endpoint import Endpoint
 from eagle_train.curate.folder import CurateError, Folder
 from eagle_train.curate.select import select
 from eagle_train.curate.settings import parse_curation
@@ -242,7 +243,8 @@ def test_small_functions():
 
 def test_the_key_of_a_request_covers_what_is_shown(tmp_path, ready):
     from eagle_train.curate.annotate import Caption
-    from eagle_train.curate.endpoint import Request, Shown
+    from eagle_train.curate.endpoint import Request
+    from eagle_train.curate.shown import Shown
 
     endpoint = Endpoint(ready().annotate.endpoint, tmp_path / "answers.jsonl")
     base = Request("caption", "s", "p", Shown("v", "content", (0.0, 1.0), 64), Caption)
@@ -264,6 +266,6 @@ def test_an_empty_selection_is_named(ready):
     config = ready()
     folder = Folder(config.folder)
     folder.write("select", folder.read("select").slice(0, 0), [])
-    with pytest.raises(ConfigError, match=r"select.parquet has no rows"):
+    with pytest.raises(CurateError, match=r"select.parquet has no rows"):
         annotate(config)
     assert isinstance(folder.read("select"), pa.Table)

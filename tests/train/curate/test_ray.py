@@ -12,10 +12,16 @@ pytest.importorskip("ray")
 import ray
 from ray.cluster_utils import Cluster
 
+from eagle_train.curate.answers import NoAnswer
+from eagle_train.curate.embed import embed
 from eagle_train.curate.executors import map_items
 from eagle_train.curate.settings import parse_curation
+from eagle_train.curate.shown import Shown, jpegs
 from eagle_train.curate.split import split
-from tests.train.curate.conftest import film
+from eagle_train.data.cluster import call_on_ray
+from eagle_train.data.prepare import prepare
+from eagle_train.training.model import load_run_tokenizer
+from tests.train.curate.conftest import ENCODER, film
 
 
 @pytest.fixture
@@ -60,3 +66,36 @@ def test_split_on_ray_gives_what_local_processes_give(tmp_path, cluster):
     here = split(parse_curation({**content, "folder": "here"}, base=tmp_path))
     there = split(parse_curation({**content, "folder": "there", "executor": "ray"}, base=tmp_path))
     assert there.equals(here)
+
+
+@pytest.mark.slow
+def test_embed_and_prepare_on_ray_give_what_local_processes_give(tmp_path, cluster, colour_run):
+    for number in range(3):
+        film(tmp_path / f"{number}.mp4", [20, 15], first_seed=10 * number)
+    content = {"videos": ["*.mp4"], "workers": 1, "embed": {"encoder": ENCODER}}
+    tables = []
+    for folder, executor in (("here", "local"), ("there", "ray")):
+        config = parse_curation({**content, "folder": folder, "executor": executor}, base=tmp_path)
+        split(config)
+        tables.append(embed(config))
+    assert tables[1].equals(tables[0])
+    facts = []
+    for executor in ("local", "ray"):
+        config = colour_run(
+            run={"name": executor},
+            data={"sources": {"rows": {"annotation": "rows.jsonl"}}, "workers": 1, "executor": executor, "shard_rows": 5},
+        )
+        facts.append(prepare(config, load_run_tokenizer(config)).facts)
+    assert len(facts[0]) == 25
+    assert facts[1].table.equals(facts[0].table)
+
+
+@pytest.mark.slow
+def test_frames_of_annotate_are_read_on_ray(tmp_path, cluster):
+    film(tmp_path / "a.mp4", [20])
+    shown = Shown(str(tmp_path / "a.mp4"), "content", (0.0, 1.0), 64)
+    read = call_on_ray(jpegs)
+    assert read(shown) == jpegs(shown)
+    with pytest.raises(NoAnswer, match="gone") as problem:
+        read(shown._replace(video=str(tmp_path / "gone.mp4")))
+    assert problem.value.reason == "bad-frames"

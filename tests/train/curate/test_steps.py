@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from eagle_train.cli.main import main
 from eagle_train.config import ConfigError
 from eagle_train.curate.embed import embed, vectors_of
 from eagle_train.curate.encoders import fingerprint, load_encoder
@@ -19,6 +21,7 @@ from eagle_train.curate.folder import CurateError, Folder
 from eagle_train.curate.select import select
 from eagle_train.curate.settings import load_curation, parse_curation
 from eagle_train.curate.split import split, split_video
+from eagle_train.errors import BAD_DATA
 from eagle_train.watching.curation import write_page
 from tests.train.curate.conftest import ENCODER, film
 
@@ -146,6 +149,25 @@ def test_wrong_settings_are_named(tmp_path, three_videos, sections, message):
 
     with pytest.raises(ConfigError, match=message):
         everything()
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [(b"junk" * 2000, BAD_DATA, "kept no rows; .*ledger.jsonl says why"), (b"", BAD_DATA, "kept no rows"), (None, 2, "has no video files")],
+)
+def test_a_folder_without_a_usable_video_fails(tmp_path, capsys, content, code, message):
+    (tmp_path / "videos").mkdir()
+    if content is not None:
+        (tmp_path / "videos" / "a.mp4").write_bytes(content)
+    (tmp_path / "curate.yaml").write_text("folder: out\nvideos: [videos]\nworkers: 1\nembed: {encoder: x}\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["curate", "split", str(tmp_path / "curate.yaml")])
+    assert ended.value.code == code
+    assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit) as ended:
+        main(["curate", "embed", str(tmp_path / "curate.yaml")])
+    assert ended.value.code == BAD_DATA
+    assert re.search("has no rows" if content is not None else "run eagle curate split first", capsys.readouterr().err)
 
 
 def test_a_step_without_its_input_names_the_verb(tmp_path, three_videos):

@@ -9,13 +9,14 @@ import typer
 from eagle_train.errors import counted
 
 from .app import app
-from .options import ConfigFile, Overrides
+from .options import ConfigFile, Executor, Overrides, with_executor
 
 
 @app.command()
 def prepare(
     config: ConfigFile,
     overrides: Overrides = None,
+    executor: Executor = None,
     again: Annotated[bool, typer.Option("--again", help="Measure rows again that were not used because of their media.")] = False,
 ) -> None:
     """Measure every row once, on all CPUs; bad rows go to the ledger."""
@@ -26,7 +27,7 @@ def prepare(
     from eagle_train.training.model import load_run_tokenizer
     from eagle_train.watching.progress import prepare_progress
 
-    loaded = load_config(config, overrides or ())
+    loaded = load_config(config, with_executor(overrides, executor, "data.executor"))
     tokenizer = load_run_tokenizer(loaded)
     without_media = 0
     for evaluation in (False, True) if has_evaluation(loaded) else (False,):

@@ -294,6 +294,9 @@ class DataConfig(Section):
     workers: int | None = Field(
         json_schema_extra=FREE, default=None, ge=1, description="Processes of prepare; null: one per CPU once it takes long."
     )
+    executor: Literal["local", "ray"] = Field(
+        json_schema_extra=FREE, default="local", description="Where prepare runs: local processes, or a Ray cluster (extra ray)."
+    )
     verify: Literal["header", "ends", "decode"] = Field(
         default="ends",
         description="How prepare checks images and videos: header (sizes only), ends (also that the file is whole to its end, cheap), "

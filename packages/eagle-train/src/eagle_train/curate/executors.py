@@ -3,7 +3,6 @@
 The function writes its result to a part on disk, so that finished items survive whatever ends the rest.
 """
 
-import importlib
 import multiprocessing
 import os
 import signal
@@ -14,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from eagle_train.config import ConfigError
+from eagle_train.data.cluster import map_on_ray
 
 from .folder import CurateError
 
@@ -33,7 +32,8 @@ def map_items(function: Callable[[Item], None], items: Sequence[Item], *, worker
     Raises CurateError when a process dies, naming the items that were running; what is done is kept.
     """
     if executor == "ray":
-        yield from _on_ray(function, items)
+        for index, _ in map_on_ray(function, items):
+            yield items[index]
     elif workers == 1 or len(items) <= 1:
         for item in items:
             function(item)
@@ -77,33 +77,3 @@ def _start(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _on_ray(function: Callable[[Item], None], items: Sequence[Item]) -> Iterator[Item]:
-    """Tasks of one CPU each on the cluster that RAY_ADDRESS names, or a new local one. All nodes must see the same files.
-
-    Ray runs a task again when its node dies.
-    """
-    try:
-        ray = importlib.import_module("ray")
-    except ImportError:
-        raise ConfigError("executor is ray, which is not installed: pip install 'eagle-train[ray]'") from None
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    task = ray.remote(num_cpus=1, max_retries=5)(function)
-    queue = iter(items)
-    running: dict[Any, Item] = {}
-    try:
-        while True:
-            slots = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-            while len(running) < slots and (item := next(queue, None)) is not None:
-                running[task.remote(item)] = item
-            if not running:
-                return
-            done, _ = ray.wait(list(running), num_returns=1)
-            for reference in done:
-                ray.get(reference)
-                yield running.pop(reference)
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)

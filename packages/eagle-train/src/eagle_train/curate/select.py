@@ -50,6 +50,8 @@ def select(config: CurateConfig, *, progress: Callable[[int, int], None] | None 
     remove(rows[again], "near-duplicate", [f"similar to {names[rows[of[row]]]}" for row in again])
     rows = np.sort(rows[of < 0])
     chosen = _fill(config.select, vectors, seconds, seed_seconds, rows, found.similarity, progress)
+    if progress is not None:
+        progress(len(rows), len(rows))  # the budget may be full before
     left = np.setdiff1d(rows, chosen)
     remove(left, "over-budget", [f"{seconds[row]:.1f} s did not fit into the hours of its bucket" for row in left])
     similarity = [float(value) if np.isfinite(value) else None for value in found.similarity[chosen]]

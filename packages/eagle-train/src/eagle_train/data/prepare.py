@@ -16,6 +16,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import threading
@@ -25,7 +26,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from eagle_train.config import Config, Source
 from eagle_train.errors import BAD_DATA, TrainError
 
 from .atomic import read_json, replacing
+from .cluster import map_on_ray
 from .facts import FACTS_VERSION, Facts, Part, Prepared, RowFile, join_sources, root_of
 from .ledger import Entry, Ledger, read_entries, top_reasons
 from .lock import locked
@@ -364,7 +366,12 @@ class _State:
 
 
 def _run(state: "_State", todo: list[tuple["_SourcePlan", Work]], config: Config, tokenizer: Any) -> None:
-    """All shards, in this process or in several; without data.workers, processes are started when the work turns out to be long."""
+    """All shards, on a Ray cluster, or in this process or several: without data.workers, once the work turns out to be long."""
+    if config.data.executor == "ray":
+        common = pickle.dumps((tokenizer, config.data.limits, config.data.verify))
+        for index, counts in map_on_ray(_work_on_node, [work for _, work in todo], common):
+            state.finished(todo[index][0], counts)
+        return
     workers = config.data.workers or _cpus()
     seconds = POOL_PAYS_AFTER if config.data.workers is None else 0.0
     if todo and (workers == 1 or seconds or len(todo) == 1):
@@ -429,6 +436,16 @@ def _start_worker(tokenizer: Any, limits: Any, verify: str, parent: int) -> None
 def _work(work: Work) -> Counts:
     assert _worker is not None
     return run_shard(work, _worker)
+
+
+def _work_on_node(work: Work, common: bytes) -> Counts:
+    return run_shard(work, _measurer(common))
+
+
+@lru_cache(maxsize=1)
+def _measurer(common: bytes) -> Measurer:
+    """Once per process of a node."""
+    return Measurer(*pickle.loads(common))  # written by this program, moments ago
 
 
 def _entries(plans: list[_SourcePlan], where: str) -> Iterator[Entry]:
