@@ -1,6 +1,7 @@
 """Annotation and checks against a server on the loopback interface that also misbehaves."""
 
 import json
+import pickle
 
 import pyarrow as pa
 import pytest
@@ -9,7 +10,7 @@ pytest.importorskip("openai")
 
 from eagle_train.config import ConfigError
 from eagle_train.curate.annotate import anchored, annotate, draw_types
-from eagle_train.curate.answers import Answers
+from eagle_train.curate.answers import Answers, NoAnswer
 from eagle_train.curate.check import anchor_problem, check, leaks, script_share
 from eagle_train.curate.embed import embed
 from eagle_train.curate.endpoint import Endpoint
@@ -181,6 +182,11 @@ def test_batch_files_lead_to_the_same_rows(ready, tmp_path):
         results.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     assert rounds >= 2
     assert read(config) == expected
+
+
+def test_a_missing_answer_can_be_sent_between_processes():
+    problem = pickle.loads(pickle.dumps(NoAnswer("bad-frames", "gone")))
+    assert (problem.reason, problem.detail, str(problem)) == ("bad-frames", "gone", "bad-frames: gone")
 
 
 def test_results_are_not_written_over(ready, tmp_path):

@@ -13,9 +13,12 @@ class NoAnswer(Exception):
     """A request without a usable answer. reason: of the ledger (refused, bad-answer, no-answer, bad-frames)."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(reason, detail)  # both, so that it can be pickled
         self.reason = reason
         self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 class Answers:

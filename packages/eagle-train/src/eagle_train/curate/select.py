@@ -88,7 +88,20 @@ def _search(settings: SelectConfig, device: str) -> Callable[[Vectors, Vectors],
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"select.index: {settings.index} can't be imported: {error}") from error
-    return lambda queries, others: Nearest(*function(queries, others)) if len(others) else nearest(queries, others)
+
+    def search(queries: Vectors, others: Vectors) -> Nearest:
+        if not len(others):
+            return nearest(queries, others)
+        similarity, which = function(queries, others)
+        found = Nearest(np.asarray(similarity, np.float32), np.asarray(which, np.int64))
+        if any(part.shape != (len(queries),) for part in found) or not np.isfinite(found.similarity).all():
+            shapes = " and ".join(str(part.shape) for part in found)
+            raise ConfigError(
+                f"select.index: {settings.index} returned {shapes}, expected finite similarities and indices of ({len(queries)},)"
+            )
+        return found
+
+    return search
 
 
 def _fill(
