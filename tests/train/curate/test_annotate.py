@@ -125,7 +125,7 @@ def test_a_silent_endpoint_ends_the_run_with_the_next_step(ready):
 
 def test_a_wrong_key_and_a_missing_model_are_named(ready):
     with serving(plain_answers, lambda number: (401, {"error": {"message": "bad key"}})) as stub:
-        with pytest.raises(CurateError, match=r"bad key; check annotate.endpoint .* OPENAI_API_KEY"):
+        with pytest.raises(CurateError, match=r"bad key.*; check annotate.endpoint .* OPENAI_API_KEY"):
             annotate(ready(stub.address))
     with pytest.raises(ConfigError, match=r"annotate.endpoint.model is not given"):
         annotate(ready(endpoint={"model": ""}))
