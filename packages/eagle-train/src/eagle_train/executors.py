@@ -127,9 +127,27 @@ def _call(item: Any) -> Any:
     return _function(item)
 
 
-def _on_ray(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None, name: Callable[[Item], str], advice: str
-) -> Iterator[tuple[Item, Result]]:
+def call_on_ray(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function` as one that runs on some node of the cluster and waits for its value; many threads may call it.
+
+    Raises what the function raises, WorkerError when it can't be run, and ConfigError without Ray.
+    """
+    ray = _ray()
+    task = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
+
+    def call(*arguments: Any) -> Result:
+        try:
+            return ray.get(task.remote(*arguments))
+        except ray.exceptions.RayTaskError as error:  # what the function raised
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            raise _died([str(arguments)], f"Ray ran it {_RETRIES + 1} times") from error
+
+    return call
+
+
+def _ray() -> Any:
+    """The library, connected to the cluster. Raises ConfigError."""
     try:
         ray = importlib.import_module("ray")
     except ImportError:
@@ -138,6 +156,13 @@ def _on_ray(
         ray.init(log_to_driver=False)
     if ray.cluster_resources().get("CPU", 0) < 1:
         raise ConfigError("executor is ray, and no node of the cluster has a CPU to give; start nodes with ray start --num-cpus")
+    return ray
+
+
+def _on_ray(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None, name: Callable[[Item], str], advice: str
+) -> Iterator[tuple[Item, Result]]:
+    ray = _ray()
     content = pickle.dumps(function)
     shared, digest = ray.put(content), hashlib.blake2b(content, digest_size=16).hexdigest()
     task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_call_on_ray)

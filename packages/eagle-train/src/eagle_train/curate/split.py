@@ -23,7 +23,7 @@ from .shots import HEIGHT, WIDTH, shot_boundaries
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp", ".gif"}
 """What counts as a video in a folder; a file that is named is taken whatever its suffix."""
-VERSION = 1
+VERSION = 2
 """Of the shot detection and the schema: part of the key of every part."""
 
 SCHEMA = pa.schema(
