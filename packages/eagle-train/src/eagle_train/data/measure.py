@@ -110,6 +110,8 @@ class Measurer:
 def media_group(sample: Sample, sizes: list[tuple[int, int]], videos: list[VideoFacts]) -> int:
     """What rows must have in common to share their media in a pack, as a number: the media with their clip bounds and sizes, and all of the
     prompt through the last of them. 0 for a row without media, and for one with a label before its last medium."""
+    if not sample.images and not sample.videos:
+        return 0
     placed = place_media(sample.messages, len(sample.images), len(sample.videos))
     last = max((i for i, (_, pieces) in enumerate(placed) if any(isinstance(piece, Media) for piece in pieces)), default=-1)
     if last < 0 or any(role == "assistant" for role, _ in placed[: last + 1]):

@@ -89,7 +89,7 @@ def normalise(
             if not says_nothing(row.get(key)) or row.get(key) == "":
                 media.add(kind, row[key], clip=clip if kind == "video" else None)
     messages = messages_of(row, media, form)
-    check_keys(row, ROW_KEYS | {key for key, _ in form.columns}, "the row")
+    check_keys(row, ROW_KEYS.union(key for key, _ in form.columns) if form.columns else ROW_KEYS, "the row")
     _add_system(messages, row, system)
     for kind in absent:
         if not media.count(kind) and any(f"<{kind}>" in message["content"] for message in messages if not message.get("numbered")):
