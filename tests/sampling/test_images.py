@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import struct
 import time
 import zlib
@@ -351,3 +352,34 @@ def test_sizes_are_read_fast(tmp_path):
     for _ in range(1000):
         image_size(path)
     assert time.process_time() - began < 0.5
+
+
+def test_sizes_of_members_are_read_from_their_heads(tmp_path, monkeypatch):
+    """Also where the header is long, orientation counts, or Pillow has to look; a member that is cut off has no size."""
+    import tarfile
+
+    from eagle_sampling.images import read
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds = {"a.jpg": {"exif": exif}, "b.png": {}, "c.webp": {}, "d.ppm": {}, "e.jpg": {"comment": b"x" * 60_000}, "f.tif": {}}
+    sizes = {}
+    for name, options in kinds.items():
+        picture.save(tmp_path / name, **options)
+        sizes[name] = image_size(tmp_path / name)
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name in kinds:
+            tar.add(tmp_path / name, name)
+    with tarfile.open(tmp_path / "all.tar") as tar:
+        places = {member.name: (member.offset_data, member.size) for member in tar}
+    whole = []
+    monkeypatch.setattr(read, "read_bytes", lambda ref, **options: whole.append(ref["member"]) or read_bytes(ref, **options))
+    for name, (offset, size) in places.items():
+        for more in ({}, {"offset": offset, "size": size}):
+            assert image_size({"tar": str(tmp_path / "all.tar"), "member": name, **more}) == sizes[name]
+    assert set(whole) <= {"d.ppm"}
+    last = max(places, key=lambda name: places[name])
+    os.truncate(tmp_path / "all.tar", sum(places[last]) - 1)
+    with pytest.raises(MediaError, match="is cut off"):
+        image_size({"tar": str(tmp_path / "all.tar"), "member": last, "offset": places[last][0], "size": places[last][1]})

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eagle_model.prompt.encode import TextEncoder
-from eagle_model.prompt.render import Segment, Special, Text, VideoSpan, frame_header, render
+from eagle_model.prompt.render import Placed, Segment, Special, Text, VideoSpan, frame_header, render
 from eagle_model.prompt.verbatim import render_text
 
 #: Tokens around the visual tokens of a frame: `<img>` and `</img>`.
@@ -80,10 +80,11 @@ class PromptCosts:
         *,
         timed: Sequence[bool] | None = None,
         add_generation_prompt: bool = False,
+        placed: Placed | None = None,
     ) -> TextCost:
         """Tokens of everything but tiles and frames: text, roles, image tags, video headers (as an upper bound over their numbers).
 
-        messages: as in `render`, or a text as in `render_text`.
+        messages: as in `render`, or a text as in `render_text`. placed: see `render`.
         timed: per video whether its times are known (default: all are); a document's pages have none.
         Raises PromptError when the messages can't be rendered.
         """
@@ -93,7 +94,7 @@ class PromptCosts:
         rendered = (
             partial(render_text, messages)
             if isinstance(messages, str)
-            else partial(render, messages, add_generation_prompt=add_generation_prompt)
+            else partial(render, messages, add_generation_prompt=add_generation_prompt, placed=placed)
         )
         if not videos:
             return self._count(rendered(images=[0] * images))

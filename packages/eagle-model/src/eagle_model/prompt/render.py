@@ -8,7 +8,7 @@ split the text first. Therefore the lengths of segments add up.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -100,6 +100,10 @@ class Media(NamedTuple):
     number: int
 
 
+Placed: TypeAlias = list[tuple[str, list[str | Media]]]
+"""Per message its role, and its content cut into text and media."""
+
+
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Role and text of each message. Raises PromptError for an empty conversation, an unknown role, or content that isn't text."""
     if not messages:
@@ -122,9 +126,7 @@ def with_system(messages: Sequence[Mapping[str, Any]], system: str | None) -> li
     return [{"role": "system", "content": system}, *messages]
 
 
-def place_media(
-    messages: Sequence[Mapping[str, Any]], images: int, videos: int, *, add_missing: bool = True
-) -> list[tuple[str, list[str | Media]]]:
+def place_media(messages: Sequence[Mapping[str, Any]], images: int, videos: int, *, add_missing: bool = True) -> Placed:
     """Messages with their placeholders resolved: per message its role and its content cut into text and media.
 
     `<image-N>` and `<video-N>` are 1-based. A lone `<image>` is number 1; as many of them as there are images are numbers 1, 2, ... in
@@ -252,6 +254,7 @@ def render(
     videos: Sequence[VideoSpan] = (),
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
+    placed: Placed | None = None,
 ) -> list[Segment]:
     """Messages as segments.
 
@@ -260,12 +263,13 @@ def render(
     images: tokens of each image (tiles times `k`). videos: what the prompt says about each video.
     add_generation_prompt: end with `<|im_start|>assistant\\n`.
     continue_final_message: leave the last message, which must be an assistant's, without its end, so that generation continues it.
+    placed: what `place_media` returns for these messages, where it is known already.
 
     Raises PromptError for continue_final_message with another last message or with add_generation_prompt, and as `place_media`,
     `video_header` and `frame_header` do.
     """
     builder = SegmentBuilder()
-    placed = place_media(messages, len(images), len(videos))
+    placed = place_media(messages, len(images), len(videos)) if placed is None else placed
     if continue_final_message:
         check_continued(placed[-1][0], add_generation_prompt)
     if placed[0][0] != "system":

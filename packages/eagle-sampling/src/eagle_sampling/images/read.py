@@ -21,6 +21,7 @@ from .ancillary import without_ancillary
 from .header import HeaderError, Reader, exif_orientation, parse_size
 from .heic import is_heic, open_heic, require_heic
 from .reference import ImageRef, describe, read_bytes, resolve
+from .tar import find_member
 
 _HEAD_BYTES = 4096
 
@@ -37,6 +38,8 @@ def image_size(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> 
     """
     if isinstance(ref, (str, os.PathLike)):
         return _file_size(resolve(ref, root))
+    if isinstance(ref, dict) and "tar" in ref and (size := _member_size(ref, root)) is not None:
+        return size
     data = read_bytes(ref, root=root)
     size, problem = _parsed(data[:_HEAD_BYTES], lambda offset, count: data[offset : offset + count], lambda: len(data), describe(ref))
     return size or _pillow_size(io.BytesIO(data), describe(ref), problem)
@@ -66,6 +69,23 @@ def _file_size(path: str) -> tuple[int, int]:
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     return size or _pillow_size(path, printable(path), problem)
+
+
+def _member_size(ref: dict[str, Any], root: str | os.PathLike[str] | None) -> tuple[int, int] | None:
+    """From the head of a member alone; None where that isn't enough."""
+    path, start, length = find_member(ref, root)
+
+    def read(offset: int, count: int) -> bytes:
+        return os.pread(descriptor, max(min(count, length - offset), 0), start + offset)
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            return _parsed(read(0, _HEAD_BYTES), read, lambda: length, describe(ref))[0]
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _parsed(head: bytes, read: Reader, file_size: Callable[[], int], name: str) -> tuple[tuple[int, int] | None, str]:

@@ -16,8 +16,7 @@ from ..limits import Limits, MediaError, printable, unreadable
 
 def read_member(ref: dict[str, Any], root: str | os.PathLike[str] | None, limits: Limits) -> bytes:
     """The content of a member. Raises MediaError when the file or the member is missing, cut off, or over `limits.max_bytes`."""
-    path = _path(ref, root)
-    offset, size = _place(ref, path)
+    path, offset, size = find_member(ref, root)
     limits.check_bytes(size, _name(ref))
     try:
         if (remote := open_remote(path)) is not None:
@@ -34,6 +33,19 @@ def read_member(ref: dict[str, Any], root: str | os.PathLike[str] | None, limits
     if len(data) != size:
         raise MediaError(f"{_name(ref)}: is cut off: {len(data)} of {size} bytes are there; copy the tar file again")
     return data
+
+
+def find_member(ref: dict[str, Any], root: str | os.PathLike[str] | None) -> tuple[str, int, int]:
+    """Path of the tar file, and offset and size of the member in it. Raises MediaError when there is none, or it is cut off."""
+    path = _path(ref, root)
+    offset, size = _place(ref, path)
+    try:
+        whole = os.stat(path).st_size
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    if offset + size > whole:
+        raise MediaError(f"{_name(ref)}: is cut off: {max(whole - offset, 0)} of {size} bytes are there; copy the tar file again")
+    return path, offset, size
 
 
 def has_member(ref: dict[str, Any], root: str | os.PathLike[str] | None) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
-from eagle_model.prompt import CachedEncoder, Media, PromptError, place_media
+from eagle_model.prompt import CachedEncoder, Media, Placed, PromptError, place_media
 from eagle_model.prompt.costs import PromptCosts
 from eagle_model.visual import ClipError, VideoFacts, VideoRef, measure_image, measure_video
 from eagle_sampling import Limits, MediaError, VideoInfo, probe, read_frames, whole_pages
@@ -45,7 +45,8 @@ class Measurer:
             raise RowError("no-labels", f"every assistant turn {why}: all labels are masked")
         timed = [video.timed for video in sample.videos]
         try:
-            text = self.costs.fixed_tokens(sample.messages, len(sample.images), len(sample.videos), timed=timed)
+            placed = place_media(sample.messages, len(sample.images), len(sample.videos))
+            text = self.costs.fixed_tokens(sample.messages, len(sample.images), len(sample.videos), timed=timed, placed=placed)
         except PromptError as error:
             raise RowError("placeholders", str(error)) from error
         if text.label_tokens < 1:
@@ -55,7 +56,7 @@ class Measurer:
         facts: dict[str, Any] = {
             "text_tokens": text.text_tokens,
             "label_tokens": text.label_tokens,
-            "media_group": media_group(sample, sizes, videos),
+            "media_group": media_group(sample, placed, sizes, videos),
             "image_width": [width for width, _ in sizes],
             "image_height": [height for _, height in sizes],
         }
@@ -107,10 +108,11 @@ class Measurer:
         return info
 
 
-def media_group(sample: Sample, sizes: list[tuple[int, int]], videos: list[VideoFacts]) -> int:
+def media_group(sample: Sample, placed: Placed, sizes: list[tuple[int, int]], videos: list[VideoFacts]) -> int:
     """What rows must have in common to share their media in a pack, as a number: the media with their clip bounds and sizes, and all of the
     prompt through the last of them. 0 for a row without media, and for one with a label before its last medium."""
-    placed = place_media(sample.messages, len(sample.images), len(sample.videos))
+    if not sample.images and not sample.videos:
+        return 0
     last = max((i for i, (_, pieces) in enumerate(placed) if any(isinstance(piece, Media) for piece in pieces)), default=-1)
     if last < 0 or any(role == "assistant" for role, _ in placed[: last + 1]):
         return 0

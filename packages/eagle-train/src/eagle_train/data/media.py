@@ -95,7 +95,7 @@ class Media:
             raise RowError("bad-media", f"{what} {short(value)} can't be a path: {error}") from error
         if isinstance(self.root, str) and not os.path.isabs(value):
             return _address(addresses.join(self.root, value), what)
-        return str(self.root / value)
+        return os.path.join(self.root, value)
 
     def image(self, item: Any) -> ImageRef:
         if isinstance(item, bytes):

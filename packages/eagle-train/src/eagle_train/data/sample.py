@@ -96,7 +96,8 @@ def normalise(
     messages = messages_of(row, media, form)
     if not clip and media.videos and (lost := [key for key in clip_of(row) if key not in RATES]):
         raise RowError("bad-media", f"the row has {lost[0]!r}, and its video is in another place; write the bounds next to the video")
-    check_keys(row, ROW_KEYS | {key for key, _ in form.columns}, "the row", with_video=has_video(row, form))
+    known = ROW_KEYS.union(key for key, _ in form.columns) if form.columns else ROW_KEYS
+    check_keys(row, known, "the row", with_video=has_video(row, form))
     _add_system(messages, row, system)
     _check_answers(messages, media)
     for kind in absent:

@@ -8,7 +8,8 @@ import os
 from typing import Any
 
 from eagle_sampling import Limits, open_image, read_bytes
-from eagle_sampling.files import MediaStream, open_remote
+from eagle_sampling.files import MediaStream, open_remote, scheme_of
+from eagle_sampling.images import describe, find_member
 
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _TAIL = 32
@@ -35,6 +36,9 @@ def check_image(ref: Any, level: str, limits: Limits) -> None:
             head = file.read(_TAIL)
             file.seek(max(0, size - _TAIL))
             tail = file.read(_TAIL)
+    elif level == "header" and isinstance(ref, dict) and "tar" in ref and scheme_of(ref["tar"]) is None:
+        limits.check_bytes(find_member(ref, None)[2], describe(ref))
+        return
     else:
         data = read_bytes(ref, limits=limits)
         size, head, tail = len(data), data[:_TAIL], data[-_TAIL:]

@@ -7,12 +7,13 @@ that names media by the names of members gets these; media that it doesn't name 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from eagle_train.config import ConfigError
 from eagle_train.data.errors import RowError
@@ -27,6 +28,34 @@ KIND_OF = {
     "pdf": "documents",
 }
 _NAMES = {"images": ("image", "images"), "videos": ("video", "videos"), "documents": ("document", "documents")}
+
+
+class Member(NamedTuple):
+    """A file in a tar file; offset: of its header."""
+
+    name: str
+    offset: int
+    offset_data: int
+    size: int
+
+    @property
+    def key(self) -> str:
+        """What the members of a row have in common."""
+        folder, slash, name = self.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+    @property
+    def suffix(self) -> str:
+        return self.name.rpartition("/")[2].partition(".")[2].rpartition(".")[2].lower() or "txt"
+
+    @property
+    def hidden(self) -> bool:
+        return self.name.rpartition("/")[2].startswith(".")
+
+    @property
+    def end(self) -> int:
+        """The first byte after it, a multiple of 512 bytes."""
+        return self.offset_data + -(-self.size // _BLOCK) * _BLOCK
 
 
 class TarRows:
@@ -45,11 +74,11 @@ class TarRows:
                 if not count:
                     start, digest = members[0].offset, hashlib.blake2b(digest_size=20)
                 for member in members:
-                    content = b"" if _suffix(member) in KIND_OF else _content(file, member)
+                    content = b"" if member.suffix in KIND_OF else _content(file, member)
                     said = f"{member.name} {member.size}\n".encode("utf-8", "surrogateescape") + content
                     digest.update(said)
                     fingerprint.update(said)
-                count, end = count + 1, _end(members[-1])
+                count, end = count + 1, members[-1].end
                 if count == wanted:
                     yield Shard(start, end - start, count, digest.hexdigest())
                     count, wanted = 0, next(sizes)
@@ -59,8 +88,8 @@ class TarRows:
     def read(self, shard: Shard, max_bytes: int) -> Iterator[RawRow]:
         with open_binary(self.path) as file:
             for members in self._groups(file, shard.start, shard.start + shard.size):
-                start, end = members[0].offset, _end(members[-1])
-                text = sum(member.size for member in members if _suffix(member) not in KIND_OF)
+                start, end = members[0].offset, members[-1].end
+                text = sum(member.size for member in members if member.suffix not in KIND_OF)
                 content: dict[str, Any] | RowError
                 try:
                     content = self._row(file, members) if text <= max_bytes else too_long(text, max_bytes)
@@ -78,33 +107,30 @@ class TarRows:
     def name(self, row: int, start: int) -> str:
         with open_binary(self.path) as file:
             first = next(self._groups(file, start, None), None)
-        return f"{Path(self.path).name}/{_key(first[0])}" if first else f"{Path(self.path).name}, row {row}"
+        return f"{Path(self.path).name}/{first[0].key}" if first else f"{Path(self.path).name}, row {row}"
 
-    def _groups(self, file: Any, start: int, end: int | None) -> Iterator[list[tarfile.TarInfo]]:
+    def _groups(self, file: BinaryIO, start: int, end: int | None) -> Iterator[list[Member]]:
         """Members of each row between two bytes. Raises ConfigError for what is not a tar file."""
-        file.seek(start)
-        pending: list[tarfile.TarInfo] = []
+        pending: list[Member] = []
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None and (end is None or member.offset < end):
-                    tar.members.clear()  # type: ignore[attr-defined]
-                    if not member.isfile() or os.path.basename(member.name).startswith("."):
-                        continue
-                    if pending and _key(pending[0]) != _key(member):
-                        yield pending
-                        pending = []
-                    pending.append(member)
+            for member in _members(file, start, end):
+                if member.hidden:
+                    continue
+                if pending and pending[0].key != member.key:
+                    yield pending
+                    pending = []
+                pending.append(member)
         except tarfile.ReadError as error:
             if "empty file" not in str(error):
                 raise ConfigError(f"{self.path}: can't be read as a tar file: {error}") from error
         if pending:
             yield pending
 
-    def _row(self, file: Any, members: Sequence[tarfile.TarInfo]) -> dict[str, Any]:
+    def _row(self, file: Any, members: Sequence[Member]) -> dict[str, Any]:
         row: dict[str, Any] = {}
         media: dict[str, list[tuple[str, dict[str, Any]]]] = {kind: [] for kind in _NAMES}
         for member in members:
-            suffix = _suffix(member)
+            suffix = member.suffix
             if (kind := KIND_OF.get(suffix)) is not None:
                 name = os.path.basename(member.name)
                 reference = {"tar": self.path, "member": member.name, "offset": member.offset_data, "size": member.size}
@@ -121,7 +147,7 @@ class TarRows:
                 row.update(value)
             else:
                 raise RowError("broken-json", f"{member.name}: is a {type(value).__name__}, expected an object")
-        row["__key__"] = _key(members[0])
+        row["__key__"] = members[0].key
         named = {name: reference for found in media.values() for name, reference in found}
         used: set[str] = set()
         row = _with_members(row, named, used)
@@ -150,22 +176,52 @@ def _with_members(value: Any, named: dict[str, dict[str, Any]], used: set[str]) 
     return value
 
 
-def _suffix(member: tarfile.TarInfo) -> str:
-    return os.path.basename(member.name).partition(".")[2].rpartition(".")[2].lower() or "txt"
+def _members(file: BinaryIO, start: int, end: int | None) -> Iterator[Member]:
+    """Files whose headers begin between two bytes. Raises tarfile.ReadError.
+
+    Plain headers are read here, ten times as fast as tarfile reads them; from the first other one on (an extension, a folder, the end,
+    damage) everything is left to tarfile."""
+    place, size = start, file.seek(0, os.SEEK_END)
+    while end is None or place < end:
+        member = _plain(_read_at(file, place, _BLOCK), place)
+        if member is None or member.end > size:
+            break
+        yield member
+        place = member.end
+    else:
+        return
+    file.seek(place)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (found := tar.next()) is not None and (end is None or found.offset < end):
+            tar.members.clear()  # type: ignore[attr-defined]
+            if found.isfile():
+                yield Member(found.name, found.offset, found.offset_data, found.size)
 
 
-def _key(member: tarfile.TarInfo) -> str:
-    folder, name = os.path.split(member.name)
-    return os.path.join(folder, name.partition(".")[0])
+def _read_at(file: BinaryIO, place: int, size: int) -> bytes:
+    """Up to `size` bytes from `place` on. Of a local file exactly these: a buffer would be filled anew for every header."""
+    if isinstance(getattr(file, "raw", None), io.FileIO):
+        return os.pread(file.fileno(), size, place)
+    file.seek(place)
+    return file.read(size)
 
 
-def _end(member: tarfile.TarInfo) -> int:
-    return member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+def _plain(block: bytes, offset: int) -> Member | None:
+    """The file of a POSIX header (ustar) that needs nothing else to be understood, or None."""
+    if len(block) < _BLOCK or block[156:157] != b"0" or block[257:265] != b"ustar\x0000":
+        return None
+    try:
+        size, checksum = (int(block[first:stop].rstrip(b"\0 "), 8) for first, stop in ((124, 136), (148, 156)))
+    except ValueError:
+        return None
+    if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+        return None
+    name, prefix = (block[first:stop].partition(b"\0")[0].decode("utf-8", "surrogateescape") for first, stop in ((0, 100), (345, 500)))
+    return Member(f"{prefix}/{name}" if prefix else name, offset, offset + _BLOCK, size)
 
 
-def _content(file: Any, member: tarfile.TarInfo) -> bytes:
-    file.seek(member.offset_data)  # tarfile goes to its own place before it reads
-    content = file.read(member.size)
+def _content(file: BinaryIO, member: Member) -> bytes:
+    content = _read_at(file, member.offset_data, member.size)
     if len(content) != member.size:
         raise RowError("broken-record", f"{member.name}: the tar file ends in the middle of it")
     return content
