@@ -436,6 +436,13 @@ def test_patterns_and_roots(tmp_path, served):
     config = parse_config({"data": {"sources": source, "workers": 1, "remote": settings}}, base=tmp_path)
     facts = prepare(config, tokenizer).facts
     assert load_sample(facts.address(0)).images == (f"{served.address}/a.png",)
+    for name, path in (
+        ("b/../a 1#2.png", f"{served.address}/a%201%232.png"),
+        ("/data/a.png", "/data/a.png"),
+        (f"{served.address}/x/c.png", f"{served.address}/x/c.png"),
+    ):
+        row = {"image": name, "messages": talk("?", "a")}
+        assert normalise(row, "s", root=served.address, line=1).images == (path,)
     for annotation, problem in ((f"{served.address}/no.jsonl", r"annotation file .*no\.jsonl: is not there \(404\)"),):
         config = parse_config({"data": {"sources": {"s": {"annotation": annotation}}, "remote": settings}}, base=tmp_path)
         with pytest.raises(ConfigError, match=problem):

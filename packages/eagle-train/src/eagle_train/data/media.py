@@ -93,9 +93,9 @@ class Media:
             os.fsencode(value)
         except UnicodeEncodeError as error:  # half of a surrogate pair, except those that Python spells odd bytes of a name with
             raise RowError("bad-media", f"{what} {short(value)} can't be a path: {error}") from error
-        if isinstance(self.root, str) and not os.path.isabs(value):
-            return _address(addresses.join(self.root, value), what)
-        return os.path.join(self.root, value)
+        if isinstance(self.root, str):
+            return value if os.path.isabs(value) else _address(addresses.join(self.root, value), what)
+        return str(self.root / value)
 
     def image(self, item: Any) -> ImageRef:
         if isinstance(item, bytes):
