@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -100,9 +100,13 @@ def load_checkpoint(model: PreTrainedModel, folder: str | Path) -> None:
             wrong.append(f"{HEAD} (is not the embedding, but the configuration ties them; set tie_word_embeddings to false)")
     wrong += [f"{name} (missing)" for name in sorted(left)]
     if wrong:
-        raise ValueError(
-            f"{folder} does not fit the model: {', '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}"
-        )
+        raise misfit(folder, wrong)
+
+
+def misfit(folder: str | Path, wrong: Sequence[str]) -> ValueError:
+    """The error for a folder whose tensors are not those of the model. wrong: the tensors, each with what is wrong."""
+    more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    return ValueError(f"{folder} does not fit the model: {', '.join(wrong[:8])}{more}")
 
 
 def save_checkpoint(
