@@ -18,26 +18,28 @@ class QuantizedLinear(nn.Linear):
     """`W x + b` with W in NF4. `weight` is computed from the codes at every access, in float32."""
 
     def __init__(self, base: nn.Linear, *, empty: bool = False) -> None:
-        """The weights of `base`, rounded. empty: buffers of their sizes with any content, for values that are loaded later."""
+        """The weights of `base`, rounded. empty: buffers of their sizes with any content, for values that come later."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.bias = base.bias
-        functional = _bitsandbytes()
-        device, elements = base.weight.device, base.weight.numel()
-        if empty:
-            blocks = -(-elements // BLOCK)
-            codes = torch.empty((elements + 1) // 2, 1, dtype=torch.uint8, device=device)
-            absmax = torch.empty(blocks, dtype=torch.uint8, device=device)
-            scales = torch.empty(-(-blocks // OUTER_BLOCK), device=device)
-            offset = torch.empty((), device=device)
-        else:
-            weight = base.weight.detach().float().contiguous()
-            codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-            absmax, scales, offset = state.absmax, state.state2.absmax, state.offset
-        self.register_buffer("codes", codes)
-        self.register_buffer("absmax", absmax)
-        self.register_buffer("absmax_scales", scales)
-        self.register_buffer("absmax_offset", offset)
+        _bitsandbytes()
+        device, elements = base.weight.device, base.in_features * base.out_features
+        blocks = -(-elements // BLOCK)
+        self.register_buffer("codes", torch.empty((elements + 1) // 2, 1, dtype=torch.uint8, device=device))
+        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8, device=device))
+        self.register_buffer("absmax_scales", torch.empty(-(-blocks // OUTER_BLOCK), dtype=torch.float32, device=device))
+        self.register_buffer("absmax_offset", torch.empty((), dtype=torch.float32, device=device))
+        if not empty:
+            self.round_(base.weight)
+
+    @torch.no_grad()
+    def round_(self, weight: Tensor) -> None:
+        """Take the values of a weight [out, in], on any device, rounded."""
+        weight = weight.detach().float().contiguous()
+        codes, state = _bitsandbytes().quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        made = {"codes": codes, "absmax": state.absmax, "absmax_scales": state.state2.absmax, "absmax_offset": state.offset}
+        for name, values in made.items():
+            self.get_buffer(name).copy_(values)
 
     def _state(self, dtype: torch.dtype) -> Any:
         """What bitsandbytes calls the state of the codes; dtype: of the values that they become."""
