@@ -124,6 +124,21 @@ def test_exact_on_random_packs(ranks, size, ulysses):
     run()
 
 
+@pytest.mark.parametrize(("size", "ulysses"), [(2, 1), (4, 1), (4, 2), (3, 1)])
+def test_whole_documents_need_no_exchange(ranks, size, ulysses):
+    """Where no document is cut, results are exact, ranks may be empty, and all-gather ranks exchange nothing."""
+
+    @settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck), database=None)
+    @given(packs, st.booleans(), st.integers(0, 1000))
+    def run(lengths, causal, seed):
+        case = {"lengths": lengths, "heads": 4, "kv_heads": 2, "dim": 8, "causal": causal, "seed": seed, "ulysses": ulysses, "whole": True}
+        check(ranks, size, case)
+        records = [result[2]["all_gather"][1] for result in ranks(size).call(split_attention, case)]
+        assert records == [[]] * size
+
+    run()
+
+
 @pytest.mark.parametrize(("size", "ulysses"), [(8, 8), (8, 4), (8, 1), (3, 3)])
 def test_28_heads_over_any_number_of_ranks(ranks, size, ulysses):
     """28 query and 4 key/value heads: 3 or 4 query heads a rank, each key/value head on two ranks, gradients summed exactly."""

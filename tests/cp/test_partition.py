@@ -44,6 +44,20 @@ def test_every_token_once_and_tokens_equal(lengths, ranks):
         assert max((cut.count(d) for d in cut), default=0) <= 2
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(1, 16))
+def test_whole_documents_are_spread(lengths, ranks):
+    parts = partition(lengths, ranks, whole=True)
+    tokens, work = covered(parts, lengths)
+    assert parts.cut == ()
+    assert tokens == parts.rank_tokens(lengths)
+    assert tuple(work) == parts.work
+    # The rank with the largest share got its last document when it had the smallest one.
+    shares = [t / sum(lengths) + w / sum(work) for t, w in zip(tokens, work)]
+    longest = max(lengths)
+    assert max(shares) <= 2 / ranks + longest / sum(lengths) + longest * (longest + 1) / 2 / sum(work) + 1e-9
+
+
 def realistic(kind, seed):
     draw = random.Random(seed)
     if kind == "log-normal":

@@ -69,6 +69,25 @@ def test_a_tree_costs_its_prefix_once():
         plan_context([5, 5, 5], 2, prefixes=[-1, 0], **MODEL)
 
 
+def test_packs_of_short_documents_stay_whole_where_ranks_get_equal_shares():
+    short = plan_context([700] * 180, 4, whole=True, **MODEL)
+    assert (short.whole, short.all_gather) == (True, 4)
+    assert "no document cut" in explain(short)
+    assert short.candidates[0].all_gather_mb == short.candidates[0].ulysses_mb == 0
+    # One long document, or few: a rank would get more than 5 % beyond its share.
+    for lengths in ([131072], [40000, 1000, 1000], [30000] * 5):
+        plan = plan_context(lengths, 4, whole=True, **MODEL)
+        assert not plan.whole
+        assert any(c.whole and "tokens on one rank" in c.reason for c in plan.candidates)
+        assert "tokens on one rank, an equal share is" in explain(plan)
+    # A share that is 4 % too long: worth it unless the linear layers of those rows cost more than the exchange.
+    uneven = [10000, 10000, 10000, 11300]
+    free, dear = (plan_context(uneven, 4, whole=True, token_flops=flops, **MODEL) for flops in (0.0, 4.7e8))
+    assert next(c for c in dear.candidates if c.whole).waiting_ms > next(c for c in free.candidates if c.whole).waiting_ms == 0
+    assert plan_context([700] * 180, 4, **MODEL).whole is False
+    assert not any(c.whole for c in plan_context([700] * 180, 1, whole=True, **MODEL).candidates)
+
+
 @pytest.mark.parametrize("make", [np.array, torch.tensor, tuple])
 def test_lengths_of_any_kind(make):
     assert plan_context(make([300, 4000]), 2, **MODEL) == plan_context([300, 4000], 2, **MODEL)

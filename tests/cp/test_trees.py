@@ -1,7 +1,9 @@
 """Trees: outputs and gradients equal those of the branches as separate documents, on one rank and over every split."""
 
 import dataclasses
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,3 +339,16 @@ def test_a_transformers_model_takes_trees():
     parameter = model.embed_tokens.weight
     grads = [torch.autograd.grad((hidden * weight).sum(), parameter)[0] for hidden in (together, separate)]
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)  # transformers' RMSNorm computes in float32
+
+
+def test_the_packs_of_the_benchmark_count_the_attended_pairs():
+    """By the mask, on small trees; and the separate rows are those of the branches."""
+    packs = runpy.run_path(str(Path(__file__).parents[2] / "packages/eagle-cp/benchmarks/packs.py"))
+    made = packs["Trees"].of([5, 1, 7], 3, 2)
+    document = torch.arange(len(made.lengths)).repeat_interleave(torch.tensor(made.lengths))
+    place = torch.arange(len(document))
+    mask = (document[:, None] == document) & (place[:, None] >= place) | (torch.tensor(made.prefixes)[document][:, None] == document)
+    assert made.pairs() == int(mask.sum())
+    assert made.separate() == [7] * 3 + [3] * 3 + [9] * 3
+    for pack in packs["TREES"].values():
+        Layout.single([0, *torch.tensor(pack().lengths).cumsum(0).tolist()], pack().prefixes)

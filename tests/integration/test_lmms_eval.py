@@ -13,6 +13,7 @@ pytest.importorskip("lmms_eval")
 
 from eagle_model import EagleForConditionalGeneration, EagleProcessor
 from eagle_model.integrations.lmms_eval import Eagle
+from eagle_train.errors import EVALUATION_FAILED, WRONG_USE
 from tests.support.media import random_image, random_pixels, write_video
 from tests.support.models import save_tiny_model
 
@@ -68,16 +69,25 @@ def generated(folder, row):
     )
     kind = "video" if row["medium"].endswith("mp4") else "image"
     messages = [{"role": "user", "content": [{"type": kind, kind: row["medium"]}, {"type": "text", "text": row["question"]}]}]
-    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_a_local_task(folder, rows, tmp_path):
-    """Through lmms-eval's command: three of four answers are the expected ones, and the answers are logged."""
+def write_task(tmp_path, rows):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "local_media.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
     (tmp_path / "functions.py").write_text(FUNCTIONS)
+
+
+def scores_of(out):
+    [result] = out.rglob("*results.json")
+    return json.loads(result.read_text())["results"]["local_media"]["exact_match,none"]
+
+
+def test_a_local_task(folder, rows, tmp_path):
+    """Through lmms-eval's command: three of four answers are the expected ones, and the answers are logged."""
+    write_task(tmp_path, rows)
     command = [
         sys.executable,
         "-m",
@@ -93,10 +103,7 @@ def test_a_local_task(folder, rows, tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert list((tmp_path / "out").rglob("*results.json")), done.stderr[-4000:]
-    [result] = (tmp_path / "out").rglob("*results.json")
-    scores = json.loads(result.read_text())["results"]["local_media"]
-    assert scores["exact_match,none"] == pytest.approx(0.75)
+    assert scores_of(tmp_path / "out") == pytest.approx(0.75)
 
 
 def test_log_likelihoods(folder, rows):
@@ -147,3 +154,59 @@ def test_what_is_unknown_is_refused(folder):
         Eagle(str(folder), device="cpu", batch_size=8)
     with pytest.raises(ValueError, match="max_token_count"):
         Eagle(str(folder), device="cpu").answerer.answer([{"role": "user", "content": "a"}], {"max_token_count": 3})
+
+
+def evaluated(folder, tmp_path, *options, tasks="local_media"):
+    """`eagle eval FOLDER --lmms`; the finished process."""
+    command = [sys.executable, "-m", "eagle_train.cli", "eval", str(folder), "--lmms", tasks, "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "home")}
+    command += ["--include-path", str(tmp_path), "--out", str(tmp_path / "out"), *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+
+
+def test_eagle_eval(folder, rows, tmp_path):
+    """`eagle eval MODEL --lmms`: the score of all rows, and files that it names."""
+    write_task(tmp_path, rows)
+    done = evaluated(folder, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert scores_of(tmp_path / "out") == pytest.approx(0.75)
+    named = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith(("scores: ", "answers: "))]
+    assert len(named) == 2
+    assert all(os.path.isfile(path) for path in named)
+
+
+def test_eagle_eval_of_a_run(folder, rows, tmp_path):
+    """A run is exported for the evaluation, and the export is removed; the options of lmms-eval arrive."""
+    write_task(tmp_path, rows[:1])
+    (tmp_path / "text.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    )
+    config = {
+        "run": {"name": "run", "dir": str(tmp_path)},
+        "model": {"path": str(folder)},
+        "data": {"sources": {"text": {"annotation": str(tmp_path / "text.jsonl")}}, "facts": str(tmp_path / "facts")},
+        "stages": [{"name": "one", "max_tokens": 2000, "steps": 1, "packs_per_step": 1, "lr": 1e-9}],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    trained = subprocess.run([sys.executable, "-m", "eagle_train.cli", "train", str(tmp_path / "run.json"), "--device", "cpu"], timeout=280)
+    assert trained.returncode == 0
+    done = evaluated(tmp_path / "run", tmp_path, "--max-new-tokens", "3", "--frames", "4")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not (tmp_path / "out" / "model").exists()
+    [samples] = (tmp_path / "out").rglob("*samples_*.jsonl")
+    assert len(samples.read_text().splitlines()) == 1
+    assert "max_new_tokens=3" in done.stdout
+
+
+def test_eagle_eval_fails_with_a_status(folder, rows, tmp_path):
+    """lmms-eval ends with status 0 after an error; `eagle eval` does not."""
+    write_task(tmp_path, rows)
+    for tasks in ("no_such_task", "local_media"):
+        if tasks == "local_media":
+            (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0] | {"medium": str(tmp_path / "gone.png")}) + "\n")
+        done = evaluated(folder, tmp_path, tasks=tasks)
+        assert done.returncode == EVALUATION_FAILED, done.stdout[-2000:]
+        assert "lmms-eval wrote no results" in done.stderr
+    done = evaluated(folder, tmp_path, "--metric", "anls")
+    assert done.returncode == WRONG_USE
+    assert "--metric cannot be given with --lmms" in done.stderr

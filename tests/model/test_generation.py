@@ -7,6 +7,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 from eagle_model import EagleProcessor
+from eagle_model.padded import CACHE_FIELD
 from tests.support.media import random_image
 
 
@@ -81,11 +82,62 @@ def test_a_prompt_in_chunks(chat, chunk):
     assert torch.equal(answer(model, one, prefill_chunk_size=chunk), answer(model, batch)[:1])
 
 
+@pytest.mark.parametrize("chunk", [16, 40, 1000])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}, {"cache_implementation": "static"}])
+def test_a_prompt_with_media_in_chunks(chat, chunk, options):
+    """Unequal prompts with images and videos: the answers are those of the whole prompts, and no more than a chunk runs at a time."""
+    model, processor = chat
+    rows = list(talks().values())
+    batch = processor(
+        text=[text for text, _, _ in rows], images=[images for _, images, _ in rows], videos=[videos for _, _, videos in rows]
+    )
+    expected = answer(model, batch, **options)
+    tokens, tiles = [], []
+    hooks = [
+        model.language_model.model.layers[0].register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[0])),
+        model.vision_model.register_forward_pre_hook(lambda _, given: tiles.append(given[0].shape[0])),
+    ]
+    assert torch.equal(answer(model, batch, prefill_chunk_size=chunk, **options), expected)
+    for hook in hooks:
+        hook.remove()
+    width = len(rows) * options.get("num_beams", 1)
+    assert max(tokens) <= chunk * width
+    assert max(tiles) <= chunk // 4
+    assert len(tokens) == -(-batch["input_ids"].shape[1] // chunk) + 7
+
+
+def test_chunks_after_a_cache(chat):
+    """The second turn of a conversation in chunks, its first turn being in the cache: only tiles of the new tokens are passed."""
+    model, processor = chat
+    first = processor(text="<image-1> is what?", images=[random_image(1)])
+    made = model.generate(**first, max_new_tokens=6, min_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    inputs = processor(text="<video-1> What happens?", videos=talks()["video"][2])
+    ids = torch.cat([made.sequences, inputs["input_ids"]], 1)
+    whole = {"input_ids": ids, "pixel_values": torch.cat([first["pixel_values"], inputs["pixel_values"]])}
+    expected = model.generate(**whole, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    cache = made[CACHE_FIELD]
+    known = cache.get_seq_length()
+    assert known == made.sequences.shape[1] - 1
+    options = {CACHE_FIELD: cache, "prefill_chunk_size": 10, "attention_mask": torch.ones_like(ids)}
+    again = model.generate(ids, pixel_values=inputs["pixel_values"], max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
+    assert torch.equal(again, expected)
+    with pytest.raises(ValueError, match="visual tokens in input_ids, but"):
+        model.generate(**first | {"pixel_values": first["pixel_values"][1:]}, prefill_chunk_size=10, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_a_cache_of_fixed_size(chat, options):
+    model, processor = chat
+    rows = list(talks().values())
+    batch = processor(
+        text=[text for text, _, _ in rows], images=[images for _, images, _ in rows], videos=[videos for _, _, videos in rows]
+    )
+    assert torch.equal(answer(model, batch, cache_implementation="static", **options), answer(model, batch, **options))
+
+
 def test_what_cannot_be_generated_is_said(chat):
     model, processor = chat
     batch = processor(text="Hi")
-    with pytest.raises(ValueError, match=r"StaticCache.*dynamic"):
-        answer(model, batch, cache_implementation="static")
     with pytest.raises(TypeError, match="output_attentions"):
         answer(model, batch, output_attentions=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="num_beam_groupz"):

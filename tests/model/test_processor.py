@@ -65,12 +65,40 @@ def test_forms_of_one_conversation(processor, tmp_path):
         processor(messages=blocks({"type": "image", "path": str(tmp_path / "a.png")})),
         processor(messages=blocks({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}})),
         processor(text=[rendered], images=[[image]]),
-        processor.apply_chat_template(blocks({"type": "image", "image": image}), add_generation_prompt=True, tokenize=True),
+        processor.apply_chat_template(
+            blocks({"type": "image", "image": image}), add_generation_prompt=True, tokenize=True, return_tensors="pt"
+        ),
     ]
     for form in forms[1:]:
         assert torch.equal(form["input_ids"], forms[0]["input_ids"])
         # Tensors are resized by torch, within 2/255 of Pillow.
         assert (form["pixel_values"].int() - forms[0]["pixel_values"].int()).abs().max() <= 2
+
+
+def test_blocks_that_only_mark_where_media_stand(processor, video):
+    first, second = random_image(1), random_image(2)
+    bare = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}, {"type": "video"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+    ]
+    filled = [{"role": "user", "content": [{"type": "image", "image": first}, {"type": "text", "text": "and"}]}, bare[1]]
+    filled[0]["content"] += [{"type": "image", "image": second}, {"type": "video", "video": str(video)}]
+    text = processor.apply_chat_template(bare)
+    assert text == processor.apply_chat_template(filled)
+    expected = processor(messages=filled)
+    for inputs in (
+        processor(messages=bare, images=[first, second], videos=[video]),
+        processor(text=text, images=[first, second], videos=video),
+    ):
+        assert np.array_equal(inputs["input_ids"], expected["input_ids"])
+        assert np.array_equal(inputs["pixel_values"], expected["pixel_values"])
+    with pytest.raises(PromptError, match="2 image blocks have no image in them, and 1 images are given in images; give as many"):
+        processor(messages=bare, images=[first], videos=[video])
+    with pytest.raises(PromptError, match="2 image blocks have no image in them, and 0 images"):
+        processor.apply_chat_template(bare, tokenize=True)
+    filled[0]["content"][2] = {"type": "image"}
+    with pytest.raises(PromptError, match="some image blocks have a medium in them and others have none"):
+        processor(messages=filled, images=[second])
 
 
 def test_words_that_look_like_placeholders_are_text_in_messages_with_media(processor):
@@ -274,8 +302,8 @@ def test_wrong_use_is_said(processor, tmp_path):
         processor(text="x", max_tiles=0)
     with pytest.raises(TypeError, match="max_tiles is given twice"):
         processor(text="x", max_tiles=2, images_kwargs={"max_tiles": 3})
-    with pytest.raises(ValueError, match="truncation=True"):
-        processor(text="x", truncation=True)
+    with pytest.raises(ValueError, match="pad_to_multiple_of=8"):
+        processor(text="x", pad_to_multiple_of=8)
     with pytest.raises(TypeError, match="max_tile; is max_tiles meant"):
         EagleProcessor.from_pretrained(tmp_path, max_tile=4)
     with pytest.raises(PromptError, match="no image"):
@@ -306,7 +334,7 @@ def test_what_transformers_passes_is_accepted(processor):
     for options in ({"padding": True, "truncation": False}, {"padding": "longest", "return_attention_mask": True}):
         assert torch.equal(processor(messages=messages, **options)["input_ids"], plain["input_ids"])
     options = {"tools": None, "documents": None, "continue_final_message": False, "return_dict": True, "processor_kwargs": {}}
-    made = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, **options)
+    made = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_tensors="pt", **options)
     assert torch.equal(made["input_ids"], plain["input_ids"])
 
 
@@ -347,7 +375,9 @@ def test_settings_of_a_call_and_of_a_medium(processor, video):
         ({}, {"fps": 10.0, "start": 1.0}, 20 + image_tiles),
         ({}, {"fps": 1.0, "min_frames": 2}, 3 + image_tiles),
     ):
-        made = processor.apply_chat_template(blocks(image_block, video_block), tokenize=True, add_generation_prompt=True)
+        made = processor.apply_chat_template(
+            blocks(image_block, video_block), tokenize=True, add_generation_prompt=True, return_tensors="pt"
+        )
         assert len(made["pixel_values"]) == expected
     two = processor(text="<video-1><video-2>", videos=[{"video": str(video), "num_frames": 2}, video])
     assert len(two["pixel_values"]) == 2 + 8, "one video's setting is not the other's"
@@ -397,8 +427,8 @@ def test_an_answer_that_has_begun_is_continued(processor):
     messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a <|im_end|>"}]
     whole = processor.process(messages).input_ids
     begun = processor.apply_chat_template(messages, tokenize=True, continue_final_message=True)
-    assert begun["input_ids"][0].tolist() == whole[:-2].tolist()
-    assert begun["input_ids"][0].tolist() == processor.process(messages, continue_final_message=True).input_ids.tolist()
+    assert begun["input_ids"][0] == whole[:-2].tolist()
+    assert begun["input_ids"][0] == processor.process(messages, continue_final_message=True).input_ids.tolist()
     for wrong in ({"conversation": messages[:1]}, {"conversation": messages, "add_generation_prompt": True}):
         with pytest.raises(PromptError, match="continue_final_message"):
             processor.apply_chat_template(tokenize=True, continue_final_message=True, **wrong)

@@ -27,7 +27,9 @@ def test_answers_are_those_of_generate(folder, media, kind):
     message = [{"type": kind, "value": media[kind]}, {"type": "text", "value": "What is it?"}]
     content = [{"type": kind, kind: media[kind]}, {"type": "text", "text": "What is it?"}]
     processor, model = eagle.answerer.processor, eagle.answerer.model
-    inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_tensors="pt"
+    )
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -101,6 +101,26 @@ def test_sound_with_a_cover_is_no_video(name, cover, tmp_path):
         probe(path)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp", "ppm", "jp2", "tga", "avif", "pdf", "mjpeg"])
+def test_pictures_and_streams_without_times_are_no_video(suffix, tmp_path):
+    """libavformat opens each of them, as one frame or with 25 frames a second that the file does not say."""
+    path = tmp_path / f"a.{suffix}"
+    reason = {"pdf": "is a PDF", "mjpeg": r"is a bare stream \(mjpeg\) whose frames have no"}.get(suffix, r"is an image \(")
+    pictures = [random_image(seed, (64, 48)) for seed in range(3)]
+    if suffix == "mjpeg":
+        with av.open(str(path), "w", format="mjpeg") as out:
+            stream = out.add_stream("mjpeg", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+            for picture in pictures * 10:
+                out.mux(stream.encode(av.VideoFrame.from_image(picture)))
+    else:
+        pictures[0].save(path, **({"save_all": True, "append_images": pictures[1:]} if suffix == "pdf" else {}))
+    with pytest.raises(MediaError, match=rf"a\.{suffix}: {reason}"):
+        probe(path)
+    with pytest.raises(MediaError, match=rf"a\.{suffix}: {reason}"):
+        read_frames(path, [0.0])
+
+
 @pytest.mark.parametrize("durations", [[100] * 6, [40, 100, 0, 250, 40, 1000]])
 def test_an_animated_webp_is_a_video(durations, tmp_path):
     pictures = [random_image(seed, (8, 6)).resize((64, 48)) for seed in range(6)]

@@ -84,6 +84,7 @@ def split_attention(meshes, case):
         num_kv_heads=case["kv_heads"],
         tolerance=case.get("tolerance", 0.02),
         prefixes=case.get("prefixes"),
+        whole=case.get("whole", False),
     )
     q, k, v, dout = (layout.shard(x) for x in make_inputs(case))
     for x in (q, k, v):

@@ -73,7 +73,7 @@ def test_a_run_starts_from_an_adapter(colour_run_in, tmp_path, tokenizer):
     assert not (tmp_path / "adapter" / "base").exists()
     assert str(tmp_path / "start") in (tmp_path / "adapter" / "adapter_config.json").read_text()
     again = colour_run_in(tmp_path, run={"name": "b"}, model=settings | {"adapter": str(tmp_path / "adapter")}, stages=only)
-    from eagle_train.training.model import build_model
+    from eagle_train.training.build import build_model
 
     for name, tensor in weights(build_model(again, tokenizer)).items():
         assert torch.equal(tensor, trained[name]), name
@@ -110,7 +110,8 @@ def test_settings_without_effect_are_refused(colour_run, sections, message):
 
 
 def test_unknown_targets_are_refused(colour_run):
-    from eagle_train.training.model import build_model, load_run_tokenizer
+    from eagle_train.training.build import build_model
+    from eagle_train.training.model import load_run_tokenizer
 
     usual = colour_run().model.model_dump()
     config = colour_run(stages=stages(), model=usual | {"lora": {"language": {"targets": ["gate"]}}})

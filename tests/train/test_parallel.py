@@ -97,10 +97,20 @@ def alone(colour_run_in, tmp_path_factory):
     return train_alone(colour_run_in, tmp_path_factory.mktemp("alone"), STAGES)
 
 
+#: The split of every pack is chosen anew.
+AUTO = {"context-auto": {"all_gather": 2, "context": "auto"}}
+
+
 @pytest.fixture(scope="module")
 def on_ranks(colour_run_in, tmp_path_factory):
     """The same run on two ranks, for each way of sharing it."""
-    ways = {"fsdp2": {"fsdp": True}, "replicated": {"fsdp": False}, "context-parallel": {"all_gather": 2}, "lora": {"all_gather": 2}}
+    ways = {
+        "fsdp2": {"fsdp": True},
+        "replicated": {"fsdp": False},
+        "context-parallel": {"all_gather": 2},
+        **AUTO,
+        "lora": {"all_gather": 2},
+    }
     configs, paths = {}, []
     for way in {**ways, **VARIATIONS}:
         folder, parallel = tmp_path_factory.mktemp(way), ways.get(way, {})
@@ -112,7 +122,7 @@ def on_ranks(colour_run_in, tmp_path_factory):
     return configs
 
 
-@pytest.mark.parametrize("way", ["fsdp2", "replicated", "context-parallel"])
+@pytest.mark.parametrize("way", ["fsdp2", "replicated", "context-parallel", "context-auto"])
 def test_two_ranks_train_what_one_trains(alone, on_ranks, way):
     ranks = on_ranks[way]
     same(alone, ranks)

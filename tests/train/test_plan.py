@@ -58,7 +58,8 @@ def test_plan_prints_parameters_and_memory_of_each_gpu(colour_run, tmp_path, eag
     from eagle_train.runs.ready import get_ready
     from eagle_train.runs.resources import for_gpus, resources
     from eagle_train.training.activations import planned
-    from eagle_train.training.model import build_model, model_config
+    from eagle_train.training.build import build_model
+    from eagle_train.training.model import model_config
 
     config = colour_run(parallel={"ulysses": 2})
     ready = get_ready(config)

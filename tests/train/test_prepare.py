@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from eagle_model.prompt import VideoSpan, encode, render
 from eagle_model.prompt.costs import PromptCosts
 from eagle_sampling import TimeTable
 from eagle_train.config import ConfigError, dump_config
+from eagle_train.data import join
 from eagle_train.data.prepare import PrepareError, load_facts, prepare, tokenizer_fingerprint
 from eagle_train.data.sample import RowError, load_sample
 from eagle_train.data.sources import open_rows
@@ -318,15 +320,41 @@ def test_damaged_parts_are_made_again(media, rows, make_config, write_jsonl, tok
     again = prepare(config, tokenizer)
     assert (again.rows_reused, again.facts.table.equals(facts.table)) == (3, True)
     parts[0].write_bytes(b"")
+    joined = next((media / "runs/test/facts/joined").glob("*.arrow"))
+    joined.write_bytes(joined.read_bytes()[:-100])
     with pytest.raises(OSError, match=r"part-\w+.parquet: can't be read .* remove the folder"):
         load_facts(config, tokenizer)
 
 
-def test_only_times_stay_in_pieces(media, rows, make_config, write_jsonl, tokenizer):
-    """Together they may be more than a list's offsets can count; every other column is read as one array."""
+def test_joined_facts_are_those_of_the_parts(media, rows, make_config, write_jsonl, tokenizer, monkeypatch):
+    """Whatever the number of record batches; a joined file that is damaged is made again."""
     write_jsonl(media / "rows.jsonl", rows)
-    table = prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 2}), tokenizer).facts.table
-    assert {name for name in table.column_names if table.column(name).num_chunks > 1} == {"video_times"}
+    config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 1})
+    facts = prepare(config, tokenizer).facts
+    joined = next((media / "runs/test/facts/joined").glob("*.arrow"))
+    for together, damage in ((2, lambda content: content[:-100]), (3, lambda content: b""), (512, lambda content: bytes(len(content)))):
+        monkeypatch.setattr(join, "_TOGETHER", together)
+        content = joined.read_bytes()
+        joined.unlink()  # the facts above still map it
+        joined.write_bytes(damage(content))
+        again = load_facts(config, tokenizer)
+        assert again.table.column("line").num_chunks == -(-len(rows) // together)
+        assert again.table.equals(facts.table)
+        assert (again.column("line").tolist(), again.content) == ([1, 2, 3, 4, 5, 6], facts.content)
+        for name in ("image_width", "video_frames", "video_seconds"):
+            assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(again.lists(name), facts.lists(name), strict=True))
+
+
+def test_media_that_changed_change_the_joined_facts(media, rows, make_config, write_jsonl, tokenizer):
+    """The key of the facts doesn't cover media; what was joined before is never taken for what was measured anew."""
+    write_jsonl(media / "rows.jsonl", rows)
+    config = make_config({"s": {"annotation": "rows.jsonl"}})
+    before = prepare(config, tokenizer).facts
+    Image.new("RGB", (31, 17)).save(media / "a.png")
+    shutil.rmtree(next((media / "runs/test/facts").glob("s-*")))
+    after = prepare(config, tokenizer).facts
+    assert (after.key, after.content == before.content) == (before.key, False)
+    assert (31 in after.lists("image_width")[1].tolist(), 31 in before.lists("image_width")[1].tolist()) == (True, False)
 
 
 def test_sources_are_apart_whatever_their_names(tmp_path, row, make_config, write_jsonl, tokenizer):

@@ -16,7 +16,8 @@ from eagle_train.runs.export import export, load_trained
 from eagle_train.runs.folder import open_run
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
-from eagle_train.training.model import build_model, load_run_tokenizer, model_config
+from eagle_train.training.build import build_model
+from eagle_train.training.model import load_run_tokenizer, model_config
 from tests.support.models import TEXTS
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

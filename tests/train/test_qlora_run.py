@@ -98,7 +98,8 @@ def test_what_is_trained_in_full_is_not_rounded(colour_run):
 
 
 def test_the_missing_package_is_named(colour_run, monkeypatch):
-    from eagle_train.training.model import build_model, load_run_tokenizer
+    from eagle_train.training.build import build_model
+    from eagle_train.training.model import load_run_tokenizer
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)

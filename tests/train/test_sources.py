@@ -196,6 +196,14 @@ def test_what_names_no_file_is_said(tmp_path, make_config, tokenizer):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=name):
             prepare(make_config({"s": {"annotation": name}}), tokenizer)
+    for encoding, name in (("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32")):
+        for file in ("rows.jsonl", "rows.json", "rows.csv"):
+            (tmp_path / file).write_bytes('{"a": "ä"}\n'.encode(encoding))
+            with pytest.raises(ConfigError, match=rf"{file}: is {name} text, not UTF-8; convert it: iconv -f {name} -t UTF-8"):
+                prepare(make_config({"s": {"annotation": file}}), tokenizer)
+    (tmp_path / "rows.csv").write_bytes("Größe,answer\n1,2\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"rows.csv: its first line can't be read .*utf-8"):
+        prepare(make_config({"s": {"annotation": "rows.csv"}}), tokenizer)
     (tmp_path / "hidden").write_bytes(gzip.compress(b"x"))
     with pytest.raises(ConfigError, match=r"is compressed \(gzip\)"):
         prepare(make_config({"s": {"annotation": "hidden"}}), tokenizer)

@@ -119,7 +119,7 @@ def test_ranks_share_steps_evenly(make_facts, ranks):
 
 def test_pack_costs_are_sums():
     lengths, offsets = np.array([10, 20, 30]), np.array([0, 2, 2, 3])
-    assert pack_costs(lengths, offsets) == pytest.approx([sample_costs([10, 20]).sum(), 0.0, sample_costs([30]).sum()])
+    assert pack_costs(sample_costs(lengths), offsets) == pytest.approx([sample_costs([10, 20]).sum(), 0.0, sample_costs([30]).sum()])
 
 
 def schedule(facts, **fields):

@@ -13,7 +13,7 @@ from eagle_train.evaluation.metrics import Answer, Evaluation
 from eagle_train.runs.evaluate import Evaluator, with_frames
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.sweep import Point, sweep, write_points
-from eagle_train.training.model import build_model
+from eagle_train.training.build import build_model
 from eagle_train.watching.accuracy import plot_depths, plot_sweep
 
 

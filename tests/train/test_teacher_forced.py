@@ -19,7 +19,7 @@ from eagle_train.loading.pack import load_pack
 from eagle_train.planning.stages import Planned
 from eagle_train.planning.visual import plan_visual, sample_plan
 from eagle_train.runs.ready import get_ready
-from eagle_train.training.model import build_model
+from eagle_train.training.build import build_model
 
 OPTIONS = "<image>what color?\nA. red\nB. green\nC. blue"
 

@@ -13,7 +13,7 @@ from eagle_train.data.prepare import prepare
 from eagle_train.loading.loader import Task
 from eagle_train.loading.pack import Share, load_pack
 from eagle_train.planning.stages import StageSchedule, pack_tiles, pack_tokens, plan_stage
-from eagle_train.planning.trees import make_trees, media_groups
+from eagle_train.planning.trees import make_trees, media_groups, media_tokens
 from eagle_train.planning.visual import plan_visual
 
 SPEC = VisualSpec(tile_size=32, tokens_per_tile=4, min_frames=2)
@@ -96,6 +96,29 @@ def test_frames_of_a_group_are_those_of_its_tightest_row_that_fits(videos, token
     assert differing
 
 
+def test_a_reserve_leaves_room_for_the_questions_of_a_group(videos, tokenizer):
+    """With a video that could fill the context the group is one tree, for a bounded number of frames; no row is lost by it."""
+    facts, group, trees = prepare(videos(), tokenizer).facts, [0, 1, 4], {0.0: [], 0.25: []}
+    groups = media_groups(facts)
+    for max_tokens in range(60, 600, 5):
+        plain = plan_visual(facts, max_tokens, SPEC)
+        for reserve, counts in trees.items():
+            shared = plan_visual(facts, max_tokens, SPEC, share_media=True, reserve=reserve)
+            assert np.array_equal(plain.status, shared.status)
+            assert (shared.tokens <= max_tokens).all()
+            rows = np.array([row for row in group if shared.status[row] == 0])
+            if not len(rows):
+                continue
+            frames = shared.frames[shared.video_offsets[rows]]
+            assert len(set(frames.tolist())) == 1
+            tightest = plan_visual(facts, max_tokens, SPEC, share_media=True).frames[shared.video_offsets[rows[0]]]
+            lost = tightest - frames[0]
+            assert 0 <= lost * SPEC.tokens_per_tile <= reserve * max_tokens + plain.tokens.max()  # a frame is the smallest step
+            items, _ = make_trees(rows, groups, shared.tokens, media_tokens(facts, shared), max_tokens)
+            counts.append(len(rows) - (len(items.offsets) - 1))
+    assert sum(trees[0.25]) > sum(trees[0.0])
+
+
 def test_a_group_is_packed_once(videos, tokenizer):
     plain, shared = (planned(videos(share), tokenizer) for share in (False, True))
     assert sorted(shared.pack_rows.tolist()) == sorted(plain.pack_rows.tolist()) == list(range(10))
@@ -106,8 +129,8 @@ def test_a_group_is_packed_once(videos, tokenizer):
     total = 0
     for pack in range(shared.packs):
         samples = shared.samples(pack)
-        assert pack_tokens(samples, SPEC) <= 4096
-        total += pack_tokens(samples, SPEC)
+        assert pack_tokens(samples) <= 4096
+        total += pack_tokens(samples)
     assert total == after.tokens
     assert sum(pack_tiles(shared.samples(pack), SPEC) for pack in range(shared.packs)) == after.tiles
 

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
@@ -110,11 +111,58 @@ def measure(step, inputs, pairs: int, world: int, seconds: float) -> dict:
     }
 
 
-def ours(lengths, mesh: ContextMesh | None, backend: str):
+def ours(lengths, mesh: ContextMesh | None, backend: str, prefixes=None):
     cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    layout = Layout.single(cu) if mesh is None else Layout.build(cu, mesh, num_heads=HEADS, num_kv_heads=KV_HEADS)
+    if mesh is None:
+        layout = Layout.single(cu, prefixes)
+    else:
+        layout = Layout.build(cu, mesh, prefixes=prefixes, num_heads=HEADS, num_kv_heads=KV_HEADS)
     inputs = [torch.randn(layout.local, h, DIM, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (HEADS, KV_HEADS, KV_HEADS)]
     return (lambda q, k, v: attention(q, k, v, layout, backend=backend)), inputs
+
+
+def dense_mask(trees: packs.Trees):
+    """Trees by one attention over the pack with a mask of T x T values, on one GPU: torch's memory-efficient kernel."""
+    total = sum(trees.lengths)
+    document = torch.arange(len(trees.lengths), device="cuda").repeat_interleave(torch.tensor(trees.lengths, device="cuda"))
+    continued = torch.tensor(trees.prefixes, device="cuda")[document]
+    place = torch.arange(total, device="cuda")
+    mask = (document[:, None] == document[None]) & (place[:, None] >= place[None])
+    mask |= continued[:, None] == document[None]
+    inputs = [torch.randn(1, h, total, DIM, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (HEADS, KV_HEADS, KV_HEADS)]
+
+    def step(q, k, v):
+        # The kernel knows no groups of query heads.
+        k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return step, inputs
+
+
+def measure_trees(args, result: Result, meshes: dict, world: int) -> None:
+    """Packs of trees beside the same rows as documents of their own, and beside a dense mask where it fits one GPU."""
+    ways = {f"u={u} r={world // u}": mesh for u, mesh in meshes.items()} if world > 1 else {}
+    for (name, make_trees), backend in itertools.product(packs.TREES.items(), ("flash-attn-4", "cudnn", "torch-flash")):
+        trees = make_trees()
+        rows = trees.separate()
+        for way, mesh in {"one GPU": None, **ways}.items():
+            ranks = 1 if mesh is None else world
+            contenders = {
+                f"trees, {way}, {backend}": (partial(ours, trees.lengths, mesh, backend, trees.prefixes), trees.pairs()),
+                f"separate rows, {way}, {backend}": (partial(ours, rows, mesh, backend), packs.causal_pairs(rows)),
+            }
+            if mesh is None and backend == "torch-flash":
+                contenders["dense mask, one GPU, torch"] = (partial(dense_mask, trees), trees.pairs())
+            for contender, (make, pairs) in contenders.items():
+                if not re.search(args.packs, name) or not re.search(args.methods, contender):
+                    continue
+                found = attempt(lambda _, make=make: make(), None, ranks, args.seconds, pairs)
+                log(name, "|", contender, "|", found)
+                if isinstance(found, str):
+                    result.absent.append(Absent(name, contender, found))
+                else:
+                    result.add(name, contender, **found)
 
 
 def ceilings(world: int) -> dict:
@@ -142,6 +190,7 @@ def main():
     parser.add_argument("--methods", default=".", help="regular expression over the names of methods")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for the repetitions of one measurement")
     parser.add_argument("--ctas", type=int, help="multiprocessors of a collective of eagle-cp (default: NCCL's choice)")
+    parser.add_argument("--trees", action="store_true", help="packs of trees, beside the same rows as documents of their own")
     parser.add_argument("--until", type=float, default=1e9, help="seconds after which no measurement is started")
     args = parser.parse_args()
     if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
@@ -171,6 +220,9 @@ def main():
         methods[f"one GPU, {backend}"] = lambda lengths, b=backend: ours(lengths, None, b)
     for name, make in loaded.items():
         methods[name] = lambda lengths, make=make: make(lengths, HEADS, KV_HEADS, DIM)
+    if args.trees:
+        measure_trees(args, result, meshes, world)
+        methods = {}
     # flash-attn-4 first, then cuDNN, rivals, FlashAttention-2: with --until, the last ones may not be measured.
     turn = lambda m: 0 if "flash-attn-4" in m else 1 if "cudnn" in m else 2 if m in loaded else 3
     for _, tier in itertools.groupby(sorted(methods, key=turn), key=turn):
@@ -199,12 +251,12 @@ def main():
     dist.destroy_process_group()
 
 
-def attempt(make, lengths, world, seconds) -> dict | str:
-    """The metrics of a method, or why there are none."""
+def attempt(make, lengths, world, seconds, pairs: int | None = None) -> dict | str:
+    """The metrics of a method, or why there are none. pairs: attended pairs; default: those of causal documents of `lengths`."""
     step = None
     try:
         step, inputs = make(lengths)
-        return measure(step, inputs, packs.causal_pairs(lengths), world, seconds)
+        return measure(step, inputs, packs.causal_pairs(lengths) if pairs is None else pairs, world, seconds)
     except Unavailable as error:
         return f"does not run: {error}"
     except Exception as error:  # the failure of a rival is a result

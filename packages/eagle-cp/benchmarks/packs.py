@@ -1,8 +1,9 @@
-"""The packs of the benchmark: one document of three lengths, and three mixtures."""
+"""The packs of the benchmark: one document of three lengths, three mixtures, and three packs of trees."""
 
 from __future__ import annotations
 
 import random
+from typing import NamedTuple
 
 
 def one(tokens: int) -> list[int]:
@@ -43,3 +44,36 @@ PACKS = {
 
 def causal_pairs(lengths: list[int]) -> int:
     return sum(n * (n + 1) // 2 for n in lengths)
+
+
+class Trees(NamedTuple):
+    """Prefixes with branches. lengths: of the documents of the pack, a prefix before its branches; prefixes: as `Layout` takes them."""
+
+    lengths: list[int]
+    prefixes: list[int]
+
+    @classmethod
+    def of(cls, prefixes: list[int], branches: int, tokens: int) -> Trees:
+        """A tree of `branches` branches of `tokens` tokens on each prefix of the given lengths."""
+        lengths, continued = [], []
+        for length in prefixes:
+            first = len(lengths)
+            lengths += [length] + [tokens] * branches
+            continued += [-1] + [first] * branches
+        return cls(lengths, continued)
+
+    def separate(self) -> list[int]:
+        """The same rows as documents of their own: prefix and branch each."""
+        return [self.lengths[p] + n for n, p in zip(self.lengths, self.prefixes) if p >= 0]
+
+    def pairs(self) -> int:
+        """Attended pairs of one head."""
+        shared = sum(n * self.lengths[p] for n, p in zip(self.lengths, self.prefixes) if p >= 0)
+        return causal_pairs(self.lengths) + shared
+
+
+TREES = {
+    "1 prefix of 128K, 8 branches of 256": lambda: Trees.of([131072], 8, 256),
+    "32 prefixes of 4K, 7 branches of 128": lambda: Trees.of([4096] * 32, 7, 128),
+    "log-normal prefixes of 128K, 7 branches of 128": lambda: Trees.of(log_normal(131072), 7, 128),
+}

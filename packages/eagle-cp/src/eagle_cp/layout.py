@@ -1,7 +1,8 @@
 """Layout: which token of a pack is on which rank, and the metadata of attention, computed once per batch on the host.
 
 Every all-gather rank holds the same number of rows: pieces of cut documents first, then whole documents, then (rarely) a few pad rows,
-fewer in the whole group than it has ranks, to which nothing attends. Its Ulysses ranks hold equal consecutive parts of those rows."""
+fewer in the whole group than it has ranks, to which nothing attends. Its Ulysses ranks hold equal consecutive parts of those rows.
+With `whole` no document is cut, attention communicates nothing, and all ranks have as many rows as the one with most tokens."""
 
 from __future__ import annotations
 
@@ -50,6 +51,7 @@ class Layout:
         heads: tuple[HeadShare, ...] | None,
         tolerance: float,
         verify: bool,
+        whole: bool = False,
     ):
         self.cu_seqlens, self.prefixes, self.mesh, self.heads, self.verify = cu_seqlens, prefixes, mesh, heads, verify
         self.total = cu_seqlens[-1]
@@ -57,8 +59,10 @@ class Layout:
         self.longest = max(self.lengths)
         if prefixes:
             self.longest = max(n + (self.lengths[p] if p >= 0 else 0) for n, p in zip(self.lengths, prefixes))
-        self.partition: Partition = partition(self.lengths, mesh.all_gather.size, tolerance=tolerance, prefixes=prefixes)
+        self.partition: Partition = partition(self.lengths, mesh.all_gather.size, tolerance=tolerance, prefixes=prefixes, whole=whole)
         self.rows = -(-self.total // mesh.size) * mesh.ulysses.size  # of an all-gather rank
+        if whole:
+            self.rows = -(-max(self.partition.rank_tokens(self.lengths)) // mesh.ulysses.size) * mesh.ulysses.size
         self.local = self.rows // mesh.ulysses.size
         self.pad = self.local * mesh.size - self.total
         self._agreed: set[str] = set()
@@ -84,6 +88,7 @@ class Layout:
         num_kv_heads: int,
         prefixes: Tensor | Sequence[int] | None = None,
         tolerance: float = 0.02,
+        whole: bool = False,
         verify: bool = False,
     ) -> Layout:
         """The layout of a pack over `mesh`. Every rank passes the same values. No communication, except with `verify`.
@@ -92,6 +97,7 @@ class Layout:
         prefixes: for trees, `[documents]`: the document that each one continues, or -1. A branch directly follows its prefix or another
             branch of it, and attends to the whole prefix and to itself. Default: no document has a prefix.
         tolerance: how much the attention work of the ranks may differ (largest over mean, minus 1) before more documents are cut.
+        whole: no document is cut over all-gather ranks; a rank may have no token. Good for packs of many short documents (`plan_context`).
         verify: small collectives (here, in `plan_tiles`, and in the first `exchange_tiles` and the first `attention`) check that all ranks
             agree. An error of one rank is then raised on all of them, instead of a hang.
 
@@ -111,12 +117,12 @@ class Layout:
             agree(
                 mesh,
                 problem,
-                f"{cu} {continued} {num_heads} {num_kv_heads} {tolerance}",
-                "Layout.build: cu_seqlens, prefixes, num_heads, num_kv_heads or tolerance",
+                f"{cu} {continued} {num_heads} {num_kv_heads} {tolerance} {whole}",
+                "Layout.build: cu_seqlens, prefixes, num_heads, num_kv_heads, tolerance or whole",
             )
         if problem is not None:
             raise ValueError(problem)
-        return cls(cu, continued, mesh, heads, tolerance, verify)
+        return cls(cu, continued, mesh, heads, tolerance, verify, whole)
 
     def check(self, where: str, problem: str | None, facts: object, what: str) -> None:
         """Raises ValueError for a `problem` of this rank. With `verify`, the first call for each `where` communicates, and all ranks raise

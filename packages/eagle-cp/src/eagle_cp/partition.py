@@ -6,6 +6,8 @@ rank then attend to half of the document on average, and its work is proportiona
 first. As few documents are cut as bring the work of the ranks within `tolerance`. The pieces of a cut document need not be equal: they
 compensate what whole documents leave uneven, in tokens and in work. So no document is padded, whatever its length.
 
+With `whole` nothing is cut: ranks get different numbers of tokens, and attention needs no communication.
+
 A tree (`trees.py`) is placed as one document: it is whole on a rank, or its tokens are cut, from the first of the prefix to the last of the
 last branch. Its tokens in a branch attend to the whole prefix, so the front and the back piece of a rank are balanced by their work.
 """
@@ -48,6 +50,10 @@ class Partition(NamedTuple):
     cut: tuple[int, ...]
     work: tuple[int, ...]
 
+    def rank_tokens(self, lengths: Sequence[int]) -> list[int]:
+        """Tokens of each rank; lengths: of the documents."""
+        return [rank.piece_tokens + sum(lengths[d] for d in rank.whole) for rank in self.ranks]
+
     @property
     def imbalance(self) -> float:
         """Largest work of a rank over the mean, minus 1."""
@@ -55,18 +61,22 @@ class Partition(NamedTuple):
         return max(self.work) * len(self.work) / total - 1 if total else 0.0
 
 
-def partition(lengths: Sequence[int], ranks: int, *, tolerance: float = 0.02, prefixes: Sequence[int] = ()) -> Partition:
+def partition(
+    lengths: Sequence[int], ranks: int, *, tolerance: float = 0.02, prefixes: Sequence[int] = (), whole: bool = False
+) -> Partition:
     """Assigns documents of `lengths` tokens to `ranks` ranks, each with `total // ranks` tokens, the first `total % ranks` with one more.
 
+    whole: no document (or tree) is cut, and ranks get about as many tokens and as much work as that allows; a rank may get none.
     prefixes: the document that each one continues, or -1 (`trees.py`); default: no document has a prefix. Pieces then are of the prefix
         and of branches, and a tree is either whole on one rank or all its documents are `cut`.
 
     Deterministic. The `imbalance` of the result is at most `tolerance` whenever cutting some number of the longest documents achieves it,
     otherwise the smallest one found."""
     if not prefixes:
-        return _partition(lengths, ranks, tolerance, None)
+        return _uncut(lengths, ranks, None) if whole else _partition(lengths, ranks, tolerance, None)
     groups = trees(prefixes)
-    placed = _partition([sum(lengths[i] for i in group) for group in groups], ranks, tolerance, tree_pairs(lengths, groups))
+    totals, pairs = [sum(lengths[i] for i in group) for group in groups], tree_pairs(lengths, groups)
+    placed = _uncut(totals, ranks, pairs) if whole else _partition(totals, ranks, tolerance, pairs)
     starts = [cumulative([lengths[i] for i in group]) for group in groups]
 
     def pieces_of(piece: Piece) -> list[Piece]:
@@ -98,6 +108,21 @@ def _partition(lengths: Sequence[int], ranks: int, tolerance: float, pairs: Pair
             return candidate
     assert best is not None  # cutting every document always fits
     return best
+
+
+def _uncut(lengths: Sequence[int], ranks: int, pairs: Pairs | None) -> Partition:
+    """Longest document first, each to the rank that has the smallest share of tokens and work so far."""
+    work_of = [_pairs(0, n) for n in lengths] if pairs is None else [pairs(d, 0, n) for d, n in enumerate(lengths)]
+    token_weight, work_weight = 1 / max(sum(lengths), 1), 1 / max(sum(work_of), 1)
+    placed: list[list[int]] = [[] for _ in range(ranks)]
+    work = [0] * ranks
+    heap = [(0.0, i) for i in range(ranks)]
+    for d in sorted(range(len(lengths)), key=lambda d: (-lengths[d], d)):
+        load, i = heapq.heappop(heap)
+        placed[i].append(d)
+        work[i] += work_of[d]
+        heapq.heappush(heap, (load + lengths[d] * token_weight + work_of[d] * work_weight, i))
+    return Partition(tuple(RankDocuments((), tuple(sorted(whole))) for whole in placed), (), tuple(work))
 
 
 def _counts(n: int) -> list[int]:

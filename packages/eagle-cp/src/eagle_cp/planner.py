@@ -1,5 +1,5 @@
 """Which split `ulysses x all_gather` of the ranks is fastest for a pack, estimated without a GPU: kernel time, bytes over the links, peak
-memory.
+memory. `whole` is the split that cuts no document: nothing is communicated, and ranks wait for the one with most tokens.
 
 The default rates were measured on H200 with flash-attn-4 (benchmarks/results); pass the rates of other hardware. The estimate is for one
 attention layer, forward and backward."""
@@ -19,7 +19,7 @@ from eagle_cp.trees import check_prefixes
 class Hardware(NamedTuple):
     """Rates of one GPU and its links. `half_length`: documents of that many tokens reach half of the kernel's rate. `host_gb_s` and
     `network_gb_s`: GB/s that a rank sends to ranks of its own host, and of other hosts. `launch_ms`: time of an attention layer, forward
-    and backward, in addition to its kernels."""
+    and backward, in addition to its kernels. `linear_tflops`: of the linear layers."""
 
     forward_tflops: float = 647.0
     backward_tflops: float = 605.0
@@ -29,12 +29,14 @@ class Hardware(NamedTuple):
     network_gb_s: float = 45.0
     gpus_per_host: int = 8
     launch_ms: float = 0.3
+    linear_tflops: float = 700.0
 
 
 class Candidate(NamedTuple):
     """One split, for one attention layer, forward and backward. Times in ms; `exposed_ms`: collectives and copies that are not overlapped.
     `ulysses_mb`, `all_gather_mb`: 10^6 bytes sent per rank. `peak_mib`: peak memory of a rank in MiB. `imbalance`: largest work of a rank
-    over the mean, minus 1. `reason`: why the split can't be used, or empty."""
+    over the mean, minus 1. `reason`: why the split can't be used, or empty. `whole`: no document is cut. `waiting_ms`: time of the linear
+    layers for rows beyond an equal share."""
 
     ulysses: int
     all_gather: int
@@ -45,20 +47,27 @@ class Candidate(NamedTuple):
     peak_mib: float
     imbalance: float
     reason: str
+    whole: bool = False
+    waiting_ms: float = 0.0
 
     @property
     def total_ms(self) -> float:
-        return self.compute_ms + self.exposed_ms
+        return self.compute_ms + self.exposed_ms + self.waiting_ms
 
 
 class ContextPlan(NamedTuple):
-    """The fastest split `ulysses x all_gather`, and all candidates, fastest first."""
+    """The fastest split `ulysses x all_gather`, and all candidates, fastest first. `whole`: an argument of `Layout.build`."""
 
     ulysses: int
     all_gather: int
     candidates: tuple[Candidate, ...]
     tokens: int
     documents: int
+    whole: bool = False
+
+
+WHOLE_ROWS = 1.05
+"""Rows of a rank over an equal share, at most, where no document is cut: the memory of a step grows with them."""
 
 
 def plan_context(
@@ -71,11 +80,15 @@ def plan_context(
     prefixes: Sequence[int] | None = None,
     hardware: Hardware | None = None,
     memory_gib: float | None = None,
+    whole: bool = False,
+    token_flops: float = 0.0,
 ) -> ContextPlan:
     """The fastest split `ulysses x all_gather = ranks` for documents of `lengths` tokens in bf16.
 
     prefixes: for trees, the document that each one continues, or -1, as in `Layout.build`.
     memory_gib: GiB that one attention layer may need; default: no limit.
+    whole: also consider to leave all documents whole (`Layout.build`), where no rank gets more than `WHOLE_ROWS` times an equal share.
+    token_flops: of the linear layers of one decoder layer, forward, for one token; what unequal shares cost.
 
     Raises ValueError for lengths that are not integers of at least 1, for prefixes that are not trees, and, with the reason of each split,
     when none can be used.
@@ -94,13 +107,29 @@ def plan_context(
             if memory_gib is not None and not candidate.reason and candidate.peak_mib > memory_gib * 1024:
                 candidate = candidate._replace(reason=f"needs {candidate.peak_mib / 1024:.1f} GiB, {memory_gib} GiB allowed")
             candidates.append(candidate)
-    candidates.sort(key=lambda c: (bool(c.reason), c.total_ms, c.ulysses))
+    if whole and ranks > 1:
+        candidates.append(_uncut(lengths, continued, ranks, num_heads, num_kv_heads, head_dim, token_flops, hardware))
+    candidates.sort(key=lambda c: (bool(c.reason), c.total_ms, c.ulysses, not c.whole))
     best = candidates[0]
     if best.reason:
         raise ValueError(
             "plan_context: no split works. " + "; ".join(f"ulysses {c.ulysses} x all_gather {c.all_gather}: {c.reason}" for c in candidates)
         )
-    return ContextPlan(best.ulysses, best.all_gather, tuple(candidates), sum(lengths), len(lengths))
+    return ContextPlan(best.ulysses, best.all_gather, tuple(candidates), sum(lengths), len(lengths), best.whole)
+
+
+def _uncut(
+    lengths: Sequence[int], prefixes: Sequence[int], r: int, num_heads: int, num_kv_heads: int, dim: int, token_flops: float, hw: Hardware
+) -> Candidate:
+    """The candidate that cuts no document."""
+    parts = partition(lengths, r, prefixes=prefixes, whole=True)
+    rows, share = max(parts.rank_tokens(lengths)), -(-sum(lengths) // r)
+    flops = 4e-9 * max(_weighted_pairs(parts, lengths, prefixes, i, hw.half_length) for i in range(r)) * num_heads * dim
+    compute = flops / hw.forward_tflops + 2.5 * flops / hw.backward_tflops
+    waiting = 3e-9 * (rows - share) * token_flops / hw.linear_tflops
+    peak = rows * dim * 2 * (4 * num_heads + 4 * num_kv_heads) + rows * dim * (4 * num_heads + 8 * num_kv_heads)
+    reason = f"{rows} tokens on one rank, an equal share is {share}" if rows > WHOLE_ROWS * share else ""
+    return Candidate(1, r, compute, hw.launch_ms, 0.0, 0.0, peak / 2**20, parts.imbalance, reason, True, waiting)
 
 
 def _estimate(
@@ -184,16 +213,18 @@ def _weighted_pairs(parts: Partition, lengths: Sequence[int], prefixes: Sequence
 def explain(plan: ContextPlan) -> str:
     """A table of all candidates, the fastest first."""
     lines = [
-        f"{plan.documents} documents, {plan.tokens} tokens: ulysses {plan.ulysses} x all_gather {plan.all_gather}",
+        f"{plan.documents} documents, {plan.tokens} tokens: ulysses {plan.ulysses} x all_gather {plan.all_gather}"
+        + (", no document cut" if plan.whole else ""),
         "ulysses all_gather  compute  exposed    total  ulysses all_gather     peak  imbalance",
         "                         ms       ms       ms       MB         MB      MiB",
     ]
     for c in plan.candidates:
+        split = "  whole" if c.whole else f"{c.ulysses:7}"
         if c.reason:
-            lines.append(f"{c.ulysses:7} {c.all_gather:10}  {c.reason}")
+            lines.append(f"{split} {c.all_gather:10}  {c.reason}")
             continue
         lines.append(
-            f"{c.ulysses:7} {c.all_gather:10} {c.compute_ms:8.2f} {c.exposed_ms:8.2f} {c.total_ms:8.2f} {c.ulysses_mb:8.1f}"
+            f"{split} {c.all_gather:10} {c.compute_ms:8.2f} {c.exposed_ms:8.2f} {c.total_ms:8.2f} {c.ulysses_mb:8.1f}"
             f" {c.all_gather_mb:10.1f} {c.peak_mib:8.0f} {c.imbalance:10.1%}"
         )
     return "\n".join(lines)

@@ -5,16 +5,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from eagle_model.configuration import ARCHITECTURE, EagleConfig
+from eagle_model.weights import Rows, fill, of_files, same_rows
 
 HEAD = "language_model.lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -67,7 +68,13 @@ def read_tensors(folder: str | Path, *, device: str = "cpu") -> Iterator[tuple[s
 
 
 def load_checkpoint(model: PreTrainedModel, folder: str | Path) -> None:
-    """Copy the tensors of a folder into an Eagle model that exists already, in the model's dtypes.
+    """Copy the tensors of a folder into an Eagle model that exists already, in the model's dtypes; raises ValueError as `checkpoint_rows`
+    does."""
+    fill(model, checkpoint_rows(model, folder))
+
+
+def checkpoint_rows(model: PreTrainedModel, folder: str | Path) -> dict[str, Rows]:
+    """The rows of a folder's tensors for the parameters of an Eagle model, which may be on the meta device.
 
     A folder without a head makes the model's head the embedding, as `from_pretrained` does.
     Raises ValueError naming tensors that are missing, unknown or of another shape, and a head that differs from the embedding of a tied
@@ -79,34 +86,24 @@ def load_checkpoint(model: PreTrainedModel, folder: str | Path) -> None:
         model.tie_weights()
         own[HEAD] = own[EMBEDDING]
     tied = own[HEAD] is own[EMBEDDING]
-    left = set(own)
+    found = of_files({name: path for name, path in weight_files(folder).items() if not name.startswith(POOLING_HEAD)})
     wrong: list[str] = []
-    head: Tensor | None = None
-    for name, tensor in read_tensors(folder):
+    for name, rows in found.items():
         if name not in own:
             wrong.append(f"{name} (unknown)")
-            continue
-        left.discard(name)
-        if own[name].shape != tensor.shape:
-            wrong.append(f"{name} (is {tuple(tensor.shape)}, expected {tuple(own[name].shape)})")
-        elif tied and name == HEAD:
-            head = tensor
-        else:
-            with torch.no_grad():
-                own[name].copy_(tensor)
+        elif tuple(own[name].shape) != rows.shape:
+            wrong.append(f"{name} (is {rows.shape}, expected {tuple(own[name].shape)})")
+    left = set(own) - set(found)
     if tied:
         left.discard(HEAD)
-        if head is not None and not torch.equal(head.to(own[EMBEDDING]), own[EMBEDDING]):
+        if not wrong and not left and HEAD in found and not same_rows(found.pop(HEAD), found[EMBEDDING], own[EMBEDDING].dtype):
             wrong.append(f"{HEAD} (is not the embedding, but the configuration ties them; set tie_word_embeddings to false)")
     wrong += [f"{name} (missing)" for name in sorted(left)]
     if wrong:
-        raise misfit(folder, wrong)
-
-
-def misfit(folder: str | Path, wrong: Sequence[str]) -> ValueError:
-    """The error for a folder whose tensors are not those of the model. wrong: the tensors, each with what is wrong."""
-    more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-    return ValueError(f"{folder} does not fit the model: {', '.join(wrong[:8])}{more}")
+        raise ValueError(
+            f"{folder} does not fit the model: {', '.join(wrong[:8])}{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}"
+        )
+    return found
 
 
 def save_checkpoint(
@@ -207,7 +204,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """`save_file` with the mode that the umask gives a new file; safetensors leaves files that only the owner can read."""
     with open(path, "wb") as file:
         mode = os.fstat(file.fileno()).st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # of the system, which it names without the file
+        raise OSError(f"{path}: can't be written: {error}") from error
     path.chmod(mode)
 
 

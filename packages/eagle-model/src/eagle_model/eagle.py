@@ -26,10 +26,12 @@ from eagle_kernels import OffloadEngine, offload_checkpoint
 from eagle_model.batch import PackedBatch
 from eagle_model.checkpoint import HEAD, finish_folder, lacks_head
 from eagle_model.configuration import EagleConfig
-from eagle_model.language.attention import AttentionInputs, Norm
+from eagle_model.initial import draws
+from eagle_model.language.attention import AttentionInputs
 from eagle_model.language.decoder import LanguageModel
 from eagle_model.language.head import Head, head_loss, token_scores
-from eagle_model.padded import CACHE_FIELD, Arrangement, Backbone, EagleOutput, arrange, refuse_unknown
+from eagle_model.padded import CACHE_FIELD, Arrangement, Backbone, EagleOutput, arrange, cached_mask, refuse_unknown
+from eagle_model.prefill import prefill_in_chunks
 from eagle_model.prompt import IGNORE_INDEX
 from eagle_model.vision.connector import make_connector, pixel_shuffle
 from eagle_model.vision.siglip import VisionModel
@@ -149,14 +151,17 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _place(self, hidden: Tensor, features: Tensor, index: Tensor) -> Tensor:
         """Embeddings [T, H] with `features` [n, H] at `index` [n]."""
-        if index.shape[0] != features.shape[0]:
-            raise ValueError(
-                f"{index.shape[0]} visual tokens in input_ids, but {features.shape[0] // self.tokens_per_tile} tiles of "
-                f"{self.tokens_per_tile} tokens give {features.shape[0]}; the prompt and the tiles must come from the same "
-                "processor settings"
-            )
+        self.check_tiles(index.shape[0], features.shape[0] // self.tokens_per_tile)
         # Parts may be on different devices (`device_map`).
         return hidden.index_copy(0, index.to(hidden.device), features.to(hidden))
+
+    def check_tiles(self, visual_tokens: int, tiles: int) -> None:
+        """Raises ValueError when a prompt of so many visual tokens is not that of so many tiles."""
+        if visual_tokens != tiles * self.tokens_per_tile:
+            raise ValueError(
+                f"{visual_tokens} visual tokens in input_ids, but {tiles} tiles of {self.tokens_per_tile} tokens give "
+                f"{tiles * self.tokens_per_tile}; the prompt and the tiles must come from the same processor settings"
+            )
 
     def set_activation_checkpointing(self, mode: str, engine: OffloadEngine | None = None) -> None:
         """What backward finds of the activations of a layer.
@@ -215,6 +220,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        mm_token_type_ids: Tensor | None = None,
         score_tokens: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -229,7 +235,8 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         new tokens), padding on either side; pixel_values: uint8 tiles [N, s, s, 3] or normalised float [N, 3, s, s]; labels [B, L], not
         shifted; num_items_in_batch: divisor of the summed loss (default: the number of labels here, a mean); logits_to_keep: only the
         last so many positions (0: all), or their indices; cache: keys and values of earlier tokens (past_key_values is the older name);
-        output_hidden_states: also the hidden states of every layer. Gives logits, the loss with labels, and the cache with use_cache.
+        output_hidden_states: also the hidden states of every layer; mm_token_type_ids: not read, input_ids say where visual tokens are.
+        Gives logits, the loss with labels, and the cache with use_cache.
 
         Returns an `EagleOutput`, or its values as a tuple with return_dict=False. Raises TypeError for unknown arguments and ValueError
         for arguments that do not fit together.
@@ -331,11 +338,6 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError(f"give input_ids or inputs_embeds; {'neither' if tokens is None else 'both'} of the two arrived")
         cache = past_key_values if cache is None else cache
-        if getattr(cache, "is_compileable", False):
-            raise ValueError(
-                f"the cache is a {type(cache).__name__}, of fixed size; this model's must grow with the answer: "
-                "leave cache_implementation out or set it to 'dynamic'"
-            )
         if self.gradient_checkpointing and torch.is_grad_enabled() and (cache is not None or use_cache):
             raise ValueError(
                 "a key/value cache and activation checkpointing do not go together: recomputation would add keys and values twice; "
@@ -426,22 +428,11 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """SigLIP's own scheme for the tower (Xavier), normal with `initializer_range` for the rest, ones for norms."""
+        """Random weights of one module, from the distributions of `eagle_model.initial`."""
+        for name, draw in draws(self.config, module).items():
+            draw.fill_(module.get_parameter(name))
         if isinstance(module, SiglipVisionEmbeddings):
-            init.normal_(module.position_embedding.weight, std=self.config.vision_config.hidden_size**-0.5)
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
-        elif isinstance(module, nn.Conv2d):
-            own = self.config.patch_initializer_range
-            init.lecun_normal_(module.weight) if own is None else init.normal_(module.weight, std=own)
-        elif getattr(module, "xavier", False):
-            init.xavier_uniform_(module.weight)  # type: ignore[arg-type]
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            own = self.config.initializer_range
-            init.normal_(module.weight, std=self.config.text_config.initializer_range if own is None else own)
-        elif isinstance(module, nn.LayerNorm | Norm):
-            init.ones_(module.weight)
-        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-            init.zeros_(bias)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """Also refuses arguments of `generate` that transformers defines for models of other kinds."""
@@ -459,6 +450,24 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
         known = {*signature(type(self).forward).parameters, "output_attentions"}
         return {name: value for name, value in inputs.items() if name in known}
+
+    def create_masks_for_generate(
+        self, *, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Any = None, past_key_values: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """The mask of one step of `generate` with a cache of fixed size, bool [B, 1, L, K]; transformers calls it."""
+        cache = past_key_values if cache is None else cache
+        batch, length = inputs_embeds.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, int(cache.get_seq_length()) + length, device=inputs_embeds.device)
+        return cached_mask(attention_mask.bool(), length, cache)
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; with `prefill_chunk_size` also for prompts with media, whose tiles are encoded in chunks too."""
+        size, tiles = generation_config.prefill_chunk_size, model_kwargs.get("pixel_values")
+        if size is None or tiles is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+        return prefill_in_chunks(self, input_ids, tiles, size, model_kwargs.get("attention_mask"), cache)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any

@@ -183,6 +183,19 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
     Raises FileNotFoundError without the two files, and ValueError, naming it, for a setting that is not implemented (DoRA, biases, saved
     modules), a layer that the model does not have, and an adapter of another rank than the one that is there.
     """
+    tensors = place_adapter(model, folder)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+
+
+def place_adapter(model: Any, folder: str | Path) -> dict[str, Tensor]:
+    """The matrices of an adapter in PEFT's format, by the names of the model's parameters that they belong to.
+
+    Layers without an adapter get one, and every layer its alpha; the model may be on the meta device, and its values stay. Raises as
+    `load_adapter` does.
+    """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -204,8 +217,8 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
         if name not in layers or set(pair) != {"lora_A", "lora_B"}:
             reason = "the model has no such linear layer" if name not in layers else f"it has {', '.join(pair)} alone"
             raise ValueError(f"{folder / WEIGHTS}: adapter of {name}: {reason}")
-        _fill(model, name, layers[name], pair, _alpha(settings, name, pair["lora_A"].shape[0]))
-    return list(pairs)
+        _place(model, name, layers[name], pair, _alpha(settings, name, pair["lora_A"].shape[0]))
+    return {f"{name}.{matrix}": tensor for name, pair in pairs.items() for matrix, tensor in pair.items()}
 
 
 def _alpha(settings: Mapping[str, Any], name: str, rank: int) -> float:
@@ -215,7 +228,7 @@ def _alpha(settings: Mapping[str, Any], name: str, rank: int) -> float:
     return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
 
 
-def _fill(model: nn.Module, name: str, layer: nn.Linear, pair: Mapping[str, Tensor], alpha: float) -> None:
+def _place(model: nn.Module, name: str, layer: nn.Linear, pair: Mapping[str, Tensor], alpha: float) -> None:
     rank = pair["lora_A"].shape[0]
     if not isinstance(layer, LoraLinear):
         if type(layer) is not nn.Linear:
@@ -231,8 +244,6 @@ def _fill(model: nn.Module, name: str, layer: nn.Linear, pair: Mapping[str, Tens
                 f"adapter of {name}: {matrix} is {tuple(tensor.shape)}, and the model's is {tuple(own.shape)}; "
                 "its rank must be that of the adapter"
             )
-        with torch.no_grad():
-            own.copy_(tensor)
     layer.alpha = alpha
 
 

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -63,11 +64,16 @@ class Arrangement:
 def arrange(tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Arrangement:
     """The arrangement of a batch [B, L, ...].
 
-    attention_mask: [B, cached + L], padding on either side; default: no padding. position_ids: [B or 1, L]; default: counted along the
-    mask. Raises ValueError for a mask of another shape, and for a row without tokens.
+    attention_mask: [B, cached + L], padding on either side (default: no padding), or what `cached_mask` gives, with position_ids.
+    position_ids: [B or 1, L]; default: counted along the mask. Raises ValueError for a mask of another shape, and for a row without tokens.
     """
     batch, length = tokens.shape[:2]
-    past = cache.get_seq_length() if cache is not None else 0
+    if attention_mask is not None and attention_mask.ndim == 4:
+        if position_ids is None:
+            raise ValueError("an attention mask [B, 1, L, K] does not say where tokens stand; pass position_ids [B, L] with it")
+        rows = torch.arange(batch * length, device=attention_mask.device)
+        return Arrangement(rows, position_ids.expand(batch, length).flatten(), (batch, length), mask=attention_mask)
+    past = int(cache.get_seq_length()) if cache is not None else 0
     if attention_mask is None:
         attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
     if attention_mask.shape != (batch, past + length):
@@ -86,14 +92,31 @@ def arrange(tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor 
     rows = torch.arange(batch * length, device=seen.device) if whole else seen.flatten().nonzero().squeeze(1)
     arrangement = Arrangement(rows, position_ids.expand(batch, length).flatten()[rows], (batch, length))
     if whole:
-        # New token i of a row sees the cached tokens and the new ones up to itself, except padding. Padding sees itself, since a softmax
-        # over nothing is NaN.
-        order = torch.arange(past + length, device=seen.device)
-        new = order[past:, None]
-        arrangement.mask = ((seen[:, None, :] & (order <= new)) | (order == new))[:, None]
+        arrangement.mask = cached_mask(seen, length, cache)
     else:
         arrangement.layout = Layout.single([0, *accumulate(counts)])
     return arrangement
+
+
+def cached_mask(seen: Tensor, length: int, cache: Cache | None) -> Tensor:
+    """Which keys each of `length` new tokens sees, bool [B, 1, length, K].
+
+    seen: bool [B, cached + length], False for padding. K is cached + length, or the size of a cache of fixed size. New token i of a row
+    sees the cached tokens and the new ones up to itself, except padding. Padding sees itself, since a softmax over nothing is NaN.
+    """
+    tokens = seen.shape[1]
+    order = torch.arange(tokens, device=seen.device)
+    new = order[tokens - length :, None]
+    mask = ((seen[:, None, :] & (order <= new)) | (order == new))[:, None]
+    if is_fixed(cache):
+        assert cache is not None
+        mask = F.pad(mask, (0, int(cache.get_mask_sizes(length, 0)[0]) - tokens))
+    return mask
+
+
+def is_fixed(cache: Cache | None) -> bool:
+    """Whether the cache has a fixed size (transformers' StaticCache), so that it returns keys that are not there yet."""
+    return bool(getattr(cache, "is_compileable", False))
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str] = ()) -> None:
@@ -118,7 +141,8 @@ class Backbone:
         self.model = model
 
     def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> EagleOutput:
-        kwargs.pop("return_dict", None)
+        for unread in ("return_dict", "mm_token_type_ids"):
+            kwargs.pop(unread, None)
         known = signature(self.model.run_padded).parameters
         refuse_unknown(kwargs, known)
         return self.model.run_padded(input_ids, attention_mask, **{name: kwargs[name] for name in kwargs if name in known})[1]

@@ -1,6 +1,7 @@
 """A new Eagle from a pretrained vision tower and a pretrained language model; only the connector starts from random weights."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from eagle_model.checkpoint import HEAD, read_tensors
+from eagle_model.checkpoint import HEAD, weight_files
 from eagle_model.eagle import EagleForConditionalGeneration
 from eagle_model.hub import checkpoint_folder
 from eagle_model.parts import import_gguf, parts_config
+from eagle_model.weights import Rows, fill, grown, of_files, of_tensor, transformed
 
 _POSITIONS = "vision_model.vision_model.embeddings.position_embedding.weight"
 
@@ -48,7 +50,7 @@ def from_pretrained_parts(
 
 
 def grow_vocabulary(model: EagleForConditionalGeneration, size: int) -> None:
-    """Give the embedding and the head at least `size` rows. New rows are the mean of the old ones: a token that the model has not seen."""
+    """Give the embedding and the head at least `size` rows; new rows as in `eagle_model.weights.grown`, none on the meta device."""
     old = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     if size <= old:  # type: ignore[operator]
         return
@@ -56,7 +58,9 @@ def grow_vocabulary(model: EagleForConditionalGeneration, size: int) -> None:
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             weight: Any = layer.weight
-            weight[old:] = weight[:old].mean(0)
+            if weight.is_meta:
+                continue
+            weight[old:] = grown(of_tensor(weight[:old]), size).read(old, size)  # type: ignore[arg-type]
 
 
 def resize_positions(positions: Tensor, count: int) -> Tensor:
@@ -79,37 +83,49 @@ def load_parts(model: EagleForConditionalGeneration, vision: Path, language: Pat
 
     vision, language: paths that `checkpoint_folder` returns. Raises ValueError for tensors that are missing or of another shape.
     """
+    own = {name: of_tensor(parameter.detach()) for name, parameter in model.mlp1.named_parameters(prefix="mlp1")}
+    fill(model, own | parts_rows(model, vision, language))
+
+
+def parts_rows(model: EagleForConditionalGeneration, vision: Path, language: Path) -> dict[str, Rows]:
+    """The rows of both checkpoints for the parameters of a model (which may be on the meta device), except those of the connector.
+
+    A GGUF file is read whole into host memory. Raises as `load_parts` does.
+    """
     own = dict(model.named_parameters(remove_duplicate=False))
-    left = {name for name in own if not name.startswith("mlp1.")}
+    wanted = {name for name in own if not name.startswith("mlp1.")}
     if model.config.tie_word_embeddings:
-        left.discard(HEAD)
-    for name, tensor in (*_vision_tensors(vision), *_language_tensors(language)):
-        if name not in left:
+        wanted.discard(HEAD)
+    result: dict[str, Rows] = {}
+    for name, rows in (*_vision_tensors(vision), *_language_tensors(language)):
+        if name not in wanted:
             continue
+        shape = tuple(own[name].shape)
         if name == _POSITIONS:
-            tensor = resize_positions(tensor, own[name].shape[0])
-        if tensor.shape != own[name].shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, but the configuration says {tuple(own[name].shape)}")
-        with torch.no_grad():
-            own[name].copy_(tensor)
-        left.discard(name)
+            rows = transformed(rows, (shape[0], *rows.shape[1:]), partial(resize_positions, count=shape[0]))
+        if rows.shape != shape:
+            raise ValueError(f"{name} is {rows.shape}, but the configuration says {shape}")
+        result[name] = rows
+    left = wanted - set(result)
     if left:
         raise ValueError(f"{len(left)} tensors are in neither {vision} nor {language}: {', '.join(sorted(left)[:4])}, ...")
+    return result
 
 
-def _vision_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in read_tensors(folder):
+def _vision_tensors(folder: Path) -> Iterator[tuple[str, Rows]]:
+    for name, rows in of_files(weight_files(folder)).items():
         part = name.rsplit("vision_model.", 1)[-1]
         if part.startswith(("embeddings.", "encoder.", "post_layernorm.")):
-            yield f"vision_model.vision_model.{part}", tensor
+            yield f"vision_model.vision_model.{part}", rows
 
 
-def _language_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _language_tensors(folder: Path) -> Iterator[tuple[str, Rows]]:
     """Tensors of a language model under the names that they have in an Eagle; folder: a folder of safetensors, or a GGUF file."""
     if folder.suffix == ".gguf":
         import_gguf(folder)
-        tensors: Any = AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file=folder.name, dtype=torch.float32).state_dict().items()
+        state = AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file=folder.name, dtype=torch.float32).state_dict()
+        tensors = {name: of_tensor(tensor) for name, tensor in state.items()}
     else:
-        tensors = read_tensors(folder)
-    for name, tensor in tensors:
-        yield f"language_model.{name}", tensor
+        tensors = of_files(weight_files(folder))
+    for name, rows in tensors.items():
+        yield f"language_model.{name}", rows

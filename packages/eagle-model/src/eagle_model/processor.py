@@ -1,19 +1,36 @@
 """The processor: messages with images, videos and documents in, ids and tiles out, by the prompt and visual pipeline of training."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 from transformers.utils.hub import cached_file
 
+from eagle_model.arguments import (
+    CALL_OPTIONS,
+    CALL_SETTINGS,
+    HARMLESS,
+    NOT_OURS,
+    OF_IMAGES,
+    OF_VIDEOS,
+    SETTINGS,
+    budget,
+    changed,
+    flat,
+    own_settings,
+    per_row,
+    refuse,
+    wants_padding,
+)
 from eagle_model.configuration import EagleConfig
 from eagle_model.eagle import HUB_OPTIONS
-from eagle_model.prompt import IGNORE_INDEX, CachedEncoder, Encoded, PromptError, Segment, encode, with_system
+from eagle_model.media_parts import ImagePart, VideoPart
+from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, CachedEncoder, Encoded, PromptError, Segment, VisualTokens, encode, with_system
 from eagle_model.prompt.chat import Conversation, chatml, flatten, parse_chatml
 from eagle_model.prompt.costs import PromptCosts
 from eagle_model.prompt.encode import TextEncoder
@@ -31,38 +48,18 @@ from eagle_model.visual import (
 )
 
 FILE = "processor_config.json"
-#: Settings that a call, or a single medium of it, may change; the others belong to the model.
-CALL_SETTINGS = ("min_tiles", "max_tiles", "thumbnail", "strategy", "fps", "min_frames", "max_frames", "num_frames", "placement")
-_OF_VIDEOS = ("fps", "min_frames", "max_frames", "num_frames", "placement")
-_OF_IMAGES = ("max_tiles",)
-SETTINGS = frozenset({field.name for field in fields(VisualSpec)} | {"system_prompt", "max_tokens"})
-#: What a tokenised `apply_chat_template` passes on.
-_CALL_OPTIONS = frozenset({"continue_final_message", "max_tokens", "padding_side", "return_labels", "return_tensors", *CALL_SETTINGS})
-#: Arguments that transformers passes to processors, with the values that ask for what happens here anyway; so does None, False or nothing.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (True,),
-    "chat_template_kwargs": (),
-    "continue_final_message": (),
-    "documents": (),
-    "padding": (True, "longest"),
-    "processor_kwargs": (),
-    "return_attention_mask": (True,),
-    "return_dict": (True,),
-    "tools": (),
-    "truncation": (),
-}
-#: What transformers passes to every `from_pretrained`, for remote code and for the model next to the processor.
-_NOT_OURS = frozenset({"attn_implementation", "code_revision", "device_map", "dtype", "torch_dtype", "trust_remote_code", "use_fast"})
-#: Groups of arguments in which transformers' users nest settings.
-_NESTED = ("images_kwargs", "videos_kwargs", "text_kwargs", "common_kwargs", "processor_kwargs")
 
 
 class Processed(NamedTuple):
-    """One conversation: input_ids, labels int64 [T]; tiles uint8 [N, s, s, 3] in the order of the prompt."""
+    """One conversation: input_ids, labels int64 [T]; tiles uint8 [N, s, s, 3] in the order of the prompt.
+
+    visual_kinds: int64 [n], for each visual token 1 (of an image) or 2 (of a video or document).
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
     tiles: np.ndarray
+    visual_kinds: np.ndarray
 
 
 class RequestPlan(NamedTuple):
@@ -82,6 +79,11 @@ class RequestPlan(NamedTuple):
     def encode(self, encoder: TextEncoder) -> Encoded:
         """input_ids and labels, int64 [T]."""
         return encode(self.segments, encoder)
+
+    def visual_kinds(self) -> np.ndarray:
+        """For each visual token 1 (of an image) or 2 (of a video or document), int64 [n]."""
+        runs = [segment for segment in self.segments if isinstance(segment, VisualTokens)]
+        return np.repeat([1 if run.media == "image" else 2 for run in runs], [run.count for run in runs]).astype(np.int64)
 
 
 class EagleProcessor(ProcessorMixin):
@@ -130,7 +132,7 @@ class EagleProcessor(ProcessorMixin):
 
     def plan_request(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any]] | str,
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         *,
@@ -141,15 +143,15 @@ class EagleProcessor(ProcessorMixin):
     ) -> "RequestPlan":
         """What the media of one conversation get, before any of their pixels is read (images are opened). Arguments and errors as in
         `process`."""
-        spec = _changed(self.spec, settings)
-        messages = with_system(messages, self.system_prompt)
-        budget = self.max_tokens if max_tokens is None else max_tokens
-        opened = [_own_settings(image, _OF_IMAGES, "image") for image in images]
+        spec = changed(self.spec, settings)
+        prompt = messages if isinstance(messages, str) else with_system(messages, self.system_prompt)
+        most = self.max_tokens if max_tokens is None else max_tokens
+        opened = [own_settings(image, OF_IMAGES, "image") for image in images]
         pictures = [load_image(image) for image, _ in opened]
-        given = [_own_settings(video, _OF_VIDEOS, "video") for video in videos]
+        given = [own_settings(video, OF_VIDEOS, "video") for video in videos]
         refs = [as_video(video) for video, _ in given]
         fixed = self.costs.fixed_tokens(
-            messages, len(pictures), len(refs), timed=[ref.timed for ref in refs], add_generation_prompt=add_generation_prompt
+            prompt, len(pictures), len(refs), timed=[ref.timed for ref in refs], add_generation_prompt=add_generation_prompt
         )
         plan = plan_sample(
             fixed.text_tokens,
@@ -157,16 +159,17 @@ class EagleProcessor(ProcessorMixin):
             [measure_video(ref) for ref in refs],
             spec,
             self.costs.frame_costs,
-            max_tokens=budget,
+            max_tokens=most,
             image_limits=[own.get("max_tiles", spec.max_tiles) for _, own in opened],
-            video_specs=[_changed(spec, own) for _, own in given],
+            video_specs=[changed(spec, own) for _, own in given],
         )
-        segments = plan.render(messages, spec, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
-        return RequestPlan(messages, pictures, refs, plan, spec, segments, budget)
+        segments = plan.render(prompt, spec, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        placed = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return RequestPlan(placed, pictures, refs, plan, spec, segments, most)
 
     def process(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any]] | str,
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         *,
@@ -176,7 +179,8 @@ class EagleProcessor(ProcessorMixin):
         **settings: Any,
     ) -> Processed:
         """One conversation. Messages have text content with placeholders; images as `eagle_model.visual.load_image` takes them, videos and
-        documents as `as_video` takes them.
+        documents as `as_video` takes them. A text is a prompt that is ChatML already, or a part of one, and is taken as it stands
+        (`eagle_model.prompt.render_text`).
 
         continue_final_message: leave the last message, an assistant's, open, so that its text is continued.
         max_tokens: the budget of the whole prompt; frames and tiles are chosen to fit (ADS). Default: the processor's; without one every
@@ -194,7 +198,7 @@ class EagleProcessor(ProcessorMixin):
             **settings,
         )
         tiles = read_tiles(request.messages, request.images, request.videos, request.plan, request.spec)
-        return Processed(*request.encode(self.costs.encoder), tiles)
+        return Processed(*request.encode(self.costs.encoder), tiles, request.visual_kinds())
 
     def __call__(  # type: ignore[override]
         self,
@@ -204,10 +208,15 @@ class EagleProcessor(ProcessorMixin):
         *,
         messages: Any = None,
         add_generation_prompt: bool | None = None,
+        add_special_tokens: bool | None = None,
         continue_final_message: bool = False,
         max_tokens: int | None = None,
+        max_length: int | None = None,
+        padding: bool | str | None = None,
         padding_side: str = "left",
+        return_assistant_tokens_mask: bool = False,
         return_labels: bool = False,
+        return_mm_token_type_ids: bool = False,
         return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
@@ -217,15 +226,19 @@ class EagleProcessor(ProcessorMixin):
         images, videos: for one conversation a list (or a single one); for a batch a list of lists, or of one medium for each text. Media
         inside content blocks are not given again. add_generation_prompt: whether an answer is wanted (default: if the last message is not
         an assistant's). continue_final_message: leave the last message, an assistant's, open, so that generation continues it.
-        max_tokens and `CALL_SETTINGS` (max_tiles, fps, num_frames, ...): as in `process`, also inside `images_kwargs` and
-        `videos_kwargs`. return_labels: add labels [B, L] (-100 where nothing is learned). return_tensors: "pt" or "np".
+        add_special_tokens: False takes a string as it stands, as ChatML or a part of it (the answer alone, for example).
+        max_tokens (transformers' name is max_length) and `CALL_SETTINGS` (max_tiles, fps, num_frames, ...): as in `process`, also inside
+        `images_kwargs` and `videos_kwargs`; nothing is cut to max_length, frames and tiles are reduced to it.
+        return_labels: add labels [B, L] (-100 where nothing is learned). return_assistant_tokens_mask: add assistant_masks [B, L], 1 where
+        labels are. return_mm_token_type_ids: add mm_token_type_ids [B, L], 1 for visual tokens of images, 2 for those of videos and
+        documents, 0 elsewhere. return_tensors: "pt" or "np"; None gives lists, padded only with padding=True.
 
         Raises what `process` raises, and TypeError or ValueError for other arguments, except those of transformers' processors that ask
-        for what happens anyway (`padding=True`).
+        for what happens anyway.
         """
-        kwargs = _flat(kwargs)
+        kwargs = flat(kwargs)
         settings = {name: kwargs.pop(name) for name in CALL_SETTINGS if name in kwargs}
-        _refuse(kwargs, _HARMLESS, "the processor", _CALL_OPTIONS)
+        refuse(kwargs, HARMLESS, "the processor", CALL_OPTIONS)
         if isinstance(images, str) and messages is None and text is not None and not isinstance(text, str | list | tuple):
             raise TypeError("images come first: call the processor as processor(images, text), or with text=... and images=...")
         given = messages if messages is not None else text
@@ -233,42 +246,53 @@ class EagleProcessor(ProcessorMixin):
             raise PromptError("the processor needs text or messages")
         single = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], Mapping))
         rows = [given] if single else list(given)
-        image_rows, video_rows = (_per_row(media, len(rows), single, kind) for media, kind in ((images, "images"), (videos, "videos")))
+        image_rows, video_rows = (per_row(media, len(rows), single, kind) for media, kind in ((images, "images"), (videos, "videos")))
         processed = []
         for row, row_images, row_videos in zip(rows, image_rows, video_rows, strict=True):
+            options = settings | {"max_tokens": budget(max_tokens, max_length), "continue_final_message": continue_final_message}
+            if isinstance(row, str) and add_special_tokens is False:
+                options["add_generation_prompt"] = bool(add_generation_prompt)
+                processed.append(self.process(row, row_images or (), row_videos or (), **options))
+                continue
             talk = parse_chatml(row) if isinstance(row, str) else flatten(row)
             talk = _with_media(talk, row_images, row_videos)
             wants = talk.answer_next or not talk.messages or talk.messages[-1]["role"] != "assistant"
             generate = (wants and not return_labels) if add_generation_prompt is None else add_generation_prompt or talk.answer_next
-            processed.append(
-                self.process(
-                    talk.messages,
-                    talk.images,
-                    talk.videos,
-                    add_generation_prompt=generate,
-                    continue_final_message=continue_final_message,
-                    max_tokens=max_tokens,
-                    **settings,
-                )
-            )
-        return self._batch(processed, padding_side, return_labels, return_tensors)
-
-    def _batch(self, rows: list[Processed], padding_side: str, labels: bool, return_tensors: str | None) -> BatchFeature:
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is {padding_side!r}; it must be 'left' or 'right'")
-        length = max(len(row.input_ids) for row in rows)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = np.full((len(rows), length), pad, np.int64)
-        mask = np.zeros((len(rows), length), np.int64)
-        targets = np.full((len(rows), length), IGNORE_INDEX, np.int64)
-        for index, row in enumerate(rows):
-            place = slice(length - len(row.input_ids), length) if padding_side == "left" else slice(0, len(row.input_ids))
-            ids[index, place], mask[index, place], targets[index, place] = row.input_ids, 1, row.labels
-        data = {"input_ids": ids, "attention_mask": mask} | ({"labels": targets} if labels else {})
-        tiles = np.concatenate([row.tiles for row in rows])
+            processed.append(self.process(talk.messages, talk.images, talk.videos, add_generation_prompt=generate, **options))
+        columns: dict[str, list[np.ndarray]] = {"input_ids": [row.input_ids for row in processed]}
+        if return_labels:
+            columns["labels"] = [row.labels for row in processed]
+        if return_assistant_tokens_mask:
+            columns["assistant_masks"] = [(row.labels != IGNORE_INDEX).astype(np.int64) for row in processed]
+        if return_mm_token_type_ids:
+            columns["mm_token_type_ids"] = [self._visual_types(row) for row in processed]
+        data = self._columns(columns, padding_side, wants_padding(padding, return_tensors))
+        tiles = np.concatenate([row.tiles for row in processed])
         if len(tiles):
             data["pixel_values"] = tiles
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _visual_types(self, row: Processed) -> np.ndarray:
+        types = np.zeros(len(row.input_ids), np.int64)
+        types[row.input_ids == self.costs.encoder.token_id(IMG_CONTEXT)] = row.visual_kinds
+        return types
+
+    def _columns(self, columns: Mapping[str, list[np.ndarray]], padding_side: str, padded: bool) -> dict[str, Any]:
+        """Rows of each column as one array [B, L], or, unpadded, as lists; with the attention mask."""
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side is {padding_side!r}; it must be 'left' or 'right'")
+        columns = {**columns, "attention_mask": [np.ones_like(ids) for ids in columns["input_ids"]]}
+        if not padded:
+            return {name: [row.tolist() for row in rows] for name, rows in columns.items()}
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0  # type: ignore[attr-defined]
+        fill = {"input_ids": pad, "labels": IGNORE_INDEX}
+        length = max(len(row) for row in columns["input_ids"])
+        result: dict[str, Any] = {}
+        for name, rows in columns.items():
+            result[name] = np.full((len(rows), length), fill.get(name, 0), np.int64)
+            for place, row in zip(result[name], rows):
+                place[length - len(row) if padding_side == "left" else 0 :][: len(row)] = row
+        return result
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -276,27 +300,65 @@ class EagleProcessor(ProcessorMixin):
         chat_template: str | None = None,
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = False,
+        return_dict: bool = True,
+        return_tensors: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Messages as a ChatML string with `<image-N>` and `<video-N>` (for `processor(text=..., images=...)`), or, with tokenize, as
-        model inputs, media taken from the content blocks; then `kwargs` may be `continue_final_message`, `max_tokens`, `padding_side`,
-        `return_labels`, `return_tensors` and `CALL_SETTINGS`. The format is Eagle's: another `chat_template`, `tools`, and
-        `continue_final_message` without tokenize are refused."""
+        """Messages as a ChatML string with `<image-N>` and `<video-N>`, or, with tokenize, as model inputs, media taken from the blocks.
+
+        A string goes, with the media, to `processor(text=..., images=..., add_special_tokens=False)`. With tokenize, `kwargs` are options
+        of `__call__`, and as in transformers the inputs are unpadded lists unless return_tensors (or padding) is given; return_dict=False
+        gives input_ids alone. The format is Eagle's: another `chat_template` and `tools` are refused.
+        """
         if chat_template is not None and chat_template != self.chat_template:
             raise ValueError("Eagle has one prompt format; messages can't be rendered with another chat template")
-        kwargs = _flat(kwargs)
+        kwargs = flat(kwargs)
+        turns = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if tokenize:
-            options = {key: kwargs.pop(key) for key in _CALL_OPTIONS & set(kwargs)}
-            _refuse(kwargs, _HARMLESS, "apply_chat_template", _CALL_OPTIONS)
-            return self(messages=conversation, add_generation_prompt=add_generation_prompt, **options)
-        _refuse(kwargs, _HARMLESS, "apply_chat_template without tokenize", ())
+            options = {key: kwargs.pop(key) for key in CALL_OPTIONS & set(kwargs)}
+            options.pop("add_special_tokens", None)  # it is about strings
+            refuse(kwargs, HARMLESS, "apply_chat_template", CALL_OPTIONS)
+            inputs = self(messages=conversation, return_tensors=return_tensors, **turns, **options)
+            return inputs if return_dict else inputs["input_ids"]
+        kwargs = {name: value for name, value in kwargs.items() if name != "add_special_tokens"}
+        refuse(kwargs, HARMLESS, "apply_chat_template without tokenize", ())
         single = len(conversation) == 0 or isinstance(conversation[0], Mapping)
         texts = [
-            chatml(flatten(messages).messages, add_generation_prompt=add_generation_prompt)
+            chatml(with_system(flatten(messages).messages, self.system_prompt), **turns)
             for messages in ([conversation] if single else conversation)
         ]
         return texts[0] if single else texts
+
+    # ---- parts, as transformers' generic programs look for them --------------------------------------------------------------------
+
+    @property
+    def image_processor(self) -> ImagePart:
+        """Images alone to tiles (`eagle_model.media_parts`)."""
+        return ImagePart(self.spec)
+
+    @property
+    def video_processor(self) -> VideoPart:
+        """Videos and documents alone to tiles (`eagle_model.media_parts`)."""
+        return VideoPart(self.spec)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, video_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Visual tokens of media by their sizes, without a budget, as transformers' generic programs (vLLM) ask for them.
+
+        image_sizes: (height, width) of each image. video_sizes: (frames, height, width) of videos whose frames are chosen already.
+        kwargs: `CALL_SETTINGS`. Gives `num_image_tokens`, `num_image_patches` (tiles) and `num_video_tokens`, lists.
+        """
+        spec = changed(self.spec, {name: value for name, value in flat(kwargs).items() if name in CALL_SETTINGS})
+        counts: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            tiles = [ImagePart(spec).get_number_of_image_patches(height, width) for height, width in image_sizes]
+            counts |= {"num_image_patches": tiles, "num_image_tokens": [count * spec.tokens_per_tile for count in tiles]}
+        if video_sizes is not None:
+            counts["num_video_tokens"] = [int(frames) * spec.tokens_per_tile for frames, *_ in video_sizes]
+        return MultiModalData(**counts)
 
     def to_dict(self) -> dict[str, Any]:
         """What `processor_config.json` holds."""
@@ -322,8 +384,8 @@ class EagleProcessor(ProcessorMixin):
         `config.json` (released checkpoints). `kwargs` may replace single settings; TypeError for others."""
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         own = {key: kwargs.pop(key) for key in SETTINGS & set(kwargs)}
-        others = {key: value for key, value in kwargs.items() if key not in _NOT_OURS and not key.startswith("_from_")}
-        _refuse(others, {}, "from_pretrained", SETTINGS)
+        others = {key: value for key, value in kwargs.items() if key not in NOT_OURS and not key.startswith("_from_")}
+        refuse(others, {}, "from_pretrained", SETTINGS)
         written: dict[str, Any] = {}
         file = cached_file(pretrained_model_name_or_path, FILE, _raise_exceptions_for_missing_entries=False, **hub)
         if file is not None:
@@ -345,84 +407,23 @@ def visual_settings(config: EagleConfig) -> dict[str, Any]:
     }
 
 
-def _refuse(given: Mapping[str, Any], harmless: Mapping[str, tuple[Any, ...]], where: str, known: Iterable[str]) -> None:
-    """Raise TypeError for arguments that don't exist, ValueError for transformers' where they ask for what isn't supported."""
-    for name, value in given.items():
-        if name in harmless:
-            if value and value not in harmless[name]:
-                raise ValueError(f"{where}: {name}={value!r} isn't supported")
-        elif name in SETTINGS and name not in CALL_SETTINGS:
-            raise TypeError(
-                f"{where} has no argument {name}: the model was trained with it; it is given when the processor is made or loaded"
-            )
-        elif value is not None:
-            near = get_close_matches(name, known, 1)
-            raise TypeError(f"{where} has no argument {name}{f'; is {near[0]} meant?' if near else ''}")
-
-
-def _flat(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments without transformers' groups (`images_kwargs={...}`)."""
-    flat = {name: value for name, value in kwargs.items() if name not in _NESTED}
-    for group in _NESTED:
-        for name, value in (kwargs.get(group) or {}).items():
-            if name in flat:
-                raise TypeError(f"{name} is given twice, also in {group}")
-            flat[name] = value
-    return flat
-
-
-def _changed(spec: VisualSpec, settings: Mapping[str, Any]) -> VisualSpec:
-    """The spec with `CALL_SETTINGS` of a call or a medium; None changes nothing."""
-    changes = {name: value for name, value in settings.items() if value is not None}
-    unknown = sorted(set(changes) - set(CALL_SETTINGS))
-    if unknown:
-        raise TypeError(f"no setting {unknown[0]} can be given for a call; these can: {', '.join(CALL_SETTINGS)}")
-    if (frames := changes.pop("num_frames", None)) is not None:
-        if changes.keys() & {"fps", "min_frames", "max_frames"}:
-            raise ValueError("num_frames is given together with fps, min_frames or max_frames; give one or the other")
-        changes |= {"min_frames": frames, "max_frames": frames}
-    if "max_frames" in changes and "min_frames" not in changes:
-        changes["min_frames"] = min(spec.min_frames, changes["max_frames"])
-    return spec.replace(**changes) if changes else spec
-
-
-def _own_settings(ref: Any, names: Sequence[str], kind: str) -> tuple[Any, dict[str, Any]]:
-    """A medium without the settings that its mapping gives for it, and these settings."""
-    if not isinstance(ref, Mapping) or "lmdb_file" in ref:
-        return ref, {}
-    rest = dict(ref)
-    # The rate of frames that are decoded already is a fact about them, not a wish.
-    decoded = kind == "video" and not isinstance(rest.get("video", rest.get("path")), str | Path)
-    own = {name: rest.pop(name) for name in names if name in rest and not (decoded and name == "fps")}
-    if "nframes" in rest and kind == "video":  # the spelling of Qwen-VL's users
-        own["num_frames"] = rest.pop("nframes")
-    if kind == "image":
-        medium = next((rest.pop(name) for name in ("image", "path") if rest.get(name) is not None), None)
-        if medium is None or rest:
-            raise ValueError(f"an image given as a mapping has 'image' and, optionally, {', '.join(names)}; got {sorted(ref)}")
-        return medium, own
-    return rest, own
-
-
-def _per_row(media: Any, rows: int, single: bool, kind: str) -> list[Any]:
-    if media is None:
-        return [None] * rows
-    if single:
-        return [list(media) if isinstance(media, list | tuple) else [media]]
-    if not isinstance(media, list | tuple) or len(media) != rows:
-        raise ValueError(f"a batch of {rows} conversations needs {kind} as {rows} lists, one for each (or one medium for each)")
-    if all(row is None or isinstance(row, list | tuple) for row in media):
-        return list(media)
-    if any(isinstance(row, list | tuple) for row in media):
-        raise ValueError(f"{kind} of a batch are lists in some conversations and single media in others; give lists everywhere")
-    return [None if row is None else [row] for row in media]
-
-
 def _with_media(talk: Conversation, images: Any, videos: Any) -> Conversation:
     for kind, own, given in (("images", talk.images, images), ("videos", talk.videos, videos)):
-        if own and given:
+        if not own or own[0] is None:
+            continue
+        if given:
             raise PromptError(f"{kind} stand in the content blocks and are given as an argument too; give them once")
-    return talk._replace(images=talk.images or list(images or ()), videos=talk.videos or list(videos or ()))
+    return talk._replace(images=_placed("image", talk.images, images), videos=_placed("video", talk.videos, videos))
+
+
+def _placed(kind: str, own: list[Any], given: Any) -> list[Any]:
+    """The media of a conversation: those in its blocks, or those that are given for blocks that only mark their places."""
+    if own and own[0] is not None:
+        return own
+    media = list(given or ())
+    if own and len(own) != len(media):
+        raise PromptError(f"{len(own)} {kind} blocks have no {kind} in them, and {len(media)} {kind}s are given in {kind}s; give as many")
+    return media
 
 
 class Eagle2_5_VLProcessor(EagleProcessor):

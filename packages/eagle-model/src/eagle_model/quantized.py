@@ -12,34 +12,36 @@ from torch import Tensor, nn
 from eagle_model.layers import replace_layer
 
 BLOCK, OUTER_BLOCK = 64, 256
+_BUFFERS = ("codes", "absmax", "absmax_scales", "absmax_offset")
 
 
 class QuantizedLinear(nn.Linear):
     """`W x + b` with W in NF4. `weight` is computed from the codes at every access, in float32."""
 
     def __init__(self, base: nn.Linear, *, empty: bool = False) -> None:
-        """The weights of `base`, rounded. empty: buffers of their sizes with any content, for values that come later."""
+        """The weights of `base`, rounded. empty: buffers of their sizes with any content, for values that are loaded later."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.bias = base.bias
         _bitsandbytes()
-        device, elements = base.weight.device, base.in_features * base.out_features
-        blocks = -(-elements // BLOCK)
-        self.register_buffer("codes", torch.empty((elements + 1) // 2, 1, dtype=torch.uint8, device=device))
-        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8, device=device))
-        self.register_buffer("absmax_scales", torch.empty(-(-blocks // OUTER_BLOCK), dtype=torch.float32, device=device))
-        self.register_buffer("absmax_offset", torch.empty((), dtype=torch.float32, device=device))
-        if not empty:
-            self.round_(base.weight)
+        device, elements = base.weight.device, base.weight.numel()
+        if empty:
+            blocks = -(-elements // BLOCK)
+            codes = torch.empty((elements + 1) // 2, 1, dtype=torch.uint8, device=device)
+            absmax = torch.empty(blocks, dtype=torch.uint8, device=device)
+            scales = torch.empty(-(-blocks // OUTER_BLOCK), device=device)
+            offset = torch.empty((), device=device)
+        else:
+            codes, absmax, scales, offset = _rounded(base.weight)
+        for name, values in zip(_BUFFERS, (codes, absmax, scales, offset), strict=True):
+            self.register_buffer(name, values)
 
     @torch.no_grad()
-    def round_(self, weight: Tensor) -> None:
-        """Take the values of a weight [out, in], on any device, rounded."""
-        weight = weight.detach().float().contiguous()
-        codes, state = _bitsandbytes().quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-        made = {"codes": codes, "absmax": state.absmax, "absmax_scales": state.state2.absmax, "absmax_offset": state.offset}
-        for name, values in made.items():
-            self.get_buffer(name).copy_(values)
+    def fill(self, weight: Tensor) -> None:
+        """Round `weight`, [out, in] on any device, into the buffers."""
+        buffers: Any = self
+        for name, values in zip(_BUFFERS, _rounded(weight.to(buffers.codes.device)), strict=True):
+            getattr(self, name).copy_(values)
 
     def _state(self, dtype: torch.dtype) -> Any:
         """What bitsandbytes calls the state of the codes; dtype: of the values that they become."""
@@ -81,6 +83,19 @@ class QuantizedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
 
 
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The layers in 4 bits by name, those with an adapter too."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The buffers of a layer with this weight."""
+    codes, state = _bitsandbytes().quantize_4bit(
+        weight.detach().float().contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    return codes, state.absmax, state.state2.absmax, state.offset
+
+
 def dequantize(model: nn.Module) -> list[str]:
     """Give layers without an adapter plain weights again, the rounded ones; returns the layers' names."""
     found = {name: layer for name, layer in model.named_modules() if type(layer) is QuantizedLinear}
@@ -91,7 +106,7 @@ def dequantize(model: nn.Module) -> list[str]:
 
 def parameter_count(model: nn.Module) -> int:
     """Parameters of a model, those in 4 bits included."""
-    quantized = sum(layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, QuantizedLinear))
+    quantized = sum(layer.in_features * layer.out_features for layer in quantized_layers(model).values())
     return sum(parameter.numel() for parameter in model.parameters()) + quantized
 
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MODEL_TYPE = "eagle_2_5_vl"
 """`model_type` in config.json."""
@@ -15,17 +17,27 @@ MODEL_TYPE = "eagle_2_5_vl"
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """Side of an image and of a patch in pixels."""
+    """Side of an image and of a patch in pixels. Sizes of the layers are None where they are not stated."""
 
     image_size: int
     patch_size: int
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
 
 
 @dataclass(frozen=True)
 class TextSizes:
-    """max_position_embeddings: positions that the language model was made for."""
+    """max_position_embeddings: positions that the language model was made for. Sizes of the layers are None where they are not stated."""
 
     max_position_embeddings: int
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,8 @@ class ModelSizes:
     force_image_size: int | None
     downsample_ratio: float
     use_pixel_shuffle: bool
+    select_layer: int = -4
+    mlp_connector_layers: int = 2
 
     @property
     def tile_size(self) -> int:
@@ -69,9 +83,15 @@ def stated_sizes(values: Mapping[str, Any]) -> ModelSizes | None:
     if not all(isinstance(number, int) for number in numbers):
         return None
     return ModelSizes(
-        VisionSizes(*numbers[:2]),  # pyright: ignore[reportArgumentType]
-        TextSizes(numbers[2]),  # pyright: ignore[reportArgumentType]
+        _stated(VisionSizes, vision),
+        _stated(TextSizes, text),
         force_image_size=values.get("force_image_size"),
         downsample_ratio=values.get("downsample_ratio", 0.5),
         use_pixel_shuffle=values.get("use_pixel_shuffle", True),
+        select_layer=values.get("select_layer", -4),
+        mlp_connector_layers=values.get("mlp_connector_layers", 2),
     )
+
+
+def _stated(kind: Callable[..., T], values: Mapping[str, Any]) -> T:
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})  # pyright: ignore[reportArgumentType]

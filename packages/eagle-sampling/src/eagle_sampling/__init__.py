@@ -47,11 +47,16 @@ _MODULE_OF = {
             "open_image",
             "read_bytes",
         ),
+        "files": (
+            "MediaFile",
+            "register_opener",
+        ),
         "limits": (
             "DEFAULT_LIMITS",
             "FrameError",
             "Limits",
             "MediaError",
+            "MediaUnavailable",
         ),
         "lmdb.build": (
             "build_lmdb",
@@ -80,6 +85,8 @@ __all__ = [
     "ImageRef",
     "Limits",
     "MediaError",
+    "MediaFile",
+    "MediaUnavailable",
     "PlanColumns",
     "PlanResult",
     "TimeTable",
@@ -104,6 +111,7 @@ __all__ = [
     "read_bytes",
     "read_frames",
     "read_pages",
+    "register_opener",
     "register_strategy",
     "render_pages",
     "tile_caps",
@@ -126,8 +134,9 @@ if TYPE_CHECKING:
     )
     from .choose import choose_chapters, choose_pages, choose_times, clip_range, wanted_frames
     from .documents import animation_times, page_count, page_sizes, pdf_size, read_pages, render_pages
+    from .files import MediaFile, register_opener
     from .images import ImageRef, image_size, open_image, read_bytes
-    from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError
+    from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError, MediaUnavailable
     from .lmdb.build import build_lmdb, check_lmdb
     from .time_table import TimeTable
     from .video.probe import VideoInfo, probe

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
+from .files import open_remote, read_whole
 from .images import decoding, open_lazily
 from .limits import DEFAULT_LIMITS, Limits, MediaError, path_text, unreadable
 
@@ -162,6 +163,10 @@ def _is_tiff(name: str) -> bool:
 
 
 def _is_pdf(name: str) -> bool:
+    if (remote := open_remote(name)) is not None:
+        head = remote.read(0, 1024)
+        remote.close()
+        return b"%PDF-" in head
     try:
         with open(name, "rb") as file:
             return b"%PDF-" in file.read(1024)
@@ -190,9 +195,10 @@ def _open_pdf(name: str) -> Iterator[Any]:
         pdfium: Any = importlib.import_module("pypdfium2")
     except ImportError as error:
         raise MediaError(f"{name}: reading a PDF needs pypdfium2; install it with: pip install 'eagle-sampling[pdf]'") from error
+    content = read_whole(name, DEFAULT_LIMITS)  # not by PDFium: it hides the errors of a stream
     with _pdfium_lock:
         try:
-            document = pdfium.PdfDocument(Path(name))
+            document = pdfium.PdfDocument(content if content is not None else Path(name))
         except pdfium.PdfiumError as error:
             raise MediaError(f"{name}: can't be read as a PDF: {error}") from error
         except (OSError, ValueError) as error:

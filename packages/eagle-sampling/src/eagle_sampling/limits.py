@@ -17,6 +17,11 @@ class MediaError(ValueError):
     exit_code: ClassVar[int] = 3
 
 
+class MediaUnavailable(Exception):
+    """Storage that can't be reached now, which says nothing about the file; raised by openers of addresses. Not a MediaError, so that a
+    network that fails doesn't make good data bad."""
+
+
 class Limits(NamedTuple):
     """Bounds that are checked before memory is spent; a breach raises `MediaError`.
 

@@ -4,6 +4,8 @@ Exit codes: 0 success; 1 the run failed; 2 the command line or the configuration
 facts are missing; 4 an evaluation failed (after `train`: training is complete); 130 SIGINT; 143 SIGTERM.
 """
 
+import errno
+import re
 import traceback
 from pathlib import Path
 
@@ -22,6 +24,25 @@ class EvaluationError(TrainError, RuntimeError):
 
     exit_code = EVALUATION_FAILED
     on_every_rank = True
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it follows from, says that a disk is full, or a quota or a limit on file sizes is reached."""
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        seen.append(current)
+        if isinstance(current, OSError) and current.errno in _FULL:
+            return True
+        if _FULL_IN_TEXT.search(str(current)):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
+
+
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+# Libraries written in Rust or C++ (safetensors, tokenizers, arrow) give the number or the text only.
+_FULL_IN_TEXT = re.compile(rf"os error ({'|'.join(map(str, _FULL))})\b|No space left on device|Disk quota exceeded|File too large")
 
 
 def describe(error: BaseException) -> str:

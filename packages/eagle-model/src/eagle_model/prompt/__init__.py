@@ -39,6 +39,7 @@ from eagle_model.prompt.render import (
     video_header,
     with_system,
 )
+from eagle_model.prompt.verbatim import render_text
 
 __all__ = [
     "DEFAULT_SYSTEM",
@@ -71,6 +72,7 @@ __all__ = [
     "ordinal",
     "place_media",
     "render",
+    "render_text",
     "sampled_fps",
     "share_prefix",
     "shown_times",

@@ -7,13 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from eagle_model.prompt.render import DEFAULT_SYSTEM, IM_END, IM_START, ROLES, PromptError, check_messages
+from eagle_model.prompt.render import DEFAULT_SYSTEM, IM_END, IM_START, ROLES, PromptError, check_continued, check_messages
 
 _TURN = re.compile(rf"{re.escape(IM_START)}(\w+)\n(.*?)(?:({re.escape(IM_END)})\n?|\Z)", re.DOTALL)
 
 
 class Conversation(NamedTuple):
-    """messages: role and text with placeholders. images, videos: what the placeholders stand for, number 1 first.
+    """messages: role and text with placeholders. images, videos: what the placeholders stand for, number 1 first; all None when the blocks
+    say only where media stand, as `{"type": "image"}` does: then media are given separately, in this order.
 
     answer_next: whether the text already ends with the assistant's header.
     """
@@ -29,7 +30,8 @@ def flatten(messages: Sequence[Mapping[str, Any]]) -> Conversation:
 
     A medium becomes a placeholder where it stands, unless a text of the same kind of message mentions its number already. The words
     `<image>` and `<video>` in a message that has media are text; in one of text alone they are placeholders (see `place_media`).
-    Raises PromptError for a block of unknown type or without its content.
+    A block `{"type": "image"}` or `{"type": "video"}` stands for the next medium that is given separately.
+    Raises PromptError for a block of unknown type or a text block without text, and for a conversation with media in some blocks only.
     """
     parsed = [(message.get("role"), _blocks(position, message.get("content"))) for position, message in enumerate(messages)]
     said = "".join(_text(blocks) for role, blocks in parsed if role != "assistant")
@@ -51,6 +53,9 @@ def flatten(messages: Sequence[Mapping[str, Any]]) -> Conversation:
         if message.get("train") is False:
             made["train"] = False
         result.append(made)
+    for kind, found in media.items():
+        if any(one is None for one in found) and any(one is not None for one in found):
+            raise PromptError(f"some {kind} blocks have a medium in them and others have none; give all in the blocks, or all separately")
     return Conversation(result, media["image"], media["video"])
 
 
@@ -77,6 +82,8 @@ def _block(block: Any) -> tuple[str, Any]:
         raise PromptError(f"a content block has the type {kind!r}; known are text, image, image_url and video")
     names = (kind,) if kind == "text" else (kind.removesuffix("_url"), kind, "path", "url")
     name = next((name for name in names if block.get(name) is not None), None)
+    if name is None and kind in ("image", "video") and set(block) <= {"type", kind, "path", "url"}:
+        return kind, None
     if name is None:
         raise PromptError(f"a content block of type {kind} has no {kind} in it")
     if kind == "video":
@@ -90,21 +97,25 @@ def _block(block: Any) -> tuple[str, Any]:
     return kind.removesuffix("_url"), content
 
 
-def chatml(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
+def chatml(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, continue_final_message: bool = False) -> str:
     """Messages as a ChatML string, placeholders as they are. Prefer messages where you can: a string can't tell data from structure.
 
-    Raises PromptError for messages that aren't (`check_messages`).
+    continue_final_message: leave the last message, an assistant's, open. Raises PromptError for messages that aren't (`check_messages`),
+    and as `render` does for a message that can't be continued.
     """
     turns = check_messages(messages)
     text = "" if turns[0][0] == "system" else f"{IM_START}system\n{DEFAULT_SYSTEM}{IM_END}\n"
     text += "".join(f"{IM_START}{role}\n{content}{IM_END}\n" for role, content in turns)
+    if continue_final_message:
+        check_continued(turns[-1][0], add_generation_prompt)
+        return text.removesuffix(f"{IM_END}\n")
     return text + (f"{IM_START}assistant\n" if add_generation_prompt else "")
 
 
 def parse_chatml(text: str) -> Conversation:
     """A ChatML string, or a plain question (then one user message that wants an answer).
 
-    Raises PromptError for a broken string, and for one whose last turn isn't closed: an answer that has begun can't be continued.
+    Raises PromptError for a broken string, and for one whose last turn isn't closed (`render_text` takes these).
     """
     if IM_START not in text:
         return Conversation([{"role": "user", "content": text}], [], [], True)
@@ -118,7 +129,7 @@ def parse_chatml(text: str) -> Conversation:
         if turn[3] is None and not answer_next:
             raise PromptError(
                 f"the last turn ({turn[1]}) isn't closed with {IM_END}; close it, and end the string with {IM_START}assistant and a new "
-                "line if an answer is wanted (one that has begun can't be continued)"
+                "line if an answer is wanted; to continue one that has begun, pass add_special_tokens=False"
             )
         if not answer_next:
             messages.append({"role": turn[1], "content": turn[2]})

@@ -7,13 +7,14 @@ stands for at least one byte.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from eagle_model.prompt.encode import TextEncoder
 from eagle_model.prompt.render import Segment, Special, Text, VideoSpan, frame_header, render
+from eagle_model.prompt.verbatim import render_text
 
 #: Tokens around the visual tokens of a frame: `<img>` and `</img>`.
 TAG_TOKENS = 2
@@ -73,7 +74,7 @@ class PromptCosts:
 
     def fixed_tokens(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any]] | str,
         images: int = 0,
         videos: int = 0,
         *,
@@ -82,21 +83,26 @@ class PromptCosts:
     ) -> TextCost:
         """Tokens of everything but tiles and frames: text, roles, image tags, video headers (as an upper bound over their numbers).
 
+        messages: as in `render`, or a text as in `render_text`.
         timed: per video whether its times are known (default: all are); a document's pages have none.
         Raises PromptError when the messages can't be rendered.
         """
         known = [True] * videos if timed is None else list(timed)
         if len(known) != videos:
             raise ValueError(f"timed says {len(known)} videos, but there are {videos}")
+        rendered = (
+            partial(render_text, messages)
+            if isinstance(messages, str)
+            else partial(render, messages, add_generation_prompt=add_generation_prompt)
+        )
         if not videos:
-            segments = render(messages, images=[0] * images, add_generation_prompt=add_generation_prompt)
-            return self._count(segments)
+            return self._count(rendered(images=[0] * images))
         # One frame per video stands in for all: it shares its text with the header. The frame's own cost is taken off again.
         variants: list[list[int]] = []
         labels = 0
         for rate in (*_RATES, None):
             spans = [VideoSpan([1.11] if has_times else None, rate, 0, 1) for has_times in known]
-            segments = render(messages, images=[0] * images, videos=spans, add_generation_prompt=add_generation_prompt)
+            segments = rendered(images=[0] * images, videos=spans)
             variants.append(self._lengths(segments))
             labels = sum(length for segment, length in zip(segments, variants[-1]) if not _plain(segment))
         total = sum(max(lengths) for lengths in zip(*variants, strict=True))
@@ -104,7 +110,7 @@ class PromptCosts:
             return TextCost(total - sum(self._frame(1, 1.11 if has_times else None) for has_times in known), labels)
         # Digits that cost what they like: count the whole shared text in bytes, frame 1 with the longest time that we allow for.
         spans = [VideoSpan([_LONGEST_TIME] if has_times else None, max(_RATES), 0, 1) for has_times in known]
-        segments = render(messages, images=[0] * images, videos=spans, add_generation_prompt=add_generation_prompt)
+        segments = rendered(images=[0] * images, videos=spans)
         exact = self._lengths(segments)
         following = [isinstance(after, Special) and after.token == "<img>" for after in (*segments[1:], None)]
         total = 0

@@ -122,12 +122,14 @@ def with_system(messages: Sequence[Mapping[str, Any]], system: str | None) -> li
     return [{"role": "system", "content": system}, *messages]
 
 
-def place_media(messages: Sequence[Mapping[str, Any]], images: int, videos: int) -> list[tuple[str, list[str | Media]]]:
+def place_media(
+    messages: Sequence[Mapping[str, Any]], images: int, videos: int, *, add_missing: bool = True
+) -> list[tuple[str, list[str | Media]]]:
     """Messages with their placeholders resolved: per message its role and its content cut into text and media.
 
     `<image-N>` and `<video-N>` are 1-based. A lone `<image>` is number 1; as many of them as there are images are numbers 1, 2, ... in
     order. Where no medium of that kind is left for them, `<image>` and `<video>` are text. Media that no message mentions go before the
-    first user text, images first.
+    first user text, images first; without add_missing they are an error.
 
     A message with `numbered` true was made from content blocks: only placeholders with a number are media in it, and its media are not
     those of `<image>` elsewhere. What an assistant says is text, except in such a message.
@@ -186,6 +188,10 @@ def place_media(messages: Sequence[Mapping[str, Any]], images: int, videos: int)
         pieces.append(content[start:])
         result.append((role, [piece for piece in pieces if piece != ""]))
     missing = [Media(kind, number) for kind in counts for number in range(1, counts[kind] + 1) if number not in numbered[kind]]
+    if missing and not add_missing:
+        raise PromptError(
+            f"{missing[0].kind} {missing[0].number} has no placeholder; write <{missing[0].kind}-{missing[0].number}> where it belongs"
+        )
     if missing:
         for role, pieces in result:
             if role == "user":
@@ -258,11 +264,10 @@ def render(
     Raises PromptError for continue_final_message with another last message or with add_generation_prompt, and as `place_media`,
     `video_header` and `frame_header` do.
     """
-    builder = _Builder()
+    builder = SegmentBuilder()
     placed = place_media(messages, len(images), len(videos))
-    if continue_final_message and (placed[-1][0] != "assistant" or add_generation_prompt):
-        reason = "add_generation_prompt begins another" if add_generation_prompt else f"the last message is that of the {placed[-1][0]}"
-        raise PromptError(f"continue_final_message continues the assistant's last message, but {reason}")
+    if continue_final_message:
+        check_continued(placed[-1][0], add_generation_prompt)
     if placed[0][0] != "system":
         builder.special(IM_START)
         builder.text("system\n" + DEFAULT_SYSTEM)
@@ -277,16 +282,8 @@ def render(
         for piece in pieces:
             if isinstance(piece, str):
                 builder.text(piece, labelled)
-            elif piece.kind == "image":
-                builder.text(f"<image {piece.number}>")
-                builder.tile(VisualTokens(images[piece.number - 1], "image", piece.number))
             else:
-                span = videos[piece.number - 1]
-                count, times = span.count, span.times
-                builder.text(video_header(piece.number, span.fps))
-                for frame in range(count):
-                    builder.text(frame_header(frame + 1, None if times is None else float(times[frame])))
-                    builder.tile(VisualTokens(span.tokens_per_frame, "video", piece.number, frame + 1))
+                builder.medium(piece, images, videos)
         if not is_open:
             builder.special(IM_END, labelled)
             builder.text("\n")
@@ -296,7 +293,14 @@ def render(
     return builder.segments
 
 
-class _Builder:
+def check_continued(role: str, add_generation_prompt: bool) -> None:
+    """Raises PromptError where continue_final_message can't be done: role is that of the last message."""
+    if role != "assistant" or add_generation_prompt:
+        reason = "add_generation_prompt begins another" if add_generation_prompt else f"the last message is that of the {role}"
+        raise PromptError(f"continue_final_message continues the assistant's last message, but {reason}")
+
+
+class SegmentBuilder:
     """Collects segments; neighbouring text with the same label becomes one, so that it is tokenised as the whole string would be."""
 
     def __init__(self) -> None:
@@ -313,6 +317,20 @@ class _Builder:
 
     def special(self, token: str, labelled: bool = False) -> None:
         self.segments.append(Special(token, labelled))
+
+    def medium(self, medium: Media, images: Sequence[int], videos: Sequence[VideoSpan]) -> None:
+        """An image or a video with what the prompt says about it; images, videos: as in `render`."""
+        number = medium.number
+        if medium.kind == "image":
+            self.text(f"<image {number}>")
+            self.tile(VisualTokens(images[number - 1], "image", number))
+            return
+        span = videos[number - 1]
+        count, times = span.count, span.times
+        self.text(video_header(number, span.fps))
+        for frame in range(count):
+            self.text(frame_header(frame + 1, None if times is None else float(times[frame])))
+            self.tile(VisualTokens(span.tokens_per_frame, "video", number, frame + 1))
 
     def tile(self, visual: VisualTokens) -> None:
         if visual.count < 0:

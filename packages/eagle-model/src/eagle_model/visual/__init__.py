@@ -26,13 +26,23 @@ from eagle_model.visual.plan import (
     plan_sample,
     row_plan,
 )
-from eagle_model.visual.read import FRAMES_TIMEOUT, MediaChanged, read_image, read_tiles, read_tiles_into, read_video
+from eagle_model.visual.read import (
+    FRAMES_TIMEOUT,
+    Concealed,
+    MediaChanged,
+    describe_concealed,
+    read_image,
+    read_tiles,
+    read_tiles_into,
+    read_video,
+)
 from eagle_model.visual.spec import VisualSpec
 
 __all__ = [
     "FRAMES_TIMEOUT",
     "BudgetError",
     "ClipError",
+    "Concealed",
     "FactColumns",
     "ImageRef",
     "MediaChanged",
@@ -43,6 +53,7 @@ __all__ = [
     "VisualPlans",
     "VisualSpec",
     "as_video",
+    "describe_concealed",
     "drop_detail",
     "load_image",
     "measure_image",

@@ -10,7 +10,7 @@ import binascii
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image
 from eagle_model.errors import ModelError
 from eagle_sampling import Limits, MediaError, TimeTable, VideoInfo, clip_range, image_size, open_image, probe
 from eagle_sampling.documents import pdf_size
+from eagle_sampling.files import is_remote, open_remote
 from eagle_sampling.images import describe
 from eagle_tiling import load_rgb
 
@@ -40,6 +41,7 @@ class VideoRef:
     path: a video file, a PDF or a TIFF. start, end: bounds of the clip in seconds from the file's first frame.
     frames: images in order, instead of a file; pages of a document when neither `times` (seconds of each frame) nor `fps` (rate at which
     the frames were taken) is given.
+    on_damage: of a file, what becomes of damaged frames, as in `eagle_sampling.read_frames`.
     """
 
     path: str | None = None
@@ -48,6 +50,7 @@ class VideoRef:
     frames: Sequence[ImageRef] = ()
     times: Sequence[float] | None = None
     fps: float | None = None
+    on_damage: Literal["refuse", "conceal"] = "refuse"
 
     @property
     def is_paged(self) -> bool:
@@ -88,7 +91,10 @@ class VideoFacts:
 
 
 def local_path(address: str) -> str:
-    """The path that a `file://` address names (%20 is a space there), or the path itself. Raises ValueError for other addresses."""
+    """The path that a `file://` address names (%20 is a space there), or the path itself, or an address that has an opener
+    (`eagle_sampling.register_opener`). Raises ValueError for other addresses."""
+    if is_remote(address):
+        return address
     if address.startswith(("http://", "https://")):
         raise ValueError(f"{address}: media are not fetched from the network; download the file first and give its path")
     return unquote(address.removeprefix("file://")) if address.startswith("file://") else address
@@ -215,6 +221,9 @@ def measure_video(ref: VideoRef, limits: Limits | None = None, *, info: VideoInf
 
 
 def _file_size(path: str) -> int:
+    if (remote := open_remote(path)) is not None:
+        remote.close()
+        return remote.size
     try:
         return os.stat(path).st_size
     except OSError as error:

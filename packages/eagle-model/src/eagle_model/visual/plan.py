@@ -15,6 +15,7 @@ import numpy as np
 from eagle_model.errors import ModelError
 from eagle_model.prompt.costs import FrameCosts
 from eagle_model.prompt.render import Segment, VideoSpan, render, sampled_fps, shown_times
+from eagle_model.prompt.verbatim import render_text
 from eagle_model.visual.facts import VideoFacts
 from eagle_model.visual.spec import VisualSpec
 from eagle_sampling import Dropped, PlanColumns, PlanResult, choose_pages, choose_times, plan_many, wanted_frames
@@ -58,9 +59,11 @@ class VisualPlans:
     """The visual plan of every row at one context length.
 
     status: int8 [N], 0 when the row fits, else an index into `reasons`.
-    tokens: int64 [N] of the whole sample (0 for a dropped row). tiles: int64 [N], images' tiles with thumbnails, and frames.
-    image_offsets int64 [N + 1], image_caps int16 [M]: most tiles of each image. image_tiles int32 [M]: tiles it gets, with thumbnail.
-    video_offsets int64 [N + 1], frames int32 [V]: frames or pages of each video or document. wanted int32 [V]: frames aimed at.
+    tokens: [N] of the whole sample (0 for a dropped row). tiles: [N], images' tiles with thumbnails, and frames.
+    image_offsets [N + 1], image_caps int16 [M]: most tiles of each image. image_tiles int32 [M]: tiles it gets, with thumbnail.
+    video_offsets [N + 1], frames int32 [V]: frames or pages of each video or document. wanted int32 [V]: frames aimed at.
+    result: what `drop_detail` reads; None where it was not kept, since it takes 100 bytes for each image.
+    Arrays without a named width are int64, or int32 where that holds their values.
     """
 
     max_tokens: int
@@ -74,7 +77,7 @@ class VisualPlans:
     video_offsets: np.ndarray
     frames: np.ndarray
     wanted: np.ndarray
-    result: PlanResult
+    result: PlanResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +114,26 @@ class SamplePlan:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any]] | str,
         spec: VisualSpec,
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
     ) -> list[Segment]:
-        """The prompt of the sample as segments (`eagle_model.prompt.render`); raises PromptError."""
+        """The prompt of the sample as segments: messages (`eagle_model.prompt.render`), or a text that is rendered already (`render_text`,
+        which takes no options). Raises PromptError."""
         k = spec.tokens_per_tile
+        images = [tile_count(grid, thumbnail=spec.thumbnail) * k for grid in self.grids]
+        videos = [
+            VideoSpan(None if video.shown is None else video.shown.tolist(), video.fps, k, video.count if video.shown is None else None)
+            for video in self.videos
+        ]
+        if isinstance(messages, str):
+            return render_text(messages, images=images, videos=videos)
         return render(
             messages,
-            images=[tile_count(grid, thumbnail=spec.thumbnail) * k for grid in self.grids],
-            videos=[
-                VideoSpan(None if video.shown is None else video.shown.tolist(), video.fps, k, video.count if video.shown is None else None)
-                for video in self.videos
-            ],
+            images=images,
+            videos=videos,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
@@ -272,7 +280,9 @@ def _wanted(seconds: np.ndarray, available: np.ndarray, spec: VisualSpec) -> np.
 
 
 def drop_detail(plans: VisualPlans, row: int) -> str:
-    """Why a row was dropped, with its numbers. Raises ValueError for a row that was not."""
+    """Why a row was dropped, with its numbers. Raises ValueError for a row that was not, and for plans without their `result`."""
+    if plans.result is None:
+        raise ValueError("the plans were made without their result; plan the dropped rows again with plan_columns")
     answer = plans.result.row(row)
     if not isinstance(answer, Dropped):
         raise ValueError(f"row {row} was not dropped at {plans.max_tokens} tokens")
@@ -293,11 +303,15 @@ def _tiles_by_cap(widths: np.ndarray, heights: np.ndarray, limits: np.ndarray, s
             )
         return counts[cap]
 
-    tiles = np.empty((len(widths), len(spec.caps)), np.int64)
-    for limit in np.unique(limits):
-        some = slice(None) if limit == limits.min() == limits.max() else np.flatnonzero(limits == limit)
-        for column, cap in enumerate(spec.caps):
-            tiles[some, column] = at(max(min(cap, int(limit)), spec.min_tiles))[inverse[some]]
+    different = np.unique(limits)
+    tiles = np.empty((len(widths) if len(different) > 1 else 0, len(spec.caps)), np.int64)
+    for limit in different:
+        # [sizes, C]: an image's counts are one copy of a row, which is faster than a strided column for each cap.
+        table = np.stack([at(max(min(cap, int(limit)), spec.min_tiles)) for cap in spec.caps], axis=1)
+        if len(different) == 1:
+            return table[inverse]
+        some = np.flatnonzero(limits == limit)
+        tiles[some] = table[inverse[some]]
     return tiles
 
 

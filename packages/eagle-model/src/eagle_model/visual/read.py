@@ -6,8 +6,9 @@ opened. So the ranks of a context parallel group each read their own share of a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from eagle_sampling.documents import render_pages
 from eagle_sampling.images import describe
 from eagle_tiling import Grid, tile_count, tile_image
 
+logger = logging.getLogger(__name__)
+
 FRAMES_TIMEOUT = 300.0
 """Seconds that the frames of one video may take to read."""
 
@@ -29,6 +32,21 @@ class MediaChanged(ModelError):
     """Media or a row that are not what they were when they were measured."""
 
     reason = "changed"
+
+
+class Concealed(NamedTuple):
+    """A damaged frame of a video with `on_damage="conceal"`, whose picture is the decoder's. time: seconds on the file's timeline."""
+
+    path: str
+    time: float
+    reason: str
+
+
+def describe_concealed(frames: Sequence[Concealed]) -> str:
+    """One sentence about at least one frame: how many, where, and the reason of the first."""
+    places = ", ".join(f"{frame.path} at {frame.time:.2f} s" for frame in frames[:4]) + (", ..." if len(frames) > 4 else "")
+    count = f"{len(frames)} frames are" if len(frames) > 1 else "1 frame is"
+    return f"{count} damaged, and the decoder's picture is used: {places} ({frames[0].reason})"
 
 
 def read_tiles(
@@ -40,9 +58,10 @@ def read_tiles(
     *,
     limits: Limits | None = None,
 ) -> np.ndarray:
-    """All tiles of a sample, uint8 [N, s, s, 3], in the order of its prompt; raises as `read_tiles_into`."""
+    """All tiles of a sample, uint8 [N, s, s, 3], in the order of its prompt; raises as `read_tiles_into`. Concealed frames are logged."""
     tiles = np.empty((plan.tile_count(spec), spec.tile_size, spec.tile_size, 3), np.uint8)
-    read_tiles_into(tiles, messages, images, videos, plan, spec, limits=limits)
+    if concealed := read_tiles_into(tiles, messages, images, videos, plan, spec, limits=limits):
+        logger.warning("%s", describe_concealed(concealed))
     return tiles
 
 
@@ -56,10 +75,11 @@ def read_tiles_into(
     *,
     first: int = 0,
     limits: Limits | None = None,
-) -> None:
+) -> list[Concealed]:
     """Fill `out`, uint8 [n, s, s, 3], with the sample's tiles `first` ... `first + n - 1`, in the order of its prompt.
 
-    Raises MediaError for media that can't be read, and MediaChanged for media that changed since they were measured.
+    Returns the frames among them that are damaged and concealed. Raises MediaError for media that can't be read, and MediaChanged for media
+    that changed since they were measured.
     """
     if (len(images), len(videos)) != (len(plan.grids), len(plan.videos)):
         raise MediaChanged(
@@ -67,6 +87,7 @@ def read_tiles_into(
             "the row changed since it was prepared; run eagle prepare again"
         )
     limits = limits or Limits()
+    concealed: list[Concealed] = []
     last = first + len(out)
     start = 0  # of the medium, among the sample's tiles
     for medium in media_order(messages, len(images), len(videos)):
@@ -79,8 +100,9 @@ def read_tiles_into(
             if is_image:
                 read_image(part, images[number], plan.grids[number], plan.sizes[number], spec, first=begin, limits=limits)
             else:
-                read_video(part, videos[number], plan.videos[number], first=begin, limits=limits)
+                concealed += read_video(part, videos[number], plan.videos[number], first=begin, limits=limits)
         start += count
+    return concealed
 
 
 def read_image(
@@ -113,22 +135,26 @@ def read_image(
     out[:] = tiles if isinstance(tiles, np.ndarray) else tiles.cpu().numpy()
 
 
-def read_video(out: np.ndarray, ref: VideoRef, plan: VideoPlan, *, first: int = 0, limits: Limits | None = None) -> None:
-    """Fill `out`, uint8 [n, s, s, 3], with frames or pages `first` ... of a video or document; raises MediaError and MediaChanged."""
+def read_video(out: np.ndarray, ref: VideoRef, plan: VideoPlan, *, first: int = 0, limits: Limits | None = None) -> list[Concealed]:
+    """Fill `out`, uint8 [n, s, s, 3], with frames or pages `first` ... of a video or document.
+
+    Returns the frames that are damaged and concealed (`ref.on_damage`). Raises MediaError and MediaChanged.
+    """
     limits = limits or Limits()
     wanted, side = slice(first, first + len(out)), out.shape[1]
     if plan.times is not None:
         if ref.path is None:
             raise MediaChanged("a video became a list of images since it was measured; run eagle prepare again")
-        read_frames(ref.path, plan.times[wanted], side, timeout=FRAMES_TIMEOUT, limits=limits, out=out)
-        return
+        frames = read_frames(ref.path, plan.times[wanted], side, timeout=FRAMES_TIMEOUT, limits=limits, out=out, on_damage=ref.on_damage)
+        return [Concealed(ref.path, error.time, error.reason) for error in frames.concealed]
     assert plan.indices is not None
     indices = plan.indices[wanted]
     if ref.path is not None:
         render_pages(ref.path, indices, side, out)
-        return
+        return []
     for place, number in enumerate(indices.tolist()):
         if number >= len(ref.frames):
             raise MediaChanged(f"image {number + 1} of {len(ref.frames)} is gone; run eagle prepare again")
         tiles = tile_image(load_image(ref.frames[number], limits), (1, 1), tile_size=side, thumbnail=False)
         out[place : place + 1] = tiles if isinstance(tiles, np.ndarray) else tiles.cpu().numpy()
+    return []

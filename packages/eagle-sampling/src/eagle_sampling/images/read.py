@@ -15,7 +15,8 @@ from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from ..limits import DEFAULT_LIMITS, Limits, MediaError, printable, unreadable
+from ..files import open_remote, open_stream
+from ..limits import DEFAULT_LIMITS, Limits, MediaError, MediaUnavailable, printable, unreadable
 from .ancillary import without_ancillary
 from .header import HeaderError, Reader, exif_orientation, parse_size
 from .heic import is_heic, open_heic, require_heic
@@ -42,6 +43,11 @@ def image_size(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> 
 
 
 def _file_size(path: str) -> tuple[int, int]:
+    file = open_remote(path)
+    if file is not None:
+        size, problem = _parsed(file.read(0, _HEAD_BYTES), file.read, lambda: file.size, path)
+        file.close()
+        return size or _pillow_size(path, printable(path), problem)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
@@ -135,7 +141,7 @@ def decoding(problem: str) -> Iterator[None]:
     """
     try:
         yield
-    except MediaError:
+    except (MediaError, MediaUnavailable):
         raise
     except Exception as error:
         said = str(error) if isinstance(error, (OSError, SyntaxError, ValueError)) else f"{type(error).__name__}: {error}"
@@ -143,10 +149,10 @@ def decoding(problem: str) -> Iterator[None]:
 
 
 def open_lazily(source: Any, name: str) -> ImageFile.ImageFile:
-    """Pillow's image of a path or binary file, not decoded yet. Raises MediaError."""
+    """Pillow's image of a path, an address or a binary file, not decoded yet. Raises MediaError."""
     with decoding(f"{name}: can't be opened as an image"):
         try:
-            return Image.open(source)
+            return Image.open(open_stream(source) if isinstance(source, str) else source)
         except UnidentifiedImageError as error:
             raise MediaError(f"{name}: is not an image of a known format, or is damaged in its first bytes") from error
         except Image.DecompressionBombError as error:

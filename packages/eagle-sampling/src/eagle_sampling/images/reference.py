@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from ..files import check_local, open_remote, read_whole, scheme_of
 from ..limits import DEFAULT_LIMITS, Limits, MediaError, path_text, printable, unreadable
 from ..lmdb import store
 from . import tar
@@ -29,14 +30,19 @@ def describe(ref: ImageRef) -> str:
 def resolve(path: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> str:
     """`path`, below `root` when it is relative and there is a root. Raises TypeError for what is not a path."""
     text = path_text(path, _ACCEPTED)
-    return text if root is None else os.path.join(root, text)
+    return join(root, text)
+
+
+def join(root: str | os.PathLike[str] | None, path: str) -> str:
+    """`path` below `root`; an address stays itself."""
+    return path if root is None or scheme_of(path) else os.path.join(root, path)
 
 
 def read_bytes(ref: ImageRef, *, root: str | os.PathLike[str] | None = None, limits: Limits = DEFAULT_LIMITS) -> bytes:
     """The encoded image.
 
     Raises:
-        MediaError: it is missing, empty, unreadable, an address, or over `limits.max_bytes`.
+        MediaError: it is missing, empty, unreadable, an address without an opener, or over `limits.max_bytes`.
         TypeError: `ref` is not a reference, for example an open file.
     """
     if isinstance(ref, (bytes, bytearray, memoryview)):
@@ -47,6 +53,8 @@ def read_bytes(ref: ImageRef, *, root: str | os.PathLike[str] | None = None, lim
         data = _from_lmdb(ref, root, store.get)
     else:
         path = resolve(ref, root)
+        if (fetched := read_whole(path, limits)) is not None:
+            return fetched
         try:
             with open(path, "rb", buffering=0) as file:
                 limits.check_bytes(os.fstat(file.fileno()).st_size, printable(path))
@@ -67,7 +75,21 @@ def exists(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> bool
         return tar.has_member(ref, root)
     if isinstance(ref, dict):
         return _from_lmdb(ref, root, store.has)
-    return os.path.isfile(resolve(ref, root))
+    return is_there(resolve(ref, root))
+
+
+def is_there(path: str) -> bool:
+    """Whether a file is at a path or an address. Raises MediaError when an address can't be asked, or access is denied."""
+    try:
+        file = open_remote(path)
+    except MediaError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return False
+        raise
+    if file is not None:
+        file.close()
+        return True
+    return os.path.isfile(path)
 
 
 def _from_lmdb(ref: dict[str, Any], root: str | os.PathLike[str] | None, look: Callable[[str, str | bytes], Any]) -> Any:
@@ -75,6 +97,7 @@ def _from_lmdb(ref: dict[str, Any], root: str | os.PathLike[str] | None, look: C
         raise MediaError(f"an LMDB image reference needs 'lmdb_file' and 'lmdb_key'; this one has {sorted(ref)}")
     if not isinstance(ref["lmdb_file"], (str, os.PathLike)):
         raise MediaError(f"{describe(ref)}: 'lmdb_file' must be a path")
+    check_local(resolve(ref["lmdb_file"], root), "an LMDB is mapped into memory")
     try:
         return look(resolve(ref["lmdb_file"], root), ref["lmdb_key"])
     except MediaError:

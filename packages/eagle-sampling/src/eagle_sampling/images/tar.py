@@ -10,6 +10,7 @@ import tarfile
 from functools import lru_cache
 from typing import Any
 
+from ..files import open_remote, open_stream, scheme_of
 from ..limits import Limits, MediaError, printable, unreadable
 
 
@@ -19,9 +20,15 @@ def read_member(ref: dict[str, Any], root: str | os.PathLike[str] | None, limits
     offset, size = _place(ref, path)
     limits.check_bytes(size, _name(ref))
     try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            data = file.read(size)
+        if (remote := open_remote(path)) is not None:
+            data = remote.read(offset, size)
+            remote.close()
+        else:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(offset)
+                data = file.read(size)
+    except MediaError:
+        raise
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     if len(data) != size:
@@ -34,7 +41,7 @@ def has_member(ref: dict[str, Any], root: str | os.PathLike[str] | None) -> bool
     try:
         path = _path(ref, root)
         _place(ref, path)
-        return os.path.isfile(path)
+        return scheme_of(path) is not None or os.path.isfile(path)
     except MediaError:
         return False
 
@@ -42,7 +49,7 @@ def has_member(ref: dict[str, Any], root: str | os.PathLike[str] | None) -> bool
 def _path(ref: dict[str, Any], root: str | os.PathLike[str] | None) -> str:
     if not isinstance(ref.get("tar"), (str, os.PathLike)) or not isinstance(ref.get("member"), str):
         raise MediaError(f"a reference into a tar file needs 'tar' (a path) and 'member' (a name); this one has {sorted(map(str, ref))}")
-    return os.path.join(root or "", ref["tar"])
+    return str(ref["tar"]) if scheme_of(str(ref["tar"])) else os.path.join(root or "", ref["tar"])
 
 
 def _name(ref: dict[str, Any]) -> str:
@@ -53,20 +60,28 @@ def _place(ref: dict[str, Any], path: str) -> tuple[int, int]:
     if "offset" in ref and "size" in ref:
         return int(ref["offset"]), int(ref["size"])
     try:
-        stat = os.stat(path)
+        if (remote := open_remote(path)) is not None:
+            identity = remote.size, getattr(remote, "version", "")
+            remote.close()
+        else:
+            stat = os.stat(path)
+            identity = stat.st_size, stat.st_mtime_ns
+    except MediaError:
+        raise
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     try:
-        return _members(path, stat.st_size, stat.st_mtime_ns)[ref["member"].removeprefix("./")]
+        return _members(path, identity)[ref["member"].removeprefix("./")]
     except KeyError:
         raise MediaError(f"{_name(ref)}: the tar file has no such member") from None
 
 
 @lru_cache(maxsize=8)
-def _members(path: str, size: int, mtime_ns: int) -> dict[str, tuple[int, int]]:
+def _members(path: str, identity: tuple[int, int | str]) -> dict[str, tuple[int, int]]:
     """Place of every file in a tar file, (offset, size) by name."""
+    stream = open_stream(path)
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:") if stream is path else tarfile.open(fileobj=stream, mode="r:") as tar:
             return {one.name.removeprefix("./"): (one.offset_data, one.size) for one in tar if one.isfile()}
     except (OSError, tarfile.TarError) as error:
         raise MediaError(f"{printable(path)}: can't be read as a tar file: {error}") from error

@@ -23,7 +23,6 @@ from .dependencies import Group, droppable_test, earlier_start
 from .keyframes import Start, start_test
 
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-_WINDOW = 1 << 18  # bytes per read; an hour of 360p has 5 kB a frame, so one read serves many
 
 
 class Painter:
@@ -121,7 +120,7 @@ class FileReader:
             self.limits.check_bytes(size, f"{self.source.path}: the video packet at byte {offset}")
             end = int(track.offsets[stop - 1] + track.sizes[stop - 1])
             self.window_start, at = offset, 0
-            self.window = self.source.read(offset, max(size, min(_WINDOW, end - offset)))
+            self.window = self.source.read(offset, max(size, min(self.source.window, end - offset)))
         return self.window[at : at + size]
 
 

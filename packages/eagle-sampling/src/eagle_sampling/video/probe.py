@@ -31,6 +31,7 @@ from .containers.webp import looks_like_webp, read_webp
 
 _EBML = b"\x1a\x45\xdf\xa3"
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"pnot")
+_STILLS = (b"avif", b"heic", b"heix", b"mif1")  # brands of images in the MP4 format; sequences are avis, hevc, msf1 and have a track
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def probe(path: str | os.PathLike[str], *, exact: bool = True, limits: Limits = 
         partial: accept a file that was cut off and describe the frames that it still holds.
 
     Raises:
-        MediaError: the file is missing, an address, not a video, damaged, cut off (unless `partial`), or over the limits.
+        MediaError: the file is missing, an address without an opener, not a video, damaged, cut off (unless `partial`), or over the limits.
         TypeError: `path` is not a path.
     """
     name = path_text(path, "the path of a video file")
@@ -162,9 +163,14 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
 
         try:
             head = source.read(0, 1024)
+            if b"%PDF-" in head:
+                raise MediaError(f"{path}: is a PDF, not a video; give it as a document, with a name that ends in .pdf")
             if head[4:8] in _MP4_BOXES:
                 track, damage = _tolerant_mp4(source, limits, positions)
+                if track is None and head[4:8] == b"ftyp" and head[8:12] in _STILLS:  # libavformat shows one of its tiles
+                    raise MediaError(f"{path}: is an image ({head[8:12].decode()}), not a video; give it as an image")
             elif head[:4] == _EBML:
+                source.copy_whole()
                 track = read_matroska(source, limits)
             elif looks_like_ts(head):
                 track = read_mpegts(source, limits)
@@ -218,6 +224,8 @@ def _opened(path: str) -> Iterator[Source]:
     """The open file; an exception of a parser inside becomes a MediaError that names the file."""
     try:
         source = Source(path)
+    except MediaError:
+        raise
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     try:

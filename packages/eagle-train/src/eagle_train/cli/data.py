@@ -11,7 +11,7 @@ from eagle_train.errors import counted
 
 from .app import app
 from .options import ConfigFile, Overrides
-from .tables import table
+from .tables import DRAWS_COLUMNS, draws_rows, table
 
 data_app = typer.Typer(help="The rows of a run: which keys are used, and what they hold.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
@@ -54,7 +54,7 @@ def stats(
     held_out: HeldOut = False,
     overrides: Overrides = None,
 ) -> None:
-    """Print rows, hours and tokens per source, lengths before and after ADS at every context length, duplicates, and reasons."""
+    """Print rows, hours and tokens per source, lengths before and after ADS at every context length, duplicates, draws, and reasons."""
     from eagle_train.config import load_config
     from eagle_train.watching.statistics import statistics, to_html, to_json
 
@@ -74,6 +74,8 @@ def stats(
         visual = ", ".join(f"{name} {tokens}" for name, tokens in length.visual_tokens.items())
         print(f"\nstage {length.stage}: {length.max_tokens} tokens, {counted(length.dropped, 'row')} not fitting; visual tokens: {visual}")
         bins = zip(length.edges, length.before, length.after)
+        if length.draws:
+            print(table([("first epoch", *DRAWS_COLUMNS), *draws_rows(length.draws)]))
         print(table([("tokens", "before ADS", "after ADS"), *((f"< {edge}", str(before), str(after)) for edge, before, after in bins)]))
     for reason in numbers.reasons:
         print(f"not used: {reason}")

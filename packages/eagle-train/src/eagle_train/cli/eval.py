@@ -75,6 +75,15 @@ def evaluate(
     all_gather: Annotated[
         int, typer.Option(min=1, help="Ranks (outer level) that share a pack of teacher-forced scoring.", metavar="N")
     ] = 1,
+    lmms: Annotated[
+        str | None,
+        typer.Option(
+            help="Evaluate tasks of lmms-eval, which must be installed, instead of rows.", metavar="TASK,TASK,...", show_default=False
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with tasks of your own for --lmms.", metavar="DIR", show_default=False)
+    ] = None,
     checkpoint: Checkpoint = None,
     out: Annotated[
         Path | None,
@@ -87,15 +96,35 @@ def evaluate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate held-out questions with their metrics.
+    """Evaluate held-out questions with their metrics, or tasks of lmms-eval.
 
-    For a run, accuracies are next to those of the text-only baseline.
+    For a run, accuracies of held-out questions are next to those of the text-only baseline.
     """
     from eagle_train.config import ConfigError, Source
 
     from .progress import quiet
 
     quiet()
+    if lmms is not None:
+        from .lmms import evaluate_with_lmms
+
+        others = {"--data": data, "--root": root, "--metric": metric, "--lengths": lengths, "--set": overrides}
+        others |= {"--ulysses": ulysses > 1 or None, "--all-gather": all_gather > 1 or None}
+        evaluate_with_lmms(
+            folder,
+            lmms,
+            include=include_path,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            frames=numbers("--frames", frames),
+            checkpoint=checkpoint,
+            out=out,
+            device=device,
+            others=[name for name, value in others.items() if value is not None],
+        )
+        return
+    if include_path is not None:
+        raise ConfigError(f"--include-path {include_path} belongs to --lmms")
     source = Source(annotation=data.absolute(), root=root.absolute() if root else None) if data is not None else None
     changes = list(overrides or ())
     if max_new_tokens is not None:

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import NoReturn
 
-from eagle_train.errors import INTERRUPTED, RUN_FAILED
+from eagle_train.errors import INTERRUPTED, RUN_FAILED, TrainError, disk_is_full
 
 from .pages import stored_page
 from .progress import is_main_rank
@@ -63,6 +63,9 @@ def run(given: list[str]) -> NoReturn:
 def report(error: Exception) -> None:
     """Print an error once: the main rank prints what every rank raises, and another rank names itself for what is its own."""
     text = str(error) or type(error).__name__
+    full = not isinstance(error, TrainError) and disk_is_full(error)
+    if full:
+        text = f"the disk is full, or a quota or a limit on file sizes is reached: {text}; free space and run the same command again"
     if not is_main_rank():
         write_error_file(f"rank {os.environ['RANK']}: {text}")
         if getattr(error, "on_every_rank", False):
@@ -71,7 +74,7 @@ def report(error: Exception) -> None:
     else:
         write_error_file(text)
     print(f"error: {text}", file=sys.stderr)
-    if not expected(error):
+    if not full and not expected(error):
         print("(this error has no message of its own in eagle; --debug shows where it comes from)", file=sys.stderr)
 
 

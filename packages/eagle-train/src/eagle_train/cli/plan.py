@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from eagle_train.errors import counted
 
 from .app import app
 from .documents import AsJson, plan_document, write
@@ -19,6 +22,14 @@ def plan(
         int | None,
         typer.Option(min=1, help="Also print parameters, and the memory of each of N GPUs.", metavar="N", show_default=False),
     ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write how often every row is trained in each stage: Parquet, or CSV by its suffix.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     show_defaults: ShowDefaults = False,
     as_json: AsJson = False,
 ) -> None:
@@ -27,7 +38,7 @@ def plan(
     from eagle_train.runs.ready import get_ready
     from eagle_train.watching.progress import prepare_progress
 
-    from .tables import PLAN_LEGEND, defaults_text, plan_table, position_warnings, resources_text, rows_line
+    from .tables import PLAN_LEGEND, defaults_text, draws_table, plan_table, position_warnings, resources_text, rows_line
 
     loaded = load_config(config, overrides or ())
     if show_defaults and not as_json:
@@ -40,12 +51,21 @@ def plan(
         from eagle_train.runs.resources import resources
 
         needed = resources(ready, gpus)
+    written = 0
+    if rows is not None:
+        from eagle_train.runs.draws import write_draws
+
+        written = write_draws(ready.schedules, rows)
     if as_json:
         write(plan_document(ready, needed, loaded if show_defaults else None))
         return
     print(plan_table(ready.schedules))
     print(PLAN_LEGEND)
+    if draws := draws_table(ready.schedules):
+        print(draws)
     print(rows_line(ready.schedules))
     for warning in position_warnings(ready):
         print(warning)
+    if rows is not None:
+        print(f"wrote {rows}: {counted(written, 'row')}")
     print(f"parameters and memory: eagle plan {config} --gpus N" if needed is None else resources_text(needed))

@@ -10,6 +10,7 @@ from eagle_train.errors import counted
 if TYPE_CHECKING:
     from eagle_train.config import Config
     from eagle_train.evaluation.metrics import Evaluation, Score
+    from eagle_train.planning.mixture import SourceDraws
     from eagle_train.planning.stages import StageSchedule
     from eagle_train.runs.ready import Ready
     from eagle_train.runs.resources import Resources
@@ -34,6 +35,11 @@ PLAN_COLUMNS = (
 PLAN_LEGEND = """\
   L_max: tokens of a pack. rows: distinct rows of the first epoch; samples: with repetitions (repeat_time, weight); dropped: too long.
   fill: tokens / (packs x L_max). longest: tokens of the longest sample. labels: tokens with a loss. steps: optimizer steps of the stage."""
+
+DRAWS_COLUMNS = ("fit", "drawn", "samples", "tokens", "share", "passes", "most")
+DRAWS_LEGEND = """\
+  fit: rows that fit the stage. drawn: distinct rows of the first epoch. share: of its tokens. passes: samples / fit.
+  most: draws of the row that is drawn most often."""
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -81,6 +87,23 @@ def plan_table(schedules: Sequence[StageSchedule]) -> str:
         for reason, number in s.drops.items():
             notes.append(f"stage {schedule.stage.name}: {counted(number, 'row')} dropped: {reason}")
     return "\n".join([table(rows), *notes])
+
+
+def draws_table(schedules: Sequence[StageSchedule]) -> str:
+    """What the first epoch of each stage takes from each source; nothing for runs of one source."""
+    if len(schedules[0].facts.sources) < 2:
+        return ""
+    rows = [("stage", "source", *DRAWS_COLUMNS)]
+    for schedule in schedules:
+        rows += [(schedule.stage.name, *cells) for cells in draws_rows(schedule.plan(0).draws())]
+    return f"{table(rows)}\n{DRAWS_LEGEND}"
+
+
+def draws_rows(draws: Sequence[SourceDraws]) -> Iterator[tuple[str, ...]]:
+    """The cells of each source: its name, then DRAWS_COLUMNS."""
+    for one in draws:
+        numbers = map(str, (one.rows, one.drawn, one.samples, one.tokens))
+        yield one.name, *numbers, f"{one.share:.1%}", f"{one.passes:.2f}", str(one.most)
 
 
 def position_warnings(ready: Ready) -> Iterator[str]:
@@ -139,12 +162,13 @@ def row_counts(schedules: Sequence[StageSchedule]) -> dict[str, int]:
     return {"all": len(facts) + bad, "planned": good, "unusable": bad, "too_long_for_every_stage": fit_none, "not_drawn": left}
 
 
-def rows_line(schedules: Sequence[StageSchedule], missing: int = 0) -> str:
-    """`row_counts` in a line. `missing`: samples that vanished while training."""
+def rows_line(schedules: Sequence[StageSchedule], missing: int = 0, concealed: int = 0) -> str:
+    """`row_counts` in a line. missing: samples that vanished while training; concealed: damaged frames that were trained."""
     counts = row_counts(schedules)
     parts = [f"{number} {what.replace('_', ' ')}" for what, number in counts.items() if what == "planned" or (number and what != "all")]
     text = f"{counted(counts['all'], 'row')}: {', '.join(parts)}"
-    return text + (f"; {counted(missing, 'sample')} could not be read while training" if missing else "")
+    text += f"; {counted(missing, 'sample')} could not be read while training" if missing else ""
+    return text + (f"; {counted(concealed, 'damaged frame')} concealed by the decoder, listed in ledger-train.jsonl" if concealed else "")
 
 
 def score_table(result: Evaluation, *, baseline: bool = True) -> str:

@@ -127,12 +127,12 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     try:
         with printer.preparing() as progress:
             ready = get_ready(config, world, progress)
+        printer.message(plan_table(ready.schedules))
+        for warning in position_warnings(ready):
+            printer.message(warning)
         printer.message(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
 
         def started(trainer: Trainer) -> None:
-            printer.message(plan_table(trainer.schedules))
-            for warning in position_warnings(ready):
-                printer.message(warning)
             printer.message(start_line(trainer))
 
         pictures = SamplePictures(ready)
@@ -157,7 +157,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
             printer.message(score_table(result))
         if world.is_main:
             write_report(config.run.folder)
-            printer.message(rows_line(ready.schedules, trained.trainer.missing))
+            printer.message(rows_line(ready.schedules, trained.trainer.missing, trained.trainer.concealed))
             printer.message(f"run folder: {config.run.folder}\ntry it: eagle chat {config.run.folder} --image picture.png 'a question'")
         trained.check_evaluations()
     finally:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from eagle_train.errors import WRONG_USE, TrainError
 
+from .addresses import scheme_of
 from .schema import Config, Section, is_hub_name
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -225,9 +226,14 @@ def map_paths(section: SectionT, change: Callable[[Path], Path]) -> SectionT:
         elif isinstance(value, dict) and all(isinstance(item, Section) for item in value.values()):
             values[name] = {key: map_paths(item, change) for key, item in value.items()}
         elif name in section.paths and value is not None and not (name in section.names and is_hub_name(str(value))):
-            one = [change(path) for path in value] if isinstance(value, list) else change(Path(value))  # pyright: ignore[reportArgumentType]
+            one = [_changed(path, change) for path in value] if isinstance(value, list) else _changed(value, change)
             values[name] = one if isinstance(value, Path | list) else str(one)
     return section.replaced(**values)
+
+
+def _changed(value: Any, change: Callable[[Path], Path]) -> Any:
+    """A path changed; an address, and a dataset of the hub, as it is."""
+    return value if isinstance(value, Section) or scheme_of(value) else change(Path(value))
 
 
 def free_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:

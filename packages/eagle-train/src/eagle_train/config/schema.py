@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 from eagle_sampling.budget import STRATEGIES
 
+from .addresses import Place, scheme_of
+
 Part = Literal["vision", "connector", "language"]
 PARTS: tuple[Part, ...] = ("vision", "connector", "language")
 Mode = Literal["full", "lora", "frozen"]
@@ -21,7 +23,7 @@ Mode = Literal["full", "lora", "frozen"]
 # Names of runs and stages are folders: no dot in front, which would hide them, or be the folder itself or the one above.
 _FOLDER_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
 _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
+_TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
 
 def _with_unit(units: dict[str, int], what: str) -> BeforeValidator:
@@ -72,7 +74,9 @@ class Section(BaseModel):
             return value
         resolve = info.context["resolve"]
         if isinstance(value, list):
-            return [resolve(Path(one)) for one in value]
+            return [one if isinstance(one, Section) or scheme_of(one) else resolve(Path(one)) for one in value]
+        if isinstance(value, Section) or scheme_of(value):
+            return value
         resolved = resolve(Path(value))
         if info.field_name in cls.names and is_hub_name(str(value)) and not resolved.exists():
             return value
@@ -214,16 +218,39 @@ class ModelConfig(Section):
         return self.path or (f"{self.vision} and {self.language}" if self.vision else self.preset or "tiny")
 
 
+class HubDataset(Section):
+    """A dataset of the Hugging Face hub, read by the library datasets."""
+
+    hub: str = Field(description="Name of the dataset, for example HuggingFaceM4/ChartQA.")
+    subset: str | None = Field(default=None, description="Its configuration; null: the default one.")
+    split: str = Field(default="train", pattern=r"^[A-Za-z0-9_.-]+$", description="Its split, whole: train, not train[:100].")
+    revision: str | None = Field(default=None, description="Commit, tag or branch; null: main, whatever it is on that day.")
+
+    @field_validator("hub")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not is_hub_name(value):
+            raise ValueError(f"{value!r} is not the name of a dataset, which has the form owner/name")
+        return value
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.hub, self.subset, self.split)))
+
+
 class Source(Section):
     """One entry of a recipe."""
 
     paths = ("annotation", "root")
-    annotation: Path | list[Path] = Field(
+    annotation: HubDataset | Place | list[HubDataset | Place] = Field(
         description="File of rows: JSONL, a JSON array, CSV, TSV (each also .gz, .zst, .bz2, .xz), Parquet, Arrow, or a WebDataset tar; a "
-        "folder of Parquet, Arrow or tar files (a saved datasets dataset); a pattern such as shards/*.parquet; or a list of these."
+        "folder of Parquet, Arrow or tar files (a saved datasets dataset); a pattern such as shards/*.parquet; an address of any of these "
+        "(s3://bucket/rows.jsonl, see data.remote); a dataset of the Hugging Face hub as {hub: owner/name, subset: ..., split: train, "
+        "revision: ...}; or a list of these."
     )
-    root: Path | None = Field(
-        default=None, description="Folder that the media paths of the rows start from; null: the annotation's folder."
+    root: Place | None = Field(
+        default=None,
+        description="Folder or address that the media paths of the rows start from; null: the annotation's folder, of a dataset of the hub "
+        "its repository.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -251,10 +278,15 @@ class Source(Section):
     max_dynamic_tiles: int | None = Field(
         default=None, ge=1, le=64, description="Most tiles an image of this source may have; null: tiling.max_tiles."
     )
+    on_damage: Literal["refuse", "conceal"] = Field(
+        default="refuse",
+        description="Samples with damaged frames of a video file. refuse: not used, and in the ledger; conceal: the picture that the "
+        "decoder makes of such a frame is used, as players do, and the sample is listed in the ledger and counted in the metrics.",
+    )
 
     @field_validator("annotation")
     @classmethod
-    def _some_file(cls, value: Path | list[Path]) -> Path | list[Path]:
+    def _some_file(cls, value: Any) -> Any:
         if value == []:
             raise ValueError("is an empty list; name at least one file")
         return value
@@ -289,6 +321,47 @@ class LimitsConfig(Section):
     )
 
 
+class RemoteConfig(Section):
+    """Files that are read by address. Nothing is fetched unless its scheme is named here."""
+
+    paths = ("cache",)
+    schemes: list[str] = Field(
+        default_factory=list,
+        description="Schemes of addresses that are read, for example [s3, https]: s3, gs, hf, http, https and others that fsspec knows. "
+        "Empty: none. Credentials come from the environment's standard places.",
+    )
+    anonymous: bool = Field(default=False, description="Read s3:// and gs:// without credentials (public buckets).")
+    endpoint_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^@?]+$",
+        description="Address of an S3-compatible server; null: AWS_ENDPOINT_URL, else Amazon's.",
+    )
+    cache: Path | None = Field(
+        default=None, description="Folder of the pieces that were fetched, best on a local disk; null: ~/.cache/eagle (or XDG_CACHE_HOME)."
+    )
+    cache_bytes: Bytes = Field(
+        default=20 * 2**30,
+        description="Size of the cache, which all processes of the host share; what was not used for longest goes first.",
+    )
+    retries: int = Field(
+        default=6, ge=0, description="Attempts after a request that failed for a reason that may pass; waits grow from 0.5 to 30 s."
+    )
+    timeout: float = Field(default=60.0, gt=0, description="Seconds without a byte after which a request has failed.")
+    check_after: float = Field(
+        default=3600.0,
+        ge=0,
+        description="Seconds for which a process takes a file's size and ETag as still true.",
+    )
+
+    @field_validator("schemes")
+    @classmethod
+    def _schemes(cls, value: list[str]) -> list[str]:
+        for scheme in value:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme) or scheme in ("file", "local"):
+                raise ValueError(f"{scheme!r} is not a scheme of remote files; write it as in s3://, without the ://")
+        return value
+
+
 class DataConfig(Section):
     paths = ("recipe", "eval_recipe", "facts")
     recipe: Path | None = Field(default=None, description="Recipe file (YAML, or the originals' JSON); excludes sources.")
@@ -306,6 +379,9 @@ class DataConfig(Section):
     )
     shard_rows: int = Field(default=2048, ge=1, description="Rows of a facts file: what a kill costs each worker at most.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="When to refuse a file, and when to stop.")
+    remote: RemoteConfig = Field(
+        default_factory=RemoteConfig, json_schema_extra=FREE, description="Files that are read by address (s3://, https://, ...)."
+    )
 
     @model_validator(mode="after")
     def _one_recipe(self) -> Self:
@@ -373,6 +449,13 @@ class PackingConfig(Section):
         description="true: rows of a source with the same media (references, clip bounds and text before them) have them in a pack once: "
         "one video, many questions. Loss and gradients are those of separate samples; frames are those that fit the longest of the rows.",
     )
+    reserve: float = Field(
+        default=0.0625,
+        ge=0,
+        lt=1,
+        description="With share_media: the part of the context that media leave free for further questions about them. Without it a video "
+        "that fills the context with one question would be in a pack per question. 0: frames are those of the longest row alone.",
+    )
 
 
 class PartConfig(Section):
@@ -394,6 +477,57 @@ class PartConfig(Section):
     )
 
 
+class MixtureConfig(Section):
+    """Which share of an epoch each source has: by weight, by size with a temperature, or as tokens."""
+
+    weights: dict[str, float] | None = Field(
+        default=None,
+        min_length=1,
+        description="Relative share of each source, for example {chat: 3, video: 1}; other sources are not used. null: with temperature, "
+        "the recipe's weights.",
+    )
+    temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="Shares are proportional to weight x size^(1/temperature): 1 keeps the sizes of the sources, larger values even them "
+        "out. null: shares are the weights, whatever the sizes.",
+    )
+    tokens: dict[str, Tokens] | None = Field(
+        default=None,
+        min_length=1,
+        description="Tokens of each source in an epoch, for example {chat: 20M, video: 80M} (M is 2^20); other sources are not used. "
+        "Excludes the other keys.",
+    )
+    count: Literal["tokens", "samples"] = Field(default="tokens", description="What shares and sizes count.")
+    size: Tokens | None = Field(
+        default=None,
+        description="Tokens of an epoch (samples, with count: samples); null: as many as the sources of the mixture have together.",
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        return positive_weights(value)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.weights is None and self.temperature is None and self.tokens is None:
+            raise ValueError("says nothing about shares; give weights, temperature or tokens")
+        given = [name for name in ("weights", "temperature", "size") if getattr(self, name) is not None]
+        if self.tokens is not None and (given or self.count == "samples"):
+            other = given[0] if given else "count: samples"
+            raise ValueError(f"tokens and {other} both say how much of each source an epoch has; keep one")
+        return self
+
+
+def positive_weights(weights: dict[str, float] | None) -> dict[str, float] | None:
+    """The weights of sources by name; raises ValueError for one that is not above 0."""
+    for name, weight in (weights or {}).items():
+        if not weight > 0:
+            raise ValueError(f"weight of source {name!r} is {weight}; it must be above 0; to exclude a source, remove it here")
+    return weights
+
+
 class StageConfig(Section):
     name: str = Field(pattern=_FOLDER_NAME, description="Name of the stage, in folders and metrics.")
     max_tokens: Tokens = Field(description="Context length L_max: budget of a sample and length of a pack, in tokens (32K is 32768).")
@@ -413,6 +547,11 @@ class StageConfig(Section):
     sources: dict[str, float] | None = Field(
         default=None,
         description="Weight of each source in this stage, in place of the recipe's weight; other sources are not used.",
+    )
+    mixture: MixtureConfig | None = Field(
+        default=None,
+        description="Share of each source in an epoch of this stage, by weight, temperature or tokens; excludes sources. null: every "
+        "source comes as often as its repeat_time and weight say.",
     )
     loss_weighting: Literal["token", "sample", "sqrt"] = Field(
         default="sqrt",
@@ -439,10 +578,7 @@ class StageConfig(Section):
     @field_validator("sources")
     @classmethod
     def _positive(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for name, weight in (value or {}).items():
-            if not weight > 0:
-                raise ValueError(f"weight of source {name!r} is {weight}; it must be above 0; to exclude a source, remove it here")
-        return value
+        return positive_weights(value)
 
     @field_validator("betas")
     @classmethod
@@ -469,6 +605,19 @@ class StageConfig(Section):
             raise ValueError("every part is frozen; name at least one in train")
         return self
 
+    @property
+    def source_weights(self) -> dict[str, float] | None:
+        """Weights of the sources that the stage names (tokens, where its mixture states them); None: every source has the recipe's."""
+        if self.mixture is None:
+            return self.sources
+        return dict(self.mixture.tokens) if self.mixture.tokens is not None else self.mixture.weights
+
+    @model_validator(mode="after")
+    def _one_choice_of_sources(self) -> Self:
+        if self.sources is not None and self.mixture is not None:
+            raise ValueError("sources and mixture both say how often sources come; keep one")
+        return self
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
@@ -488,6 +637,11 @@ class ParallelConfig(Section):
     data: int | None = Field(default=None, ge=1, description="Groups that read different packs; null: ranks / (ulysses * all_gather).")
     ulysses: int = Field(default=1, ge=1, description="Ranks of the inner level of context parallelism (all-to-all over heads).")
     all_gather: int = Field(default=1, ge=1, description="Ranks of the outer level of context parallelism (all-gather of keys and values).")
+    context: Literal["fixed", "auto"] = Field(
+        default="fixed",
+        description="How the ulysses * all_gather ranks of a group share a pack. fixed: as these two numbers say; auto: for every pack the "
+        "fastest split of that many ranks, which may also leave all samples whole (packs of short samples).",
+    )
     fsdp: bool = Field(
         default=True, description="Shard parameters over the ranks (FSDP2) when there is more than one; false: replicate them."
     )
@@ -498,9 +652,17 @@ class ParallelConfig(Section):
     )
 
     @property
-    def context(self) -> int:
+    def group_size(self) -> int:
         """Ranks that share one pack."""
         return self.ulysses * self.all_gather
+
+    @model_validator(mode="after")
+    def _something_to_split(self) -> Self:
+        if self.context == "auto" and self.group_size == 1:
+            raise ValueError(
+                "context is auto, and ulysses * all_gather is 1: no pack is shared; set all_gather to the number of ranks that share a pack"
+            )
+        return self
 
 
 class LoaderConfig(Section):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +10,23 @@ from typing import Any, BinaryIO
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of writing inside name the file: the system's own (a full disk, a quota) does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # else the error has a message of its own
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` at the end. It is on the disk before it has the name: a few ms on an SSD."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # With the host's name: on a shared disk processes of two hosts may have the same number.
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -3,23 +3,23 @@
 Nothing here depends on a context length, a number of tiles or a model's tile side: stages derive their plans from these columns.
 """
 
+import hashlib
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from eagle_model.prompt.costs import FrameCosts
 from eagle_model.visual import FactColumns, VideoFacts
 from eagle_sampling import TimeTable
-from eagle_train.config import Config, Source
+from eagle_train.config import HubDataset, Source, addresses
 
+from . import remote
 from .keys import RowFormat
 from .recipe import is_pattern
 from .sample import Address
@@ -50,6 +50,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+_PLANNED = ["text_tokens", "image_width", "image_height", "video_frames", "video_seconds", "video_last_time"]
+
 
 class RowFile(NamedTuple):
     """An annotation file; its rows are lines `first_line` ... of the source (1-based)."""
@@ -66,8 +68,8 @@ class FactsSource(NamedTuple):
     """
 
     name: str
-    annotation: Path | list[Path]
-    root: Path
+    annotation: Any
+    root: Path | str
     first: int
     rows: int
     bad_rows: int
@@ -92,28 +94,26 @@ class FactsSource(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """Facts of all sources of a run, in the recipe's order; `key` names their content."""
+    """Facts of all sources of a run, in the recipe's order. key: names the rows and how they are measured. content: a hash of what was
+    measured; empty: not known."""
 
     table: pa.Table
     sources: tuple[FactsSource, ...]
     frame_costs: FrameCosts
     system: str | None
     key: str
+    content: str = ""
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def column(self, name: str) -> np.ndarray:
         """A flat column as numpy, [rows]."""
-        return self.table.column(name).combine_chunks().to_numpy(zero_copy_only=False)
+        return _whole(self.table.column(name)).to_numpy(zero_copy_only=False)
 
     def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A list column as (offsets int64 [rows + 1], values); a null number is NaN."""
-        column = self.table.column(name)
-        array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-        offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
-        values = array.flatten().to_numpy(zero_copy_only=False)
-        return offsets - offsets[0], values
+        return _lists(_whole(self.table.column(name)))
 
     def source_of(self, row: int) -> FactsSource:
         """The source that row `row` belongs to."""
@@ -135,26 +135,35 @@ class Facts:
         for line, offset, size in zip(*(self.column(name)[rows].tolist() for name in ("line", "offset", "size"))):
             yield Address(source.name, line, source.file_of(line).path, offset, size, str(source.root), self.system, source.form)
 
-    def columns(self) -> FactColumns:
-        """What `eagle_model.visual.plan_columns` takes; `image_limits` from the sources' max_dynamic_tiles."""
-        image_offsets, widths = self.lists("image_width")
-        video_offsets, frames = self.lists("video_frames")
+    def batches(self, rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The columns that plans are made of, for up to `rows` rows at a time, each with its first row; nothing is copied."""
+        first = 0
+        for batch in self.table.select(_PLANNED).to_batches(max_chunksize=rows):
+            yield first, batch
+            first += len(batch)
+
+    def columns(self, first: int, batch: pa.RecordBatch) -> FactColumns:
+        """What `eagle_model.visual.plan_columns` takes, of the rows of a batch from row `first` on; `image_limits` from the sources'
+        max_dynamic_tiles."""
+        image_offsets, widths = _lists(batch.column("image_width"))
+        video_offsets, frames = _lists(batch.column("video_frames"))
         limits = None
         if any(source.max_dynamic_tiles is not None for source in self.sources):
             limits = np.full(len(widths), np.iinfo(np.int64).max, np.int64)
             for source in self.sources:
+                begin, end = (min(max(row - first, 0), len(batch)) for row in (source.first, source.first + source.rows))
                 if source.max_dynamic_tiles is not None:
-                    limits[image_offsets[source.first] : image_offsets[source.first + source.rows]] = source.max_dynamic_tiles
+                    limits[image_offsets[begin] : image_offsets[end]] = source.max_dynamic_tiles
         return FactColumns(
-            self.column("text_tokens").astype(np.int64),
+            batch.column("text_tokens").to_numpy(zero_copy_only=False).astype(np.int64),
             image_offsets,
             widths,
-            self.lists("image_height")[1],
+            _lists(batch.column("image_height"))[1],
             limits,
             video_offsets,
             frames,
-            self.lists("video_seconds")[1],
-            self.lists("video_last_time")[1],
+            _lists(batch.column("video_seconds"))[1],
+            _lists(batch.column("video_last_time"))[1],
         )
 
     def media(self, row: int) -> tuple[list[tuple[int, int]], list[VideoFacts]]:
@@ -165,6 +174,15 @@ class Facts:
         names = ("frames", "width", "height", "seconds", "last_time", "start", "end", "times", "fps")
         columns = (self.table.column(f"video_{name}")[row].as_py() for name in names)
         return sizes, [_video_facts(*values) for values in zip(*columns)]
+
+
+def _whole(column: pa.ChunkedArray) -> Any:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _lists(array: Any) -> tuple[np.ndarray, np.ndarray]:
+    offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+    return offsets - offsets[0], array.flatten().to_numpy(zero_copy_only=False)
 
 
 def _video_facts(
@@ -196,78 +214,34 @@ def empty_table() -> pa.Table:
     return SCHEMA.empty_table()
 
 
-def root_of(source: Source) -> Path:
-    """Folder that media paths start from: `root`, else that of the annotation (of the first one, and of a pattern what comes before it)."""
+def content_of(table: pa.Table) -> str:
+    """A hash of the values of a table, the same however they are stored."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in SCHEMA.names:
+        _add_values(_whole(table.column(name)), digest)
+    return digest.hexdigest()
+
+
+def _add_values(array: Any, digest: Any) -> None:
+    while pa.types.is_list(array.type):
+        digest.update(np.diff(array.offsets.to_numpy(zero_copy_only=False)).astype(np.int64).tobytes())
+        array = array.flatten()
+    digest.update(array.is_null().to_numpy(zero_copy_only=False).tobytes())
+    digest.update(array.fill_null(0).to_numpy(zero_copy_only=False).tobytes())
+
+
+def root_of(source: Source) -> Path | str:
+    """Folder or address that media paths start from: `root`, else that of the annotation (of the first one, and of a pattern what comes
+    before it; of a dataset of the hub, its repository)."""
     if source.root is not None:
         return source.root
     first = source.annotation[0] if isinstance(source.annotation, list) else source.annotation
+    if isinstance(first, HubDataset):
+        return f"hf://datasets/{first.hub}" + (f"@{first.revision}" if first.revision else "")
+    if isinstance(first, str):
+        if addresses.is_pattern(first):
+            return addresses.fixed_part(first)
+        return first.rstrip("/") if remote.is_folder(first) else addresses.parent(first)
     if is_pattern(first):
         return Path(*itertools.takewhile(lambda part: not any(character in part for character in "*?["), first.parts))
     return first if first.is_dir() else first.parent
-
-
-class Part(NamedTuple):
-    """A file with the facts of a shard. first_line: of its rows in the source, 1-based. start: of the shard in its annotation file."""
-
-    path: Path
-    first_line: int
-    start: int
-
-
-class Prepared(NamedTuple):
-    """A source with all its parts."""
-
-    name: str
-    source: Source
-    files: tuple[RowFile, ...]
-    form: RowFormat
-    fingerprint: str
-    bad_rows: int
-    parts: Sequence[Part]
-
-
-def join_sources(config: Config, prepared: Sequence[Prepared], costs: FrameCosts | None, key: str) -> Facts:
-    """Facts of prepared sources as one table."""
-    tables, sources, first = [], [], 0
-    for one in prepared:
-        parts = [_read_part(part) for part in one.parts]
-        table = pa.concat_tables(parts) if parts else empty_table()
-        tables.append(table)
-        entry = one.source
-        sources.append(
-            FactsSource(
-                one.name,
-                entry.annotation,
-                root_of(entry),
-                first,
-                table.num_rows,
-                one.bad_rows,
-                entry.repeat_time,
-                entry.weight,
-                entry.max_dynamic_tiles,
-                one.files,
-                one.form,
-                one.fingerprint,
-            )
-        )
-        first += table.num_rows
-    table = _in_one_piece(pa.concat_tables(tables)) if tables else empty_table()
-    return Facts(table, tuple(sources), costs or FrameCosts(tuple((0,) * 8 for _ in range(8))), config.prompt.system, key)
-
-
-def _read_part(part: Part) -> pa.Table:
-    try:
-        table = pq.read_table(part.path, memory_map=True).cast(SCHEMA)
-    except (pa.ArrowException, OSError) as error:
-        raise OSError(f"{part.path}: can't be read ({error}); remove the folder {part.path.parent} and run eagle prepare again") from error
-    for name, base in (("line", part.first_line), ("offset", part.start)):
-        place = SCHEMA.get_field_index(name)
-        table = table.set_column(place, SCHEMA.field(place), pc.add(table.column(name), pa.scalar(base, pa.int64())))  # pyright: ignore[reportAttributeAccessIssue]
-    return table
-
-
-def _in_one_piece(table: pa.Table) -> pa.Table:
-    """Columns without chunks, except the times: 2^31 of them (20 000 hours of video) are more than an offset of a list can count, and
-    they are only looked up row by row."""
-    times = table.column("video_times")
-    return table.drop_columns(["video_times"]).combine_chunks().append_column(SCHEMA.field("video_times"), times)

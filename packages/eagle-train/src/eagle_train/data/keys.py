@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .errors import RowError
 
@@ -103,13 +103,15 @@ class RowFormat:
     """How the rows of one source are written, next to what this package knows itself.
 
     columns: (key of a row as Eagle knows it, name of the column that has it). ignore: columns that are metadata. question: the question of
-    rows that have only an answer. media: folder for videos and documents that are taken out of tar files and columns.
+    rows that have only an answer. media: folder for videos and documents that are taken out of tar files and columns. on_damage: what
+    becomes of damaged frames of its videos.
     """
 
     columns: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
     question: str | None = None
     media: str | None = None
+    on_damage: Literal["refuse", "conceal"] = "refuse"
 
 
 def says_nothing(value: Any) -> bool:

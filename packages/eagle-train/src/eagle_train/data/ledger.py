@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .atomic import replacing
+from .atomic import naming, replacing
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Ledger:
         lines = [encode(entry) for entry in entries]
         if lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
+            with naming(self.path), open(self.path, "ab") as file:
                 file.write(b"".join(lines))
         return len(lines)
 

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that the kernel drops with the process that holds it, however that ends."""
+"""One process at a time in a folder, or at a file: locks that the kernel drops with the process that holds them, however that ends."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+_NAMED_AFTER = 10.0
+"""Seconds of waiting for another process after which the log says so."""
 
 
 @contextlib.contextmanager
@@ -44,3 +48,31 @@ def _lock(file, folder: Path, busy: Callable[[str], Exception]) -> None:
         raise busy(file.read() or "another process") from None
     except OSError as error:
         logger.warning("%s: the file system has no locks (%s); make sure that no other process works there", folder, error.strerror)
+
+
+@contextlib.contextmanager
+def waited_for(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path`, once no other process does. Whether it is held: not where the system or the file system has no locks."""
+    with open(path, "a+b") as file:
+        yield _wait(file, path)
+
+
+def _wait(file, path: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    begin, named, pause = time.monotonic(), False, 0.01
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if not named and time.monotonic() - begin > _NAMED_AFTER:
+                named = True
+                logger.info("waiting for another process that makes %s", path.with_suffix(""))
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        except OSError as error:
+            logger.warning("%s: the file system has no locks (%s); several processes may make the same file", path, error.strerror)
+            return False

@@ -7,7 +7,7 @@ many rows share.
 import hashlib
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from eagle_model.prompt import CachedEncoder, Media, PromptError, place_media
 from eagle_model.prompt.costs import PromptCosts
@@ -35,7 +35,7 @@ class Measurer:
         self.limits = media_limits(limits)
         self.verify = verify
         self._image = lru_cache(maxsize=4096)(self._image_at)
-        self._probe: Callable[[str], VideoInfo] = lru_cache(maxsize=256)(self._probe_at)
+        self._probe: Callable[[str, Any], VideoInfo] = lru_cache(maxsize=256)(self._probe_at)
 
     def measure(self, sample: Sample) -> dict[str, Any]:
         """The facts of one sample except where its row stands; raises RowError with a reason to count by."""
@@ -88,7 +88,7 @@ class Measurer:
                 why = "as one of a list only its first page would be read; write it as a document of its own"
                 raise RowError("bad-document", f'{page}: has several pages, and {why}: {{"document": ...}}')
         try:
-            info = self._probe(video.path) if video.path is not None and not video.is_paged else None
+            info = self._probe(video.path, video.on_damage) if video.path is not None and not video.is_paged else None
             return measure_video(video, self.limits, info=info)
         except ClipError as error:
             raise RowError("bad-clip", str(error)) from error
@@ -96,12 +96,12 @@ class Measurer:
             kind = "bad-document" if video.is_document else "bad-video"
             raise RowError(_missing_or(kind, video.path), str(error)) from error
 
-    def _probe_at(self, path: str) -> VideoInfo:
+    def _probe_at(self, path: str, on_damage: Literal["refuse", "conceal"]) -> VideoInfo:
         try:
             info = probe(path, limits=self.limits)
             self.limits.check_size(info.width, info.height, path)
             if self.verify == "decode" and info.times is not None:
-                read_frames(path, info.times.times()[-1:], None)
+                read_frames(path, info.times.times()[-1:], None, on_damage=on_damage)
         except OSError as error:
             raise MediaError(str(error)) from error
         return info

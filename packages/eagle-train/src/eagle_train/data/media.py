@@ -17,13 +17,16 @@ from urllib.parse import unquote
 
 from eagle_model.visual import VideoRef
 from eagle_sampling import Limits, MediaError, read_bytes
+from eagle_sampling.files import is_remote
+from eagle_train.config import addresses
 
 from .atomic import replacing
 from .errors import RowError
-from .keys import ENDS, STARTS, short
+from .files import version_of
+from .keys import ENDS, STARTS, RowFormat, short
 
 ImageRef = str | bytes | dict[str, Any]
-"""An absolute path, bytes, `{"lmdb_file", "lmdb_key"}` or `{"tar", "member"}`: what `eagle_sampling.open_image` takes."""
+"""An absolute path or an address, bytes, `{"lmdb_file", "lmdb_key"}` or `{"tar", "member"}`: what `eagle_sampling.open_image` takes."""
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:[\w/+.-]*[;,]")
 """Addresses, which are not files: `s3://...`, `data:image/png;base64,...`; `clip1:2.png` is a file."""
@@ -42,8 +45,9 @@ _DOCUMENT_KEYS = _KEYS | {"document", "pages"}
 class Media:
     """Collects the references of one row."""
 
-    def __init__(self, root: Path, unpacked: str | None) -> None:
-        self.root, self.unpacked = root, unpacked
+    def __init__(self, root: str | Path, form: RowFormat) -> None:
+        self.root = root if isinstance(root, str) and addresses.scheme_of(root) else Path(root)
+        self.unpacked, self.on_damage = form.media, form.on_damage
         self.images: list[ImageRef] = []
         self.videos: list[VideoRef] = []
         self.documents: list[VideoRef] = []
@@ -77,7 +81,7 @@ class Media:
         if value.startswith("file://"):
             value = unquote(value.removeprefix("file://"))
         if _ADDRESS.match(value):
-            raise RowError("bad-media", f"{what} {short(value)} is an address; media are read from files, download it first")
+            return _address(value, what)
         if len(value) > _LONGEST_PATH:
             raise RowError("bad-media", f"{what} {short(value)} has {len(value)} characters and is not a path; media are read from files")
         if "\0" in value:
@@ -86,6 +90,8 @@ class Media:
             os.fsencode(value)
         except UnicodeEncodeError as error:  # half of a surrogate pair, except those that Python spells odd bytes of a name with
             raise RowError("bad-media", f"{what} {short(value)} can't be a path: {error}") from error
+        if isinstance(self.root, str) and not os.path.isabs(value):
+            return _address(addresses.join(self.root, value), what)
         return str(self.root / value)
 
     def image(self, item: Any) -> ImageRef:
@@ -100,7 +106,7 @@ class Media:
         if isinstance(item, list | bytes | str):
             item = {"video": item}
         elif not isinstance(item, Mapping):
-            return VideoRef(self.path(item, "video"))
+            item = {"video": self.path(item, "video")}
         _check(item, _VIDEO_KEYS, "a video")
         about = {**clip, **{key: value for key, value in item.items() if value is not None}}
         if both := [key for key in clip if item.get(key) is not None and item[key] != clip[key]]:
@@ -120,8 +126,8 @@ class Media:
         if isinstance(place, bytes):
             item = {"bytes": place}
         if (stored := self._stored(item, "video")) is not None:
-            return VideoRef(self._as_file(stored, ".mp4"), start, end)
-        return VideoRef(self.path(place, "video"), start, end)
+            return VideoRef(self._as_file(stored, ".mp4"), start, end, on_damage=self.on_damage)
+        return VideoRef(self.path(place, "video"), start, end, on_damage=self.on_damage)
 
     def _frames(self, frames: Sequence[Any], about: Mapping[str, Any], start: float | None, end: float | None) -> VideoRef:
         """A video of images. With fps their times are known and a clip can be cut; without, they are numbered frames."""
@@ -180,10 +186,12 @@ class Media:
             identity = stored
         else:
             try:
-                stat = os.stat(stored["tar"])  # pyright: ignore[reportArgumentType]
+                version = version_of(stored["tar"])  # pyright: ignore[reportArgumentType]
             except OSError as error:
                 raise RowError("media-missing", f"{stored['tar']}: {error.strerror}") from error  # pyright: ignore[reportArgumentType]
-            identity = repr((sorted(stored.items()), stat.st_size, stat.st_mtime_ns)).encode()  # pyright: ignore[reportAttributeAccessIssue]
+            except MediaError as error:
+                raise RowError("media-missing", str(error)) from error
+            identity = repr((sorted(stored.items()), *version)).encode()  # pyright: ignore[reportAttributeAccessIssue]
             suffix = Path(stored["member"]).suffix or suffix  # pyright: ignore[reportArgumentType]
         target = Path(self.unpacked) / f"{hashlib.blake2b(identity, digest_size=16).hexdigest()}{suffix}"
         if not target.exists():
@@ -195,6 +203,19 @@ class Media:
             with replacing(target) as file:
                 file.write(content)
         return str(target)
+
+
+def _address(value: str, what: str) -> str:
+    """An address that this process reads; raises RowError for any other, and for one with credentials, which messages would repeat."""
+    if not is_remote(value):
+        scheme = addresses.scheme_of(value)
+        hint = f", or add {scheme} to data.remote.schemes" if scheme else ""
+        shown = short(addresses.without_secrets(value)) if scheme else short(value)
+        raise RowError("bad-media", f"{what} {shown} is an address; media are read from files, download it first{hint}")
+    if (secret := addresses.secret_in(value)) is not None:
+        why = f"carries credentials ({secret}); leave them to the environment's standard places, or download the file"
+        raise RowError("bad-media", f"{what} {short(addresses.without_secrets(value))} {why}")
+    return value
 
 
 def clip_of(mapping: Mapping[str, Any]) -> dict[str, Any]:

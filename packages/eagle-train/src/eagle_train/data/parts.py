@@ -4,6 +4,7 @@ A part is named by what its rows say. It counts lines and addresses from the sta
 before or behind it.
 """
 
+import hashlib
 import json
 import logging
 import traceback
@@ -14,9 +15,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eagle_sampling import MediaUnavailable
+
 from .atomic import replacing
 from .errors import RowError
-from .facts import SCHEMA
+from .facts import SCHEMA, content_of
 from .ledger import Entry, read_entries, write_entries
 from .measure import Measurer
 from .sample import RowFormat, normalise
@@ -44,7 +47,7 @@ class Work(NamedTuple):
 
     source: str
     file: str
-    root: Path
+    root: Path | str
     shard: Shard
     first_line: int
     part: Path
@@ -96,6 +99,8 @@ def _measure_rows(work: Work, measurer: Measurer, only: Container[int] | None = 
         except RowError as error:
             bad.append(Entry(work.source, line, error.reason, error.detail[:_LONGEST_DETAIL]))
             continue
+        except MediaUnavailable:  # says nothing about the row
+            raise
         except Exception as error:  # one odd row among millions: the ledger names it, the limits count it, and the others go on
             bad.append(Entry(work.source, line, UNEXPECTED, _report(error)))
             continue
@@ -115,8 +120,18 @@ def _write(part: Path, table: pa.Table, bad: list[Entry], blank: int) -> Counts:
     part.parent.mkdir(parents=True, exist_ok=True)
     write_entries(ledger_of(part), bad)
     with replacing(part) as file:
-        pq.write_table(table.replace_schema_metadata({"counts": json.dumps(counts)}), file, compression="zstd")
+        about = {"counts": json.dumps(counts), "content": content_of(table)}
+        pq.write_table(table.replace_schema_metadata(about), file, compression="zstd")
     return counts
+
+
+def content_of_part(part: Path) -> str:
+    """The hash of the facts in a part; of one of an earlier version, that of its file. Raises OSError for one that can't be read."""
+    try:
+        content = (pq.read_schema(part).metadata or {}).get(b"content")
+        return content.decode() if content else hashlib.blake2b(part.read_bytes(), digest_size=16).hexdigest()
+    except pa.ArrowException as error:
+        raise OSError(f"{part}: can't be read ({error}); remove the folder {part.parent} and run eagle prepare again") from error
 
 
 def counts_of(part: Path) -> Counts | None:

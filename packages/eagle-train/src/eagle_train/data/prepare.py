@@ -31,15 +31,18 @@ from typing import Any, NamedTuple
 
 from eagle_model.prompt import VideoSpan, encode, render, to_text
 from eagle_model.prompt.costs import FrameCosts, PromptCosts
-from eagle_train.config import Config, Source
+from eagle_train.config import Config, DataConfig, Source
 from eagle_train.errors import BAD_DATA, TrainError
+from eagle_train.executors import in_threads
 
+from . import remote
 from .atomic import read_json, replacing
-from .facts import FACTS_VERSION, Facts, Part, Prepared, RowFile, join_sources, root_of
+from .facts import FACTS_VERSION, Facts, RowFile, root_of
+from .join import Part, Prepared, join_sources
 from .ledger import Entry, Ledger, read_entries, top_reasons
 from .lock import locked
 from .measure import Measurer
-from .parts import Counts, Work, counts_of, has_media_reasons, ledger_of, run_shard
+from .parts import Counts, Work, content_of_part, counts_of, has_media_reasons, ledger_of, run_shard
 from .recipe import Recipe, recipe_of
 from .sample import RowFormat
 from .sources import files_of
@@ -207,12 +210,14 @@ class _SourcePlan:
             "version": FACTS_VERSION,
             "source": name,
             "columns": [sorted(source.columns.items()), sorted(source.ignore), source.question],
-            "root": str(root_of(source).resolve()),
+            "root": str(root.resolve() if isinstance(root := root_of(source), Path) else root),
             "tokenizer": fingerprint,
             "system": config.prompt.system,
             "verify": data.verify,
             "limits": limits,
         }
+        if data.verify == "decode" and source.on_damage != "refuse":  # otherwise no frame is decoded, and the facts are the same
+            content["on_damage"] = source.on_damage
         rules = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=10).hexdigest()
         self.folder = config.facts_folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{rules}"
         self.key = hashlib.blake2b(f"{rules} {self.fingerprint}".encode(), digest_size=10).hexdigest()
@@ -274,6 +279,7 @@ class _SourcePlan:
             "blank_lines": self.counts.blank,
             # The lines that the facts don't have, which a repair changes.
             "unused": hashlib.blake2b(repr([entry.line for entry in self.entries()]).encode(), digest_size=10).hexdigest(),
+            "content": self._content([self.part(shard).name for _, shard, _ in self.shards()]),
             "parts": [[self.part(shard).name, line, shard.start] for _, shard, line in self.shards()],
             "frame_costs": costs.table,
         }
@@ -285,12 +291,19 @@ class _SourcePlan:
         lines = itertools.accumulate((file.rows for file in self.files), initial=1)
         files = tuple(RowFile(file.path, line) for file, line in zip(self.files, lines))
         parts = [Part(self.folder / name, line, start) for name, line, start in done["parts"]]
-        return Prepared(self.name, self.source, files, self.form, self.fingerprint, done["bad_rows"], parts)
+        content = done.get("content") or self._content([part.path.name for part in parts])
+        return Prepared(self.name, self.source, files, self.form, self.fingerprint, done["rows"], done["bad_rows"], content, parts)
+
+    def _content(self, names: Sequence[str]) -> str:
+        """A hash of the facts in parts, in this order."""
+        hashes = in_threads(content_of_part, [self.folder / name for name in names])
+        return hashlib.blake2b(" ".join(hashes).encode(), digest_size=16).hexdigest()
 
 
 def row_format(source: Source, facts_folder: Path) -> RowFormat:
     """How the rows of a source are written."""
-    return RowFormat(tuple(source.columns.items()), tuple(source.ignore), source.question, str(facts_folder / "media"))
+    columns, ignore = tuple(source.columns.items()), tuple(source.ignore)
+    return RowFormat(columns, ignore, source.question, str(facts_folder / "media"), source.on_damage)
 
 
 def fingerprint_of(files: Sequence[FileIndex]) -> str:
@@ -383,7 +396,7 @@ def _run_in_processes(todo: list[tuple[_SourcePlan, Work]], workers: int, config
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer, config.data.limits, config.data.verify, os.getpid()),
+        initargs=(tokenizer, config.data, os.getpid()),
     )
     queue = iter(todo)
     running: dict[Future[Counts], tuple[_SourcePlan, Work]] = {}
@@ -412,11 +425,12 @@ def _run_in_processes(todo: list[tuple[_SourcePlan, Work]], workers: int, config
 _worker: Measurer | None = None
 
 
-def _start_worker(tokenizer: Any, limits: Any, verify: str, parent: int) -> None:
+def _start_worker(tokenizer: Any, data: DataConfig, parent: int) -> None:
     global _worker
+    remote.enable(data.remote)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of their own would only take turns with the other workers
-    _worker = Measurer(tokenizer, limits, verify)
+    _worker = Measurer(tokenizer, data.limits, data.verify)
 
     def watch() -> None:  # a killed parent can't tell its workers to stop
         while os.getppid() == parent:

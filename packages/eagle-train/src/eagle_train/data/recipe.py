@@ -18,6 +18,8 @@ from pydantic import ValidationError
 from eagle_train.config import Config, ConfigError, Source
 from eagle_train.config.load import describe_errors, nearest, read_yaml
 
+from . import remote
+
 # Keys of the originals' recipes that change nothing here, and why; anything else unknown is an error.
 _LEFT_ASIDE = {
     "modility": "kinds of media are read from the rows",
@@ -85,6 +87,7 @@ def recipe_of(config: Config, *, evaluation: bool = False) -> Recipe:
 
     Raises ConfigError when there are none to train on, or when a stage weighs a source that doesn't exist.
     """
+    remote.enable(config.data.remote)  # from here on sources are read, by address too
     path = config.data.eval_recipe if evaluation else config.data.recipe
     sources = config.data.eval_sources if evaluation else config.data.sources
     recipe = load_recipe(path) if path is not None else Recipe(dict(sources), {}, ())
@@ -92,12 +95,13 @@ def recipe_of(config: Config, *, evaluation: bool = False) -> Recipe:
         if not recipe.sources:
             raise ConfigError("data: neither recipe nor sources is given, there is nothing to train on; name a recipe file in data.recipe")
         for index, stage in enumerate(config.stages):
-            for name in stage.sources or ():
+            for name in stage.source_weights or ():
                 if name not in recipe.sources:
-                    raise ConfigError(f"stages.{index}.sources: no source is called {name!r}{nearest(name, list(recipe.sources))}")
+                    key = "sources" if stage.mixture is None else "mixture"
+                    raise ConfigError(f"stages.{index}.{key}: no source is called {name!r}{nearest(name, list(recipe.sources))}")
     for name, source in recipe.sources.items():
         for path in source.annotation if isinstance(source.annotation, list) else [source.annotation]:
-            if not there(path):
+            if isinstance(path, Path) and not there(path):
                 kind = "pattern" if is_pattern(path) else "file"
                 what = "matches no file" if is_pattern(path) else "does not exist"
                 raise ConfigError(f"source {name}: annotation {kind} {path} {what}; check the recipe's paths")

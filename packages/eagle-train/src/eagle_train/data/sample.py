@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle_model.visual import VideoRef
+from eagle_sampling import MediaError
 
 from .errors import RowError
 from .keys import ENDS, KINDS, MEDIA, ROW_KEYS, STARTS, RowFormat, check_keys, says_nothing, short, with_columns, without_nulls
@@ -56,7 +57,10 @@ class Address(NamedTuple):
 
 def load_sample(address: Address) -> Sample:
     """Read and normalise the row; raises RowError or OSError when the file changed since prepare."""
-    row = open_rows(address.annotation).get(address.offset, address.size)
+    try:
+        row = open_rows(address.annotation).get(address.offset, address.size)
+    except MediaError as error:  # a remote file
+        raise RowError("unreadable", str(error)) from error
     return normalise(row, address.source, root=address.root, line=address.line, system=address.system, form=address.form)
 
 
@@ -80,7 +84,7 @@ def normalise(
     row = with_columns(row, form)
     absent = [kind for kind in KINDS if _says_absent(row, kind)]
     row = without_nulls(row)
-    media = Media(Path(root), form.media)
+    media = Media(root, form)
     for entry in _as_list(row.get("data"), "data"):
         _add_entry(entry, media)
     clip = _row_clip(row, form)

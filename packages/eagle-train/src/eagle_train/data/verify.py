@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from eagle_sampling import Limits, open_image, read_bytes
+from eagle_sampling.files import MediaStream, open_remote
 
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _TAIL = 32
@@ -18,7 +19,14 @@ def check_image(ref: Any, level: str, limits: Limits) -> None:
     if level == "decode":
         open_image(ref, limits=limits)
         return
-    if isinstance(ref, str):
+    if isinstance(ref, str) and (remote := open_remote(ref)) is not None:
+        with MediaStream(remote, ref):
+            size = remote.size
+            limits.check_bytes(size, ref)
+            if level == "header":
+                return
+            head, tail = remote.read(0, _TAIL), remote.read(max(0, size - _TAIL), _TAIL)
+    elif isinstance(ref, str):
         size = os.stat(ref).st_size
         limits.check_bytes(size, ref)
         if level == "header":

@@ -31,6 +31,8 @@ class Totals(NamedTuple):
     interrupts: int = 0
     terminations: int = 0
     saves: int = 0
+    #: Damaged frames that are used as the decoder makes them (`on_damage: conceal`).
+    concealed: int = 0
 
 
 def agree(
@@ -53,7 +55,10 @@ def agree(
         # The ranks of a context group hold the same packs: the first of them counts.
         own = torch.tensor(numbers, dtype=torch.float64).sum(0) * (world.context.rank == 0)
         changed = sum(pack.missing.keys() != known.keys() for pack, known in zip(packs, agreed)) if world.context.size > 1 else 0
-        weight, *counts, changed = world.sum(torch.cat([own, torch.tensor([*requests, changed], dtype=torch.float64)])).tolist()
+        # Each rank of a context group reads other frames: they are counted on all of them.
+        concealed = sum(pack.concealed_frames for pack in packs)
+        rest = torch.tensor([*requests, concealed, changed], dtype=torch.float64)
+        weight, *counts, changed = world.sum(torch.cat([own, rest])).tolist()
         if not changed:
             return packs, Totals(weight, *map(int, counts))
         of_ranks = world.gather([pack.missing for pack in packs])[group]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import ctypes
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from eagle_cp import ContextMesh, Layout
+from eagle_cp import ContextMesh, Layout, plan_context
+from eagle_cp.planner import Hardware
+from eagle_model.language.spec import head_dim
 from eagle_train.config import ConfigError, ParallelConfig
 from eagle_train.errors import TrainError
 
@@ -60,20 +64,42 @@ class World:
     mesh: DeviceMesh | None
     owns_group: bool = field(default=False, repr=False)
     patient: dist.ProcessGroup | None = field(default=None, repr=False)
+    #: With `parallel.context: auto`, the same ranks as `context` in every split, by the size of the Ulysses level.
+    splits: Mapping[int, ContextMesh] = field(default_factory=dict, repr=False)
+    #: Rates that splits are chosen by; None: those of `eagle_cp.planner.Hardware`.
+    hardware: Hardware | None = field(default=None, repr=False)
+    #: How many packs were split in which way, with `parallel.context: auto`.
+    chosen: Counter[str] = field(default_factory=Counter, repr=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def layout(self, cu_seqlens: Sequence[int], text_config: Any, prefixes: Sequence[int] = ()) -> Layout:
-        """How the ranks of a context parallel group share a pack.
+        """How the ranks of a context parallel group share a pack: a function of the arguments, so that all of them decide alike.
 
-        text_config: of the language model, for its numbers of heads. prefixes: of a `PackedBatch`.
+        text_config: of the language model, for its sizes. prefixes: of a `PackedBatch`.
         """
         if self.context.size == 1:
             return Layout.single(cu_seqlens, prefixes or None)
         heads = {"num_heads": text_config.num_attention_heads, "num_kv_heads": text_config.num_key_value_heads}
-        return Layout.build(cu_seqlens, self.context, prefixes=prefixes or None, **heads)
+        mesh, whole = self.context, False
+        if self.splits:
+            width = head_dim(text_config)
+            attention = width * 2 * (heads["num_heads"] + heads["num_kv_heads"])
+            plan = plan_context(
+                [stop - start for start, stop in pairwise(cu_seqlens)],
+                self.context.size,
+                prefixes=prefixes or None,
+                whole=True,
+                head_dim=width,
+                hardware=self.hardware,
+                token_flops=2.0 * text_config.hidden_size * (attention + 3 * text_config.intermediate_size),
+                **heads,
+            )
+            mesh, whole = self.splits[plan.ulysses], plan.whole
+            self.chosen["whole samples" if whole else f"ulysses {plan.ulysses} x all_gather {plan.all_gather}"] += 1
+        return Layout.build(cu_seqlens, mesh, prefixes=prefixes or None, whole=whole, **heads)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""
@@ -173,7 +199,7 @@ def for_evaluation(config: ParallelConfig, *, ulysses: int = 1, all_gather: int 
 
     ulysses, all_gather: ranks that share a pack of teacher-forced scoring.
     """
-    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": ulysses, "all_gather": all_gather})
+    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": ulysses, "all_gather": all_gather, "context": "fixed"})
 
 
 def start_world(config: ParallelConfig, device: str | None = None) -> World:
@@ -184,7 +210,7 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
     """
     size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     kind = device_kind(device)
-    context = config.context
+    context = config.group_size
     if size % context:
         raise ConfigError(
             f"parallel: ulysses {config.ulysses} x all_gather {config.all_gather} = {context} ranks don't divide the {size} that run"
@@ -216,4 +242,8 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
         mesh = init_device_mesh(kind, (data, config.all_gather, config.ulysses), mesh_dim_names=("data", "all_gather", "ulysses"))
         if context > 1:
             context_mesh = ContextMesh.from_device_mesh(mesh["all_gather", "ulysses"])
-    return World(rank, size, here, rank // context, data, context_mesh, mesh, owns, patient)
+    splits = {}
+    if config.context == "auto" and context > 1:
+        group = context_mesh.context.process_group
+        splits = {u: ContextMesh.from_group(group, ulysses=u) for u in range(1, context + 1) if context % u == 0}
+    return World(rank, size, here, rank // context, data, context_mesh, mesh, owns, patient, splits)

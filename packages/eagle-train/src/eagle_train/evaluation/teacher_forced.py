@@ -6,6 +6,7 @@ depend on the rows that it is packed with, nor on the number of ranks, except fo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,8 @@ from eagle_train.loading.pack import LoadedPack, Share, load_pack
 from eagle_train.planning.packing import pack
 from eagle_train.planning.stages import Planned
 from eagle_train.planning.visual import sample_plan
+
+logger = logging.getLogger(__name__)
 
 
 class Variant(NamedTuple):
@@ -102,6 +105,8 @@ def score_variants(
             loaded = load(places)
         again = partial(_again, load, places)
         [loaded], _ = agree([loaded], world, again)
+        for entry in loaded.concealed:
+            logger.warning("%s:%d: %s", entry.source, entry.line, entry.detail)
         try:
             scores = _score_pack(model, loaded, world)
         except Exception as error:

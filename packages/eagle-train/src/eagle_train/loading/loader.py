@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 from eagle_model.prompt import CachedEncoder
 from eagle_model.visual import VisualSpec
 from eagle_sampling import Limits
+from eagle_train.config import RemoteConfig
 from eagle_train.data.ledger import Entry
+from eagle_train.data.remote import enable
 from eagle_train.data.sample import Address
 from eagle_train.errors import TrainError
 from eagle_train.planning.stages import Planned, pack_tiles, pack_tokens
@@ -41,12 +43,13 @@ SLOW_SAMPLE = 30.0
 
 
 class Reading(NamedTuple):
-    """What a worker needs besides its tasks. tokenizer: its folder."""
+    """What a worker needs besides its tasks. tokenizer: its folder. remote: which addresses it reads."""
 
     tokenizer: str
     spec: VisualSpec
     limits: Limits
     share: Share = WHOLE
+    remote: RemoteConfig = RemoteConfig()
 
 
 class Task(NamedTuple):
@@ -58,7 +61,7 @@ class Task(NamedTuple):
 
     def nbytes(self, spec: VisualSpec, share: Share = WHOLE) -> int:
         """Bytes of the batch for a process that reads `share` of its tiles, from the plan alone."""
-        tokens, tiles = pack_tokens(self.pack, spec), pack_tiles(self.pack, spec)
+        tokens, tiles = pack_tokens(self.pack), pack_tiles(self.pack, spec)
         return tokens * 36 + -(-tiles // share.ranks) * 3 * spec.tile_size**2
 
 
@@ -355,6 +358,7 @@ def work(pipe: Connection, place: Any, reading: Reading) -> None:
         place.value = number
 
     try:
+        enable(reading.remote)
         encoder = make_encoder(reading.tokenizer)
         while True:
             try:

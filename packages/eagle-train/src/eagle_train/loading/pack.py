@@ -15,7 +15,7 @@ import numpy as np
 
 from eagle_model.batch import PackedBatch
 from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, CachedEncoder, Encoded, PromptError, encode, share_prefix
-from eagle_model.visual import MediaChanged, VisualSpec, read_tiles_into
+from eagle_model.visual import Concealed, MediaChanged, VisualSpec, describe_concealed, read_tiles_into
 from eagle_sampling import Limits, MediaError
 from eagle_train.data.ledger import Entry
 from eagle_train.data.sample import Address, RowError, Sample, load_sample
@@ -44,7 +44,8 @@ class LoadedPack:
 
     batch: numpy arrays of the whole pack; its tiles are this process's share. sample_ids: (source, line) of each sample. tile_count: tiles
     of the whole pack. planned_tokens: tokens of the plan (an upper bound). missing: place in the pack -> ledger entry.
-    seconds_by_source: reading time by source.
+    seconds_by_source: reading time by source. concealed: of samples that are used, with damaged frames in this share; concealed_frames: how
+    many frames.
     """
 
     batch: PackedBatch
@@ -53,6 +54,8 @@ class LoadedPack:
     planned_tokens: int = 0
     missing: dict[int, Entry] = field(default_factory=dict)
     seconds_by_source: dict[str, float] = field(default_factory=dict)
+    concealed: tuple[Entry, ...] = ()
+    concealed_frames: int = 0
 
     @property
     def tokens(self) -> int:
@@ -161,7 +164,8 @@ def load_pack(
     counts = {place: pack[place].plan.tile_count(spec) for place in trees}
     first, last = share.of(sum(counts.values()))
     tiles = np.empty((last - first, spec.tile_size, spec.tile_size, 3), np.uint8)
-    filled, start = 0, 0  # start: the sample's first tile in the pack
+    concealed: list[Entry] = []
+    filled, start, frames = 0, 0, 0  # start: the sample's first tile in the pack
     for place, count in counts.items():
         begin, end = max(first - start, 0), min(last - start, count)
         start += count
@@ -171,7 +175,7 @@ def load_pack(
         read = partial(
             read_tiles_into, part, sample.messages, sample.images, sample.videos, pack[place].plan, spec, first=begin, limits=limits
         )
-        attempt(place, read)
+        damaged: list[Concealed] = attempt(place, read) or []
         if place in missing:  # the next sample's tiles take the room
             for branch in trees.pop(place):
                 address = pack[branch].address
@@ -179,6 +183,10 @@ def load_pack(
                 del rows[branch]
         else:
             filled += end - begin
+            if damaged:
+                address = pack[place].address
+                concealed.append(Entry(address.source, address.line, "concealed", describe_concealed(damaged), "train"))
+                frames += len(damaged)
     # A share of a pack that lost a sample is another share: such a batch is read again.
     whole = share.ranks == 1 or len(trees) == len(counts)
     samples, prefixes = _documents([[rows[place][1] for place in places] for places in trees.values()], image_token)
@@ -189,9 +197,11 @@ def load_pack(
         batch,
         tuple((pack[place].address.source, pack[place].address.line) for places in trees.values() for place in places),
         tile_count,
-        pack_tokens(pack, spec),
+        pack_tokens(pack),
         dict(sorted(missing.items())),
         seconds,
+        tuple(concealed),
+        frames,
     )
 
 

@@ -15,12 +15,15 @@ from .stages import StageSchedule
 
 
 def identify(config: Config, tokenizer: Any, schedules: Sequence[StageSchedule]) -> dict[str, str]:
-    """The tokenizer, every source and every stage's steps, as text that changes when they do. Where files are doesn't count."""
+    """The tokenizer, every source and every stage's steps and costs, as text that changes when they do. Where files are doesn't count."""
     result = {"the tokenizer": tokenizer_fingerprint(tokenizer)}
     for source in schedules[0].facts.sources:
         drawn = (source.fingerprint, source.rows, source.repeat_time, source.weight, source.max_dynamic_tiles)
         result[f"source {source.name}"] = hashlib.blake2b(json.dumps(drawn).encode(), digest_size=10).hexdigest()
-    return result | {f"the steps of stage {schedule.stage.name}": str(schedule.steps) for schedule in schedules}
+    for schedule in schedules:
+        result[f"the steps of stage {schedule.stage.name}"] = str(schedule.steps)
+        result[f"the costs of stage {schedule.stage.name}"] = str(schedule.costs)  # which decide what is packed with what
+    return result
 
 
 def check_same(before: Mapping[str, str], now: Mapping[str, str], where: Path, *, open_stages: Sequence[str] = ()) -> None:

@@ -15,8 +15,9 @@ from eagle_train.distributed.world import World, alone
 from eagle_train.errors import TrainError
 from eagle_train.planning.visual import visual_spec
 from eagle_train.training import checkpoint
+from eagle_train.training.build import build_model
 from eagle_train.training.ema import MovingAverage
-from eagle_train.training.model import build_model, load_run_tokenizer
+from eagle_train.training.model import load_run_tokenizer
 
 
 class ExportError(TrainError, RuntimeError):

@@ -15,7 +15,7 @@ from eagle_train.data.prepare import Progress, load_facts, prepare
 from eagle_train.planning.stages import StageSchedule
 from eagle_train.planning.visual import visual_spec
 from eagle_train.training.model import load_run_tokenizer
-from eagle_train.training.sizes import model_sizes
+from eagle_train.training.sizes import model_sizes, stage_costs
 
 if TYPE_CHECKING:  # planning needs no torch
     from eagle_train.distributed.world import World
@@ -42,8 +42,16 @@ class Ready:
 
     @cached_property
     def schedules(self) -> list[StageSchedule]:
-        """The plan of every stage; no model is made for it. Raises ValueError for a stage without a row that fits."""
-        return [StageSchedule(self.facts, self.config, stage, self.spec) for stage in self.config.stages]
+        """The plan of every stage, made by one process of each host; no model is made for it.
+
+        Raises ValueError for a stage without a row that fits.
+        """
+        folder = self.config.facts_folder / "plans"
+        costs = [stage_costs(self.config, stage, self.sizes, self.tokenizer) for stage in self.config.stages]
+        return [
+            StageSchedule(self.facts, self.config, stage, self.spec, folder=folder, costs=cost)
+            for stage, cost in zip(self.config.stages, costs)
+        ]
 
     def record_drops(self) -> None:
         """Write the rows that a stage can't fit to the run's ledger, in place of what the stage wrote before."""

@@ -33,19 +33,19 @@ def resources(ready: Ready, gpus: int) -> Resources:
 
     Raises ConfigError when the groups of `parallel` don't divide the GPUs.
     """
-    from eagle_train.training.activations import planned
+    from eagle_train.training.activations import planned, rank_tokens
     from eagle_train.training.model import model_config
 
     config = for_gpus(ready.config)
     parallel = config.parallel
-    if gpus % parallel.context:
+    if gpus % parallel.group_size:
         raise ConfigError(
-            f"parallel: ulysses {parallel.ulysses} x all_gather {parallel.all_gather} = {parallel.context} ranks don't divide {gpus} GPUs"
+            f"parallel: ulysses {parallel.ulysses} x all_gather {parallel.all_gather} = {parallel.group_size} ranks "
+            f"don't divide {gpus} GPUs"
         )
     described = model_config(config, ready.tokenizer)
     memory = planned(config, described, gpus) if config.model.activations != "keep" else None
-    tokens = -(-config.max_tokens // parallel.context)
-    return Resources(count_parameters(described), memory, gpus, parallel.dtype, config.model.activations, tokens)
+    return Resources(count_parameters(described), memory, gpus, parallel.dtype, config.model.activations, rank_tokens(config))
 
 
 def for_gpus(config: Config) -> Config:

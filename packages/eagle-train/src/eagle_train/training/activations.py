@@ -6,11 +6,13 @@ and a run for which there is not enough is refused before its first step.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, Literal
 
 import torch
 
+from eagle_cp.planner import WHOLE_ROWS
 from eagle_kernels import MemoryPlan, OffloadEngine, plan_memory
 from eagle_kernels.offload import ALIGNMENT, GIB, available_host_bytes
 from eagle_model.memory import decoder_shape, vision_shape
@@ -29,9 +31,15 @@ def activation_mode(config: Config, device: torch.device) -> Mode:
     return config.model.activations
 
 
+def rank_tokens(config: Config) -> int:
+    """Tokens of the longest pack that one rank holds, at most."""
+    share = -(-config.max_tokens // config.parallel.group_size)
+    return math.ceil(share * WHOLE_ROWS) if config.parallel.context == "auto" else share
+
+
 def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
     """What a step over the longest pack needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`)."""
-    tokens = -(-config.max_tokens // config.parallel.context)
+    tokens = rank_tokens(config)
     low = config.parallel.dtype == "bfloat16"
     sharded = ranks > 1 or low
     return plan_memory(

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eagle_train.errors import TrainError
+from eagle_train.errors import TrainError, disk_is_full
 
 if TYPE_CHECKING:  # torch is imported where weights are written or read: what is saved can be said without it
     import torch
@@ -57,7 +57,10 @@ def write(
     *,
     average: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint under `folder`; every rank calls it. Returns its path, which exists only once everything in it is durable."""
+    """Write a checkpoint under `folder`; every rank calls it. Returns its path, which exists only once everything in it is durable.
+
+    Raises CheckpointError when it can't be written; the checkpoints before stay what they are.
+    """
     import torch.distributed.checkpoint as dcp
 
     name = f"{progress.stage_name}-end" if progress.done else f"{progress.stage_name}-{progress.step:08d}"
@@ -67,15 +70,20 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     world.barrier()
-    dcp.save(
-        _state(model, optimizer) | ({"average": dict(average)} if average else {}), checkpoint_id=str(temporary), no_dist=world.size == 1
-    )
+    state = _state(model, optimizer) | ({"average": dict(average)} if average else {})
+    try:
+        dcp.save(state, checkpoint_id=str(temporary), no_dist=world.size == 1)
+    except dcp.api.CheckpointException as error:  # not an Exception; the same on every rank
+        raise _not_written(temporary, [failure[0] for failure in error.failures.values()]) from error
     world.barrier()
     if world.is_main:
-        (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
-        for path in sorted(temporary.iterdir()):
-            _sync(path)
-        _sync(temporary)
+        try:
+            (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+            for path in sorted(temporary.iterdir()):
+                _sync(path)
+            _sync(temporary)
+        except OSError as error:
+            raise _not_written(temporary, [error]) from error
         if final.exists():  # the same step again, after a resume from an earlier one: the old folder is whole and equal
             shutil.rmtree(temporary)
         else:
@@ -83,6 +91,29 @@ def write(
             _sync(folder)
     world.barrier()
     return final
+
+
+def _not_written(temporary: Path, failures: Sequence[BaseException]) -> CheckpointError:
+    """The error of a checkpoint that could not be written, with the room on its disk, and what the run continues from."""
+    folder = temporary.parent
+    reasons = "; ".join(dict.fromkeys(map(_reason, failures)))
+    # torch reports a write that failed half way as "unexpected pos".
+    if any(disk_is_full(failure) or "unexpected pos" in str(failure) for failure in failures):
+        free = shutil.disk_usage(folder).free / 2**30
+        advice = (
+            f"the disk is full, or a quota or a limit on file sizes is reached ({free:.1f} GiB of the disk are free): free space, for "
+            "example by a smaller checkpoint.keep"
+        )
+    else:
+        advice = "repair what it says"
+    newest = latest(folder)
+    where = f"the checkpoint {newest.name}" if newest is not None else "the beginning, since there is no checkpoint yet"
+    error = CheckpointError(
+        f"{folder}: the checkpoint {temporary.name.removeprefix(_WRITING)} can't be written: {reasons}; {advice}. "
+        f"The same command continues from {where}"
+    )
+    error.on_every_rank = not isinstance(failures[0], OSError)  # of writing, which every rank agreed on; an OSError is of the main rank
+    return error
 
 
 def read(

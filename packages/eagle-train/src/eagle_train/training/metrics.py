@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from eagle_train.data.atomic import naming
+
 TIMED = ("seconds", "tokens_per_second", "tiles_per_second", "data_wait", "eta")
 """Fields that depend on the machine; all others are equal when the same run is repeated."""
 
@@ -21,7 +23,7 @@ class Metrics:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
+        with naming(self.path), open(self.path, "ab") as file:
             file.write(json.dumps(_plain(record), allow_nan=False).encode() + b"\n")
 
     def replace(self, record: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""The model of a run: from a preset, a checkpoint, or a vision tower and a language model, with the tokenizer that belongs to it."""
+"""What the model of a run is: from a preset, a checkpoint, or a vision tower and a language model, with the tokenizer that belongs to it.
+
+Nothing is allocated here; `build.py` makes the model.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import copy
 import functools
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from eagle_model.configuration import EagleConfig
-    from eagle_model.eagle import EagleForConditionalGeneration
 
 
 # Fields of EagleConfig that other settings decide.
@@ -206,70 +207,3 @@ def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
         else:
             result[key] = copy.deepcopy(value)
     return result
-
-
-def build_model(config: Config, tokenizer: Any, *, weights: bool = True) -> EagleForConditionalGeneration:
-    """The model on the CPU in float32, with adapters: random weights from run.seed, or those of the checkpoint or the parts.
-
-    weights: False leaves pretrained weights unread, for others that will be loaded.
-    """
-    import torch
-    from transformers.initialization import no_init_weights
-
-    from eagle_model.checkpoint import load_checkpoint
-    from eagle_model.eagle import EagleForConditionalGeneration
-    from eagle_model.pretrained import grow_vocabulary, load_parts
-
-    described = model_config(config, tokenizer)
-    torch.manual_seed(config.run.seed)
-    # Random weights of 0.9 billion parameters took 8.6 s on one core, so they are drawn only where nothing replaces them.
-    filled = not weights or config.model.path is not None or config.model.vision is not None
-    with no_init_weights() if filled else nullcontext():
-        model = EagleForConditionalGeneration(described).float()
-    if filled:
-        model.mlp1.apply(model._init_weights)
-        model.tie_weights()
-    if config.model.path is not None or config.model.vision is not None:
-        if weights and config.model.path is not None:
-            load_checkpoint(model, located(config, "path"))
-        elif weights:
-            load_parts(model, located(config, "vision"), located(config, "language"))
-        grow_vocabulary(model, len(tokenizer))
-    _add_adapters(config, model, weights=weights)
-    _quantize(config, model, weights=weights)
-    return model
-
-
-def _quantize(config: Config, model: EagleForConditionalGeneration, *, weights: bool) -> None:
-    """Linear layers in 4 bits, as `model.quantize` says; their values are loaded later unless `weights`."""
-    from eagle_model.lora import quantize
-
-    for part in config.model.quantize:
-        try:
-            quantize(model, part, empty=not weights)
-        except ImportError as error:
-            raise ConfigError(
-                f"model.quantize: 4-bit weights need bitsandbytes ({error.__cause__}): pip install 'eagle-train[qlora]'"
-            ) from error
-
-
-def _add_adapters(config: Config, model: EagleForConditionalGeneration, *, weights: bool) -> None:
-    """Adapters on the parts that a stage trains as lora, with the values of `model.adapter` if `weights`."""
-    from eagle_model.lora import adapters, add_lora, load_adapter
-
-    for part, lora in config.adapters.items():
-        try:
-            add_lora(model, part, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
-        except ValueError as error:
-            raise ConfigError(f"model.lora.{part}: {error}") from error
-    if config.model.adapter is None or not weights:
-        return
-    expected = {name: layer.alpha for name, layer in adapters(model).items()}
-    try:
-        names = load_adapter(model, config.model.adapter)
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(f"model.adapter: {error}") from error
-    for name in names:
-        if expected.get(name) != adapters(model)[name].alpha:
-            wanted = f"alpha {adapters(model)[name].alpha:g}" if name in expected else "an adapter there"
-            raise ConfigError(f"model.adapter: {name} needs {wanted}; set model.lora to the adapter's rank, alpha and targets")

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from eagle_model.flops import forward_flops
 from eagle_model.presets import IN_USE, PRESETS
 from eagle_model.sizes import ModelSizes, stated_sizes
-from eagle_train.config import Config
+from eagle_train.config import Config, StageConfig
+from eagle_train.planning.costs import CostModel, cost_model
 
 from .model import check_model_folder, check_preset, model_config
 
@@ -22,6 +24,13 @@ def model_sizes(config: Config, tokenizer: Any) -> Any:
     Both give the same sizes. Raises ConfigError as `model_config` does.
     """
     return _stated(config) or model_config(config, tokenizer)
+
+
+def stage_costs(config: Config, stage: StageConfig, sizes: Any, tokenizer: Any) -> CostModel:
+    """What packs of a stage cost. sizes: those of `model_sizes`; what they do not state is read from the run's `EagleConfig`."""
+    flops = forward_flops(sizes) or forward_flops(model_config(config, tokenizer))
+    assert flops is not None  # an EagleConfig states everything
+    return cost_model(flops, stage.modes)
 
 
 def _stated(config: Config) -> ModelSizes | None:

@@ -40,10 +40,11 @@ from eagle_train.planning.stages import StageSchedule
 
 from . import checkpoint
 from .activations import activation_mode, make_engine
+from .build import empty_model, fill_model
 from .ema import MovingAverage
 from .heartbeat import Heartbeat
 from .metrics import Metrics
-from .model import attention_backend, build_model, tokenizer_folder
+from .model import attention_backend, tokenizer_folder
 from .optim import make_optimizer, set_learning_rates, set_trainable
 from .stop import Interrupted, StopSignals, what_is_saved
 
@@ -101,14 +102,20 @@ class Trainer:
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
         #: Host memory of `model.activations: offload`, made once and used by every model of the run.
         self.engine: OffloadEngine | None = None
-        self.model: nn.Module = self._new_model(weights=checkpoint.latest(self.checkpoints) is None)
+        #: Its processes start, and read the first packs, while the model is made and filled.
+        self._loader = self._start_reading()
+        try:
+            self.model: nn.Module = self._new_model(weights=checkpoint.latest(self.checkpoints) is None)
+        except BaseException:
+            self._loader.close()
+            raise
         #: The moving average of the trained weights, with `model.ema`.
         self.average = MovingAverage(self.model, config, config.model.ema) if config.model.ema is not None else None
         #: One sentence for every evaluation that failed.
         self.failed_evaluations: list[str] = []
         self._pending: _Pending | None = None
         self._pace: float | None = None
-        self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0}
+        self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0, "concealed": 0}
         #: Stage and step of the newest checkpoint, and when it was written.
         self._saved, self._saved_at = (0, 0), time.monotonic()
 
@@ -116,6 +123,11 @@ class Trainer:
     def missing(self) -> int:
         """Samples that could not be read, so far."""
         return self._seen["missing"]
+
+    @property
+    def concealed(self) -> int:
+        """Damaged frames that were trained as the decoder makes them (`on_damage: conceal`), so far."""
+        return self._seen["concealed"]
 
     @property
     def checkpoints(self) -> Path:
@@ -145,19 +157,15 @@ class Trainer:
             raise Interrupted(signum)
 
     def _train(self) -> None:
-        stage, step, resumed = self._resume()
-        self._saved = stage, step
-        with Loader(
-            self.tasks.from_step(stage, step),
-            self._reading(),
-            workers=self.config.loader.workers,
-            prefetch=self.config.loader.prefetch,
-            encoder=None if self.config.loader.workers else CachedEncoder(self.tokenizer),
-        ) as loader:
+        with self._loader as loader:
+            stage, step, resumed = self._resume()
+            self._saved = stage, step
             for number in range(stage, len(self.schedules)):
                 self._train_stage(number, step, loader, resumed if step else None)
                 step = 0
         if self.world.is_main:
+            if splits := self.world.chosen:
+                logger.info("context parallel splits: %s", ", ".join(f"{name} {count} packs" for name, count in splits.most_common()))
             longest = loader.seconds_by_source.most_common(3)
             if longest and longest[0][1] >= 1:
                 readers = self.config.loader.workers
@@ -177,13 +185,13 @@ class Trainer:
             self._rewind(progress.total_steps if progress is not None else 0)
         if path is None or progress is None:
             return 0, 0, None
-        self._seen = dict(progress.seen)
+        self._seen |= progress.seen
         lost = self._lost_evaluation(progress)
         if progress.done or lost:  # within a stage weights are read together with the optimizer's state
             self._load(path, None)
         if lost:
             self._evaluate(progress.stage_name, progress.total_steps)
-        return (progress.stage + 1, 0, path) if progress.done else (progress.stage, progress.step, path)
+        return *_next_step(progress), path
 
     # ---- one stage ---------------------------------------------------------------------------------------------------------------
 
@@ -360,6 +368,7 @@ class Trainer:
             loss += self._forward_backward(replace(pack.batch, denominator=denominator))
             if world.context.rank == 0:
                 self.ledger.extend(replace(entry, step=total_step) for entry in pack.failed)
+            self.ledger.extend(replace(entry, step=total_step) for entry in pack.concealed)
         self.beat.at("the optimizer")
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
@@ -382,9 +391,11 @@ class Trainer:
             "samples": totals.samples,
             "labels": totals.labels,
             "missing": totals.missing,
+            "concealed": totals.concealed,
             "fill": totals.tokens / (stage.packs_per_step * stage.max_tokens),
             "seen_tokens": self._seen["tokens"],
             "seen_missing": self._seen["missing"],
+            "seen_concealed": self._seen["concealed"],
         }
         ids = [sample for pack in packs for sample in pack.sample_ids]
         self._settle()
@@ -442,9 +453,9 @@ class Trainer:
     # ---- model and reading --------------------------------------------------------------------------------------------------------
 
     def _new_model(self, modes: Any = None, *, weights: bool = True) -> nn.Module:
-        """weights: False leaves pretrained weights unread, where a checkpoint of the run follows."""
-        model = build_model(self.config, self.tokenizer, weights=weights)
-        modes = modes or self.config.stages[0].modes
+        """weights: False leaves weights undefined, where a checkpoint of the run follows."""
+        empty = empty_model(self.config, self.tokenizer, weights=weights)
+        modes, model = modes or self.config.stages[0].modes, empty.model
         set_trainable(model, modes)
         self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
@@ -452,14 +463,30 @@ class Trainer:
         if mode == "offload" and self.engine is None:
             self.engine = make_engine(self.config, model.config, self.world)
         model.set_activation_checkpointing(mode, self.engine)
-        return shard_model(nn.Module.to(model, self.world.device), self.world, self.config.parallel)
+        sharded = shard_model(model, self.world, self.config.parallel)
+        fill_model(sharded, empty.rows, self.world)
+        return sharded
+
+    def _start_reading(self) -> Loader:
+        """The loader, at the step that follows the newest checkpoint."""
+        newest = checkpoint.latest(self.checkpoints)
+        stage, step = _next_step(checkpoint.read_progress(newest)) if newest is not None else (0, 0)
+        loader = self.config.loader
+        encoder = None if loader.workers else CachedEncoder(self.tokenizer)
+        tasks = self.tasks.from_step(stage, step)
+        return Loader(tasks, self._reading(), workers=loader.workers, prefetch=loader.prefetch, encoder=encoder)
 
     def _reading(self) -> Reading:
         share = Share(self.world.context.rank, self.world.context.size)
         origin = self.folder / "origin"  # with Eagle's tokens, also where the language model's own tokenizer lacks them
         tokenizer = origin if (origin / "tokenizer_config.json").is_file() else tokenizer_folder(self.config)
-        return Reading(str(tokenizer), self.schedules[0].spec, media_limits(self.config.data.limits), share)
+        return Reading(str(tokenizer), self.schedules[0].spec, media_limits(self.config.data.limits), share, self.config.data.remote)
 
     def _read_again(self, number: int, step: int, place: int, missing: dict[int, Entry]) -> LoadedPack:
         """A pack without some samples, read in this process: rare, and the loader's processes are already ahead."""
         return read(self.tasks.one(number, step, place), CachedEncoder(self.tokenizer), self._reading(), missing)
+
+
+def _next_step(progress: checkpoint.Progress) -> tuple[int, int]:
+    """Stage and step to go on with after a checkpoint."""
+    return (progress.stage + 1, 0) if progress.done else (progress.stage, progress.step)

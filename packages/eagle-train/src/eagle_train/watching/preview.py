@@ -13,7 +13,7 @@ from eagle_train.data.sample import load_sample
 from eagle_train.planning.stages import Planned, StageSchedule, follows
 from eagle_train.planning.visual import plan_visual, sample_plan, visual_spec
 from eagle_train.training.model import load_run_tokenizer
-from eagle_train.training.sizes import model_sizes
+from eagle_train.training.sizes import model_sizes, stage_costs
 
 from .show import SampleView, view_sample
 
@@ -34,23 +34,24 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
     if stage is not None and stage not in names:
         raise ConfigError(f"no stage is called {stage!r}; they are {', '.join(names)}")
     chosen = config.stages[names.index(stage) if stage is not None else (-1 if evaluation else 0)]
-    spec = visual_spec(config, model_sizes(config, tokenizer))
+    sizes = model_sizes(config, tokenizer)
+    spec = visual_spec(config, sizes)
     if row is None and evaluation:
         raise ConfigError("held-out rows aren't packed; name one with --row source:line")
     if row is None:
-        plan = StageSchedule(facts, config, chosen, spec).plan(0)
+        plan = StageSchedule(facts, config, chosen, spec, costs=stage_costs(config, chosen, sizes, tokenizer)).plan(0)
         if not 0 <= pack < plan.packs:
             raise ConfigError(f"stage {chosen.name} has packs 0 ... {plan.packs - 1}, there is no {pack}")
         plans, title, capacity = plan.samples(pack), f"stage {chosen.name}, pack {pack} of {plan.packs}", chosen.max_tokens
     else:
         number = find_row(facts, row)
-        visual = plan_visual(facts, chosen.max_tokens, spec, share_media=config.packing.share_media and not evaluation)
+        share_media = config.packing.share_media and not evaluation
+        visual = plan_visual(facts, chosen.max_tokens, spec, share_media=share_media, reserve=config.packing.reserve)
         plans = [Planned(facts.address(number), sample_plan(facts, visual, number, spec))]
         title, capacity = f"{row} in stage {chosen.name}", None
     limits = media_limits(config.data.limits)
     views = [view_sample(load_sample(one.address), one.plan, spec, tokenizer, budget=chosen.max_tokens, limits=limits) for one in plans]
-    k = spec.tokens_per_tile
-    shared = [one.plan.tile_count(spec) * k if follows(plans, place) else 0 for place, one in enumerate(plans)]
+    shared = [one.media_tokens if follows(plans, place) else 0 for place, one in enumerate(plans)]
     return View([replace(one, shared=tokens) for one, tokens in zip(views, shared)], title, capacity)
 
 

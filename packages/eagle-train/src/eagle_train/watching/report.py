@@ -24,7 +24,7 @@ def summary(folder: str | Path) -> str:
     """The run so far, a line per stage and the last scores."""
     records = list(Metrics(Path(folder) / "metrics.jsonl"))
     steps = _steps(records)
-    lines, missed = [], 0
+    lines, missed, shown = [], 0, 0
     for name in dict.fromkeys(record["stage"] for record in steps):
         own = [record for record in steps if record["stage"] == name]
         last = own[-1]
@@ -36,6 +36,9 @@ def summary(folder: str | Path) -> str:
             f"stage {name}: step {last['step']} of {last['steps']}, loss {own[0]['loss']:.3f} -> {last['loss']:.3f}, "
             f"{speed:,.0f} tok/s, {counted(missing, 'sample')} missing"
         )
+        if concealed := last.get("seen_concealed", 0) - shown:
+            lines[-1] += f", {counted(concealed, 'damaged frame')} concealed"
+            shown += concealed
     for record in [record for record in records if record["kind"] in ("eval", "final")][-1:]:
         for source, score in record["scores"].items():
             lines.append(

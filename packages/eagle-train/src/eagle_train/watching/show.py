@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.text import Text as RichText
 
 from eagle_model.prompt import IGNORE_INDEX, Segment, Special, Text, encode
-from eagle_model.visual import MediaChanged, SamplePlan, VideoPlan, VideoRef, VisualSpec, read_image, read_video
+from eagle_model.visual import MediaChanged, SamplePlan, VideoPlan, VideoRef, VisualSpec, describe_concealed, read_image, read_video
 from eagle_sampling import Limits, MediaError
 from eagle_tiling import Grid, tile_count
 from eagle_train.data.sample import Sample
@@ -59,7 +59,7 @@ class Piece:
 class SampleView:
     """Everything that is shown of a sample. `text`, `image`, `frame` are tokens by kind; `planned` is the length in the plan.
 
-    shared: visual tokens that it shares in the pack with the sample before it."""
+    shared: tokens of media that it shares in the pack with the sample before it."""
 
     source: str
     line: int
@@ -178,7 +178,8 @@ def _frame_pictures(
     )
     tiles = np.empty((len(chosen), spec.tile_size, spec.tile_size, 3), np.uint8)
     try:
-        read_video(tiles, ref, some, limits=limits)
+        if concealed := read_video(tiles, ref, some, limits=limits):
+            notes.append(describe_concealed(concealed))
     except (MediaError, MediaChanged, OSError) as error:
         notes.append(str(error))
         return {}
@@ -255,7 +256,7 @@ def _terminal_sample(view: SampleView, width: int) -> RenderableType:
     numbers = RichText(f"{view.length} of {view.budget} tokens: {kinds}; {view.labels} labels (green)")
     notes = [RichText(note, style="red") for note in view.notes]
     if view.shared:
-        notes.append(RichText(f"{view.shared} visual tokens are in the pack once, shared with the sample before this one", style="cyan"))
+        notes.append(RichText(f"{view.shared} tokens of media are in the pack once, shared with the sample before this one", style="cyan"))
     return Group(bar, numbers, text, *notes)
 
 

@@ -13,12 +13,14 @@ from jinja2 import Environment
 
 from eagle_model.visual import VisualSpec
 from eagle_model.visual.plan import NO_LIMIT
-from eagle_train.config import Config
+from eagle_train.config import Config, StageConfig
 from eagle_train.data.errors import RowError
 from eagle_train.data.facts import Facts, FactsSource
 from eagle_train.data.ledger import Ledger, top_reasons
 from eagle_train.data.prepare import load_facts
 from eagle_train.data.sample import load_sample
+from eagle_train.planning.mixture import SourceDraws, count_draws
+from eagle_train.planning.stages import choose_rows
 from eagle_train.planning.visual import plan_visual, visual_spec
 from eagle_train.training.model import load_run_tokenizer, model_config
 
@@ -44,7 +46,8 @@ class SourceNumbers(NamedTuple):
 
 class Lengths(NamedTuple):
     """Lengths of samples at one context length. before: with all tiles and frames that are wanted. after: with what ADS leaves.
-    bins: rows by length, [2, bins], before and after. dropped: rows that don't fit. visual_tokens: by source, after ADS."""
+    bins: rows by length, [2, bins], before and after. dropped: rows that don't fit. visual_tokens: by source, after ADS.
+    draws: what the first epoch takes from each source, by the stage's mixture or the sources' repeat_time and weight."""
 
     stage: str
     max_tokens: int
@@ -53,6 +56,7 @@ class Lengths(NamedTuple):
     after: tuple[int, ...]
     dropped: int
     visual_tokens: dict[str, int]
+    draws: tuple[SourceDraws, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def statistics(config: Config, *, evaluation: bool = False) -> Statistics:
     spec = visual_spec(config, model_config(config, tokenizer))
     seen: set[bytes] = set()
     sources = tuple(source_numbers(facts, source, seen) for source in facts.sources)
-    lengths = tuple(length_numbers(facts, stage.name, stage.max_tokens, spec) for stage in config.stages)
+    lengths = tuple(length_numbers(facts, stage, spec, config.run.seed, draws=not evaluation) for stage in config.stages)
     where = "prepare eval" if evaluation else "prepare"
     ledger = [entry for entry in Ledger(config.run.folder / "ledger.jsonl") if entry.where == where]
     return Statistics(config.run.name, sources, lengths, tuple(top_reasons(ledger)))
@@ -117,17 +121,25 @@ def _content(image: object) -> object:
     return hashlib.blake2b(image, digest_size=16).digest() if isinstance(image, bytes) else image
 
 
-def length_numbers(facts: Facts, stage: str, max_tokens: int, spec: VisualSpec) -> Lengths:
-    """Lengths of all samples at `max_tokens`, and how many don't fit."""
-    before, after = (plan_visual(facts, limit, spec) for limit in (NO_LIMIT, max_tokens))
+def length_numbers(facts: Facts, stage: StageConfig, spec: VisualSpec, seed: int, *, draws: bool = True) -> Lengths:
+    """Lengths of all samples in a stage, how many don't fit, and (not of held-out rows, which a stage doesn't draw) what it draws."""
+    before, after = (plan_visual(facts, limit, spec) for limit in (NO_LIMIT, stage.max_tokens))
     fits = after.status == 0
     last = max(int(before.tokens.max(initial=1)).bit_length(), FIRST_BIN + 1)
     edges = tuple(1 << power for power in range(FIRST_BIN, last + 1))
     visual = {}
     for source in facts.sources:
         visual[source.name] = int(after.tiles[source.first : source.first + source.rows].sum()) * spec.tokens_per_tile
+    drawn = count_draws(facts, after.tokens, fits, choose_rows(facts, stage, after, seed, 0)[0]) if draws else []
     return Lengths(
-        stage, max_tokens, edges, _bins(before.tokens, edges), _bins(after.tokens[fits], edges), int(np.count_nonzero(~fits)), visual
+        stage.name,
+        stage.max_tokens,
+        edges,
+        _bins(before.tokens, edges),
+        _bins(after.tokens[fits], edges),
+        int(np.count_nonzero(~fits)),
+        visual,
+        tuple(drawn),
     )
 
 
@@ -148,7 +160,7 @@ def to_json(numbers: Statistics) -> str:
     content = {
         "run": numbers.run,
         "sources": [source._asdict() for source in numbers.sources],
-        "lengths": [length._asdict() for length in numbers.lengths],
+        "lengths": [length._asdict() | {"draws": [one._asdict() for one in length.draws]} for length in numbers.lengths],
         "reasons": numbers.reasons,
     }
     return json.dumps(content, indent=1, ensure_ascii=False)

@@ -18,6 +18,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from ...files import open_stream
 from ...limits import Limits, MediaError
 from ..beginning import FIRST_WITHIN, LEADING, whole_pictures
 from ..keyframes import Start, StartOf, start_test
@@ -30,6 +31,9 @@ _CODECS = {"libdav1d": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}  # decoders 
 _TURNING = ("mov,", "matroska,")  # libavformat's names of the containers that can store a rotation
 _FIRST_FRAME_WITHIN = 64  # packets to decode at most to get one frame
 
+# Bare streams without a frame rate, for which libavformat takes 25 frames a second.
+_NO_RATE = ("mjpeg", "mjpeg_2000", "obu")
+
 # PyAV 18 raises UnicodeDecodeError for tags that are not UTF-8 unless this is given. PyAV 19 never raises and has no such argument.
 _OPEN: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
@@ -38,7 +42,8 @@ Turn = tuple[int, bool, bool]  # as `orientation` returns it
 
 def open_container(path: str) -> InputContainer:
     """The file opened by libavformat, by its absolute path: "12:30.avi" would be read as a protocol."""
-    return av.open(os.path.abspath(path), **_OPEN)
+    source = open_stream(path)
+    return av.open(os.path.abspath(path) if source is path else source, **_OPEN)
 
 
 def choose_stream(container: InputContainer) -> VideoStream:
@@ -51,10 +56,22 @@ def choose_stream(container: InputContainer) -> VideoStream:
     return next((stream for stream in videos if best is not None and stream.index == best.index), videos[0])
 
 
+def _refuse_pictures(path: str, container: InputContainer) -> None:
+    """Raise MediaError for an image, which libavformat opens as a video of one frame, and for a stream whose times it makes up."""
+    name = container.format.name
+    if name.endswith("_pipe") or name == "image2":
+        codec = container.streams.video[0].codec_context if container.streams.video else None
+        kind = f" ({codec.name})" if codec is not None else ""
+        raise MediaError(f"{path}: is an image{kind}, not a video; give it as an image, or in a list of images that are a video's frames")
+    if name in _NO_RATE:
+        raise MediaError(f"{path}: is a bare stream ({name}) whose frames have no presentation times; convert it to MP4 or Matroska")
+
+
 def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Track:
     """The video track from the header fields of every packet. Raises MediaError when there is none, or the time is up."""
     try:
         with open_container(path) as container:
+            _refuse_pictures(path, container)
             stream = choose_stream(container)
             context = stream.codec_context
             if context is None:

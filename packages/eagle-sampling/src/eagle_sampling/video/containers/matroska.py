@@ -118,7 +118,7 @@ def _children(data: bytes) -> list[tuple[int, bytes]]:
 
 def _element(source: Source, at: int) -> tuple[int, int, int]:
     """(id, start of the body, size or -1) of the element at `at`."""
-    head = os.pread(source.descriptor, 12, at)
+    head = os.pread(source.descriptor, 12, at) if source.remote is None else source.read(at, 12)
     if head[:4] == b"\x1f\x43\xb6\x75" and head[4:5] > b"\x01":  # a cluster of known size: an hour has a thousand
         length = 9 - head[4].bit_length()
         size = int.from_bytes(head[4 : 4 + length], "big") ^ 1 << 7 * length

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
+
+from ...files import MediaFile, open_remote
 
 
 class Damaged(Exception):
@@ -12,12 +15,22 @@ class Damaged(Exception):
 
 
 class Source:
-    """An open file. Reads are positional, so that threads may share it."""
+    """An open file. Reads are positional, so that threads may share it.
+
+    window: bytes that a reader of neighbouring parts best reads at once.
+    """
 
     descriptor = -1  # for `__del__` when opening failed
+    remote: MediaFile | None = None
+    window = 1 << 18  # an hour of 360p has 5 kB a frame, so one read serves many
 
     def __init__(self, path: str):
         self.path = path
+        self.remote = open_remote(path)
+        if self.remote is not None:
+            self.size = self.remote.size
+            self.window = 1 << 22  # a request takes as long as 1 MB
+            return
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
             raise OSError("it is not a regular file but a folder, a pipe or a device")
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -25,6 +38,8 @@ class Source:
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset`; fewer only at the file's end."""
+        if self.remote is not None:
+            return self.remote.read(offset, max(0, min(size, self.size - offset)))
         parts = []
         while size > 0 and offset < self.size:
             part = os.pread(self.descriptor, min(size, 1 << 30), offset)
@@ -35,7 +50,21 @@ class Source:
             size -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def copy_whole(self) -> None:
+        """Replace a remote file by a local copy without a name, for containers whose index is spread over all of the file."""
+        if self.remote is None:
+            return
+        with tempfile.TemporaryFile() as file:
+            for at in range(0, self.size, self.window):
+                file.write(self.remote.read(at, min(self.window, self.size - at)))
+            file.flush()
+            self.close()
+            self.descriptor = os.dup(file.fileno())
+
     def close(self) -> None:
+        if self.remote is not None:
+            self.remote.close()
+            self.remote = None
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from eagle_train.config import ConfigError, Source
+from eagle_train.config import ConfigError, HubDataset, Source
 
+from .. import remote
+from ..files import open_binary, version_of
 from ..recipe import is_pattern
-from . import compressed
+from . import compressed, hub
 from .columnar import ArrowFile, Columnar
 from .csv_table import CsvTable
 from .json_array import JsonArray
@@ -41,18 +43,22 @@ _IN_FOLDERS = (".parquet", ".arrow", ".tar")
 
 def files_of(source: Source, unpack: Path) -> list[str]:
     """The annotation files of a source in order: paths, patterns (`shards/*.parquet`, sorted by name), and folders of Parquet, Arrow or tar
-    files, such as a saved `datasets` dataset. Compressed files are unpacked into the folder `unpack`.
+    files, such as a saved `datasets` dataset; all also as addresses; and the files of datasets of the hub. Compressed files are unpacked into
+    the folder `unpack`, Arrow files at an address copied there.
 
     Raises ConfigError for what doesn't exist, a pattern or folder without files, and a file that is named twice.
     """
     given = source.annotation if isinstance(source.annotation, list) else [source.annotation]
     found: list[str] = []
-    for path in given:
-        found += _expanded(path)
+    for one in given:
+        if isinstance(one, HubDataset):
+            found += hub.files_of(one)
+        else:
+            found += _expanded(one) if isinstance(one, Path) else remote.names_of(one)
     twice = {path for path in found if found.count(path) > 1} if len(found) < 1000 else set()
     if len(set(found)) != len(found):
         raise ConfigError(f"annotation names a file twice: {next(iter(twice), 'see the list')}; use repeat_time to repeat rows")
-    return [compressed.unpacked(path, unpack) if path.lower().endswith(compressed.SUFFIXES) else path for path in found]
+    return [compressed.unpacked(path, unpack) if compressed.is_copied(path) else path for path in found]
 
 
 def _expanded(path: Path) -> list[str]:
@@ -76,8 +82,10 @@ def _expanded(path: Path) -> list[str]:
 
 def format_of(path: str) -> str:
     """Name of a file's format: from its first bytes where they tell, else from its suffix; JSONL if nothing tells."""
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         head = file.read(512)
+    if (encoding := _other_encoding(head)) is not None:
+        raise ConfigError(f"{path}: is {encoding} text, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 {Path(path).name} > new file")
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith(b"ARROW1") or (suffix := Path(path).suffix.lower()) == ".arrow":
@@ -93,12 +101,23 @@ def format_of(path: str) -> str:
     return "json" if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else "jsonl"
 
 
+def _other_encoding(head: bytes) -> str | None:
+    """Name of a text's encoding when it is UTF-16 or UTF-32; without a byte order mark by its zeros, since JSON begins with ASCII."""
+    for mark, name in ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
+        if head.startswith(mark):
+            return name
+    first = head[:4]
+    if len(first) < 4 or first.count(0) not in (2, 3):
+        return None
+    patterns = {(1, 0, 0, 0): "UTF-32LE", (0, 0, 0, 1): "UTF-32BE", (1, 0, 1, 0): "UTF-16LE", (0, 1, 0, 1): "UTF-16BE"}
+    return patterns.get(tuple(int(byte != 0) for byte in first))
+
+
 def open_rows(path: str) -> RowSource:
     """The rows of a file; files stay open, as many as a process used last. Raises ConfigError for a file that isn't of its format."""
-    stat = os.stat(path)
-    return _opened(path, stat.st_size, stat.st_mtime_ns)
+    return _opened(path, *version_of(path))
 
 
 @lru_cache(maxsize=32)
-def _opened(path: str, size: int, mtime_ns: int) -> RowSource:
+def _opened(path: str, size: int, version: int | str) -> RowSource:
     return FORMATS[format_of(path)](path)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from eagle_train.config import ConfigError
 from eagle_train.data.errors import RowError
+from eagle_train.data.files import arrow_source
 
 from .protocol import Digest, RawRow, Shard, too_long
 
@@ -46,7 +47,7 @@ class Columnar:
     group_rows: list[int]
 
     def _open(self) -> None:
-        self._file = pq.ParquetFile(self.path, memory_map=True)
+        self._file = pq.ParquetFile(arrow_source(self.path), memory_map=True)
         metadata = self._file.metadata
         self.group_rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self.schema = self._file.schema_arrow

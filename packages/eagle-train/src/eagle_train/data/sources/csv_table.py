@@ -17,6 +17,7 @@ from typing import Any
 
 from eagle_train.config import ConfigError
 from eagle_train.data.errors import RowError
+from eagle_train.data.files import open_binary
 
 from .protocol import Digest, RawRow, Shard, too_long
 
@@ -33,9 +34,14 @@ class CsvTable:
     @cached_property
     def header(self) -> list[str]:
         """Names of the columns; raises ConfigError when the file has none, or one twice."""
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             _, record = next(_records(file), (0, b""))
-        names = self._cells(record.removeprefix(b"\xef\xbb\xbf"))
+        try:
+            names = self._cells(record.removeprefix(b"\xef\xbb\xbf"))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(
+                f"{self.path}: its first line can't be read ({error}); save it as UTF-8, with {self.delimiter!r} between cells"
+            ) from error
         if not any(names) or len(set(names)) != len(names):
             raise ConfigError(f"{self.path}: the first line must name the columns, each once; it says {names}")
         return names
@@ -46,7 +52,7 @@ class CsvTable:
         fingerprint.update(header)
         start = end = count = 0
         digest = hashlib.blake2b(digest_size=20)
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             for begin, record in self._rows(file):
                 if not count:
                     start, digest = begin, hashlib.blake2b(header, digest_size=20)
@@ -60,7 +66,7 @@ class CsvTable:
             yield Shard(start, end - start, count, digest.hexdigest())
 
     def read(self, shard: Shard, max_bytes: int) -> Iterator[RawRow]:
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             file.seek(shard.start)
             for number, (begin, record) in enumerate(_records(file, shard.start)):
                 if number == shard.rows:
@@ -78,7 +84,7 @@ class CsvTable:
                 yield RawRow(begin, len(record), content)
 
     def get(self, start: int, size: int) -> dict[str, Any]:
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             file.seek(start)
             return self._row(file.read(size))
 

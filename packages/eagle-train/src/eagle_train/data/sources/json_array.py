@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_train.config import ConfigError
+from eagle_train.data.files import open_binary
 
 from .jsonl import parse_row, parsed
 from .protocol import Digest, RawRow, Shard, too_long
@@ -29,7 +30,7 @@ class JsonArray:
 
     def scan(self, sizes: Iterator[int], fingerprint: Digest) -> Iterator[Shard]:
         wanted = next(sizes)
-        with open(self.path, "rb", buffering=0) as file:
+        with open_binary(self.path, buffering=0) as file:
             start = end = count = 0
             digest = hashlib.blake2b(digest_size=20)
             for begin, end, content in self._elements(file, 0):
@@ -46,7 +47,7 @@ class JsonArray:
                 yield Shard(start, end - start, count, digest.hexdigest())
 
     def read(self, shard: Shard, max_bytes: int) -> Iterator[RawRow]:
-        with open(self.path, "rb", buffering=0) as file:
+        with open_binary(self.path, buffering=0) as file:
             for number, (begin, end, content) in enumerate(self._elements(file, shard.start)):
                 if number == shard.rows:
                     return
@@ -54,7 +55,7 @@ class JsonArray:
                 yield RawRow(begin, size, parsed(content) if size <= max_bytes else too_long(size, max_bytes))
 
     def get(self, start: int, size: int) -> dict[str, Any]:
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             file.seek(start)
             return parse_row(file.read(size))
 

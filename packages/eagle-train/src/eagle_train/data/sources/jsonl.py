@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from eagle_train.data.errors import RowError
+from eagle_train.data.files import open_binary
 
 from .protocol import Digest, RawRow, Shard, too_long
 
@@ -27,7 +28,7 @@ class Jsonl:
         digest, start, size, lines = hashlib.blake2b(digest_size=20), 0, 0, 0
         wanted = next(sizes)
         whole_line = True
-        with open(self.path, "rb", buffering=0) as file:
+        with open_binary(self.path, buffering=0) as file:
             while chunk := file.read(_CHUNK):
                 fingerprint.update(chunk)
                 ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10)
@@ -48,7 +49,7 @@ class Jsonl:
             yield Shard(start, size, lines + (not whole_line), digest.hexdigest())
 
     def read(self, shard: Shard, max_bytes: int) -> Iterator[RawRow]:
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             file.seek(shard.start)
             start = shard.start
             for _ in range(shard.rows):
@@ -64,7 +65,7 @@ class Jsonl:
                 start += size
 
     def get(self, start: int, size: int) -> dict[str, Any]:
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             file.seek(start)
             return parse_row(file.read(size))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from eagle_train.config import ConfigError
 from eagle_train.data.errors import RowError
+from eagle_train.data.files import open_binary
 
 from .protocol import Digest, RawRow, Shard, too_long
 
@@ -39,7 +40,7 @@ class TarRows:
         wanted = next(sizes)
         start = end = count = 0
         digest = hashlib.blake2b(digest_size=20)
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             for members in self._groups(file, 0, None):
                 if not count:
                     start, digest = members[0].offset, hashlib.blake2b(digest_size=20)
@@ -56,7 +57,7 @@ class TarRows:
             yield Shard(start, end - start, count, digest.hexdigest())
 
     def read(self, shard: Shard, max_bytes: int) -> Iterator[RawRow]:
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             for members in self._groups(file, shard.start, shard.start + shard.size):
                 start, end = members[0].offset, _end(members[-1])
                 text = sum(member.size for member in members if _suffix(member) not in KIND_OF)
@@ -68,14 +69,14 @@ class TarRows:
                 yield RawRow(start, end - start, content)
 
     def get(self, start: int, size: int) -> dict[str, Any]:
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             groups = list(self._groups(file, start, start + size))
             if len(groups) != 1:
                 raise RowError("bad-row", f"{self.path}: {len(groups)} rows are at byte {start}; the file changed, run eagle prepare again")
             return self._row(file, groups[0])
 
     def name(self, row: int, start: int) -> str:
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             first = next(self._groups(file, start, None), None)
         return f"{Path(self.path).name}/{_key(first[0])}" if first else f"{Path(self.path).name}, row {row}"
 
@@ -163,7 +164,8 @@ def _end(member: tarfile.TarInfo) -> int:
 
 
 def _content(file: Any, member: tarfile.TarInfo) -> bytes:
-    content = os.pread(file.fileno(), member.size, member.offset_data)
+    file.seek(member.offset_data)  # tarfile goes to its own place before it reads
+    content = file.read(member.size)
     if len(content) != member.size:
         raise RowError("broken-record", f"{member.name}: the tar file ends in the middle of it")
     return content
