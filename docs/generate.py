@@ -90,7 +90,7 @@ def _nested(models: list[type[BaseModel]], prefix: str) -> Iterator[tuple[type[B
 def _table(model: type[BaseModel], prefix: str) -> list[str]:
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        if any(True for _ in _models(field.annotation)):
+        if any(True for _ in _models(field.annotation)) and not _is_mixed(field.annotation):
             kind, default = f"see `{prefix}.{indexed(name, field)}`", ""
         else:
             kind, default = _kind(field), _default(field)
@@ -126,6 +126,12 @@ def _without_none(kind: Any) -> Any:
     return kind
 
 
+def _is_mixed(kind: Any) -> bool:
+    """Whether a value may be a section or something else."""
+    kind = _without_none(kind)
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
 def _kind(field: FieldInfo) -> str:
     """Type and allowed values in words."""
     bounds = []
@@ -140,6 +146,8 @@ def _kind(field: FieldInfo) -> str:
 def _words(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
+        if set(arguments) == {Path, str}:
+            return "path or address"
         return " or ".join("null" if part is type(None) else _words(part) for part in arguments)
     if origin is typing.Annotated:
         return _words(arguments[0])
@@ -149,6 +157,8 @@ def _words(kind: Any) -> str:
         return "list of " + _words(arguments[0]).removeprefix("one of ") if arguments else "list"
     if origin is dict:
         return f"mapping of {_words(arguments[0])} to {_words(arguments[1])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "mapping"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path", Any: "any value"}
     return names.get(kind, getattr(kind, "__name__", str(kind)))
 

@@ -76,4 +76,5 @@ def test_yaml_blocks_are_configurations_or_recipes(page, text, tmp_path):
 
 
 def test_there_are_yaml_blocks():
-    assert {page for page, _ in yaml_blocks()} == {"curate.md", "data-formats.md", "evaluation.md", "getting-started.md", "weights.md"}
+    pages = {"curate.md", "data-formats.md", "evaluation.md", "getting-started.md", "remote-data.md", "weights.md"}
+    assert {page for page, _ in yaml_blocks()} == pages

@@ -75,7 +75,9 @@ def test_configuration_page_has_every_key(pages):
 def test_configuration_page_shows_defaults_and_allowed_values(pages):
     page = pages[load_generator().CONFIGURATION]
     assert "| `placement` | one of `linspace`, `center` | `linspace` |" in page
-    assert re.search(r"^\| `annotation` \| path or list of path \| required \|", page, flags=re.MULTILINE)
+    assert re.search(
+        r"^\| `annotation` \| mapping or path or address or list of mapping or path or address \| required \|", page, flags=re.MULTILINE
+    )
     assert "| `packs_per_step` | whole number, >= 1 | `32` |" in page
     free, fixed = (re.search(rf"^\| `{key}` \|.*$", page, flags=re.MULTILINE)[0] for key in ("log_every", "seed"))
     assert "*Free on resume.*" in free

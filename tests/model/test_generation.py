@@ -4,7 +4,8 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, TextIteratorStreamer
 
 from eagle_model import EagleProcessor
 from eagle_model.padded import CACHE_FIELD
@@ -133,6 +134,20 @@ def test_a_cache_of_fixed_size(chat, options):
         text=[text for text, _, _ in rows], images=[images for _, images, _ in rows], videos=[videos for _, _, videos in rows]
     )
     assert torch.equal(answer(model, batch, cache_implementation="static", **options), answer(model, batch, **options))
+
+
+def test_decoding_compiles_to_one_graph(chat):
+    """With a cache of fixed size no step of an answer differs from another for the compiler, and nothing breaks the graph."""
+    model, processor = chat
+    inputs = processor(text=["What is it?", "<image-1> is a longer question?"], images=[[], [random_image(1)]])
+    options = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    options._compile_all_devices = True
+    expected = answer(model, inputs)
+    torch._dynamo.reset()
+    counters.clear()
+    assert torch.equal(answer(model, inputs, cache_implementation="static", compile_config=options), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_what_cannot_be_generated_is_said(chat):

@@ -324,8 +324,19 @@ def test_wrong_use_is_said(processor, tmp_path):
         processor(text="x", videos=[{"frames": [random_image()], "start": 1.0}])
     with pytest.raises(ValueError, match="without frames"):
         as_video({})
+    for content in (b"...", io.BytesIO(b"...")):
+        with pytest.raises(ValueError, match="save it and give its path"):
+            processor(text="x", videos=[content])
     with pytest.raises(ValueError, match="padding_side"):
         processor(text="x", padding_side="middle")
+
+
+def test_settings_are_not_attributes(processor):
+    """Setting one would be without effect, since plans are made from `spec`."""
+    with pytest.raises(AttributeError, match=r"from_pretrained\(FOLDER, max_tiles=2\)"):
+        processor.max_tiles = 2
+    assert not hasattr(processor, "max_tiles")
+    assert pickle.loads(pickle.dumps(processor)).spec == processor.spec
 
 
 def test_what_transformers_passes_is_accepted(processor):

@@ -1,13 +1,18 @@
 """What generic programs (TRL, vLLM's transformers backend, pipelines) expect of a processor: parts, counts, lists, masks, texts as they
 stand."""
 
+import io
+import struct
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from eagle_model import EagleProcessor, PromptError, encode, render
 from eagle_model.prompt import Media, VideoSpan, place_media, render_text, to_text
 from eagle_model.visual import BudgetError
+from eagle_sampling import MediaError
 from tests.support.media import grey_frames, random_image, write_video
 
 TALK = [
@@ -140,3 +145,30 @@ def test_the_model_takes_visual_types(processor, make_model, make_config, small_
     assert torch.equal(model.generate(**inputs, max_new_tokens=3), model.generate(**plain, max_new_tokens=3))
     hidden = model.base_model(**inputs).last_hidden_state
     assert torch.equal(hidden, model.base_model(**plain).last_hidden_state)
+
+
+@pytest.mark.parametrize("make", ["bomb", "broken", "empty video", "one frame", "thin"])
+def test_media_that_cannot_be_read_are_named(processor, tmp_path, make):
+    """A bomb by its header, cut-off files and empty videos are errors that name the file or the number; odd shapes are not errors."""
+    good = random_image()
+    png = io.BytesIO()
+    good.save(png, "PNG")
+    if make == "bomb":
+        content = png.getvalue()[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + png.getvalue()[24:]
+        (tmp_path / "bomb.png").write_bytes(content)
+        for image, name in ((tmp_path / "bomb.png", "bomb.png"), (content, "image 2")):
+            with pytest.raises(MediaError, match=name):
+                processor(text="?", images=[good, image])
+    elif make == "broken":
+        with pytest.raises(MediaError, match="image 2"):
+            processor(text="?", images=[good, png.getvalue()[:60]])
+    elif make == "empty video":
+        (tmp_path / "empty.mp4").write_bytes(b"")
+        with pytest.raises(MediaError, match=r"empty\.mp4"):
+            processor(text="?", videos=[tmp_path / "empty.mp4"])
+    elif make == "one frame":
+        path = write_video(tmp_path / "one.mp4", grey_frames(1, 8, (64, 64)), fps=10)
+        assert processor(text="?", videos=[path])["pixel_values"].shape[0] == 1
+    else:
+        made = processor(text="?", images=[Image.new("RGB", (1, 20000))])["pixel_values"]
+        assert made.shape[0] == processor.image_processor.get_number_of_image_patches(20000, 1) <= 7

@@ -31,13 +31,18 @@ def grey_frames(count: int, step: int, size: tuple[int, int] = (96, 64)) -> Iter
 
 
 def write_video(
-    path: Path, frames: Iterable[np.ndarray], fps: int = 10, options: Mapping[str, str] | None = None, mux: Mapping[str, str] | None = None
+    path: Path,
+    frames: Iterable[np.ndarray],
+    fps: int = 10,
+    options: Mapping[str, str] | None = None,
+    mux: Mapping[str, str] | None = None,
+    codec: str = "libx264",
 ) -> Path:
-    """H.264 of `frames`, uint8 [height, width, 3] each. `options`: of the encoder; `mux`: of the container."""
+    """H.264, or another codec, of `frames`, uint8 [height, width, 3] each. `options`: of the encoder; `mux`: of the container."""
     frames = iter(frames)
     first = next(frames)
     with av.open(str(path), "w", options=dict(mux or {})) as container:
-        stream = container.add_stream("libx264", rate=fps, options=dict(options or {}))
+        stream = container.add_stream(codec, rate=fps, options=dict(options or {}))
         stream.height, stream.width = first.shape[:2]
         stream.pix_fmt = "yuv420p"
         for pixels in (first, *frames):

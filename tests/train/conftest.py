@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from eagle_model.prompt.costs import FrameCosts
@@ -18,7 +17,7 @@ from eagle_sampling import TimeTable
 from eagle_train.cli.main import main
 from eagle_train.config import Config, parse_config
 from eagle_train.data.facts import SCHEMA, Facts, FactsSource
-from tests.support import media
+from tests.support import media, runs
 from tests.support.models import byte_tokenizer
 
 
@@ -124,42 +123,11 @@ def colour_run(tmp_path: Path, colour_run_in: Callable[..., Config]) -> Callable
 
 
 @pytest.fixture(scope="session")
-def colour_run_in(tokenizer: PreTrainedTokenizerFast, write_jsonl: Any, write_video: Any) -> Callable[..., Config]:
-    """A small run of a tiny model in a folder: coloured images in one and in many tiles, a video, two short stages."""
+def colour_run_in(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Config]:
+    """A small run of a tiny model in a folder."""
 
     def make(folder: Path, rows: int = 24, **sections: Any) -> Config:
-        tokenizer.save_pretrained(folder / "tokenizer")
-        colours = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
-        content = []
-        for index in range(rows):
-            name = list(colours)[index % 3]
-            Image.new("RGB", (32, 32) if index % 2 else (64, 32), colours[name]).save(folder / f"{index}.png")
-            turns = [{"from": "human", "value": "<image>what color?"}, {"from": "gpt", "value": name}]
-            content.append({"image": f"{index}.png", "conversations": turns})
-        write_video(folder / "clip.mp4", frames=20)
-        content.append({"video": "clip.mp4", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "noise"}]})
-        write_jsonl(folder / "rows.jsonl", content)
-        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        defaults: dict[str, Any] = {
-            "run": {"name": "run"},
-            "model": {
-                "preset": "tiny",
-                "tokenizer": "tokenizer",
-                "overrides": {
-                    "vision_config": small | {"image_size": 32, "patch_size": 8},
-                    "text_config": small | {"num_key_value_heads": 2},
-                },
-            },
-            "data": {"sources": {"rows": {"annotation": "rows.jsonl"}}, "workers": 1},
-            "stages": [
-                {"name": "one", "max_tokens": 640, "steps": 4, "packs_per_step": 2, "lr": 1e-3},
-                {"name": "two", "max_tokens": 1280, "steps": 2, "packs_per_step": 2, "lr": 1e-3, "train": ["connector", "language"]},
-            ],
-            "parallel": {"dtype": "float32"},
-            "loader": {"workers": 0},
-            "checkpoint": {"every": 3, "keep": 1},
-        }
-        return parse_config({**defaults, **sections}, base=folder)
+        return runs.colour_run_in(folder, tokenizer, rows, **sections)
 
     return make
 

@@ -12,6 +12,7 @@ from torch import nn
 from eagle_train.config import ParallelConfig
 from eagle_train.distributed.world import start_world
 from eagle_train.training import checkpoint
+from eagle_train.training.saving import Saver
 
 
 class Net(nn.Module):
@@ -87,10 +88,10 @@ def test_a_model_of_another_size_is_refused_with_the_folder(tmp_path, world):
 def write_for_ever(folder):
     world = start_world(ParallelConfig(dtype="float32"), "cpu")
     model, optimizer = make(width=256)
+    saver = Saver(folder, world, keep=1)
     for number in range(1, 10_000):
         step(model, optimizer)
-        checkpoint.write(folder, at(number), model, optimizer, world)
-        checkpoint.keep_newest(folder, 0, 1)
+        saver.save(at(number), model, optimizer)
 
 
 def test_kill_9_at_any_moment_leaves_whole_checkpoints(tmp_path, world):

@@ -42,12 +42,12 @@ def test_a_checkpoint_that_does_not_fit_names_the_disk_and_the_last_one(tmp_path
 
     with (
         file_size_limit(1 << 16),
-        pytest.raises(checkpoint.CheckpointError, match=r"s-00000001 can't be written.*disk is full.*GiB.*from the beginning") as raised,
+        pytest.raises(checkpoint.WriteError, match=r"s-00000001 could not be written.*disk is full.*GiB.*command starts again") as raised,
     ):
         write(1)
     assert raised.value.on_every_rank  # every rank raises it; only the main one prints it
     kept = write(2)
-    with file_size_limit(1 << 16), pytest.raises(checkpoint.CheckpointError, match=r"continues from the checkpoint s-00000002"):
+    with file_size_limit(1 << 16), pytest.raises(checkpoint.WriteError, match=r"continues from s-00000002"):
         write(3)
     assert checkpoint.latest(tmp_path) == kept
     checkpoint.read(kept, model, optimizer, world)

@@ -28,16 +28,43 @@ def test_only_what_takes_long_is_reported():
     assert len(lines) == 2  # nothing after the end
 
 
+def test_the_main_rank_names_what_the_others_wait_in():
+    store, lines, silent = torch.distributed.HashStore(), [], []
+    beats = [Heartbeat(lines.append, 0.2, store=store, rank=0, size=4)]
+    beats += [Heartbeat(silent.append, 0.2, store=store, rank=rank, size=4) for rank in (1, 2)]  # rank 3 never starts
+    with beats[0], beats[1], beats[2]:
+        for beat, place in zip(beats, ("forward/backward of pack 1 of 2", "the sums over all ranks", "the sums over all ranks")):
+            beat.begin("step 5")
+            beat.at(place)
+        time.sleep(0.7)
+    expected = "step 5: 0 s, now in forward/backward of pack 1 of 2; rank 1, 2: the sums over all ranks for 0 s; rank 3: has not reported"
+    assert lines
+    assert set(map(re.sub, [r"\d s"] * len(lines), ["0 s"] * len(lines), lines)) == {expected}
+    assert silent == []
+
+
+def test_a_store_that_is_gone_leaves_the_own_state():
+    class Gone:
+        def set(self, *_):
+            raise RuntimeError("connection closed")
+
+    lines = []
+    with Heartbeat(lines.append, 0.2, store=Gone(), size=2) as beat:
+        beat.begin("step 1")
+        time.sleep(0.35)
+    assert lines == ["step 1: 0 s"]
+
+
 def test_a_slow_step_of_a_run(colour_run, monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(heartbeat, "EVERY", 0.4)
     forward, waited = Trainer._forward_backward, []
 
-    def slow(self, batch):
+    def slow(self, *arguments):
         if not waited or len(waited) == 1:
-            waited.append(batch)
+            waited.append(arguments)
             time.sleep(0.6 * (len(waited) == 2))
-        return forward(self, batch)
+        return forward(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_forward_backward", slow)
     lines = []

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from eagle_train.cli import launch, threads
+from eagle_train.cli.ranks import ending
 from eagle_train.config import ConfigError
 
 
@@ -41,7 +43,7 @@ def test_slurm_tasks_join():
 def test_torchrun():
     arguments = launch.without_launch_options(["train", "c.yaml", "--nproc", "4", "--set", "run.seed=1", "--nodes=2", "--rdzv", "h"])
     assert arguments == ["train", "c.yaml", "--set", "run.seed=1"]
-    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    head = [sys.executable, "-m", "eagle_train.cli.ranks", "--nproc-per-node"]
     assert launch.torchrun(arguments, 4, 1, None, "r") == [*head, "4", "--standalone", "-m", "eagle_train.cli", *arguments]
     several = launch.torchrun(arguments, 8, 2, "node1", "r")
     assert several[: len(head) + 9] == [
@@ -50,6 +52,15 @@ def test_torchrun():
     assert "node1:4000" in launch.torchrun(arguments, 8, 2, "node1:4000", "r")
     with pytest.raises(ConfigError, match=r"--nodes 2 needs --rdzv HOST"):
         launch.torchrun(arguments, 8, 2, None, "r")
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "text", "code"),
+    [(2, "", 2), (-9, "rank 3 was ended by SIGKILL; the host may", 137), (-11, "SIGSEGV. The", 139)],
+)
+def test_the_launcher_says_only_what_no_rank_could(exitcode, text, code):
+    said, ended = ending(3, SimpleNamespace(exitcode=exitcode))
+    assert (text in said, bool(said), ended) == (True, bool(text), code)
 
 
 def test_a_process_per_gpu(monkeypatch):

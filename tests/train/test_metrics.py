@@ -58,8 +58,11 @@ def test_same_run_leaves_out_the_machine():
     assert not {"seconds", "eta", "tokens_per_second"} & set(kept)
 
 
-def test_progress_line_has_loss_speed_and_time_left():
+def test_progress_line_has_loss_speed_memory_and_time_left():
     line = progress_line(STEP)
+    assert "MFU" not in line  # not known on a CPU
+    used = progress_line(STEP | {"mfu": 0.4321, "memory": 3 << 30, "memory_peak": 9 << 29})
+    assert "1,235 tok/s  MFU 43.2%  memory 3.0 (peak 4.5) GiB  data wait 1.0%  left 2:05" in used
     assert "1/9" in line
     assert "1.5000" in line
     assert "1,235 tok/s" in line

@@ -162,7 +162,7 @@ def test_state_takes_the_bytes_of_the_table(name):
     optimizer.step()
     layer = model.language_model.model.layers[0].mlp.up_proj.weight
     size = sum(value.numel() * value.element_size() for value in optimizer.state[layer].values() if value.ndim)
-    assert size / layer.numel() == pytest.approx(OPTIMIZERS[name].state_bytes, abs=0.5)
+    assert size / layer.numel() == pytest.approx(OPTIMIZERS[name].state_bytes + OPTIMIZERS[name].host_bytes, abs=0.5)
 
 
 @pytest.mark.integration

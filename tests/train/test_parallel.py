@@ -43,6 +43,9 @@ def same(config, other):
     for a, b in zip(*records):
         for key in ("loss", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), (key, a["total_step"])
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-5)
+        assert set(a["losses"]) <= {"rows", "half"}
+        assert a["flops"] == b["flops"] > 0
         for key in ("tokens", "tiles", "samples", "missing", "labels", "seen_tokens", "fill", "lr"):
             assert a[key] == b[key]
     world = start_world(ParallelConfig(dtype="float32"), "cpu")
@@ -64,7 +67,7 @@ STAGES = [
 ]
 HELD_OUT = {
     "data": {
-        "sources": {"rows": {"annotation": "rows.jsonl"}},
+        "sources": {"rows": {"annotation": "rows.jsonl"}, "half": {"annotation": "rows.jsonl", "repeat_time": 0.5}},
         "eval_sources": {"held_out": {"annotation": "rows.jsonl"}},
         "workers": 1,
     },

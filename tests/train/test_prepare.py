@@ -72,11 +72,17 @@ def test_a_tiff_of_several_pages_is_a_document_of_its_own(tmp_path, row, make_co
     pages = [Image.new("RGB", (40 + number, 30)) for number in range(3)]
     pages[0].save(tmp_path / "three.tif", save_all=True, append_images=pages[1:])
     pages[1].save(tmp_path / "one.tif")
-    documents = ["three.tif", ["one.tif", "one.tif"], {"document": "three.tif"}, ["one.tif", "three.tif"]]
-    write_jsonl(tmp_path / "rows.jsonl", [row(document=document) for document in documents])
+    preview = Image.new("RGB", (4, 3))
+    preview.encoderinfo = {"tiffinfo": {254: 1}}  # NewSubfileType: a reduced copy of another page
+    pages[2].save(tmp_path / "photo.tif", save_all=True, append_images=[preview])
+    documents = ["three.tif", ["one.tif", "one.tif"], {"document": "three.tif"}, ["one.tif", "three.tif"], ["photo.tif"]]
+    rows = [row(document=document) for document in documents]
+    rows += [row(image=name) for name in ("one.tif", "photo.tif", "three.tif")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     report = prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer)
-    assert report.facts.lists("video_frames")[1].tolist() == [3, 2, 3]
-    assert report.reasons == {"bad-document": 1}
+    assert report.facts.lists("video_frames")[1].tolist() == [3, 2, 3, 1]
+    assert report.facts.lists("image_width")[1].tolist() == [41, 42]
+    assert report.reasons == {"bad-image": 2}
 
 
 def test_text_tokens_are_those_of_the_prompt(media, rows, make_config, write_jsonl, tokenizer):
@@ -438,7 +444,7 @@ def test_processes_start_when_the_work_is_long(tmp_path, row, make_config, write
     write_jsonl(tmp_path / "rows.jsonl", rows)
     started = []
     monkeypatch.setattr(module, "POOL_PAYS_AFTER", patience)
-    monkeypatch.setattr(module, "_run_in_processes", lambda todo, workers, *rest: started.extend(todo))
+    monkeypatch.setattr(module, "map_items", lambda function, items, **options: iter(started.extend(items) or ()))
     config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 50, "workers": None})
     if patience > 1:
         assert prepare(config, tokenizer).good_rows == 1500

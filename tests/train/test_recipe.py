@@ -1,6 +1,7 @@
 """Recipes: ours and the originals', every key read or refused."""
 
 import json
+import tarfile
 
 import pytest
 
@@ -96,3 +97,15 @@ def test_recipe_of_a_run(rows):
     ):
         with pytest.raises(ConfigError, match=message):
             recipe_of(parse_config(content, base=rows))
+
+
+def test_a_root_that_is_not_a_folder_of_media(rows):
+    """Images inside of an LMDB or a tar file are named by the rows; a path below such a file would be missing in every row."""
+    (rows / "images.lmdb").mkdir()
+    (rows / "images.lmdb" / "data.mdb").write_bytes(b"")
+    with tarfile.open(rows / "images.tar", "w") as tar:
+        tar.add(rows / "a.jsonl", "a.jsonl")
+    for name, key in (("images.lmdb", "lmdb_key"), ("images.tar", "member")):
+        config = parse_config({"data": {"sources": {"a": {"annotation": "a.jsonl", "root": name}}}}, base=rows)
+        with pytest.raises(ConfigError, match=rf'source a: root .*{name} is not a folder of media; .*"{key}": "1.jpg"'):
+            recipe_of(config)

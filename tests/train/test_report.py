@@ -34,6 +34,21 @@ def test_plot_and_summary(tmp_path):
     assert "held: 0.800 right of 50 questions at step 20, 0.500 text-only" in text
 
 
+def test_losses_of_sources_and_mfu_are_in_plot_and_summary(tmp_path):
+    fill(tmp_path)
+    plain = write_report(tmp_path).read_bytes()
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    records = list(metrics)
+    metrics.path.unlink()
+    for record in records:
+        losses = {"charts": 4.0 / record["total_step"], "talks": 1.0} if record["total_step"] > 3 else {"charts": 4.0}
+        metrics.write(record | ({"losses": losses, "mfu": 0.4} if record["kind"] == "step" else {}))
+    assert write_report(tmp_path).read_bytes() != plain
+    lines = summary(tmp_path).splitlines()
+    assert lines[0] == "stage a: step 10 of 10, loss 2.000 -> 0.200, 100 tok/s, MFU 40.0%, 1 sample missing"
+    assert lines[1:3] == ["  charts: loss 4.000 -> 0.400", "  talks: loss 1.000 -> 1.000"]
+
+
 def test_without_steps_it_says_so(tmp_path):
     with pytest.raises(ValueError, match="no steps yet"):
         write_report(tmp_path)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from eagle_train.data.clips import ENDS, RANGES, STARTS
 from eagle_train.data.sample import RowError, RowFormat, Sample, VideoRef, normalise, parse_row
 from eagle_train.data.sources import open_rows
 
@@ -28,6 +29,27 @@ def of(row, **options) -> Sample:
 )
 def test_conversations(row):
     assert of(row) == Sample(MESSAGES, (), (), "s", 3)
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
+def test_system_of_the_row(key):
+    said = [{"role": "system", "content": "S"}, *MESSAGES]
+    assert of({key: "S", "messages": MESSAGES}, system="other").messages == said
+    assert of({key: "S", "messages": [{"role": "developer", "content": "S"}, *MESSAGES]}).messages == said
+    assert of({key: None, "messages": MESSAGES}, system="other").messages == [{"role": "system", "content": "other"}, *MESSAGES]
+
+
+def test_frames_of_a_video_are_images_by_content():
+    picture, other = b"\xff\xd8\xffjpeg", b"\x89PNG\r\n\x1a\npng"
+    for frames in ([picture, other], [{"bytes": picture, "path": None}, {"bytes": other, "path": "2"}]):
+        [video] = of({"conversations": TALK, "video": frames, "sample_fps": "2"}).videos
+        assert (video.frames, video.times, video.fps) == ((picture, other), (0.0, 0.5), 2)
+
+
+def test_words_of_an_answer_stay_text_where_questions_place_the_media():
+    said = [{"from": "human", "value": "<image>\nWrite HTML."}, {"from": "gpt", "value": "<image> and <video>"}]
+    assert of({"image": "a.png", "conversations": said}).messages[1]["content"] == "<image> and <video>"
+    assert of({"conversations": [TALK[0], said[1]]}).messages[1]["content"] == "<image> and <video>"
 
 
 def test_roles_and_system():
@@ -89,7 +111,6 @@ def test_images(media, images):
         ({"data": [{"type": "video", "video_list": ["v.mp4"], "start": 3}]}, (VideoRef("/media/v.mp4", 3.0),)),
         ({"video": "v.mp4", "fps": 29.97, "duration": 8}, (VideoRef("/media/v.mp4"),)),
         ({"video": ["1.jpg", "2.jpg"]}, (VideoRef(frames=("/media/1.jpg", "/media/2.jpg")),)),
-        ({"video": "1.jpg"}, (VideoRef(frames=("/media/1.jpg",)),)),
         ({"videos": [["1.jpg"], "v.mp4"]}, (VideoRef(frames=("/media/1.jpg",)), VideoRef("/media/v.mp4"))),
         (
             {"video": {"frames": ["1.jpg", "2.jpg", "3.jpg"], "fps": 4}},
@@ -327,7 +348,18 @@ def test_content_parts_stand_where_they_are_shown():
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}, "bad-row", "text of turn 1 has half of a"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": []}]}]}, "bad-media", "shows no image"),
         ({"conversations": TALK, "video": {"path": "v", "end": 10**400}}, "bad-media", "expected seconds"),
-        ({"conversations": TALK, "video": {"path": "v", "start": "1"}}, "bad-media", "expected seconds"),
+        ({"conversations": TALK, "video": {"path": "v", "start": "1:75"}}, "bad-media", "expected seconds"),
+        ({"conversations": TALK, "video": {"path": "v", "start": True}}, "bad-media", "expected seconds"),
+        ({"conversations": TALK, "video": {"path": "v", "clip": [1, 2, 3]}}, "bad-media", "expected [start, end] in seconds"),
+        ({"conversations": TALK, "video": {"path": "v", "clip": [1, 2], "end": 3}}, "bad-media", "several bounds"),
+        ({"conversations": TALK, "video": {"path": "v", "start_frame": 3}}, "unknown-key", "'start_frame'; known are bytes, end, file"),
+        ({"conversations": TALK, "video": {"path": "v", "offset": 3}}, "unknown-key", "'offset', which is for members of a tar file"),
+        ({"conversations": TALK, "video": "v.mp4", "start": 1, "duration": 2}, "unknown-key", "the start of a clip and 'duration'"),
+        (
+            {"start": 1, "messages": [{"role": "user", "content": [{"type": "video", "video": "v"}]}, MESSAGES[-1]]},
+            "bad-media",
+            "another place",
+        ),
         ({"conversations": TALK, "video": {"path": "v", "start": -1}}, "bad-media", "expected seconds"),
         ({"conversations": TALK, "video": {"path": "v", "start": 3, "end": 3}}, "bad-media", "not after its start"),
         ({"conversations": TALK, "document": [[]]}, "bad-media", "no pages"),
@@ -336,7 +368,8 @@ def test_content_parts_stand_where_they_are_shown():
         ({"conversations": TALK, "attachment": ["a.JPG"]}, "unknown-key", "'attachment'"),
         ({"conversations": TALK, "blob": b"abc"}, "unknown-key", "'blob' = <3 bytes>"),
         ({"conversations": TALK, "tools": [{"name": "f"}]}, "unknown-key", "'tools'"),
-        ({"conversations": TALK, "weight": 0.5, "loss": False}, "unknown-key", "'loss'"),
+        ({"conversations": TALK, "loss": False}, "unknown-key", "'loss'"),
+        ({"conversations": TALK, "weight": 0.5}, "unknown-key", "'weight'"),
         ({"conversations": [TALK[0], {**TALK[1], "image": "a.png"}]}, "unknown-key", "turn 2 has 'image'; media stand in the row itself"),
         ({"conversations": [TALK[0], {**TALK[1], "tool_calls": [{}, 1]}]}, "unknown-key", "'tool_calls'"),
         ({"conversations": [TALK[0], {**TALK[1], "weight": 0.5}]}, "bad-row", "weight of turn 2 is 0.5"),
@@ -348,6 +381,14 @@ def test_content_parts_stand_where_they_are_shown():
         ({"conversations": TALK, "video": {"path": "v.mp4", "start": 1, "start_time": 2}}, "bad-media", "several bounds"),
         ({"conversations": TALK, "video": {"path": "v.mp4", "start": 1}, "start": 2}, "bad-media", "two values of start"),
         ({"conversations": TALK, "video": "v.mp4", "start": "soon"}, "bad-media", "expected seconds"),
+        ({"conversations": TALK, "video": "1.jpg"}, "bad-media", "the video '1.jpg' is an image; give it as an image, or"),
+        ({"conversations": TALK, "video": {"path": "1.png"}}, "bad-media", "is an image"),
+        ({"conversations": TALK, "video": {"bytes": b"\xff\xd8\xff", "path": None}}, "bad-media", "is an image"),
+        ({"conversations": TALK, "video": ["1.jpg"], "fps": 2, "sample_fps": 3}, "bad-media", "several rates: fps = 2.0, sample_fps = 3.0"),
+        ({"conversations": TALK, "video": ["1.jpg"], "fps": "fast"}, "bad-media", "fps is 'fast', expected a number"),
+        ({"conversations": TALK, "instruction": "Be brief."}, "unknown-key", "'instruction'"),
+        ({"system": "S", "system_prompt": "T", "messages": MESSAGES}, "bad-row", "'system' and 'system_prompt' with different texts"),
+        ({"image": "a", "conversations": [TALK[0], {"from": "gpt", "value": "<image> Done"}]}, "placeholders", "an answer says <image>"),
         ({"conversations": TALK, "video": {"path": "v.mp4", "nframes": 4}}, "unknown-key", "a video has the keys 'nframes'"),
         ({"conversations": TALK, "video": {"path": "v.mp4", "fps": 1}}, "bad-media", "sampling.fps"),
         ({"conversations": TALK, "video": {"frames": ["1.jpg"], "end": 1}}, "bad-media", "no fps"),
@@ -365,6 +406,63 @@ def test_what_can_not_be_understood_is_named(row, reason, detail):
         of(row)
     assert caught.value.reason == reason
     assert detail in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({start: 1.5, end: 62.5} for start, end in zip(STARTS, ENDS, strict=True)),
+        {"startTime": "1.5", "endTime": "62.5 s"},
+        {"clip_start_sec": "00:01.5", "clip_end_sec": "0:01:02.5"},
+    ],
+)
+def test_bounds_in_every_spelling_and_place(said):
+    part = {"type": "video", "video": "v.mp4", **said}
+    for row in (
+        {"conversations": TALK, "video": "v.mp4", **said},
+        {"conversations": TALK, "video": {"path": "v.mp4", **said}},
+        {"conversations": TALK, "videos": [{"video": "v.mp4", **said}]},
+        {"conversations": TALK, "data": [{"type": "video", "video_list": ["v.mp4"], **said}]},
+        {"conversations": TALK, "data": [{"type": "video", "video_list": [{"video": "v.mp4", **said}]}]},
+        {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "Q"}]}, MESSAGES[-1]]},
+        {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "v.mp4", **said}}]}, MESSAGES[-1]]},
+    ):
+        [video] = of(row).videos
+        assert (video.start, video.end) == (1.5, 62.5), row
+
+
+@pytest.mark.parametrize("key", RANGES)
+@pytest.mark.parametrize("value", [[1.5, "1:02.5"], {"start": 1.5, "end_time": 62.5}])
+def test_both_bounds_in_one_key(key, value):
+    part = {"type": "video", "video": "v.mp4", key: value}
+    for row in (
+        {"conversations": TALK, "video": {"path": "v.mp4", key: value}},
+        {"messages": [{"role": "user", "content": [part]}, MESSAGES[-1]]},
+    ):
+        [video] = of(row).videos
+        assert (video.start, video.end) == (1.5, 62.5)
+    with pytest.raises(RowError, match=key):  # next to a video it may be what the answer is about
+        of({"conversations": TALK, "video": "v.mp4", key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("timestamp", 3),
+        ("timestamps", [1, 2]),
+        ("interval", ["0:01", "0:02"]),
+        ("start_ms", 1000),
+        ("frame_range", [3, 9]),
+        ("to", 5),
+        ("offset", 1),
+    ],
+)
+def test_what_may_be_a_bound_is_refused_next_to_a_video_only(key, value):
+    with pytest.raises(RowError, match=f"the row has '{key}'"):
+        of({"conversations": TALK, "video": "v.mp4", key: value})
+    assert of({"conversations": TALK, key: value, "image": "a.png"}).images
+    assert of({"conversations": TALK, "video": "v.mp4", key: value}, form=RowFormat(ignore=(key,))).videos
+    assert of({"conversations": TALK, "video": "v.mp4", key: [[1, 2], [3, 4]], "duration": 9.0}).videos  # captions with times: metadata
 
 
 def test_rows_are_read_by_their_offset(tmp_path: Path):

@@ -1,11 +1,8 @@
 """Sources: the same rows in every format give the same samples, facts and answers, and every row is read again by its address."""
 
-import bz2
-import csv
 import gzip
 import io
 import json
-import lzma
 import subprocess
 import sys
 import tarfile
@@ -31,49 +28,10 @@ from eagle_train.evaluation.text_only import training_pairs
 from eagle_train.loading.pack import load_pack
 from eagle_train.planning.stages import plan_stage
 from tests.support import media
+from tests.support.tables import tables, talk
 
 SPEC = VisualSpec(tile_size=32, tokens_per_tile=4, min_frames=2)
 STAGE = StageConfig(name="s", max_tokens=900, packs_per_step=1)
-
-
-def talk(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def tables(folder: Path, rows: list[dict]) -> dict[str, Path]:
-    """The rows as files of every format."""
-    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    files = {
-        "jsonl": lines,
-        "json": json.dumps(rows, indent=2).encode(),
-        "compact.json": json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode(),
-        "jsonl.gz": gzip.compress(lines),
-        "jsonl.bz2": bz2.compress(lines),
-        "json.xz": lzma.compress(json.dumps(rows).encode()),
-    }
-    for name, content in files.items():
-        (folder / f"rows.{name}").write_bytes(content)
-    with pa.CompressedOutputStream(pa.OSFile(str(folder / "rows.jsonl.zst"), "wb"), "zstd") as file:
-        file.write(lines)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for name, delimiter in (("csv", ","), ("tsv", "\t")):
-        with open(folder / f"rows.{name}", "w", newline="") as file:
-            writer = csv.writer(file, delimiter=delimiter)
-            writer.writerow(columns)
-            for row in rows:
-                cells = [row.get(key, "") for key in columns]
-                writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
-    table = pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])  # nulls where a row has no such key
-    pq.write_table(table, folder / "rows.parquet", row_group_size=3)
-    with pa.ipc.new_stream(folder / "rows.arrow", table.schema) as writer:
-        writer.write_table(table, max_chunksize=2)
-    with tarfile.open(folder / "rows.tar", "w") as tar:
-        for number, row in enumerate(rows):
-            content = json.dumps(row).encode()
-            member = tarfile.TarInfo(f"{number:06d}.json")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return {path.name.removeprefix("rows."): path for path in folder.glob("rows.*")}
 
 
 @pytest.fixture

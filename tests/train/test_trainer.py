@@ -40,6 +40,9 @@ def weights(trainer):
 def train_until_killed(config):
     def stop(record):
         if record["kind"] == "step" and record["total_step"] == 4:
+            deadline = time.monotonic() + 60  # the checkpoint of step 3 is written in the background
+            while checkpoint.latest(config.run.folder / "checkpoints") is None and time.monotonic() < deadline:
+                time.sleep(0.01)
             # In the middle of a step, and with the writer of a later checkpoint already begun.
             os.makedirs(config.run.folder / "checkpoints" / ".writing-one-00000009", exist_ok=True)
             os.kill(os.getpid(), signal.SIGKILL)

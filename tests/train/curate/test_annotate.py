@@ -1,6 +1,7 @@
 """Annotation and checks against a server on the loopback interface that also misbehaves."""
 
 import json
+import pickle
 
 import pyarrow as pa
 import pytest
@@ -9,9 +10,10 @@ pytest.importorskip("openai")
 
 from eagle_train.config import ConfigError
 from eagle_train.curate.annotate import anchored, annotate, draw_types
+from eagle_train.curate.answers import Answers, NoAnswer
 from eagle_train.curate.check import anchor_problem, check, leaks, script_share
 from eagle_train.curate.embed import embed
-from eagle_train.curate.endpoint import Answers, Endpoint
+from eagle_train.curate.endpoint import Endpoint
 from eagle_train.curate.folder import CurateError, Folder
 from eagle_train.curate.select import select
 from eagle_train.curate.settings import parse_curation
@@ -123,7 +125,7 @@ def test_a_silent_endpoint_ends_the_run_with_the_next_step(ready):
 
 def test_a_wrong_key_and_a_missing_model_are_named(ready):
     with serving(plain_answers, lambda number: (401, {"error": {"message": "bad key"}})) as stub:
-        with pytest.raises(CurateError, match=r"bad key; check annotate.endpoint .* OPENAI_API_KEY"):
+        with pytest.raises(CurateError, match=r"bad key.*; check annotate.endpoint .* OPENAI_API_KEY"):
             annotate(ready(stub.address))
     with pytest.raises(ConfigError, match=r"annotate.endpoint.model is not given"):
         annotate(ready(endpoint={"model": ""}))
@@ -180,6 +182,11 @@ def test_batch_files_lead_to_the_same_rows(ready, tmp_path):
         results.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     assert rounds >= 2
     assert read(config) == expected
+
+
+def test_a_missing_answer_can_be_sent_between_processes():
+    problem = pickle.loads(pickle.dumps(NoAnswer("bad-frames", "gone")))
+    assert (problem.reason, problem.detail, str(problem)) == ("bad-frames", "gone", "bad-frames: gone")
 
 
 def test_results_are_not_written_over(ready, tmp_path):
@@ -242,7 +249,8 @@ def test_small_functions():
 
 def test_the_key_of_a_request_covers_what_is_shown(tmp_path, ready):
     from eagle_train.curate.annotate import Caption
-    from eagle_train.curate.endpoint import Request, Shown
+    from eagle_train.curate.endpoint import Request
+    from eagle_train.curate.shown import Shown
 
     endpoint = Endpoint(ready().annotate.endpoint, tmp_path / "answers.jsonl")
     base = Request("caption", "s", "p", Shown("v", "content", (0.0, 1.0), 64), Caption)
@@ -264,6 +272,6 @@ def test_an_empty_selection_is_named(ready):
     config = ready()
     folder = Folder(config.folder)
     folder.write("select", folder.read("select").slice(0, 0), [])
-    with pytest.raises(ConfigError, match=r"select.parquet has no rows"):
+    with pytest.raises(CurateError, match=r"select.parquet has no rows"):
         annotate(config)
     assert isinstance(folder.read("select"), pa.Table)

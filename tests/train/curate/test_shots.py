@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 
 from eagle_train.curate.frames import NoTimes, small_frames
-from eagle_train.curate.shots import HEIGHT, WIDTH, find_boundaries, measure_changes, shot_boundaries
+from eagle_train.curate.shots import HEIGHT, PLANES, WIDTH, find_boundaries, measure_changes, shot_boundaries
+from tests.support import media
 from tests.train.curate.conftest import film, scene
 
 
 def small(frames):
-    """uint8 [n, 3, h, w] of frames [h, w, 3] as they are."""
-    return np.stack(frames).transpose(0, 3, 1, 2).copy()
+    """uint8 [n, sum(PLANES)] of frames [h, w, 3] whose channels are taken as Y, U and V."""
+    pixels = np.stack(frames)
+    planes = (pixels[..., 0], pixels[:, ::2, ::2, 1], pixels[:, ::2, ::2, 2])
+    return np.concatenate([plane.reshape(len(pixels), -1) for plane in planes], axis=1)
 
 
 def scenes(lengths, seed=0):
@@ -44,16 +47,16 @@ def test_chunks_do_not_change_the_result(chunk):
 def test_motion_light_and_a_flash_are_no_boundaries():
     (drift,) = scenes([120])
     assert boundaries(drift) == []
-    brighter = np.clip(drift.astype(float) * np.linspace(0.6, 1.0, 120)[:, None, None, None], 0, 255).astype(np.uint8)
+    brighter = np.clip(drift.astype(float) * np.linspace(0.6, 1.0, 120)[:, None], 0, 255).astype(np.uint8)
     assert boundaries(brighter) == []
-    noise = np.random.default_rng(0).integers(0, 256, (120, 3, HEIGHT, WIDTH), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (120, sum(PLANES)), dtype=np.uint8)
     assert boundaries(noise) == []
 
 
 @pytest.mark.parametrize("span", [8, 12, 16])
 def test_dissolves_and_fades_are_one_boundary_each(span):
     a, b = (part.astype(float) for part in scenes([60, 60], 40))
-    weight = ((np.arange(span) + 1) / (span + 1))[:, None, None, None]
+    weight = ((np.arange(span) + 1) / (span + 1))[:, None]
     mixed = a[-span:] * (1 - weight) + b[:span] * weight
     dissolve = np.concatenate([a[:-span], mixed, b[span:]]).astype(np.uint8)
     (found,) = boundaries(dissolve)
@@ -62,7 +65,7 @@ def test_dissolves_and_fades_are_one_boundary_each(span):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 17])
 def test_few_frames(count):
-    frames = np.zeros((count, 3, HEIGHT, WIDTH), np.uint8)
+    frames = np.zeros((count, sum(PLANES)), np.uint8)
     assert shot_boundaries([frames]) == (count, [])
     assert find_boundaries(measure_changes([frames])[1]) == []
 
@@ -71,10 +74,28 @@ def test_small_frames_have_the_times_of_the_file(tmp_path):
     path = film(tmp_path / "a.mp4", [20, 20])
     chunks = list(small_frames(str(path), WIDTH, HEIGHT))
     np.testing.assert_allclose(np.concatenate([times for _, times in chunks]), np.arange(40) / 10, atol=1e-3)
-    assert [pixels.shape for pixels, _ in chunks] == [(40, 3, HEIGHT, WIDTH)]
+    assert [pixels.shape for pixels, _ in chunks] == [(40, sum(PLANES))]
     rgb = np.concatenate([pixels for pixels, _ in small_frames(str(path), 32, 16, colour="rgb")])
     assert rgb.shape == (40, 16, 32, 3)
     assert boundaries(np.concatenate([pixels for pixels, _ in chunks])) == [20]
+
+
+def test_small_frames_are_means_of_the_planes(tmp_path):
+    """Against the means of every plane in numpy: frames that are averaged alone, and large ones that are sampled first."""
+    import av
+
+    for size in ((96, 54), (480, 270)):
+        media.write_video(tmp_path / "a.mp4", scene(3, 3, size), 10, {"crf": "0"})
+        ((pixels, _),) = small_frames(str(tmp_path / "a.mp4"), WIDTH, HEIGHT)
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            whole = [frame.reformat(format="yuv444p").to_ndarray() for frame in container.decode(video=0)]
+        cells = np.stack(whole).reshape(3, 3, HEIGHT, size[1] // HEIGHT, WIDTH, size[0] // WIDTH).mean(axis=(3, 5))
+        luma = pixels[:, : PLANES[0]].reshape(3, HEIGHT, WIDTH)
+        assert np.abs(luma - cells[:, 0]).mean() < 3
+        for plane, first in ((1, PLANES[0]), (2, PLANES[0] + PLANES[1])):
+            chroma = pixels[:, first : first + PLANES[plane]].reshape(3, (HEIGHT + 1) // 2, WIDTH // 2)
+            expected = cells[:, plane, :26].reshape(3, 13, 2, WIDTH // 2, 2).mean(axis=(2, 4))
+            assert np.abs(chroma[:, :13] - expected).mean() < 3
 
 
 def test_a_stream_without_times_is_refused(tmp_path):

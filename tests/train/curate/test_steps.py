@@ -2,23 +2,29 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from eagle_train.cli.main import main
 from eagle_train.config import ConfigError
+from eagle_train.curate import encoders
 from eagle_train.curate.embed import embed, vectors_of
-from eagle_train.curate.encoders import fingerprint, load_encoder
+from eagle_train.curate.encoders import GROUP, fingerprint, load_encoder
 from eagle_train.curate.folder import CurateError, Folder
 from eagle_train.curate.select import select
 from eagle_train.curate.settings import load_curation, parse_curation
 from eagle_train.curate.split import split, split_video
+from eagle_train.errors import BAD_DATA
 from eagle_train.watching.curation import write_page
 from tests.train.curate.conftest import ENCODER, film
 
@@ -76,6 +82,27 @@ def test_fixed_clips_and_chapters(tmp_path, three_videos):
         split(config)
 
 
+def test_chapters_of_the_container(tmp_path, three_videos):
+    import av
+
+    with av.open(str(three_videos / "a.mp4")) as source, av.open(str(three_videos / "a.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        spans = ((1, 0, 4000, "Änfang"), (2, 4000, 9000, "結び"))
+        target.set_chapters(
+            [
+                {"id": id, "start": start, "end": end, "time_base": Fraction(1, 1000), "metadata": {"title": title}}
+                for id, start, end, title in spans
+            ]
+        )
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    rows = split(curation(tmp_path, videos=["videos/a.mkv"], split={"method": "chapters"})).to_pylist()
+    assert [(row["title"], round(row["start"], 3)) for row in rows] == [("Änfang", 0), ("結び", 4)]
+    assert rows[1]["end"] == pytest.approx(9, abs=0.11)
+
+
 def test_long_clips_are_divided(tmp_path, three_videos):
     settings = curation(tmp_path, split={"max_seconds": 2}).split
     rows = split_video(str(three_videos / "c.mp4"), 1, settings).table.to_pylist()
@@ -116,6 +143,27 @@ def test_selection_removes_what_is_known_and_near(tmp_path, three_videos):
     assert entries[0].reason == "not-novel"
 
 
+def brute_force(queries, others):
+    """A hook as for FAISS."""
+    product = queries @ others.T
+    return product.max(axis=1), product.argmax(axis=1)
+
+
+def nothing_useful(queries, others):
+    return np.zeros(1), np.zeros(1)
+
+
+def test_another_index_gives_the_same(tmp_path, three_videos):
+    config = curation(tmp_path)
+    split(config)
+    pq.write_table(embed(config).slice(0, 2), tmp_path / "seed.parquet")
+    settings = {"seed": ["seed.parquet"], "tau": 0.9999, "duplicate": 1.0}
+    exact = select(curation(tmp_path, select=settings))
+    assert select(curation(tmp_path, select=settings | {"index": f"{__name__}:brute_force"})).equals(exact)
+    with pytest.raises(ConfigError, match=r"nothing_useful returned \(1,\) and \(1,\), expected .* of \(6,\)"):
+        select(curation(tmp_path, select=settings | {"index": f"{__name__}:nothing_useful"}))
+
+
 def test_a_budget_of_hours(tmp_path, three_videos):
     config = curation(tmp_path, select={"hours": 8 / 3600, "tau": 1.0, "duplicate": 1.0, "buckets": [3.2]})
     split(config)
@@ -146,6 +194,25 @@ def test_wrong_settings_are_named(tmp_path, three_videos, sections, message):
 
     with pytest.raises(ConfigError, match=message):
         everything()
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [(b"junk" * 2000, BAD_DATA, "kept no rows; .*ledger.jsonl says why"), (b"", BAD_DATA, "kept no rows"), (None, 2, "has no video files")],
+)
+def test_a_folder_without_a_usable_video_fails(tmp_path, capsys, content, code, message):
+    (tmp_path / "videos").mkdir()
+    if content is not None:
+        (tmp_path / "videos" / "a.mp4").write_bytes(content)
+    (tmp_path / "curate.yaml").write_text("folder: out\nvideos: [videos]\nworkers: 1\nembed: {encoder: x}\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["curate", "split", str(tmp_path / "curate.yaml")])
+    assert ended.value.code == code
+    assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit) as ended:
+        main(["curate", "embed", str(tmp_path / "curate.yaml")])
+    assert ended.value.code == BAD_DATA
+    assert re.search("has no rows" if content is not None else "run eagle curate split first", capsys.readouterr().err)
 
 
 def test_a_step_without_its_input_names_the_verb(tmp_path, three_videos):
@@ -227,6 +294,14 @@ def test_encoders_of_transformers_from_a_folder(tmp_path, family):
     assert vectors.shape[0] == 3
     np.testing.assert_allclose(encoder.encode(frames[1:2]), vectors[1:2], atol=1e-5)
     assert fingerprint(str(tmp_path / "model"))
+
+
+def test_an_encoder_of_an_entry_point(monkeypatch):
+    point = EntryPoint("colours", ENCODER, GROUP)
+    monkeypatch.setattr(encoders, "entry_points", lambda group: [point] if group == GROUP else [])
+    assert load_encoder("colours", "cpu").size == 32
+    with pytest.raises(ConfigError, match=r"not an entry point of eagle_train.encoders \(colours\)"):
+        load_encoder("colour", "cpu")
 
 
 def test_the_tower_of_an_eagle_checkpoint(tmp_path):

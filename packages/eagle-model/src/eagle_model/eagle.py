@@ -151,16 +151,16 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _place(self, hidden: Tensor, features: Tensor, index: Tensor) -> Tensor:
         """Embeddings [T, H] with `features` [n, H] at `index` [n]."""
-        self.check_tiles(index.shape[0], features.shape[0] // self.tokens_per_tile)
+        self.check_features(index.shape[0], features.shape[0])
         # Parts may be on different devices (`device_map`).
         return hidden.index_copy(0, index.to(hidden.device), features.to(hidden))
 
-    def check_tiles(self, visual_tokens: int, tiles: int) -> None:
-        """Raises ValueError when a prompt of so many visual tokens is not that of so many tiles."""
-        if visual_tokens != tiles * self.tokens_per_tile:
+    def check_features(self, visual_tokens: int, features: int) -> None:
+        """Raises ValueError when a prompt has another number of visual tokens than its tiles have features."""
+        if visual_tokens != features:
             raise ValueError(
-                f"{visual_tokens} visual tokens in input_ids, but {tiles} tiles of {self.tokens_per_tile} tokens give "
-                f"{tiles * self.tokens_per_tile}; the prompt and the tiles must come from the same processor settings"
+                f"{visual_tokens} visual tokens in input_ids, but {features // self.tokens_per_tile} tiles of {self.tokens_per_tile} "
+                f"tokens give {features}; the prompt and the tiles must come from the same processor settings"
             )
 
     def set_activation_checkpointing(self, mode: str, engine: OffloadEngine | None = None) -> None:
@@ -222,14 +222,16 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | float | None = None,
         mm_token_type_ids: Tensor | None = None,
         score_tokens: bool = False,
+        token_losses: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Packed mode, `forward(batch, layout=layout)`, or padded mode, `forward(input_ids, ...)`.
 
         Packed: the first argument is a `PackedBatch` of tensors; layout: which tokens belong together (default: the batch on one rank).
         Gives the loss, `sum_i w_i l_i / denominator`, or logits [T, V] of a batch without targets. score_tokens: instead of the loss, the
-        negative log-likelihood of every target and whether it is the most likely token. With several context parallel ranks
-        the batch is the rank's own (`PackedBatch.shard`), and losses and gradients of the ranks add up.
+        negative log-likelihood of every target and whether it is the most likely token. token_losses: with the loss, also the unweighted
+        loss of every token [T], without gradient. With several context parallel ranks the batch is the rank's own (`PackedBatch.shard`),
+        and losses and gradients of the ranks add up.
 
         Padded, as transformers calls it: input_ids [B, L] or inputs_embeds [B, L, H]; attention_mask [B, L] (with a cache: over cached and
         new tokens), padding on either side; pixel_values: uint8 tiles [N, s, s, 3] or normalised float [N, 3, s, s]; labels [B, L], not
@@ -257,10 +259,10 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             }
             if wrong := [name for name, value in others.items() if value is not None]:
                 raise TypeError(f"packed mode takes a PackedBatch and layout=..., but {', '.join(wrong)} arrived too")
-            output = self._forward_packed(input_ids, layout, score_tokens)
+            output = self._forward_packed(input_ids, layout, score_tokens, token_losses)
             return output if return_dict else output.to_tuple()
-        if layout is not None or score_tokens:
-            raise TypeError("layout and score_tokens belong to packed mode, whose first argument is a PackedBatch")
+        if layout is not None or score_tokens or token_losses:
+            raise TypeError("layout, score_tokens and token_losses belong to packed mode, whose first argument is a PackedBatch")
         arrangement, output = self.run_padded(
             input_ids,
             attention_mask,
@@ -290,7 +292,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output = replace(output, loss=loss, logits=head(hidden))
         return output if return_dict else output.to_tuple()
 
-    def _forward_packed(self, batch: PackedBatch, layout: Layout | None, score_tokens: bool) -> EagleOutput:
+    def _forward_packed(self, batch: PackedBatch, layout: Layout | None, score_tokens: bool, token_losses: bool) -> EagleOutput:
         if not isinstance(batch.input_ids, Tensor):
             raise TypeError(f"the packed batch holds {type(batch.input_ids).__name__} arrays; call batch.to(device) first")
         if layout is None:
@@ -313,9 +315,16 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if score_tokens:
             losses, right = token_scores(head, hidden, batch.targets)
             return EagleOutput(token_losses=losses, token_right=right)
-        weights, denominator = batch.token_weights, batch.denominator
-        loss = head_loss(head, hidden, batch.targets, token_weights=weights, denominator=denominator, num_kept=batch.num_kept)
-        return EagleOutput(loss=loss)  # type: ignore[arg-type]
+        loss, losses = head_loss(
+            head,
+            hidden,
+            batch.targets,
+            token_weights=batch.token_weights,
+            denominator=batch.denominator,
+            num_kept=batch.num_kept,
+            token_losses=True,
+        )
+        return EagleOutput(loss=loss, token_losses=losses if token_losses else None)  # type: ignore[arg-type]
 
     def run_padded(
         self,

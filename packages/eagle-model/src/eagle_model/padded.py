@@ -33,7 +33,8 @@ class EagleOutput(CausalLMOutputWithPast):
     In padded mode also `past_key_values` (transformers 5.24 and later call it `cache`), with use_cache; `hidden_states`, a tuple of
     [B, L, H], with output_hidden_states; `last_hidden_state` [B, L, H]. `attentions` is always None: attention weights are never formed.
 
-    In packed mode with token_scores: `token_losses` float32 [T] and `token_right` bool [T] (see `language.head.token_scores`).
+    In packed mode with score_tokens: `token_losses` float32 [T] and `token_right` bool [T] (see `language.head.token_scores`). With
+    token_losses: the `token_losses` of the loss, 0 where there is no target, without gradient.
     """
 
     last_hidden_state: Tensor | None = None

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
@@ -30,14 +31,12 @@ from eagle_model.arguments import (
 from eagle_model.configuration import EagleConfig
 from eagle_model.eagle import HUB_OPTIONS
 from eagle_model.media_parts import ImagePart, VideoPart
-from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, CachedEncoder, Encoded, PromptError, Segment, VisualTokens, encode, with_system
+from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, CachedEncoder, PromptError, with_system
 from eagle_model.prompt.chat import Conversation, chatml, flatten, parse_chatml
 from eagle_model.prompt.costs import PromptCosts
-from eagle_model.prompt.encode import TextEncoder
+from eagle_model.request import Processed, RequestPlan
 from eagle_model.tokenizer import CHAT_TEMPLATE, check_tokenizer, load_tokenizer
 from eagle_model.visual import (
-    SamplePlan,
-    VideoRef,
     VisualSpec,
     as_video,
     load_image,
@@ -46,44 +45,9 @@ from eagle_model.visual import (
     read_tiles,
     size_of,
 )
+from eagle_sampling import MediaError
 
 FILE = "processor_config.json"
-
-
-class Processed(NamedTuple):
-    """One conversation: input_ids, labels int64 [T]; tiles uint8 [N, s, s, 3] in the order of the prompt.
-
-    visual_kinds: int64 [n], for each visual token 1 (of an image) or 2 (of a video or document).
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    tiles: np.ndarray
-    visual_kinds: np.ndarray
-
-
-class RequestPlan(NamedTuple):
-    """One conversation with the plan of its media: messages with the system message; opened images; videos; how its prompt reads.
-
-    max_tokens: the budget that it was planned for, None without one.
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    images: list[Any]
-    videos: list[VideoRef]
-    plan: SamplePlan
-    spec: VisualSpec
-    segments: list[Segment]
-    max_tokens: int | None
-
-    def encode(self, encoder: TextEncoder) -> Encoded:
-        """input_ids and labels, int64 [T]."""
-        return encode(self.segments, encoder)
-
-    def visual_kinds(self) -> np.ndarray:
-        """For each visual token 1 (of an image) or 2 (of a video or document), int64 [n]."""
-        runs = [segment for segment in self.segments if isinstance(segment, VisualTokens)]
-        return np.repeat([1 if run.media == "image" else 2 for run in runs], [run.count for run in runs]).astype(np.int64)
 
 
 class EagleProcessor(ProcessorMixin):
@@ -147,7 +111,7 @@ class EagleProcessor(ProcessorMixin):
         prompt = messages if isinstance(messages, str) else with_system(messages, self.system_prompt)
         most = self.max_tokens if max_tokens is None else max_tokens
         opened = [own_settings(image, OF_IMAGES, "image") for image in images]
-        pictures = [load_image(image) for image, _ in opened]
+        pictures = [_open(image, number) for number, (image, _) in enumerate(opened, 1)]
         given = [own_settings(video, OF_VIDEOS, "video") for video in videos]
         refs = [as_video(video) for video, _ in given]
         fixed = self.costs.fixed_tokens(
@@ -365,6 +329,14 @@ class EagleProcessor(ProcessorMixin):
         own = {"system_prompt": self.system_prompt, "max_tokens": self.max_tokens}
         return {"processor_class": EagleProcessor.__name__, **own, **self.spec.to_dict()}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SETTINGS and name not in ("system_prompt", "max_tokens"):
+            raise AttributeError(
+                f"{name} is part of `spec`, which does not change: give it to a call, as in processor(..., {name}={value!r}), or when the "
+                f"processor is loaded, as in from_pretrained(FOLDER, {name}={value!r})"
+            )
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_costs": None}  # built again where it is used, for example in a DataLoader's process
 
@@ -405,6 +377,16 @@ def visual_settings(config: EagleConfig) -> dict[str, Any]:
         "max_tiles": tiles,
         "thumbnail": config.use_thumbnail,
     }
+
+
+def _open(image: Any, number: int) -> Any:
+    """As `load_image`; the error of an image without a name says its number."""
+    try:
+        return load_image(image)
+    except MediaError as error:
+        if isinstance(image, str | PathLike) and not str(image).startswith("data:"):
+            raise
+        raise MediaError(f"image {number}: {error}") from error
 
 
 def _with_media(talk: Conversation, images: Any, videos: Any) -> Conversation:

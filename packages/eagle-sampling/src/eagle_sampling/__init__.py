@@ -33,6 +33,7 @@ _MODULE_OF = {
             "pdf_size",
             "read_pages",
             "render_pages",
+            "whole_pages",
         ),
         "choose": (
             "choose_chapters",
@@ -116,6 +117,7 @@ __all__ = [
     "render_pages",
     "tile_caps",
     "wanted_frames",
+    "whole_pages",
 ]
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ if TYPE_CHECKING:
         tile_caps,
     )
     from .choose import choose_chapters, choose_pages, choose_times, clip_range, wanted_frames
-    from .documents import animation_times, page_count, page_sizes, pdf_size, read_pages, render_pages
+    from .documents import animation_times, page_count, page_sizes, pdf_size, read_pages, render_pages, whole_pages
     from .files import MediaFile, register_opener
     from .images import ImageRef, image_size, open_image, read_bytes
     from .limits import DEFAULT_LIMITS, FrameError, Limits, MediaError, MediaUnavailable

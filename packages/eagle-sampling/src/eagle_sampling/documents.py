@@ -85,6 +85,20 @@ def page_count(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
     return _checked_count(count, name, limits)
 
 
+def whole_pages(path: str | os.PathLike[str]) -> int:
+    """Pages of a TIFF without reduced copies of others (bit 0 of the tag NewSubfileType), which cameras and viewers store as previews.
+
+    Raises MediaError when it cannot be read.
+    """
+    name = path_text(path, "the path of a document")
+    with open_lazily(name, name) as image, decoding(f"{name}: its pages can't be counted"):
+        count = 0
+        for page in range(getattr(image, "n_frames", 1)):
+            image.seek(page)
+            count += not int(getattr(image, "tag_v2", {}).get(254, 0)) & 1
+        return count
+
+
 def page_sizes(path: str | os.PathLike[str], *, dpi: float = 144.0, limits: Limits = DEFAULT_LIMITS) -> list[tuple[int, int]]:
     """(width, height) in pixels of every page: a PDF's at `dpi`, a picture's own. Raises MediaError as `page_count`."""
     name = path_text(path, "the path of a document")

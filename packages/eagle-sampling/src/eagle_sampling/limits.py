@@ -79,7 +79,9 @@ def path_text(path: object, accepted: str) -> str:
         return path
     if isinstance(path, os.PathLike) and isinstance(text := os.fspath(path), str):
         return text
-    hint = "; pass its bytes, or write them to a file" if hasattr(path, "read") else ""
+    hint = ""
+    if hasattr(path, "read"):
+        hint = "; pass its bytes, or write them to a file" if "bytes" in accepted else "; write its content to a file"
     raise TypeError(f"{type(path).__name__} is not accepted here: need {accepted}{hint}")
 
 

@@ -11,21 +11,28 @@ from eagle_train.config import Config
 if TYPE_CHECKING:
     from eagle_train.data.prepare import PrepareReport, Progress
     from eagle_train.evaluation.metrics import Evaluation
+    from eagle_train.executors import Executor
     from eagle_train.planning.stages import StageSchedule
     from eagle_train.runs.train import Trained
 
 
 def prepare(
-    config: Config, *, evaluation: bool = False, again: bool = False, progress: Callable[[Progress], None] | None = None
+    config: Config,
+    *,
+    evaluation: bool = False,
+    again: bool = False,
+    executor: Executor = "local",
+    progress: Callable[[Progress], None] | None = None,
 ) -> PrepareReport:
     """Measure every row of the training sources (of the held-out ones with `evaluation`), or find it measured.
 
-    again: measure rows again that were not used because of their media. Raises PrepareError (too many bad rows) and ConfigError.
+    again: measure rows again that were not used because of their media. executor: `local` processes, or `ray`: a cluster.
+    Raises PrepareError (too many bad rows) and ConfigError.
     """
     from eagle_train.data.prepare import prepare as measure
     from eagle_train.training.model import load_run_tokenizer
 
-    return measure(config, load_run_tokenizer(config), evaluation=evaluation, again=again, progress=progress)
+    return measure(config, load_run_tokenizer(config), evaluation=evaluation, again=again, executor=executor, progress=progress)
 
 
 def plan(config: Config) -> list[StageSchedule]:

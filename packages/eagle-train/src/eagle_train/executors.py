@@ -1,12 +1,33 @@
-"""Map a function over items: in threads, in local processes, or on a Ray cluster."""
+"""Map a function over items: in threads, in this process, in local processes, or on a Ray cluster."""
 
+from __future__ import annotations
+
+import hashlib
+import importlib
+import multiprocessing
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Literal, TypeVar
+
+from eagle_train.config import ConfigError
+from eagle_train.errors import TrainError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Executor = Literal["local", "ray"]
+
+_RETRIES = 5
+"""How often Ray runs an item again whose process or node died."""
+
+
+class WorkerError(TrainError):
+    """A process died while it worked on an item."""
 
 
 def cpus() -> int:
@@ -15,10 +36,164 @@ def cpus() -> int:
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """The results for all items, in their order, by one thread for each CPU: for functions that spend their time in numpy."""
+    """The results for all items, in their order, by one thread for each CPU: for functions that spend their time in numpy or on a disk."""
     items = list(items)
     threads = min(cpus(), len(items))
     if threads < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, items))
+
+
+def map_items(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    workers: int | None = None,
+    executor: str = "local",
+    name: Callable[[Item], str] = str,
+    advice: str = "run again with one worker to see which one it is",
+) -> Iterator[tuple[Item, Result]]:
+    """Call `function` for every item; yields each with its result once it is done, in any order.
+
+    function: picklable; sent once to each process, which keeps it. An exception that it raises ends the map. What it writes to a disk
+    survives whatever ends the rest.
+    workers: processes; None: one for each CPU, of this machine or of the cluster. One worker of `local` is this process.
+    executor: "ray": tasks of one CPU each on the cluster that RAY_ADDRESS names, or on a new local one. All nodes must see the same
+    files. Ray runs an item again when its process or its node dies.
+    Raises WorkerError when a process dies, with the names of the items that were running; ConfigError without Ray.
+    """
+    if executor == "ray":
+        yield from _on_ray(function, items, workers, name, advice)
+        return
+    workers = workers or cpus()
+    if workers == 1 or len(items) <= 1:
+        for item in items:
+            yield item, function(item)
+    else:
+        yield from _in_processes(function, items, min(workers, len(items)), name, advice)
+
+
+def _died(names: Iterable[str], advice: str) -> WorkerError:
+    return WorkerError(
+        f"a worker process died (out of memory, or a crash in a decoder) while it read one of: {', '.join(names)}. What is done is kept; "
+        f"{advice}"
+    )
+
+
+def _in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, name: Callable[[Item], str], advice: str
+) -> Iterator[tuple[Item, Result]]:
+    # Spawned: nothing of this process (threads, CUDA, open files) is inherited half alive.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(os.getpid(), pickle.dumps(function)))
+    queue = iter(items)
+    running: dict[Any, Item] = {}
+    try:
+        while True:
+            while len(running) < 2 * workers and (item := next(queue, None)) is not None:
+                running[pool.submit(_call, item)] = item
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                try:
+                    result = future.result()
+                except BrokenProcessPool as error:
+                    raise _died(map(name, running.values()), advice) from error
+                yield running.pop(future), result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_function: Callable[[Any], Any] | None = None
+
+
+def _start(parent: int, function: bytes) -> None:
+    global _function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too; the parent decides
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of their own would only take turns with the other workers
+    _function = pickle.loads(function)
+
+    def watch() -> None:  # a killed parent can't end its workers
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _call(item: Any) -> Any:
+    assert _function is not None
+    return _function(item)
+
+
+def call_on_ray(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function` as one that runs on some node of the cluster and waits for its value; many threads may call it.
+
+    Raises what the function raises, WorkerError when it can't be run, and ConfigError without Ray.
+    """
+    ray = _ray()
+    task = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
+
+    def call(*arguments: Any) -> Result:
+        try:
+            return ray.get(task.remote(*arguments))
+        except ray.exceptions.RayTaskError as error:  # what the function raised
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            raise _died([str(arguments)], f"Ray ran it {_RETRIES + 1} times") from error
+
+    return call
+
+
+def _ray() -> Any:
+    """The library, connected to the cluster. Raises ConfigError."""
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError:
+        raise ConfigError("executor is ray, which is not installed: pip install 'eagle-train[ray]'") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    if ray.cluster_resources().get("CPU", 0) < 1:
+        raise ConfigError("executor is ray, and no node of the cluster has a CPU to give; start nodes with ray start --num-cpus")
+    return ray
+
+
+def _on_ray(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None, name: Callable[[Item], str], advice: str
+) -> Iterator[tuple[Item, Result]]:
+    ray = _ray()
+    content = pickle.dumps(function)
+    shared, digest = ray.put(content), hashlib.blake2b(content, digest_size=16).hexdigest()
+    task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_call_on_ray)
+    queue = iter(items)
+    running: dict[Any, Item] = {}
+    try:
+        while True:
+            slots = workers or 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)  # nodes come and go
+            while len(running) < slots and (item := next(queue, None)) is not None:
+                running[task.remote(digest, shared, item)] = item
+            if not running:
+                return
+            for reference in ray.wait(list(running), num_returns=1)[0]:
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:  # what the function raised
+                    raise error.cause from error
+                except ray.exceptions.RayError as error:
+                    raise _died([name(running[reference])], f"Ray ran it {_RETRIES + 1} times; {advice}") from error
+                yield running.pop(reference), result
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+_kept: dict[str, Callable[[Any], Any]] = {}
+
+
+def _call_on_ray(digest: str, function: bytes, item: Any) -> Any:
+    if digest not in _kept:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        _kept.clear()
+        _kept[digest] = pickle.loads(function)
+    return _kept[digest](item)

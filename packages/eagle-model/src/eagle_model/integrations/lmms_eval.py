@@ -3,9 +3,11 @@
 lmms-eval finds `manifest` through the entry point group `lmms_eval.models`. Tested with lmms-eval 0.7.3.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
@@ -16,8 +18,9 @@ manifest = ModelManifest("eagle", chat_class_path="eagle_model.integrations.lmms
 
 
 class Eagle(lmms):
-    """pretrained: an exported or released model. device, dtype: as in torch. max_tokens, fps, max_tiles, num_frames, max_frames: of the
-    processor, for every question. batch_size: 1, since a prompt may hold hundreds of frames."""
+    """pretrained: an exported or released model. device, dtype: as in torch; default: a GPU where there is one, and with several processes
+    (`accelerate launch`), which share the questions, one for each. max_tokens, fps, max_tiles, num_frames, max_frames: of the processor,
+    for every question. batch_size: 1, since a prompt may hold hundreds of frames."""
 
     is_simple = False
 
@@ -27,7 +30,14 @@ class Eagle(lmms):
         super().__init__()
         if int(batch_size) != 1:
             raise ValueError(f"batch_size is {batch_size}; questions are answered one by one, leave it at 1")
+        if device is None and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         self.answerer = Answerer(pretrained, device=device, dtype=dtype, **settings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where lmms-eval's own collectives run."""
+        return self.answerer.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answer to each request, in their order."""

@@ -1,6 +1,6 @@
 """The language head and its loss, which never holds the logits of a whole sequence."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,20 @@ class Head(nn.Linear):
         return linear_cross_entropy(hidden, self.weight, targets, **options)
 
 
+@overload
+def head_loss(
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, token_weights: Tensor | None = None, denominator: Tensor | None = None,
+    num_kept: int | None = None, token_losses: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def head_loss(
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, token_weights: Tensor | None = None, denominator: Tensor | None = None,
+    num_kept: int | None = None, token_losses: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def head_loss(
     head: nn.Module,
     hidden: Tensor,
@@ -28,18 +42,27 @@ def head_loss(
     token_weights: Tensor | None = None,
     denominator: Tensor | None = None,
     num_kept: int | None = None,
-) -> Tensor:
-    """Loss of hidden states [T, H] and targets [T] through the head: `sum_i w_i l_i / denominator`, 0-dim float32.
+    token_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Loss of hidden states [T, H] and targets [T] through the head: `sum_i w_i l_i / denominator`, 0-dim float32; with token_losses also
+    the `l_i` [T], 0 where ignored, without gradient.
 
     Arguments are those of `eagle_kernels.linear_cross_entropy`, which computes it for the model's own `Head`. A head that something else
     has replaced or wrapped (an adapter, a quantised layer) is called; the logits of all labelled tokens are then in memory at once.
     """
     if isinstance(head, Head) and "forward" not in head.__dict__ and is_plain_weight(head._parameters.get("weight")):
-        return head(hidden, targets, token_weights=token_weights, denominator=denominator, num_kept=num_kept)
+        options = {"token_weights": token_weights, "denominator": denominator, "num_kept": num_kept}
+        if not token_losses:
+            return head(hidden, targets, **options)
+        loss, own, _ = head(hidden, targets, **options, return_details=True)
+        return loss, own
     kept = targets != -100
     losses = F.cross_entropy(head(hidden[kept]).float(), targets[kept], reduction="none")
     weights = torch.ones_like(losses) if token_weights is None else token_weights[kept].to(losses)
-    return (losses * weights).sum() / (weights.sum() if denominator is None else denominator)
+    loss = (losses * weights).sum() / (weights.sum() if denominator is None else denominator)
+    if not token_losses:
+        return loss
+    return loss, torch.zeros(targets.shape, dtype=losses.dtype, device=losses.device).masked_scatter(kept, losses.detach())
 
 
 def token_scores(head: nn.Module, hidden: Tensor, targets: Tensor, *, rows: int = 512) -> tuple[Tensor, Tensor]:

@@ -165,6 +165,8 @@ def as_video(ref: Any) -> VideoRef:
     video = about.pop(name, None)
     if isinstance(video, Mapping):
         return as_video({**video, **about})
+    if isinstance(video, bytes | bytearray) or hasattr(video, "read"):
+        raise ValueError("a video or document is given as bytes or an open file; they are read from files: save it and give its path")
     from_file = isinstance(video, str | os.PathLike)
     if not from_file and (video is None or len(video) == 0):
         raise ValueError(f"a video must be a path, a mapping with path or frames, or a list of frames; got {sorted(about)} without frames")

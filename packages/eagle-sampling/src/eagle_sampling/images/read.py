@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from ..files import open_remote, open_stream
+from ..files import is_remote, open_stream
 from ..limits import DEFAULT_LIMITS, Limits, MediaError, MediaUnavailable, printable, unreadable
 from .ancillary import without_ancillary
 from .header import HeaderError, Reader, exif_orientation, parse_size
@@ -43,10 +43,14 @@ def image_size(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> 
 
 
 def _file_size(path: str) -> tuple[int, int]:
-    file = open_remote(path)
-    if file is not None:
-        size, problem = _parsed(file.read(0, _HEAD_BYTES), file.read, lambda: file.size, path)
-        file.close()
+    if is_remote(path):
+        with open_stream(path) as file:  # the parts of a PNG are read in order, and so ahead
+
+            def read(offset: int, count: int) -> bytes:
+                file.seek(offset)
+                return file.read(count)
+
+            size, problem = _parsed(read(0, _HEAD_BYTES), read, lambda: file.seek(0, os.SEEK_END), path)
         return size or _pillow_size(path, printable(path), problem)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))

@@ -79,7 +79,7 @@ def exists(ref: ImageRef, *, root: str | os.PathLike[str] | None = None) -> bool
 
 
 def is_there(path: str) -> bool:
-    """Whether a file is at a path or an address. Raises MediaError when an address can't be asked, or access is denied."""
+    """Whether a file is at a path or an address. Raises MediaError when access to an address is denied."""
     try:
         file = open_remote(path)
     except MediaError as error:

@@ -65,9 +65,13 @@ class BuildResult:
         kinds = "; ".join(f"{number} x {kind}, for example {name}" for kind, (number, name) in sorted(self.others.items())[:20])
         others = f"\n{count} other files are not images: {kinds}" if count else ""
         return (
-            f"{state}{self.written} values, {self.bytes / 1e6:.1f} MB{kept}, {len(self.problems)} left out{others}\n"
+            f"{state}{_counted(self.written, 'value')}, {self.bytes / 1e6:.1f} MB{kept}, {len(self.problems)} left out{others}\n"
             f"A row names an image as {json.dumps(self.reference, ensure_ascii=False)}"
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @dataclass
@@ -84,7 +88,7 @@ class CheckResult:
         return not self.problems
 
     def __str__(self) -> str:
-        return f"{self.keys} values, {self.bytes / 1e6:.1f} MB, {len(self.problems)} problems"
+        return f"{_counted(self.keys, 'value')}, {self.bytes / 1e6:.1f} MB, {_counted(len(self.problems), 'problem')}"
 
 
 @dataclass

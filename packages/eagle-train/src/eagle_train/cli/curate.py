@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import app
-from .options import Overrides
+from .options import Executor, Overrides, with_executor
 
 if TYPE_CHECKING:
     from eagle_train.curate.endpoint import Account
@@ -21,20 +21,20 @@ CurateFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Curation (YA
 
 
 @curate_app.command()
-def split(config: CurateFile, overrides: Overrides = None) -> None:
+def split(config: CurateFile, overrides: Overrides = None, executor: Executor = None) -> None:
     """Split videos into clips: shots, fixed lengths or chapters."""
-    _split(_load(config, overrides))
+    _split(_load(config, overrides, executor))
 
 
 @curate_app.command()
-def embed(config: CurateFile, overrides: Overrides = None) -> None:
+def embed(config: CurateFile, overrides: Overrides = None, executor: Executor = None) -> None:
     """Compute one vector per clip with a vision encoder."""
-    _embed(_load(config, overrides))
+    _embed(_load(config, overrides, executor))
 
 
 @curate_app.command()
 def select(config: CurateFile, overrides: Overrides = None) -> None:
-    """Select novel clips, without near-duplicates, up to a number of hours."""
+    """Select novel clips without near-duplicates, up to some hours."""
     _select(_load(config, overrides))
 
 
@@ -42,25 +42,32 @@ def select(config: CurateFile, overrides: Overrides = None) -> None:
 def annotate(
     config: CurateFile,
     overrides: Overrides = None,
+    executor: Executor = None,
     batch_out: Annotated[
         Path | None, typer.Option(help="Write requests to this OpenAI batch file instead of sending them.", show_default=False)
     ] = None,
     batch_in: Annotated[Path | None, typer.Option(help="Results of a batch, which are read first.", show_default=False)] = None,
 ) -> None:
-    """Let a model write question-answer pairs, through an OpenAI-compatible endpoint."""
-    _annotate(_load(config, overrides), batch_out, batch_in)
+    """Let a model write question-answer pairs.
+
+    It is requested through an OpenAI-compatible endpoint.
+    """
+    _annotate(_load(config, overrides, executor), batch_out, batch_in)
 
 
 @curate_app.command()
 def check(config: CurateFile, overrides: Overrides = None) -> None:
-    """Remove pairs that need no frames, leak, repeat or have a bad length; write the recipe."""
+    """Remove pairs that need no frames, leak or repeat.
+
+    Also those of a bad length. Then the recipe is written.
+    """
     _check(_load(config, overrides))
 
 
 @curate_app.command()
-def run(config: CurateFile, overrides: Overrides = None) -> None:
+def run(config: CurateFile, overrides: Overrides = None, executor: Executor = None) -> None:
     """Do all steps in order; what is done already is found again."""
-    loaded = _load(config, overrides)
+    loaded = _load(config, overrides, executor)
     _split(loaded)
     _embed(loaded)
     _select(loaded)
@@ -80,17 +87,17 @@ def show(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write a page with pictures of what a step gave, and of what it removed."""
+    """Write a page with what a step gave and what it removed."""
     from eagle_train.watching.curation import write_page
 
     path = write_page(_load(config, overrides), step=step, rows=rows, path=html)
     print(f"wrote {path}")
 
 
-def _load(path: Path, overrides: list[str] | None) -> CurateConfig:
+def _load(path: Path, overrides: list[str] | None, executor: str | None = None) -> CurateConfig:
     from eagle_train.curate.settings import load_curation
 
-    return load_curation(path, overrides or ())
+    return load_curation(path, with_executor(overrides, executor, "executor"))
 
 
 def _split(config: CurateConfig) -> None:
@@ -100,6 +107,7 @@ def _split(config: CurateConfig) -> None:
     with counting("split", "videos") as progress:
         table = split(config, progress=progress)
     print(f"split: {table.num_rows} clips, {_hours(table)}{_removed(config, 'split')}")
+    _need_rows(config, "split", table.num_rows)
 
 
 def _embed(config: CurateConfig) -> None:
@@ -109,6 +117,7 @@ def _embed(config: CurateConfig) -> None:
     with counting("embed", "videos") as progress:
         table = embed(config, progress=progress)
     print(f"embed: {table.num_rows} clips{_removed(config, 'embed')}")
+    _need_rows(config, "embed", table.num_rows)
 
 
 def _select(config: CurateConfig) -> None:
@@ -118,6 +127,7 @@ def _select(config: CurateConfig) -> None:
     with counting("select", "clips") as progress:
         table = select(config, progress=progress)
     print(f"select: {table.num_rows} clips, {_hours(table)}{_removed(config, 'select')}")
+    _need_rows(config, "select", table.num_rows)
 
 
 def _annotate(config: CurateConfig, batch_out: Path | None, batch_in: Path | None) -> None:
@@ -132,6 +142,7 @@ def _annotate(config: CurateConfig, batch_out: Path | None, batch_in: Path | Non
         print(f"annotate: {report.pending} requests written to {batch_out}; run again with --batch-in RESULTS --batch-out NEXT")
         return
     print(f"annotate: {report.rows} pairs{_removed(config, 'annotate')}; {_account(report.account)}")
+    _need_rows(config, "annotate", report.rows)
 
 
 def _check(config: CurateConfig) -> None:
@@ -143,9 +154,18 @@ def _check(config: CurateConfig) -> None:
     with counting("check", "pairs") as progress:
         report = check(config, progress=progress)
     print(f"check: {report.rows} pairs{_removed(config, 'check')}; {_account(report.account)}")
+    _need_rows(config, "check", report.rows)
     for name, counts in report.mixture.items():
         print(table([(name, "pairs"), *((key, str(number)) for key, number in counts.most_common())]))
     print(f"recipe: {config.folder / 'recipe.yaml'}")
+
+
+def _need_rows(config: CurateConfig, step: str, rows: int) -> None:
+    """A step that kept nothing fails: the next one would have nothing to read."""
+    from eagle_train.curate.folder import CurateError, Folder
+
+    if not rows:
+        raise CurateError(f"eagle curate {step} kept no rows; {Folder(config.folder).ledger.path} says why each one was removed")
 
 
 def _hours(clips: Any) -> str:

@@ -26,8 +26,10 @@ def lint(
     held_out: HeldOut = False,
     overrides: Overrides = None,
 ) -> None:
-    """Print per key of the rows whether it is used, and which rows are refused; media are not opened. Exit code 3 when rows are refused
-    or a source has none."""
+    """Print which keys of the rows are used, and refused rows.
+
+    Media are not opened. Exit code 3 when rows are refused or a source has none.
+    """
     from eagle_train.config import load_config
     from eagle_train.data.lint import lint as lint_rows
 
@@ -54,7 +56,10 @@ def stats(
     held_out: HeldOut = False,
     overrides: Overrides = None,
 ) -> None:
-    """Print rows, hours and tokens per source, lengths before and after ADS at every context length, duplicates, draws, and reasons."""
+    """Print rows, hours, tokens and duplicates per source.
+
+    Also lengths before and after ADS at every context length, how often rows are drawn, and why rows are refused.
+    """
     from eagle_train.config import load_config
     from eagle_train.watching.statistics import statistics, to_html, to_json
 

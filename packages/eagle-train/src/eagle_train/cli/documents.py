@@ -16,6 +16,7 @@ import typer
 if TYPE_CHECKING:
     from eagle_train.config import Config
     from eagle_train.data.facts import Facts
+    from eagle_train.runs.prediction import Prediction
     from eagle_train.runs.ready import Ready
     from eagle_train.runs.resources import Resources
     from eagle_train.runs.sweep import Point
@@ -30,8 +31,11 @@ def write(document: dict[str, Any]) -> None:
     print(json.dumps(_finite(document), indent=2, ensure_ascii=False))
 
 
-def plan_document(ready: Ready, needed: Resources | None = None, defaults: Config | None = None) -> dict[str, Any]:
-    """`eagle plan`: a summary per stage, where all rows went, warnings; resources with `--gpus`, defaults with `--show-defaults`."""
+def plan_document(
+    ready: Ready, needed: Resources | None = None, predicted: Prediction | None = None, defaults: Config | None = None
+) -> dict[str, Any]:
+    """`eagle plan`: a summary per stage, where all rows went, warnings; resources and predicted times with `--gpus`, defaults with
+    `--show-defaults`."""
     from eagle_train.config import explain_defaults
 
     from .tables import position_warnings, row_counts
@@ -48,6 +52,10 @@ def plan_document(ready: Ready, needed: Resources | None = None, defaults: Confi
     }
     if needed is not None:
         document["resources"] = asdict(needed)
+    if predicted is not None:
+        hours = {stage.name: stage.gpu_hours(predicted.gpus) for stage in predicted.stages}
+        stages = [asdict(stage) | {"gpu_hours": hours[stage.name]} for stage in predicted.stages]
+        document["prediction"] = asdict(predicted) | {"stages": stages}
     if defaults is not None:
         document["defaults"] = {default.path: default.value for default in explain_defaults(defaults)}
     return document

@@ -96,9 +96,9 @@ def evaluate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate held-out questions with their metrics, or tasks of lmms-eval.
+    """Evaluate held-out questions, or tasks of lmms-eval.
 
-    For a run, accuracies of held-out questions are next to those of the text-only baseline.
+    Every source of questions has its metric. For a run, accuracies are next to those of the text-only baseline.
     """
     from eagle_train.config import ConfigError, Source
 

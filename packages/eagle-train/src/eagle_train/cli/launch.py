@@ -65,7 +65,7 @@ def torchrun(arguments: Sequence[str], nproc: int, nodes: int, rendezvous: str |
 
     rendezvous: HOST[:PORT] of the first machine, which every machine of a run of several gives. name: of the run.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+    command = [sys.executable, "-m", "eagle_train.cli.ranks", "--nproc-per-node", str(nproc)]
     if nodes == 1:
         command.append("--standalone")
     elif rendezvous is None:

@@ -35,7 +35,7 @@ def build(
 
 @lmdb_app.command("check")
 def check(path: Annotated[Path, typer.Argument(metavar="LMDB", help="LMDB to read.", show_default=False)]) -> None:
-    """Read every value of an LMDB and name those that are damaged or not images."""
+    """Read every value; name those that are damaged or not images."""
     from eagle_sampling import check_lmdb
 
     report = check_lmdb(path)

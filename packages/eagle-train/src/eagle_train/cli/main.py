@@ -63,6 +63,11 @@ def run(given: list[str]) -> NoReturn:
 def report(error: Exception) -> None:
     """Print an error once: the main rank prints what every rank raises, and another rank names itself for what is its own."""
     text = str(error) or type(error).__name__
+    if (lost := getattr(error, "lost_rank", None)) is not None:  # of eagle_train.distributed.failure
+        write_error_file(lost.message)
+        if lost.reporter is None:
+            print(f"error: {lost.message}", file=sys.stderr)
+        return
     full = not isinstance(error, TrainError) and disk_is_full(error)
     if full:
         text = f"the disk is full, or a quota or a limit on file sizes is reached: {text}; free space and run the same command again"

@@ -30,7 +30,10 @@ def build(
     fps: Annotated[int, typer.Option(min=1, help="Frames per second of the videos.", metavar="N")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random; train and evaluate with different ones.", metavar="N")] = 0,
 ) -> None:
-    """Write videos with needles and rows about them, which train and evaluate like any other: eagle eval RUN --data OUTPUT/rows.jsonl."""
+    """Write videos with needles, and rows about them.
+
+    They train and evaluate like any other rows: eagle eval RUN --data OUTPUT/rows.jsonl.
+    """
     from eagle_train.evaluation.needle import Settings
     from eagle_train.evaluation.needle import build as build_needles
 
@@ -59,7 +62,10 @@ def plot(
     evaluation: Annotated[Path, typer.Argument(metavar="EVALUATION", help="Folder of eagle eval --frames.", show_default=False)],
     needles: Annotated[Path, typer.Argument(metavar="NEEDLES", help="Folder of eagle needle build.", show_default=False)],
 ) -> None:
-    """Draw EVALUATION/depths.png: accuracy by number of frames and depth, for every kind of needle."""
+    """Draw accuracy by number of frames and depth.
+
+    EVALUATION/depths.png has a part for every kind of needle.
+    """
     from eagle_train.evaluation.needle import NeedleError
     from eagle_train.training.metrics import read_metrics
     from eagle_train.watching.accuracy import plot_depths

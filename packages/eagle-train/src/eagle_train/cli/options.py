@@ -27,3 +27,14 @@ Device = Annotated[
         help="cpu or cuda; default: a GPU when there is one.", metavar="DEVICE", show_default=False, autocompletion=lambda: ["cpu", "cuda"]
     ),
 ]
+Executor = Annotated[
+    str | None,
+    typer.Option(
+        help="local (processes) or ray (RAY_ADDRESS names a cluster); default: as configured.", metavar="NAME", show_default=False
+    ),
+]
+
+
+def with_executor(overrides: list[str] | None, executor: str | None, key: str) -> list[str]:
+    """The overrides of `--set`, with that of `--executor`."""
+    return [*(overrides or ()), *(() if executor is None else (f"{key}={executor}",))]

@@ -9,6 +9,9 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("help.txt")
 _MARK = "=== eagle"
+_ARGUMENT_TYPE = re.compile(r"^(  [A-Z]+) <[^>]+>(?= )", re.MULTILINE)
+_OPTION_TYPE = re.compile(r"^(  --[a-z-]+ )<([^>]+)>(?= )", re.MULTILINE)
+_TYPES = {"int": "N", "int range": "N", "str": "TEXT", "list[Path]": "PATH"}
 
 
 def stored_page(arguments: list[str]) -> str | None:
@@ -45,8 +48,10 @@ def rendered_page(verb: str) -> str:
     from .app import command
 
     result = CliRunner().invoke(command(), [*verb.split(), "--help"], prog_name="eagle", env={"COLUMNS": "80"})
-    # typer writes `{CONFIG}` for a required argument, which reads as one of the characters to type.
-    return re.sub(r"\{([A-Z]+)\}", r"\1", result.output.strip("\n"))
+    # typer writes `{CONFIG}` for a required argument, which reads as characters to type, and Python's types after its name.
+    page = re.sub(r"\{([A-Z]+)\}", r"\1", result.output.strip("\n"))
+    page = _ARGUMENT_TYPE.sub(lambda found: found[1] + " " * (len(found[0]) - len(found[1])), page)
+    return _OPTION_TYPE.sub(lambda found: (found[1] + _TYPES.get(found[2], found[2].upper())).ljust(len(found[0])), page)
 
 
 def store() -> None:

@@ -20,7 +20,12 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="Also print parameters, and the memory of each of N GPUs.", metavar="N", show_default=False),
+        typer.Option(
+            min=1,
+            help="Also print parameters, memory of each of N GPUs, step times and GPU hours; fails when it can't fit.",
+            metavar="N",
+            show_default=False,
+        ),
     ] = None,
     rows: Annotated[
         Path | None,
@@ -30,15 +35,27 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    gpu: Annotated[str, typer.Option(help="With --gpus: which GPU, for example H200 or A100.", metavar="NAME")] = "H100",
     show_defaults: ShowDefaults = False,
     as_json: AsJson = False,
 ) -> None:
     """Print stages, steps and packs, and what does not fit."""
     from eagle_train.config import load_config
+    from eagle_train.runs.prediction import check_fits, named_gpu, predict
     from eagle_train.runs.ready import get_ready
+    from eagle_train.runs.resources import resources
     from eagle_train.watching.progress import prepare_progress
 
-    from .tables import PLAN_LEGEND, defaults_text, draws_table, plan_table, position_warnings, resources_text, rows_line
+    from .tables import (
+        PLAN_LEGEND,
+        defaults_text,
+        draws_table,
+        plan_table,
+        position_warnings,
+        prediction_text,
+        resources_text,
+        rows_line,
+    )
 
     loaded = load_config(config, overrides or ())
     if show_defaults and not as_json:
@@ -46,18 +63,18 @@ def plan(
     with prepare_progress() as progress:
         ready = get_ready(loaded, progress=progress, held_out=False)
     ready.record_drops()
-    needed = None
+    needed = predicted = None
     if gpus is not None:
-        from eagle_train.runs.resources import resources
-
-        needed = resources(ready, gpus)
+        needed, predicted = resources(ready, gpus), predict(ready, gpus, named_gpu(gpu))
     written = 0
     if rows is not None:
         from eagle_train.runs.draws import write_draws
 
         written = write_draws(ready.schedules, rows)
     if as_json:
-        write(plan_document(ready, needed, loaded if show_defaults else None))
+        write(plan_document(ready, needed, predicted, loaded if show_defaults else None))
+        if predicted is not None:
+            check_fits(ready, predicted.gpus, named_gpu(gpu))
         return
     print(plan_table(ready.schedules))
     print(PLAN_LEGEND)
@@ -68,4 +85,9 @@ def plan(
         print(warning)
     if rows is not None:
         print(f"wrote {rows}: {counted(written, 'row')}")
-    print(f"parameters and memory: eagle plan {config} --gpus N" if needed is None else resources_text(needed))
+    if needed is None or predicted is None:
+        print(f"parameters, memory and time: eagle plan {config} --gpus N --gpu H100")
+        return
+    print(resources_text(needed))
+    print(prediction_text(predicted.stages, predicted.gpus, predicted.rate))
+    check_fits(ready, predicted.gpus, named_gpu(gpu))

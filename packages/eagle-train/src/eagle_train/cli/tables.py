@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from eagle_train.evaluation.metrics import Evaluation, Score
     from eagle_train.planning.mixture import SourceDraws
     from eagle_train.planning.stages import StageSchedule
+    from eagle_train.runs.prediction import Rate, StagePrediction
     from eagle_train.runs.ready import Ready
     from eagle_train.runs.resources import Resources
     from eagle_train.training.trainer import Trainer
@@ -132,6 +133,35 @@ def resources_text(needed: Resources) -> str:
         if needed.memory.host:
             lines.append(f"host memory per GPU: {host:.1f} GiB")
     return "\n".join(lines)
+
+
+def prediction_text(stages: Sequence[StagePrediction], gpus: int, rate: Rate) -> str:
+    """Memory, time and balance of every stage."""
+    from eagle_train.training.metrics import duration
+
+    rows = [("stage", "GiB per GPU", "s per step", "steps", "time", "GPU hours", "waiting", "by tokens")]
+    for stage in stages:
+        hours = stage.gpu_hours(gpus)
+        rows.append(
+            (
+                stage.name,
+                "-" if stage.gib is None else f"{stage.gib:.1f}",
+                f"{stage.seconds:.3g}",
+                str(stage.steps),
+                duration(stage.steps * stage.seconds),
+                f"{hours:.3g}",
+                f"{stage.after:.1%}",
+                f"{stage.before:.1%}",
+            )
+        )
+    total = sum(stage.gpu_hours(gpus) for stage in stages)
+    return "\n".join(
+        [
+            table(rows),
+            f"  time: of training alone, at {rate.flops / 1e12:.3g} TFLOP/s per GPU ({rate.source}); {total:.3g} GPU hours in all",
+            "  waiting: share of the time that data groups wait for one another; by tokens: if packs were balanced by tokens alone",
+        ]
+    )
 
 
 def start_line(trainer: Trainer) -> str:

@@ -35,6 +35,10 @@ def train(
         str | None,
         typer.Option(help="With --nodes: the machine where all meet, the same for each.", metavar="HOST[:PORT]", show_default=False),
     ] = None,
+    profile: Annotated[
+        int | None,
+        typer.Option(min=1, help="Write a torch profile of so many steps, after two others.", metavar="STEPS", show_default=False),
+    ] = None,
     print_launch: Annotated[
         str | None, typer.Option(help="Print a batch script instead; slurm is known.", metavar="SYSTEM", show_default=False)
     ] = None,
@@ -50,6 +54,7 @@ def train(
         return
     if not launch.join_slurm() and not launch.is_launched() and config != "quickstart":
         _launch(config, overrides, device, nproc, nodes, rdzv)
+    from eagle_train.config import ConfigError
     from eagle_train.training.stop import StopSignals
 
     from .progress import is_main_rank, quiet
@@ -57,9 +62,11 @@ def train(
     quiet()
     with StopSignals(quiet=not is_main_rank()) as stop:
         if config == "quickstart":
+            if profile is not None:
+                raise ConfigError("--profile is for a run of your own; the quickstart has a fixed course")
             _quickstart(folder, fresh, overrides, device, stop)
         else:
-            _train(config, folder is not None or fresh, overrides, device, show_defaults, stop)
+            _train(config, folder is not None or fresh, overrides, device, show_defaults, stop, profile)
 
 
 def _print_launch(system: str, path: str, overrides: list[str] | None, nproc: int | None, nodes: int) -> None:
@@ -98,7 +105,15 @@ def _quickstart(folder: Path | None, fresh: bool, overrides: list[str] | None, d
     run_quickstart(folder or Path("runs"), Printer(), overrides=overrides or (), fresh=fresh, device=device, tables=tables, stop=stop)
 
 
-def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: str | None, show_defaults: bool, stop: StopSignals) -> None:
+def _train(
+    path: str,
+    quickstarts: bool,
+    overrides: list[str] | None,
+    device: str | None,
+    show_defaults: bool,
+    stop: StopSignals,
+    profile: int | None,
+) -> None:
     from eagle_train.config import ConfigError, load_config
     from eagle_train.training.stop import what_is_saved
 
@@ -127,9 +142,10 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
     try:
         with printer.preparing() as progress:
             ready = get_ready(config, world, progress)
-        printer.message(plan_table(ready.schedules))
-        for warning in position_warnings(ready):
-            printer.message(warning)
+        if world.is_main:  # a summary reads the whole plan
+            printer.message(plan_table(ready.schedules))
+            for warning in position_warnings(ready):
+                printer.message(warning)
         printer.message(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
 
         def started(trainer: Trainer) -> None:
@@ -150,6 +166,7 @@ def _train(path: str, quickstarts: bool, overrides: list[str] | None, device: st
                 stop=stop,
                 on_slow=printer.message,
                 on_answers=lambda answers: trackers.answers(answers, pictures),
+                profile=profile,
             )
         result = trained.final_evaluation(limit=config.eval.limit)
         if world.is_main and result is not None:

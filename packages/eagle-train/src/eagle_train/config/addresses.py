@@ -1,4 +1,4 @@
-"""Addresses of remote files in configurations and rows: how they are told from paths, and that they carry no credentials."""
+"""Addresses of remote files in configurations and rows: how they differ from paths, and that they carry no credentials."""
 
 from __future__ import annotations
 

@@ -176,7 +176,8 @@ def describe_errors(error: ValidationError, model: type[BaseModel], origin: str)
         elif item["type"] == "missing":
             lines.append(f"{origin}: {path} is missing; it has no default")
         elif item["type"] == "value_error":
-            lines.append(f"{origin}: {path}: {str(item['ctx']['error']) if 'ctx' in item else item['msg']}")
+            what = str(item["ctx"]["error"]) if "ctx" in item else item["msg"]
+            lines.append(f"{origin}: {path}: {what}" if location else f"{origin}: {what}")
         else:
             message = item["msg"][0].lower() + item["msg"][1:]
             lines.append(f"{origin}: {path}: {message} (got {_short(item['input'])})")

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from eagle_sampling.budget import STRATEGIES
 
@@ -183,6 +183,11 @@ class ModelConfig(Section):
         description="Decay of a moving average of the trained weights, which eagle export --ema writes, for example 0.999; it takes 4 more "
         "bytes per trained parameter. null: none.",
     )
+    weights: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Precision in which weights are kept while training. bfloat16 takes 4 bytes less per parameter (weight and gradient), "
+        "rounds every update stochastically, and needs parallel.dtype: bfloat16 and the optimizer adamw or adamw8bit.",
+    )
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Fields of EagleConfig to change, nested as in config.json, for example {text_config: {...}}."
     )
@@ -237,11 +242,23 @@ class HubDataset(Section):
         return "/".join(filter(None, (self.hub, self.subset, self.split)))
 
 
+def _kind(value: Any) -> str:
+    """Which of the forms of `annotation` a value has, so that errors are about this one."""
+    return "list" if isinstance(value, list) else "dataset" if isinstance(value, dict | HubDataset) else "path"
+
+
+_One = Annotated[Annotated[HubDataset, Tag("dataset")] | Annotated[Place, Tag("path")], Discriminator(_kind)]
+Annotation = Annotated[
+    Annotated[HubDataset, Tag("dataset")] | Annotated[Place, Tag("path")] | Annotated[list[_One], Tag("list")], Discriminator(_kind)
+]
+"""A file, pattern, folder, address or dataset of the hub, or a list of these."""
+
+
 class Source(Section):
     """One entry of a recipe."""
 
     paths = ("annotation", "root")
-    annotation: HubDataset | Place | list[HubDataset | Place] = Field(
+    annotation: Annotation = Field(
         description="File of rows: JSONL, a JSON array, CSV, TSV (each also .gz, .zst, .bz2, .xz), Parquet, Arrow, or a WebDataset tar; a "
         "folder of Parquet, Arrow or tar files (a saved datasets dataset); a pattern such as shards/*.parquet; an address of any of these "
         "(s3://bucket/rows.jsonl, see data.remote); a dataset of the Hugging Face hub as {hub: owner/name, subset: ..., split: train, "
@@ -557,9 +574,10 @@ class StageConfig(Section):
         default="sqrt",
         description="token: every label alike; sample: every sample alike; sqrt: n_i^-1/2 per label of sample i, as the original.",
     )
-    optimizer: Literal["adamw", "adamw8bit", "muon", "adafactor"] = Field(
+    optimizer: Literal["adamw", "adamw8bit", "adamw_host", "muon", "adafactor"] = Field(
         default="adamw",
-        description="adamw: 8 bytes of state per parameter; adamw8bit: 2 (needs torchao); muon: 4 for matrices of linear layers, which get "
+        description="adamw: 8 bytes of state per parameter; adamw8bit: 2 (needs torchao); adamw_host: adamw with its 8 bytes in host "
+        "memory, copied while others are updated; muon: 4 for matrices of linear layers, which get "
         "orthogonalised momentum, and AdamW for the rest; adafactor: factored second moment, next to none.",
     )
     carry_optimizer: bool = Field(
@@ -631,6 +649,11 @@ class CheckpointConfig(Section):
         default=60.0, gt=0, description="Minutes after which the running step is followed by a checkpoint, next to every; null: only every."
     )
     keep: int = Field(default=2, ge=1, description="Newest checkpoints kept within a stage; ends of stages are always kept.")
+    background: bool = Field(
+        default=True,
+        description="Write while training goes on, from a copy of the rank's weights and optimizer state in host memory; false: steps wait "
+        "until a checkpoint is written, and no copy is made.",
+    )
 
 
 class ParallelConfig(Section):
@@ -645,11 +668,23 @@ class ParallelConfig(Section):
     fsdp: bool = Field(
         default=True, description="Shard parameters over the ranks (FSDP2) when there is more than one; false: replicate them."
     )
+    replicate: int = Field(
+        default=1,
+        ge=1,
+        description="Replicas of the sharded parameters (HSDP): parameters are gathered within ranks / replicate neighbouring ranks, and "
+        "only sums of gradients cross between replicas. The number of machines keeps gathering within each of them.",
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
         description="Precision of the computation; master weights stay float32. auto: bfloat16 on GPUs and CPUs that compute it natively "
         "(AVX512-BF16, AMX), else float32; a run that continues keeps what it began with.",
     )
+
+    @model_validator(mode="after")
+    def _one_way_to_replicate(self) -> Self:
+        if self.replicate > 1 and not self.fsdp:
+            raise ValueError(f"replicate ({self.replicate}) is for sharded parameters, and fsdp: false replicates all of them; keep one")
+        return self
 
     @property
     def group_size(self) -> int:

@@ -18,11 +18,14 @@ from pydantic import Field
 from eagle_sampling import MediaError, TimeTable, choose_chapters, probe
 from eagle_train.config import ConfigError
 from eagle_train.data.ledger import Entry
+from eagle_train.executors import call_on_ray
 
+from .answers import NoAnswer, read_batch
 from .chapters import Chapter, load_chapters, of_video
-from .endpoint import Account, Endpoint, NoAnswer, Pending, Request, Schema, Shown, digest_of, read_batch
+from .endpoint import Account, Endpoint, Pending, Request, Schema, digest_of
 from .folder import Folder, entry, nothing
 from .settings import AnnotateConfig, CurateConfig
+from .shown import Shown, jpegs
 
 SCHEMA = pa.schema(
     [
@@ -139,7 +142,8 @@ def annotate(
         raise nothing("annotate", "select", folder.ledger.path)
     if batch_out is not None and batch_in is not None and batch_out.absolute() == batch_in.absolute():
         raise ConfigError(f"--batch-in and --batch-out are both {batch_in}: the results would be written over; name another file")
-    endpoint = Endpoint(config.annotate.endpoint, folder.path / "answers.jsonl", batch=batch_out)
+    frames = call_on_ray(jpegs) if config.executor == "ray" else jpegs
+    endpoint = Endpoint(config.annotate.endpoint, folder.path / "answers.jsonl", batch=batch_out, frames=frames)
     problems: list[str] = []
     if batch_in is not None:
         _, problems = read_batch(batch_in, endpoint.answers)

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from eagle_train.data.atomic import replacing
 
-from .endpoint import Account, Endpoint, NoAnswer, Request, Schema
+from .answers import NoAnswer
+from .endpoint import Account, Endpoint, Request, Schema
 from .folder import Folder, entry, nothing
 from .settings import CheckConfig, CurateConfig
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from eagle_sampling import MediaError, choose_times, clip_range, probe, read_frames, wanted_frames
 from eagle_train.data.ledger import Entry
+from eagle_train.executors import cpus, map_items
 
 from .encoders import Encoder, fingerprint, load_encoder
-from .executors import cpus, map_items
 from .folder import CurateError, Folder, Part, entry, key_of, nothing, read_part, write_part
-from .settings import CurateConfig, EmbedConfig
+from .settings import SET_ONE_WORKER, CurateConfig, EmbedConfig
 
 VERSION = 1
 FRAMES_AT_ONCE = 256
@@ -58,7 +58,8 @@ def embed(config: CurateConfig, *, progress: Callable[[int, int], None] | None =
     done = len(works) - len(todo)
     if progress is not None:
         progress(done, len(works))
-    for _ in map_items(run, todo, workers=workers, executor=config.executor):
+    processes = config.workers if config.executor == "ray" else workers
+    for _ in map_items(run, todo, workers=processes, executor=config.executor, name=lambda work: work.name, advice=SET_ONE_WORKER):
         done += 1
         if progress is not None:
             progress(done, len(works))

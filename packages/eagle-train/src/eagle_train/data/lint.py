@@ -12,7 +12,7 @@ from eagle_train.config import Config, Source
 
 from .errors import RowError
 from .facts import root_of
-from .keys import ROW_KEYS, RowFormat, is_refused, says_nothing, short
+from .keys import ROW_KEYS, RowFormat, has_video, is_refused, says_nothing, short
 from .prepare import row_format
 from .recipe import recipe_of
 from .sample import normalise
@@ -70,8 +70,9 @@ def _lint_source(name: str, source: Source, config: Config, limit: int | None) -
         try:
             if isinstance(content, RowError):
                 raise content
+            video = has_video(content, form)
             for key, value in content.items():
-                use = use_of(key, value, form)
+                use = use_of(key, value, form, with_video=video)
                 uses[key, use] += 1
                 examples.setdefault((key, use), short(value))
             normalise(content, name, root=root, line=line, form=form)
@@ -94,12 +95,12 @@ def _rows_of(source: Source, config: Config) -> Iterator[tuple[int, dict[str, An
                     yield line, row.content
 
 
-def use_of(key: str, value: Any, form: RowFormat) -> str:
-    """What becomes of a key of a row: `used`, `metadata`, `ignored by the source`, `refused` or `empty`."""
+def use_of(key: str, value: Any, form: RowFormat, *, with_video: bool = False) -> str:
+    """What becomes of a key of a row, of one with a video or without: `used`, `metadata`, `ignored by the source`, `refused` or `empty`."""
     if key in form.ignore:
         return IGNORED
     if isinstance(value, Mapping | list | str | bytes | None) and says_nothing(value):
         return EMPTY
     if key in ROW_KEYS or key in {column for _, column in form.columns}:
         return USED
-    return REFUSED if is_refused(key, value) else METADATA
+    return REFUSED if is_refused(key, value, with_video=with_video) else METADATA

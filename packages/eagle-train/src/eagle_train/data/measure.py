@@ -12,7 +12,7 @@ from typing import Any, Literal
 from eagle_model.prompt import CachedEncoder, Media, PromptError, place_media
 from eagle_model.prompt.costs import PromptCosts
 from eagle_model.visual import ClipError, VideoFacts, VideoRef, measure_image, measure_video
-from eagle_sampling import Limits, MediaError, VideoInfo, page_count, probe, read_frames
+from eagle_sampling import Limits, MediaError, VideoInfo, probe, read_frames, whole_pages
 from eagle_sampling.images import exists
 from eagle_train.config import LimitsConfig
 
@@ -76,6 +76,9 @@ class Measurer:
         try:
             size = measure_image(ref, self.limits)
             check_image(ref, self.verify, self.limits)
+            if isinstance(ref, str) and ref.lower().endswith((".tif", ".tiff")) and (pages := whole_pages(ref)) > 1:
+                why = "of which an image shows the first; write it as a document"
+                raise RowError("bad-image", f'{ref}: has {pages} pages, {why}: {{"document": ...}}')
         except (MediaError, OSError) as error:
             raise RowError(_missing_or("bad-image", ref), str(error)) from error
         return size
@@ -84,9 +87,6 @@ class Measurer:
         """Facts of a video, a clip or a document."""
         for page in video.frames:
             self.image(page)
-            if isinstance(page, str) and page.lower().endswith((".tif", ".tiff")) and page_count(page) > 1:
-                why = "as one of a list only its first page would be read; write it as a document of its own"
-                raise RowError("bad-document", f'{page}: has several pages, and {why}: {{"document": ...}}')
         try:
             info = self._probe(video.path, video.on_damage) if video.path is not None and not video.is_paged else None
             return measure_video(video, self.limits, info=info)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from eagle_model.visual import VideoRef
@@ -21,9 +20,10 @@ from eagle_sampling.files import is_remote
 from eagle_train.config import addresses
 
 from .atomic import replacing
+from .clips import ENDS, RANGES, RATES, STARTS, bounds, rate_of
 from .errors import RowError
 from .files import version_of
-from .keys import ENDS, STARTS, RowFormat, short
+from .keys import RowFormat, short
 
 ImageRef = str | bytes | dict[str, Any]
 """An absolute path or an address, bytes, `{"lmdb_file", "lmdb_key"}` or `{"tar", "member"}`: what `eagle_sampling.open_image` takes."""
@@ -34,11 +34,13 @@ _LONGEST_PATH = 4096
 """Characters; Linux takes no longer path. What is longer is a picture in base64 that stands in a path's place."""
 _LARGEST = 1 << 36
 """Bytes of a video inside of another file; `data.limits` are checked when it is measured."""
-_IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|jp2|heic|avif|ppm)$", re.IGNORECASE)
+_IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|jp2|heic|avif|tga|p[bgp]m)$", re.IGNORECASE)
+_IMAGE_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 _PATHS = ("path", "url", "file")
 _KEYS = frozenset({*_PATHS, "bytes", "lmdb_file", "lmdb_key", "tar", "member", "offset", "size"})
 _IMAGE_KEYS = _KEYS | {"image", "detail"}
-_VIDEO_KEYS = _KEYS - {"lmdb_file", "lmdb_key"} | {"video", "frames", "fps", *STARTS, *ENDS}
+_VIDEO_KEYS = _KEYS - {"lmdb_file", "lmdb_key"} | {"video", "frames", *RATES, *STARTS, *ENDS, *RANGES}
+_BOUNDS = frozenset({*STARTS, *ENDS, *RANGES})
 _DOCUMENT_KEYS = _KEYS | {"document", "pages"}
 
 
@@ -47,7 +49,8 @@ class Media:
 
     def __init__(self, root: str | Path, form: RowFormat) -> None:
         self.root = root if isinstance(root, str) and addresses.scheme_of(root) else Path(root)
-        self.unpacked, self.on_damage = form.media, form.on_damage
+        self.unpacked = form.media
+        self.on_damage: Literal["refuse", "conceal"] = form.on_damage
         self.images: list[ImageRef] = []
         self.videos: list[VideoRef] = []
         self.documents: list[VideoRef] = []
@@ -111,18 +114,17 @@ class Media:
         about = {**clip, **{key: value for key, value in item.items() if value is not None}}
         if both := [key for key in clip if item.get(key) is not None and item[key] != clip[key]]:
             raise RowError("bad-media", f"a video has two values of {both[0]}: {short(item[both[0]])} and {short(clip[both[0]])}")
-        start, end = _seconds(about, STARTS), _seconds(about, ENDS)
-        if start is not None and end is not None and end <= start:
-            raise RowError("bad-media", f"video clip ends at {end} s, not after its start at {start} s")
+        start, end = bounds(about)
         place = item.get("frames", _place(item, "video"))
         if isinstance(place, Mapping) and item.get("video") is place:
             return self.video({**place, **{key: value for key, value in about.items() if key != "video"}}, {})
-        if isinstance(place, list) or _is_image(place):
-            return self._frames(place if isinstance(place, list) else [place], about, start, end)
-        if about.get("fps") is not None:
-            raise RowError(
-                "bad-media", "a video file has fps, which is for lists of frames; sampling.fps sets how many frames of a file are taken"
-            )
+        if isinstance(place, list):
+            return self._frames(place, about, start, end)
+        if _is_image(place if item.get("bytes") is None else item):
+            raise RowError("bad-media", f"the video {short(place)} is an image; give it as an image, or the frames of a video as a list")
+        if rates := [key for key in RATES if about.get(key) is not None]:
+            why = "which is for lists of frames; sampling.fps sets how many frames of a file are taken"
+            raise RowError("bad-media", f"a video file has {rates[0]}, {why}")
         if isinstance(place, bytes):
             item = {"bytes": place}
         if (stored := self._stored(item, "video")) is not None:
@@ -133,13 +135,11 @@ class Media:
         """A video of images. With fps their times are known and a clip can be cut; without, they are numbered frames."""
         if not frames:
             raise RowError("bad-media", "a video has no frames")
-        fps = about.get("fps")
+        fps = rate_of(about)
         if fps is None:
             if start is not None or end is not None:
                 raise RowError("bad-media", "a list of frames has bounds in seconds but no fps; write fps next to it")
             return VideoRef(frames=tuple(map(self.image, frames)))
-        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 1000:
-            raise RowError("bad-media", f"fps is {short(fps)}, expected a number from 0 (not included) to 1000")
         times = [number / fps for number in range(len(frames))]
         kept = [place for place, time in enumerate(times) if (start is None or time >= start) and (end is None or time <= end)]
         if not kept:
@@ -218,11 +218,6 @@ def _address(value: str, what: str) -> str:
     return value
 
 
-def clip_of(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Bounds of a clip and rate of frames that stand in a mapping next to the video."""
-    return {key: mapping[key] for key in (*STARTS, *ENDS, "fps") if mapping.get(key) not in (None, "")}
-
-
 def _place(item: Mapping[str, Any], kind: str) -> Any:
     """What a mapping says where the medium is; the mapping itself, which no path is, when it says nothing."""
     return next((item[key] for key in (*_PATHS, kind) if item.get(key) is not None), dict(item))
@@ -231,7 +226,10 @@ def _place(item: Mapping[str, Any], kind: str) -> Any:
 def _check(item: Mapping[str, Any], known: frozenset[str], what: str) -> None:
     unknown = [key for key, value in item.items() if key not in known and value is not None and key != "type"]
     if unknown:
-        raise RowError("unknown-key", f"{what} has the keys {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}")
+        names = sorted(key for key in known if key in ("start", "end") or key not in _BOUNDS)
+        raise RowError("unknown-key", f"{what} has the keys {', '.join(map(repr, unknown))}; known are {', '.join(names)}")
+    if item.get("tar") is None and (inside := [key for key in ("member", "offset", "size") if item.get(key) is not None]):
+        raise RowError("unknown-key", f"{what} has {inside[0]!r}, which is for members of a tar file, and no 'tar'")
 
 
 def _bytes(value: Any, what: str) -> bytes:
@@ -257,24 +255,14 @@ def _has_pages(item: Any) -> bool:
 
 
 def _is_image(item: Any) -> bool:
-    """Whether an item in the place of a video is one of its frames."""
+    """Whether an item in the place of a video is one of its frames. Bytes of an animation (GIF, WebP) are a video."""
     if isinstance(item, Mapping):
         if "lmdb_file" in item or "image" in item:
             return True
+        if isinstance(item.get("bytes"), bytes):
+            return _is_image(item["bytes"])
         item = item.get("path", item.get("member"))
+    if isinstance(item, bytes):
+        animated = item[12:16] == b"VP8X" and item[20:21] != b"" and item[20] & 2
+        return item.startswith(_IMAGE_BYTES) or (item[:4] == b"RIFF" and item[8:12] == b"WEBP" and not animated)
     return isinstance(item, str) and _IMAGE.search(item) is not None
-
-
-def _seconds(item: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    found: dict[str, float] = {}
-    for name in names:
-        value = item.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-            raise RowError("bad-media", f"video {name} is {short(value)}, expected seconds from 0 on")
-        found[name] = float(value)
-    if len(set(found.values())) > 1:
-        said = ", ".join(f"{name} = {value}" for name, value in found.items())
-        raise RowError("bad-media", f"a video has several bounds: {said}; keep one")
-    return next(iter(found.values()), None)

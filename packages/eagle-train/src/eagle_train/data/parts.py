@@ -9,6 +9,7 @@ import json
 import logging
 import traceback
 from collections.abc import Container
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eagle_sampling import MediaUnavailable
+from eagle_train.config import DataConfig
 
+from . import remote
 from .atomic import replacing
 from .errors import RowError
 from .facts import SCHEMA, content_of
@@ -55,6 +58,25 @@ class Work(NamedTuple):
     form: RowFormat
     max_line_bytes: int
     again: bool = False
+
+
+class Measuring:
+    """`run_shard`, for processes: each makes its measurer once."""
+
+    def __init__(self, tokenizer: Any, data: DataConfig) -> None:
+        self._of = (tokenizer, data)
+
+    def __call__(self, work: Work) -> Counts:
+        return run_shard(work, self._measurer)
+
+    @cached_property
+    def _measurer(self) -> Measurer:
+        tokenizer, data = self._of
+        remote.enable(data.remote)
+        return Measurer(tokenizer, data.limits, data.verify)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_of": self._of}
 
 
 def run_shard(work: Work, measurer: Measurer) -> Counts:
@@ -135,10 +157,8 @@ def content_of_part(part: Path) -> str:
 
 
 def counts_of(part: Path) -> Counts | None:
-    """Counts of a part that is there and whole, else None; what a killed run left of it is removed."""
+    """Counts of a part that is there and whole, else None."""
     if not part.exists():
-        for leftover in part.parent.glob(f"{part.name}.*.tmp"):
-            leftover.unlink(missing_ok=True)
         return None
     try:
         return Counts(*json.loads((pq.read_schema(part).metadata or {})[b"counts"]))

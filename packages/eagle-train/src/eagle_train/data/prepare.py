@@ -14,15 +14,10 @@ that is asked for. Rows that became good change the key of the facts, and not th
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,18 +26,16 @@ from typing import Any, NamedTuple
 
 from eagle_model.prompt import VideoSpan, encode, render, to_text
 from eagle_model.prompt.costs import FrameCosts, PromptCosts
-from eagle_train.config import Config, DataConfig, Source
+from eagle_train.config import Config, Source
 from eagle_train.errors import BAD_DATA, TrainError
-from eagle_train.executors import in_threads
+from eagle_train.executors import Executor, WorkerError, in_threads, map_items
 
-from . import remote
 from .atomic import read_json, replacing
 from .facts import FACTS_VERSION, Facts, RowFile, root_of
 from .join import Part, Prepared, join_sources
 from .ledger import Entry, Ledger, read_entries, top_reasons
 from .lock import locked
-from .measure import Measurer
-from .parts import Counts, Work, content_of_part, counts_of, has_media_reasons, ledger_of, run_shard
+from .parts import Counts, Measuring, Work, content_of_part, counts_of, has_media_reasons, ledger_of
 from .recipe import Recipe, recipe_of
 from .sample import RowFormat
 from .sources import files_of
@@ -54,6 +47,9 @@ ALWAYS_ALLOWED = 10
 POOL_PAYS_AFTER = 5.0
 """Seconds of work before processes are started: starting one costs 2-5 s, in which this process measures 15-40 thousand rows."""
 _CHECK_AFTER = 1000
+_ARRIVES_WITHIN = 60.0
+"""Seconds that a network file system may take to show what another machine wrote."""
+_ADVICE = "with data.workers=1 and a small data.shard_rows the row is found"
 
 
 class PrepareError(TrainError, ValueError):
@@ -93,6 +89,7 @@ def prepare(
     *,
     evaluation: bool = False,
     again: bool = False,
+    executor: Executor = "local",
     progress: Callable[[Progress], None] | None = None,
 ) -> PrepareReport:
     """Measure every row of the run's sources (the held-out ones with `evaluation`), or find it measured.
@@ -100,38 +97,35 @@ def prepare(
     Args:
         tokenizer: a transformers tokenizer that knows Eagle's tokens; must be picklable when data.workers > 1.
         again: look again at the rows of complete sources that were left out for their media, which may have been repaired since.
+        executor: "local": data.workers processes of this machine; "ray": tasks on a Ray cluster, see `executors.map_items`.
         progress: called in this process whenever a shard is done.
 
     Raises:
-        PrepareError: more bad rows than data.limits allow, with the most frequent reasons.
+        PrepareError: more bad rows than data.limits allow, with the most frequent reasons; a process died; or another process prepares
+            one of the sources.
         ConfigError: the recipe.
     """
     started = time.monotonic()
     recipe = recipe_of(config, evaluation=evaluation)
     plans = _source_plans(config, recipe, tokenizer)
-    if again:
-        for plan in plans:
-            plan.reopen()
     state = _State(config, plans, progress)
-    todo = state.look()
-    try:
-        with ExitStack() as held:
-            for folder in {plan.folder: None for plan, _ in todo}:
-                held.enter_context(locked(folder, partial(_busy, folder)))
-            _run(state, todo, config, tokenizer)
-        state.check_limits(final=True)
-    finally:
-        where = "prepare eval" if evaluation else "prepare"
-        Ledger(config.run.folder / "ledger.jsonl").replace(_entries(plans, where), where=where)
+    where = "prepare eval" if evaluation else "prepare"
+    # Locked from before looking until the sources are complete: what another process is writing is neither measured twice nor removed.
+    with ExitStack() as held:
+        for plan in plans:
+            if plan.is_open(again):
+                held.enter_context(locked(plan.folder, partial(_busy, plan.folder)))
+                plan.begin(again)
+        try:
+            _run(state, state.look(), config, tokenizer, executor)
+            state.check_limits(final=True)
+        finally:
+            Ledger(config.run.folder / "ledger.jsonl").replace(_entries(plans, where), where=where)
+        _check_counts(state, plans)
+        costs = PromptCosts(tokenizer).frame_costs
+        for plan in plans:
+            plan.finish(costs)
     good, bad, blank = (sum(getattr(plan.counts, name) for plan in plans) for name in Counts._fields)
-    lines = state.total
-    if good + bad + blank != lines:
-        raise RuntimeError(
-            f"{good} good + {bad} bad rows + {blank} empty lines are not the {lines} lines that were read; please report this"
-        )
-    costs = PromptCosts(tokenizer).frame_costs
-    for plan in plans:
-        plan.finish(costs)
     reasons: dict[str, int] = {}
     for entry in _entries(plans, where):
         reasons[entry.reason] = reasons.get(entry.reason, 0) + 1
@@ -161,12 +155,16 @@ def load_facts(config: Config, tokenizer: Any, *, evaluation: bool = False) -> F
     return _assemble(config, plans)
 
 
+def _check_counts(state: "_State", plans: Sequence["_SourcePlan"]) -> None:
+    good, bad, blank = (sum(getattr(plan.counts, name) for plan in plans) for name in Counts._fields)
+    if good + bad + blank != state.total:
+        raise RuntimeError(
+            f"{good} good + {bad} bad rows + {blank} empty lines are not the {state.total} lines that were read; please report this"
+        )
+
+
 def _busy(folder: Path, holder: str) -> PrepareError:
     return PrepareError(f"{folder} is being prepared by {holder}: wait for it, and run again; what is complete then is not measured again")
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -250,10 +248,17 @@ class _SourcePlan:
         """What an earlier run wrote that completed the source."""
         return read_json(self.done_file)
 
-    def reopen(self) -> None:
-        """Make a complete source with bad rows incomplete."""
-        if (done := self.done()) is not None and done["bad_rows"]:
-            self.done_file.unlink()
+    def is_open(self, again: bool) -> bool:
+        """Whether there may be something to do; `again`: also in a complete source that has bad rows."""
+        done = self.done()
+        return done is None or bool(again and done["bad_rows"])
+
+    def begin(self, again: bool) -> None:
+        """Remove what killed processes left, and what says that the source is complete; the folder is locked."""
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        if self.is_open(again):
+            self.done_file.unlink(missing_ok=True)
 
     def entries(self) -> Iterator[Entry]:
         """The ledger of all shards, with the lines of the source."""
@@ -376,73 +381,37 @@ class _State:
         raise PrepareError(f"{message}; most frequent reasons:{lines}\nAll of them: {self.ledger}. {advice}.")
 
 
-def _run(state: "_State", todo: list[tuple["_SourcePlan", Work]], config: Config, tokenizer: Any) -> None:
+def _run(state: "_State", todo: list[tuple["_SourcePlan", Work]], config: Config, tokenizer: Any, executor: str) -> None:
     """All shards, in this process or in several; without data.workers, processes are started when the work turns out to be long."""
-    workers = config.data.workers or _cpus()
-    seconds = POOL_PAYS_AFTER if config.data.workers is None else 0.0
-    if todo and (workers == 1 or seconds or len(todo) == 1):
-        measurer = Measurer(tokenizer, config.data.limits, config.data.verify)
-        deadline = time.monotonic() + seconds
-        while todo and (workers == 1 or len(todo) == 1 or time.monotonic() < deadline):
-            plan, work = todo.pop(0)
-            state.finished(plan, run_shard(work, measurer))
-    if todo:
-        _run_in_processes(todo, min(workers, len(todo)), config, tokenizer, state)
-
-
-def _run_in_processes(todo: list[tuple[_SourcePlan, Work]], workers: int, config: Config, tokenizer: Any, state: _State) -> None:
-    # Spawned: nothing of this process (threads, CUDA, open environments) is inherited half alive.
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer, config.data, os.getpid()),
-    )
-    queue = iter(todo)
-    running: dict[Future[Counts], tuple[_SourcePlan, Work]] = {}
+    workers = config.data.workers
+    measuring = Measuring(tokenizer, config.data)
+    plans = {plan.name: plan for plan, _ in todo}
+    works = [work for _, work in todo]
+    if executor == "local" and workers is None and works:
+        deadline = time.monotonic() + POOL_PAYS_AFTER
+        while works and (len(works) == 1 or time.monotonic() < deadline):
+            work = works.pop(0)
+            state.finished(plans[work.source], measuring(work))
+    options = {"workers": workers, "executor": executor, "name": lambda work: f"{work.source}:{work.first_line}", "advice": _ADVICE}
     try:
-        while True:
-            while len(running) < 2 * workers and (item := next(queue, None)) is not None:
-                running[pool.submit(_work, item[1])] = item
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                plan, _ = running[future]
-                try:
-                    counts = future.result()
-                except BrokenProcessPool as error:
-                    places = ", ".join(f"{work.source}:{work.first_line}" for _, work in running.values())
-                    raise PrepareError(
-                        f"a worker process died (out of memory, or a crash in a decoder) while reading rows from {places} on; what is "
-                        "done is kept. Run again, with data.workers=1 and a small data.shard_rows to find the row"
-                    ) from error
-                del running[future]
-                state.finished(plan, counts)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for work, counts in map_items(measuring, works, **options):
+            if executor == "ray":
+                _check_arrived(work.part)
+            state.finished(plans[work.source], counts)
+    except WorkerError as error:
+        raise PrepareError(str(error)) from error
 
 
-_worker: Measurer | None = None
-
-
-def _start_worker(tokenizer: Any, data: DataConfig, parent: int) -> None:
-    global _worker
-    remote.enable(data.remote)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too; the parent decides
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of their own would only take turns with the other workers
-    _worker = Measurer(tokenizer, data.limits, data.verify)
-
-    def watch() -> None:  # a killed parent can't tell its workers to stop
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(work: Work) -> Counts:
-    assert _worker is not None
-    return run_shard(work, _worker)
+def _check_arrived(part: Path) -> None:
+    """Raises PrepareError when a part that another machine wrote can't be seen here: its disk is not this one's."""
+    deadline = time.monotonic() + _ARRIVES_WITHIN
+    while part.name not in os.listdir(part.parent):  # listing refreshes what a network file system remembers
+        if time.monotonic() > deadline:
+            raise PrepareError(
+                f"{part}: a node of the cluster wrote it, and it is not here; with --executor ray the rows, the media and the facts "
+                "(data.facts) must be on a file system that all nodes share, under the same paths"
+            )
+        time.sleep(0.2)
 
 
 def _entries(plans: list[_SourcePlan], where: str) -> Iterator[Entry]:

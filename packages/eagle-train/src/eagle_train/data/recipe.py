@@ -9,6 +9,7 @@ recipes count from where training is started).
 
 import glob
 import json
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,12 +101,25 @@ def recipe_of(config: Config, *, evaluation: bool = False) -> Recipe:
                     key = "sources" if stage.mixture is None else "mixture"
                     raise ConfigError(f"stages.{index}.{key}: no source is called {name!r}{nearest(name, list(recipe.sources))}")
     for name, source in recipe.sources.items():
+        _check_root(name, source)
         for path in source.annotation if isinstance(source.annotation, list) else [source.annotation]:
             if isinstance(path, Path) and not there(path):
                 kind = "pattern" if is_pattern(path) else "file"
                 what = "matches no file" if is_pattern(path) else "does not exist"
                 raise ConfigError(f"source {name}: annotation {kind} {path} {what}; check the recipe's paths")
     return recipe
+
+
+def _check_root(name: str, source: Source) -> None:
+    """Raises ConfigError for a root that is an LMDB or a tar file: rows name what is inside of these themselves."""
+    root = source.root
+    if not isinstance(root, Path) or not (root.is_file() or (root / "data.mdb").is_file()):
+        return
+    in_tar = root.is_file() and tarfile.is_tarfile(root)
+    row = {"tar": str(root), "member": "1.jpg"} if in_tar else {"lmdb_file": str(root), "lmdb_key": "1.jpg"}
+    raise ConfigError(
+        f"source {name}: root {root} is not a folder of media; rows name an image inside of it as {json.dumps(row)}, and root is left away"
+    )
 
 
 def resolve(path: Path, base: Path) -> Path:

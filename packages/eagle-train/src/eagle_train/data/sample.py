@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 from eagle_model.visual import VideoRef
 from eagle_sampling import MediaError
 
+from .clips import ENDS, RATES, STARTS, clip_of
 from .errors import RowError
-from .keys import ENDS, KINDS, MEDIA, ROW_KEYS, STARTS, RowFormat, check_keys, says_nothing, short, with_columns, without_nulls
-from .media import ImageRef, Media, clip_of
+from .keys import KINDS, MEDIA, ROW_KEYS, SYSTEM, RowFormat, check_keys, has_video, says_nothing, short, with_columns, without_nulls
+from .media import ImageRef, Media
 from .sources import open_rows, parse_row
 from .turns import Message, messages_of
 
@@ -93,8 +94,11 @@ def normalise(
             if not says_nothing(row.get(key)) or row.get(key) == "":
                 media.add(kind, row[key], clip=clip if kind == "video" else None)
     messages = messages_of(row, media, form)
-    check_keys(row, ROW_KEYS | {key for key, _ in form.columns}, "the row")
+    if not clip and media.videos and (lost := [key for key in clip_of(row) if key not in RATES]):
+        raise RowError("bad-media", f"the row has {lost[0]!r}, and its video is in another place; write the bounds next to the video")
+    check_keys(row, ROW_KEYS | {key for key, _ in form.columns}, "the row", with_video=has_video(row, form))
     _add_system(messages, row, system)
+    _check_answers(messages, media)
     for kind in absent:
         if not media.count(kind) and any(f"<{kind}>" in message["content"] for message in messages if not message.get("numbered")):
             why = f"the text says <{kind}>, and {kind!r} of the row is null or empty; give the {kind}, or remove the key"
@@ -118,8 +122,9 @@ def _add_entry(entry: Any, media: Media) -> None:
     items = entry.get(f"{kind}_list", entry.get(kind))
     if items is None:
         raise RowError("bad-media", f"data: an entry of type {kind} has no '{kind}_list'")
-    clip = clip_of(entry) if kind == "video" else {}
-    check_keys({key: value for key, value in entry.items() if key not in clip}, {"type", kind, f"{kind}_list"}, "an entry of data")
+    clip = clip_of(entry, ranges=True) if kind == "video" else {}
+    others = {key: value for key, value in entry.items() if key not in clip}
+    check_keys(others, {"type", kind, f"{kind}_list"}, "an entry of data", with_video=kind == "video")
     media.add(kind, items, clip=clip)
 
 
@@ -131,25 +136,47 @@ def _row_clip(row: Mapping[str, Any], form: RowFormat) -> dict[str, Any]:
             raise RowError("bad-media", f"the row has {named[0]!r} and no video")
         return {}
     clip = clip_of(row)
-    for key, value in clip.items():
-        if isinstance(value, str):
-            try:
-                clip[key] = float(value)
-            except ValueError:
-                raise RowError("bad-media", f"{key} is {short(value)}, expected seconds from 0 on") from None
+    if not says_nothing(row.get("duration")) and clip.keys() & set(STARTS) and not clip.keys() & set(ENDS):
+        raise RowError(
+            "unknown-key",
+            "the row has the start of a clip and 'duration', which may be that of the clip or of the file; write "
+            "the end of the clip, or name 'duration' in ignore of the source",
+        )
     videos = next(row[key] for key in MEDIA["video"] if not says_nothing(row.get(key)))
-    if "fps" in clip and not isinstance(videos, list) and not (isinstance(videos, Mapping) and isinstance(videos.get("frames"), list)):
-        del clip["fps"]  # of a file: what its maker noted about it
-    return clip
+    if isinstance(videos, list) or (isinstance(videos, Mapping) and isinstance(videos.get("frames"), list)):
+        return clip
+    return {key: value for key, value in clip.items() if key not in RATES}  # of a file: what its maker noted about it
+
+
+def _check_answers(messages: list[Message], media: Media) -> None:
+    """Raise RowError where an answer says `<image>` and the row has an image that no question places: it would be moved to the question,
+    and the word would be learned."""
+    for kind in ("image", "video"):
+        if not media.count(kind):
+            continue
+        placed, answers = 0, False
+        for message in messages:
+            found = len(re.findall(rf"<{kind}(?:-\d{{1,6}})?>", message["content"]))
+            if message["role"] == "assistant" and not message.get("numbered"):
+                answers = answers or found > 0
+            else:
+                placed += found
+        if answers and placed < media.count(kind):
+            why = f"the row has {media.count(kind)} {kind}s, its questions place {placed}, and an answer says <{kind}>"
+            raise RowError("placeholders", f"{why}; place them in the questions, or write the {kind} as a content part of the answer")
 
 
 def _add_system(messages: list[Message], row: Mapping[str, Any], system: str | None) -> None:
-    said = row.get("system")
-    if said is not None and not isinstance(said, str):
-        raise RowError("bad-row", f"system is a {type(said).__name__}, expected text")
+    given = {key: row[key] for key in SYSTEM if row.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise RowError("bad-row", f"{key} is a {type(value).__name__}, expected text")
+    if len(set(given.values())) > 1:
+        raise RowError("bad-row", f"the row has {' and '.join(map(repr, given))} with different texts; keep one")
+    said = next(iter(given.values()), None)
     if said and messages[0]["role"] == "system":
         if messages[0]["content"] != said:
-            raise RowError("bad-row", "the row has a system message and 'system' with another text; keep one")
+            raise RowError("bad-row", f"the row has a system message and {next(iter(given))!r} with another text; keep one")
     elif messages[0]["role"] != "system" and (said or system is not None):
         messages.insert(0, {"role": "system", "content": said or system})
 

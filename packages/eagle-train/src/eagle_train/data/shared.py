@@ -88,13 +88,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise Damaged("it does not begin as a file of arrays does")
         try:
-            head = json.loads(file.readline())
+            line = file.readline()
+            head = json.loads(line)
             places, size = head["arrays"].items(), head["bytes"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"its head can't be read: {error}") from error
         start = file.tell()
         whole = np.memmap(file, np.uint8, "r")
-    if len(whole) != start + size:
+    if len(whole) != start + size or not line.endswith(b"\n"):
         raise Damaged(f"it has {len(whole)} bytes, {start + size} were written")
     bounds = {name: (start + offset, start + offset + length * np.dtype(kind).itemsize, kind) for name, (kind, length, offset) in places}
     return {name: whole[first:stop].view(kind) for name, (first, stop, kind) in bounds.items()}

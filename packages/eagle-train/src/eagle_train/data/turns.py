@@ -10,12 +10,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .clips import clip_of
 from .errors import RowError
 from .keys import KINDS, LOSS, MEDIA, TURNS, RowFormat, check_keys, short
-from .media import Media, clip_of
+from .media import Media
 
 ROLES = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
     "observation": "observation",
@@ -193,7 +195,7 @@ class _Parts:
         if isinstance(item, Mapping) and isinstance(item.get("url"), str | Mapping):  # OpenAI wraps the address once more
             item = {**item, "path": item["url"]}
             del item["url"]
-        clip = clip_of(about) if name == "video" else {}
+        clip = clip_of(about, ranges=True) if name == "video" else {}
         about = {key: value for key, value in about.items() if key not in clip and key != "detail"}
         if unknown := [key for key, value in about.items() if value is not None]:
             raise RowError("unknown-key", f"a part of turn {index + 1} has the keys {', '.join(map(repr, unknown))}, which nothing reads")

@@ -27,10 +27,12 @@ class Totals(NamedTuple):
     samples: int
     missing: int
     labels: int
-    #: How many ranks got SIGINT and SIGTERM, and whether the main rank requests a checkpoint after this step.
+    #: How many ranks got SIGINT and SIGTERM, whether the main rank requests a checkpoint after this step, and how many ranks failed to
+    #: write the checkpoint in flight.
     interrupts: int = 0
     terminations: int = 0
     saves: int = 0
+    broken: int = 0
     #: Damaged frames that are used as the decoder makes them (`on_damage: conceal`).
     concealed: int = 0
 
@@ -39,12 +41,12 @@ def agree(
     packs: Sequence[LoadedPack],
     world: World,
     read_again: Callable[[int, dict[int, Entry]], LoadedPack],
-    requests: tuple[bool, bool, bool] = (False, False, False),
+    requests: tuple[bool, bool, bool, bool] = (False, False, False, False),
 ) -> tuple[list[LoadedPack], Totals]:
     """The packs of a step with the same samples on every rank of their context group, and the step's sums; a collective of all ranks.
 
     read_again(place, missing): pack `place` of the step once more, without the samples `missing` (by place in the pack).
-    requests: this rank's part of `interrupts`, `terminations` and `saves`, which need no collective of their own.
+    requests: this rank's part of `interrupts`, `terminations`, `saves` and `broken`, which need no collective of their own.
     """
     packs = list(packs)
     agreed: list[dict[int, Entry]] = [{} for _ in packs]

@@ -15,7 +15,8 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
     """FSDP2 over all ranks: a unit for every layer, one for the rest; master weights float32, computation in `config.dtype`.
 
     Ranks of a context group have the same parameters and different tokens, so for parameters they are data ranks too.
-    With `config.fsdp` false parameters are replicated and only gradients are summed. A single float32 rank stays as it is. Raises
+    With `config.replicate` (HSDP) each group of neighbouring ranks holds all shards, and gradients are summed over the groups too; with
+    `config.fsdp` false parameters are replicated and only gradients are summed. A single float32 rank stays as it is. Raises
     ConfigError when `config.dtype` isn't the precision that `world` was started for.
     """
     if config.dtype == "auto":
@@ -28,9 +29,9 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
 
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
-    shape = (1, world.size) if config.fsdp else (world.size, 1)
-    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    mesh = mesh["shard"] if config.fsdp else mesh
+    replicas = config.replicate if config.fsdp else world.size
+    mesh = init_device_mesh(world.device.type, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh["shard"] if replicas == 1 and config.fsdp else mesh
     for block in model.blocks():  # type: ignore[operator]
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from eagle_cp import ContextMesh, Layout, plan_context
 from eagle_cp.planner import Hardware
@@ -21,6 +23,7 @@ from eagle_model.language.spec import head_dim
 from eagle_train.config import ConfigError, ParallelConfig
 from eagle_train.errors import TrainError
 
+from .failure import leave
 from .precision import auto_dtype
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -64,6 +67,8 @@ class World:
     mesh: DeviceMesh | None
     owns_group: bool = field(default=False, repr=False)
     patient: dist.ProcessGroup | None = field(default=None, repr=False)
+    #: Of the job, where ranks publish what they do; None: there is only one rank, or others made the process group.
+    store: dist.Store | None = field(default=None, repr=False)  # pyright: ignore[reportPrivateImportUsage]
     #: With `parallel.context: auto`, the same ranks as `context` in every split, by the size of the Ulysses level.
     splits: Mapping[int, ContextMesh] = field(default_factory=dict, repr=False)
     #: Rates that splits are chosen by; None: those of `eagle_cp.planner.Hardware`.
@@ -134,12 +139,12 @@ class World:
         dist.broadcast_object_list(failure, src=0, group=self.patient)
         return result
 
-    def gather(self, value: Any) -> list[Any]:
-        """The (small, picklable) values of all ranks, on all ranks."""
+    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """The (small, picklable) values of all ranks, on all ranks. patient: wait for days if need be."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.patient if patient else None)
         return values
 
     def failures(self, own: str | None) -> list[str]:
@@ -172,7 +177,11 @@ class World:
         return [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(own)) if text is not None]
 
     def close(self) -> None:
-        """Leave the process group, if it was made here."""
+        """Leave the process group, if it was made here. In a `finally` clause: the error that is on its way decides which rank reports
+        it (`failure.leave`)."""
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception) and self.size > 1:
+            leave(self.store, self.rank, error)
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
             self.owns_group = False
@@ -199,7 +208,8 @@ def for_evaluation(config: ParallelConfig, *, ulysses: int = 1, all_gather: int 
 
     ulysses, all_gather: ranks that share a pack of teacher-forced scoring.
     """
-    return config.model_copy(update={"dtype": "float32", "data": None, "ulysses": ulysses, "all_gather": all_gather, "context": "fixed"})
+    whole = {"dtype": "float32", "data": None, "replicate": 1, "context": "fixed"}
+    return config.model_copy(update=whole | {"ulysses": ulysses, "all_gather": all_gather})
 
 
 def start_world(config: ParallelConfig, device: str | None = None) -> World:
@@ -220,18 +230,23 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
         raise ConfigError(
             f"parallel.data is {config.data}, but {size} ranks in groups of {context} make {data}; start {config.data * context} ranks"
         )
+    if size % config.replicate:
+        raise ConfigError(f"parallel.replicate is {config.replicate}, which does not divide the {size} ranks that run")
     if kind == "cuda":
         if local >= torch.cuda.device_count():
             raise DeviceError(f"local rank {local} finds no GPU of its own, there are {torch.cuda.device_count()}; start fewer ranks here")
         torch.cuda.set_device(local)
     here = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
-    owns = False
+    owns, store = False, None
     dtype = auto_dtype(kind) if config.dtype == "auto" else config.dtype
     sharded = size > 1 or dtype == "bfloat16"
     if sharded and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         if size > 1:
-            dist.init_process_group(backend, timeout=TIMEOUT, device_id=here if kind == "cuda" else None)
+            store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+            device_id = here if kind == "cuda" else None
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
+            store = dist.PrefixStore("eagle", store)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         owns = True
@@ -246,4 +261,4 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
     if config.context == "auto" and context > 1:
         group = context_mesh.context.process_group
         splits = {u: ContextMesh.from_group(group, ulysses=u) for u in range(1, context + 1) if context % u == 0}
-    return World(rank, size, here, rank // context, data, context_mesh, mesh, owns, patient, splits)
+    return World(rank, size, here, rank // context, data, context_mesh, mesh, owns, patient, store, splits)

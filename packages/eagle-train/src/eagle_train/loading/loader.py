@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from eagle_model.prompt import CachedEncoder
 from eagle_model.visual import VisualSpec
-from eagle_sampling import Limits
+from eagle_sampling import Limits, MediaUnavailable
 from eagle_train.config import RemoteConfig
 from eagle_train.data.ledger import Entry
 from eagle_train.data.remote import enable
@@ -273,6 +273,8 @@ class Loader:
             worker.process.join()
             self._restart(worker, "died", f"the reading process ended with exit code {worker.process.exitcode}")
             return
+        if isinstance(batch, MediaUnavailable):
+            raise batch
         if not isinstance(batch, LoadedPack):
             raise LoaderError(f"a reading process failed:\n{batch}")
         assert worker.number is not None
@@ -370,5 +372,7 @@ def work(pipe: Connection, place: Any, reading: Reading) -> None:
             pipe.send(batch)
     except (BrokenPipeError, KeyboardInterrupt):
         return
+    except MediaUnavailable as error:
+        pipe.send(error)
     except BaseException:
         pipe.send(traceback.format_exc())

@@ -44,7 +44,9 @@ class LoadedPack:
 
     batch: numpy arrays of the whole pack; its tiles are this process's share. sample_ids: (source, line) of each sample. tile_count: tiles
     of the whole pack. planned_tokens: tokens of the plan (an upper bound). missing: place in the pack -> ledger entry.
-    seconds_by_source: reading time by source. concealed: of samples that are used, with damaged frames in this share; concealed_frames: how
+    document_sources: source of every document of the batch (`cu_seqlens`), none of an empty pack; a tree has one more than samples.
+    seconds_by_source: reading time by source.
+    concealed: of samples that are used, with damaged frames in this share; concealed_frames: how
     many frames.
     """
 
@@ -53,6 +55,7 @@ class LoadedPack:
     tile_count: int = 0
     planned_tokens: int = 0
     missing: dict[int, Entry] = field(default_factory=dict)
+    document_sources: tuple[str, ...] = ()
     seconds_by_source: dict[str, float] = field(default_factory=dict)
     concealed: tuple[Entry, ...] = ()
     concealed_frames: int = 0
@@ -199,6 +202,7 @@ def load_pack(
         tile_count,
         pack_tokens(pack),
         dict(sorted(missing.items())),
+        tuple(pack[place].address.source for place, branches in trees.items() for _ in range(len(branches) + (len(branches) > 1))),
         seconds,
         tuple(concealed),
         frames,

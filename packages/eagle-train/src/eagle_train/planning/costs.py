@@ -87,6 +87,11 @@ def spread(costs: np.ndarray, packs_per_step: int, groups: int) -> float:
     return float(together.max(axis=2).sum() / max(together.mean(axis=2).sum(), 1e-9) - 1)
 
 
+def group_seconds(costs: np.ndarray, packs_per_step: int, groups: int, rate: float) -> np.ndarray:
+    """Seconds of each step, float64 [steps], of data groups with `rate` FLOP/s each; arguments as in `spread`."""
+    return costs.reshape(-1, packs_per_step // groups, groups).max(axis=2).sum(axis=1) / rate
+
+
 def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     return total[offsets[1:]] - total[offsets[:-1]]

@@ -229,6 +229,16 @@ class StagePlan:
         _, tokens, offsets = self._items
         return pack_costs(sample_costs(tokens), offsets)
 
+    def step_flops(self, step: int) -> float:
+        """FLOPs of a step (forward and backward, without recomputation), of all packs; 0 without a cost model."""
+        if self.costs is None:
+            return 0.0
+        return float(self._costs[step * self.stage.packs_per_step : (step + 1) * self.stage.packs_per_step].sum())
+
+    @cached_property
+    def _costs(self) -> np.ndarray:
+        return self.pack_costs()
+
     def spread(self, groups: int, costs: CostModel | None = None) -> float:
         """`costs.spread` over data groups. Raises ValueError when the packs of a step can't be shared evenly."""
         self._check_groups(groups)

@@ -7,7 +7,6 @@ of a strategy that a program registered itself are not kept: its name doesn't sa
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -63,8 +62,8 @@ def epoch_file(
     costs: CostModel | None = None,
 ) -> Path:
     """Where the packs of an epoch of a stage are."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", stage.name)
-    return folder / f"{name}-epoch-{epoch}-{_key(facts, stage.model_dump_json(), spec, share_media, reserve, seed, epoch, costs)}.plan"
+    key = _key(facts, stage.model_dump_json(), spec, share_media, reserve, seed, epoch, costs)
+    return folder / f"{stage.name}-epoch-{epoch}-{key}.plan"
 
 
 def narrow(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,8 @@ from eagle_model.visual import VisualSpec
 from eagle_train.config import Config
 from eagle_train.data.facts import Facts
 from eagle_train.data.ledger import Ledger
-from eagle_train.data.prepare import Progress, load_facts, prepare
+from eagle_train.data.lock import waited_for
+from eagle_train.data.prepare import PrepareError, Progress, load_facts, prepare
 from eagle_train.planning.stages import StageSchedule
 from eagle_train.planning.visual import visual_spec
 from eagle_train.training.model import load_run_tokenizer
@@ -68,9 +70,10 @@ def has_evaluation(config: Config) -> bool:
 def get_ready(
     config: Config, world: World | None = None, progress: Callable[[Progress], None] | None = None, *, held_out: bool = True
 ) -> Ready:
-    """Load the tokenizer and prepare all sources; with several ranks the main rank prepares and the others load what it made.
+    """Load the tokenizer and prepare all sources; with several ranks the main rank prepares and the others map what it made.
 
-    held_out: False skips the held-out sources.
+    A rank that finds nothing is on a host with a disk of its own: the first such rank of the host prepares there, too.
+    held_out: False skips the held-out sources. Raises PrepareError on every rank when hosts measured different facts.
     """
     tokenizer = load_run_tokenizer(config)
 
@@ -81,6 +84,36 @@ def get_ready(
     def measured(*given: Any, **options: Any) -> Facts:
         return prepare(*given, progress=progress, **options).facts
 
+    def found(*given: Any, **options: Any) -> Facts:
+        try:
+            return load_facts(*given, **options)
+        except PrepareError:
+            config.facts_folder.mkdir(parents=True, exist_ok=True)
+            with waited_for(config.facts_folder / ".ranks.lock"):
+                return prepare(*given, **options).facts
+
     if world is None:
         return ready(measured)
-    return world.first(lambda: ready(measured)) or ready(load_facts)
+    result = world.first(lambda: ready(measured)) or ready(found)
+    _check_agreement(result, world)
+    return result
+
+
+class DifferentFactsError(PrepareError):
+    """Hosts can't train one run on different facts: their plans would have different packs."""
+
+    on_every_rank = True
+
+
+def _check_agreement(ready: Ready, world: World) -> None:
+    """Raises DifferentFactsError on every rank unless all have the same facts. A collective of all ranks."""
+    own = tuple(facts.content for facts in (ready.facts, ready.eval_facts) if facts is not None)
+    hosts: dict[tuple[str, ...], set[str]] = {}
+    for content, host in world.gather((own, socket.gethostname()), patient=True):
+        hosts.setdefault(content, set()).add(host)
+    if len(hosts) > 1:
+        groups = "; ".join(", ".join(sorted(names)) for names in hosts.values())
+        raise DifferentFactsError(
+            f"ranks measured different facts under {ready.config.facts_folder} (hosts that agree: {groups}): their rows or media differ, "
+            "or some are missing; compare the ledgers, copy rows and media again, or share one disk"
+        )

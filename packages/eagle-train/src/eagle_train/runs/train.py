@@ -18,6 +18,7 @@ from eagle_train.distributed.world import World
 from eagle_train.errors import EvaluationError
 from eagle_train.evaluation.metrics import Answer, Evaluation
 from eagle_train.training.deterministic import deterministic
+from eagle_train.training.profile import StepProfile
 from eagle_train.training.stop import StopSignals
 from eagle_train.training.trainer import Trainer
 
@@ -64,12 +65,14 @@ def train(
     stop: StopSignals | None = None,
     on_slow: Callable[[str], None] | None = None,
     on_answers: Callable[[Sequence[Answer]], None] | None = None,
+    profile: int | None = None,
 ) -> Trained:
     """Train the remaining steps of the run, with its evaluations. Raises ConfigError when the folder holds, or is used by, another run.
 
     stop: signals that are handled (default: none). The first one ends training with a checkpoint and `Interrupted`; an evaluation ends
     after its running batch of questions. on_slow: called on the main rank with a line about a step that takes longer than a minute.
-    on_answers: called on every rank with the answers of an evaluation, before its record.
+    on_answers: called on every rank with the answers of an evaluation, before its record. profile: steps of which the main rank writes a
+    torch profile to `<run folder>/profile`.
     """
     ready = replace(ready, config=resolve_dtype(ready.config, world.device.type))
     config = ready.config
@@ -106,5 +109,8 @@ def train(
             ready.record_drops()
         if on_start is not None:
             on_start(trainer)
+        if profile is not None and world.is_main:
+            recorded = until_the_end.enter_context(StepProfile(config.run.folder / "profile", profile))
+            trainer.after_step = recorded.step
         trainer.train()
     return Trained(trainer, evaluator)

@@ -46,13 +46,13 @@ def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
         decoder_shape(described),
         tokens,
         vision=vision_shape(described, tokens, frozen=all(stage.modes["vision"] == "frozen" for stage in config.stages)),
-        weight_bytes=4,
-        gradient_bytes=4,
+        weight_bytes=2 if config.model.weights == "bfloat16" else 4,
+        gradient_bytes=2 if config.model.weights == "bfloat16" else 4,
         optimizer_bytes=state_bytes(config),
         compute_bytes=(2 if low else 4) if sharded else None,
         activation_bytes=2 if low else 4,
         offload=config.model.activations == "offload",
-        shards=ranks if config.parallel.fsdp else 1,
+        shards=max(1, ranks // config.parallel.replicate) if config.parallel.fsdp else 1,
     )
 
 

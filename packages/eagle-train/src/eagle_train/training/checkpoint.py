@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,20 @@ class Progress:
     seen: dict[str, int]
     data: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's folder."""
+        return f"{self.stage_name}-end" if self.done else f"{self.stage_name}-{self.step:08d}"
+
 
 class CheckpointError(TrainError, ValueError):
     """A checkpoint that can't be read or does not fit the run."""
+
+
+class WriteError(CheckpointError):
+    """A checkpoint could not be written; raised on every rank with the same message."""
+
+    on_every_rank = True
 
 
 def write(
@@ -59,61 +70,75 @@ def write(
 ) -> Path:
     """Write a checkpoint under `folder`; every rank calls it. Returns its path, which exists only once everything in it is durable.
 
-    Raises CheckpointError when it can't be written; the checkpoints before stay what they are.
+    Raises WriteError when it can't be written; the checkpoints before stay what they are.
     """
     import torch.distributed.checkpoint as dcp
 
-    name = f"{progress.stage_name}-end" if progress.done else f"{progress.stage_name}-{progress.step:08d}"
-    temporary, final = folder / f"{_WRITING}{name}", folder / name
+    temporary = begin(folder, progress, world)
+    try:
+        dcp.save(state_of(model, optimizer, average), checkpoint_id=str(temporary), no_dist=world.size == 1)
+    except dcp.api.CheckpointException as error:  # not an Exception; the same on every rank
+        raise not_written(folder, progress, [why(folder, error)]) from error
+    world.barrier()
     if world.is_main:
+        publish(folder, progress)
+    world.barrier()
+    return folder / progress.name
+
+
+def begin(folder: Path, progress: Progress, world: World) -> Path:
+    """The empty folder that a checkpoint is written in before it gets its name; every rank calls it."""
+    temporary = folder / f"{_WRITING}{progress.name}"
+
+    def make() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-    world.barrier()
-    state = _state(model, optimizer) | ({"average": dict(average)} if average else {})
-    try:
-        dcp.save(state, checkpoint_id=str(temporary), no_dist=world.size == 1)
-    except dcp.api.CheckpointException as error:  # not an Exception; the same on every rank
-        raise _not_written(temporary, [failure[0] for failure in error.failures.values()]) from error
-    world.barrier()
-    if world.is_main:
-        try:
-            (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
-            for path in sorted(temporary.iterdir()):
-                _sync(path)
-            _sync(temporary)
-        except OSError as error:
-            raise _not_written(temporary, [error]) from error
-        if final.exists():  # the same step again, after a resume from an earlier one: the old folder is whole and equal
-            shutil.rmtree(temporary)
-        else:
-            os.rename(temporary, final)
-            _sync(folder)
-    world.barrier()
-    return final
+
+    world.first(make)  # also on a full disk no rank waits for one that has failed
+    return temporary
 
 
-def _not_written(temporary: Path, failures: Sequence[BaseException]) -> CheckpointError:
-    """The error of a checkpoint that could not be written, with the room on its disk, and what the run continues from."""
-    folder = temporary.parent
-    reasons = "; ".join(dict.fromkeys(map(_reason, failures)))
-    # torch reports a write that failed half way as "unexpected pos".
-    if any(disk_is_full(failure) or "unexpected pos" in str(failure) for failure in failures):
-        free = shutil.disk_usage(folder).free / 2**30
-        advice = (
-            f"the disk is full, or a quota or a limit on file sizes is reached ({free:.1f} GiB of the disk are free): free space, for "
-            "example by a smaller checkpoint.keep"
-        )
+def publish(folder: Path, progress: Progress) -> None:
+    """Give a checkpoint that all ranks have written its name, once everything in it is on disk; the main rank calls it."""
+    temporary, final = folder / f"{_WRITING}{progress.name}", folder / progress.name
+    (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=1) + "\n", encoding="utf-8")
+    for path in sorted(temporary.iterdir()):
+        _sync(path)
+    _sync(temporary)
+    if final.exists():  # the same step again, after a resume from an earlier one: the old folder is whole and equal
+        shutil.rmtree(temporary)
     else:
-        advice = "repair what it says"
-    newest = latest(folder)
-    where = f"the checkpoint {newest.name}" if newest is not None else "the beginning, since there is no checkpoint yet"
-    error = CheckpointError(
-        f"{folder}: the checkpoint {temporary.name.removeprefix(_WRITING)} can't be written: {reasons}; {advice}. "
-        f"The same command continues from {where}"
+        os.rename(temporary, final)
+        _sync(folder)
+
+
+def discard(folder: Path, progress: Progress) -> None:
+    """Remove what was written of a checkpoint that will not be complete."""
+    shutil.rmtree(folder / f"{_WRITING}{progress.name}", ignore_errors=True)
+
+
+def not_written(folder: Path, progress: Progress, reasons: Iterable[str]) -> WriteError:
+    """The error of a checkpoint that could not be written, with what the run continues from; reasons: `why` of the ranks."""
+    before = latest(folder)
+    then = f"the same command continues from {before.name}" if before is not None else "the same command starts again"
+    return WriteError(
+        f"checkpoint {progress.name} could not be written to {folder}: {'; '.join(dict.fromkeys(reasons))}. Nothing of it is kept, and "
+        f"older checkpoints are as they were: when there is space and the folder can be written, {then}"
     )
-    error.on_every_rank = not isinstance(failures[0], OSError)  # of writing, which every rank agreed on; an OSError is of the main rank
-    return error
+
+
+def why(folder: Path, error: BaseException) -> str:
+    """Why a checkpoint could not be written under `folder`, as this rank sees it, with the room on a disk that is full."""
+    failures = [failure[0] for failure in getattr(error, "failures", {}).values()] or [error]
+    # torch reports a write that failed half way as "unexpected pos".
+    if not any(disk_is_full(failure) or "unexpected pos" in str(failure) for failure in failures):
+        return reasons(error)
+    free = shutil.disk_usage(folder).free / 2**30
+    return (
+        f"{reasons(error)} (the disk is full, or a quota or a limit on file sizes is reached; {free:.1f} GiB of the disk are free: free "
+        "space, for example by a smaller checkpoint.keep)"
+    )
 
 
 def read(
@@ -130,13 +155,12 @@ def read(
 
     progress = read_progress(path)
     with_optimizer = optimizer if not progress.done else None
-    state = _state(model, with_optimizer) | ({"average": dict(average)} if average else {})  # tensors of the average are filled in place
+    state = state_of(model, with_optimizer, average)  # tensors of the average are filled in place
     try:
         dcp.load(state, checkpoint_id=str(path), no_dist=world.size == 1)
     except dcp.api.CheckpointException as error:
-        reasons = "; ".join(dict.fromkeys(_reason(failure[0]) for failure in error.failures.values()))
         raise CheckpointError(
-            f"{path}: can't be read, or does not fit this model: {reasons}. If it is damaged, remove that folder: "
+            f"{path}: can't be read, or does not fit this model: {reasons(error)}. If it is damaged, remove that folder: "
             "the run goes on from the checkpoint before"
         ) from error
     set_model_state_dict(model, state["model"])  # pyright: ignore[reportArgumentType]
@@ -175,6 +199,17 @@ def _reason(error: BaseException) -> str:
     """The first line of what a library says; a file that was cut off may say nothing but its kind of error."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "a file in it ends too early" if isinstance(error, EOFError) else type(error).__name__
+
+
+def reasons(error: BaseException) -> str:
+    """Why `torch.distributed.checkpoint` failed, each reason of a rank once."""
+    failures = getattr(error, "failures", None)
+    return "; ".join(dict.fromkeys(_reason(failure[0]) for failure in failures.values())) if failures else _reason(error)
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, average: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+    """What a checkpoint holds, as the tensors of this rank."""
+    return _state(model, optimizer) | ({"average": dict(average)} if average else {})
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from eagle_train.config import Config
 
 
 class MovingAverage:
-    """`average = decay * average + (1 - decay) * weights` after every optimizer step, in the precision and sharding of the weights.
+    """`average = decay * average + (1 - decay) * weights` after every optimizer step, in float32, sharded as the weights.
 
     tensors: by parameter name, of all parameters that a stage of the run trains; at the start, the weights themselves.
     """
@@ -18,14 +18,14 @@ class MovingAverage:
     def __init__(self, model: nn.Module, config: Config, decay: float) -> None:
         names = trained_names(model, config)
         self.decay = decay
-        self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters() if name in names}
+        self.tensors: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in model.named_parameters() if name in names}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """After an optimizer step."""
         for name, parameter in model.named_parameters():
             if name in self.tensors:
-                self.tensors[name].lerp_(parameter, 1 - self.decay)
+                self.tensors[name].lerp_(parameter.to(torch.float32), 1 - self.decay)
 
 
 def trained_names(model: nn.Module, config: Config) -> set[str]:

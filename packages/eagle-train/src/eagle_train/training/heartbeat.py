@@ -1,10 +1,12 @@
-"""Reports a step that takes long, once a minute."""
+"""Reports a step that takes long, once a minute, with what every rank does meanwhile."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from .metrics import duration
 
@@ -13,22 +15,30 @@ EVERY = 60.0
 
 
 class Heartbeat:
-    """`with Heartbeat(write)`: a thread that reads what `begin` and `at` set, and calls `write` when a step takes longer than `every`."""
+    """`with Heartbeat(write)`: a thread that reads what `begin` and `at` set, and calls `write` when a step takes longer than `every`.
 
-    def __init__(self, write: Callable[[str], None], every: float | None = None) -> None:
+    store, rank, size: of a job with several ranks (`torch.distributed.Store`). In a slow step each rank publishes what it does, and the
+    main rank, the only one that writes, names what the others wait in.
+    """
+
+    def __init__(
+        self, write: Callable[[str], None], every: float | None = None, *, store: Any = None, rank: int = 0, size: int = 1
+    ) -> None:
         self._write, self._every = write, EVERY if every is None else every
+        self._store, self._rank, self._size = store, rank, size
         self._now: tuple[str, float] | None = None
-        self._place = ""
+        self._place = ("", 0.0)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="eagle-heartbeat", daemon=True)
 
     def begin(self, step: str) -> None:
         """A step begins; the clock starts again."""
-        self._place, self._now = "", (step, time.monotonic())
+        now = time.monotonic()
+        self._place, self._now = ("", now), (step, now)
 
     def at(self, place: str) -> None:
         """What the step does now."""
-        self._place = place
+        self._place = place, time.monotonic()
 
     def __enter__(self) -> Heartbeat:
         self._thread.start()
@@ -47,6 +57,39 @@ class Heartbeat:
             if now is not reported:
                 reported, due = now, self._every
             seconds = time.monotonic() - now[1]
+            if seconds >= self._every / 2:
+                self._publish(now[0])
             if seconds >= due:
                 due += self._every
-                self._write(f"{now[0]}: {duration(seconds)}" + (f", now in {self._place}" if self._place else ""))
+                if self._rank == 0:
+                    place = self._place[0]
+                    self._write(f"{now[0]}: {duration(seconds)}" + (f", now in {place}" if place else "") + self._others(now[0]))
+
+    def _publish(self, step: str) -> None:
+        if self._store is None:
+            return
+        place, since = self._place
+        try:
+            self._store.set(f"doing/{self._rank}", json.dumps([step, place, time.monotonic() - since]))
+        except RuntimeError:  # the host of the store is gone, which ends the run
+            self._store = None
+
+    def _others(self, step: str) -> str:
+        """What the other ranks do, those that do the same in one group; empty for one rank."""
+        if self._store is None:
+            return ""
+        groups: dict[str, list[int]] = {}
+        try:
+            for rank in range(self._size):
+                if rank == self._rank:
+                    continue
+                key, text = f"doing/{rank}", "has not reported"
+                if self._store.check([key]):
+                    named, place, seconds = json.loads(self._store.get(key))
+                    where = "" if named == step else f"{named}, "
+                    text = f"{where}{place or 'its beginning'} for {duration(seconds)}"
+                groups.setdefault(text, []).append(rank)
+        except RuntimeError:
+            self._store = None
+            return ""
+        return "".join(f"; rank {', '.join(map(str, ranks))}: {text}" for text, ranks in groups.items())

@@ -10,7 +10,7 @@ from typing import Any
 
 from eagle_train.data.atomic import naming
 
-TIMED = ("seconds", "tokens_per_second", "tiles_per_second", "data_wait", "eta")
+TIMED = ("seconds", "tokens_per_second", "tiles_per_second", "data_wait", "eta", "tflops", "mfu", "memory", "memory_peak")
 """Fields that depend on the machine; all others are equal when the same run is repeated."""
 
 
@@ -70,12 +70,18 @@ def same_run(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def progress_line(record: dict[str, Any]) -> str:
-    """The progress line of a step: stage, step, loss, speed, time left."""
-    return (
-        f"{record['stage']}  step {record['step']}/{record['steps']}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-        f"{record['tokens_per_second']:,.0f} tok/s  {record['tiles_per_second']:,.0f} tiles/s  data wait {record['data_wait']:.1%}  "
-        f"left {duration(record['eta'])}"
-    )
+    """The progress line of a step: stage, step, loss, speed, MFU where it is known, memory now and at the peak, time left."""
+    parts = [
+        f"{record['stage']}  step {record['step']}/{record['steps']}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['tokens_per_second']:,.0f} tok/s",
+    ]
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    if "memory" in record:
+        parts.append(f"memory {record['memory'] / 2**30:.1f} (peak {record['memory_peak'] / 2**30:.1f}) GiB")
+    return "  ".join([*parts, f"data wait {record['data_wait']:.1%}", f"left {duration(record['eta'])}"])
 
 
 def duration(seconds: float) -> str:

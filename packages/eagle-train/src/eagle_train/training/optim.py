@@ -13,10 +13,14 @@ from torch import nn
 from eagle_model.lora import is_adapter
 from eagle_train.config import Config, ConfigError, PartConfig, StageConfig
 
+from .adamw import HostAdamW, RoundingAdamW
 from .muon import Muon
 
 
 def _adamw(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
+    if has_bfloat16_weights(groups):
+        names = {parameter: name for group in groups for parameter, name in zip(group["params"], group.pop("names"), strict=True)}
+        return RoundingAdamW(groups, names, lr=stage.lr, betas=stage.betas, eps=stage.eps)
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, fused=True)
 
 
@@ -27,7 +31,12 @@ def _adamw8bit(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.
         raise ConfigError(
             f"stages.{stage.name}.optimizer: adamw8bit needs torchao ({error}): pip install 'eagle-train[gpu]', or use adamw"
         ) from error
-    return AdamW8bit(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps)
+    low = has_bfloat16_weights(groups)
+    return AdamW8bit(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, **({"bf16_stochastic_round": True} if low else {}))
+
+
+def _adamw_host(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
+    return HostAdamW(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps)
 
 
 def _muon(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
@@ -40,17 +49,22 @@ def _adafactor(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """make(groups, stage): the optimizer. state_bytes: of its state, per parameter of a matrix. sharded: whether FSDP2's tensors work."""
+    """make(groups, stage): the optimizer. state_bytes: of its state on the device, per parameter of a matrix. sharded: whether FSDP2's
+    tensors work. bfloat16: whether it rounds bfloat16 weights (`model.weights`) stochastically. host_bytes: of its state in host memory,
+    per parameter."""
 
     make: Callable[[list[dict[str, Any]], StageConfig], torch.optim.Optimizer]
     state_bytes: int
     sharded: bool = True
+    bfloat16: bool = False
+    host_bytes: int = 0
 
 
 #: Optimizers by the name in `stages.N.optimizer`.
 OPTIMIZERS: dict[str, OptimizerChoice] = {
-    "adamw": OptimizerChoice(_adamw, 8),
-    "adamw8bit": OptimizerChoice(_adamw8bit, 2),
+    "adamw": OptimizerChoice(_adamw, 8, bfloat16=True),
+    "adamw8bit": OptimizerChoice(_adamw8bit, 2, bfloat16=True),
+    "adamw_host": OptimizerChoice(_adamw_host, 0, host_bytes=8),
     "muon": OptimizerChoice(_muon, 4),
     "adafactor": OptimizerChoice(_adafactor, 0, sharded=False),
 }
@@ -127,6 +141,11 @@ def _rates(model: nn.Module, stage: StageConfig) -> dict[int, tuple[float, float
     return result
 
 
+def has_bfloat16_weights(groups: list[dict[str, Any]]) -> bool:
+    """Whether parameters of these groups are kept in bfloat16."""
+    return any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"])
+
+
 def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.Optimizer:
     """The optimizer of a stage over the parameters that are trained.
 
@@ -140,6 +159,16 @@ def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.Optimize
             f"stages.{stage.name}.optimizer: {stage.optimizer} does not take sharded parameters, which several ranks and bfloat16 have; "
             f"use one of {names}, or one rank with parallel.dtype: float32"
         )
+    if has_bfloat16_weights(groups):
+        if not choice.bfloat16:
+            names = " or ".join(name for name, other in OPTIMIZERS.items() if other.bfloat16)
+            raise ConfigError(
+                f"stages.{stage.name}.optimizer: {stage.optimizer} does not round weights stochastically, and rounded to the nearest "
+                f"bfloat16 small updates are lost; with model.weights: bfloat16 use {names}"
+            )
+        if stage.optimizer == "adamw":
+            own = {parameter: name for name, parameter in model.named_parameters()}
+            groups = [group | {"names": [own[parameter] for parameter in group["params"]]} for group in groups]
     return choice.make(groups, stage)
 
 

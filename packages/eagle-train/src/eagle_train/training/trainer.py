@@ -22,10 +22,10 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from eagle_cp.watchdog import Watchdog
 from eagle_kernels import OffloadEngine
-from eagle_model.batch import PackedBatch
 from eagle_model.prompt import CachedEncoder
-from eagle_train.config import Config
+from eagle_train.config import Config, ConfigError
 from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.data.measure import media_limits
 from eagle_train.distributed.agreement import Totals, agree
@@ -38,14 +38,18 @@ from eagle_train.loading.tasks import Tasks
 from eagle_train.planning.identity import check_same, identify
 from eagle_train.planning.stages import StageSchedule
 
-from . import checkpoint
+from . import checkpoint, heartbeat
 from .activations import activation_mode, make_engine
 from .build import empty_model, fill_model
 from .ema import MovingAverage
 from .heartbeat import Heartbeat
+from .memory import check_host_memory, check_memory, explained
 from .metrics import Metrics
-from .model import attention_backend, tokenizer_folder
+from .model import attention_backend, model_config, tokenizer_folder
 from .optim import make_optimizer, set_learning_rates, set_trainable
+from .saving import Saver
+from .source_losses import SourceLosses, by_source
+from .speed import memory, peak_flops
 from .stop import Interrupted, StopSignals, what_is_saved
 
 logger = logging.getLogger(__name__)
@@ -64,6 +68,7 @@ class _Pending:
     record: dict[str, Any]
     loss: Tensor
     norm: Tensor
+    sources: SourceLosses
     sample_ids: list[tuple[str, int]]
 
 
@@ -96,10 +101,14 @@ class Trainer:
         self._data = identify(config, tokenizer, self.schedules)
         self.on_record, self.on_evaluate = on_record, on_evaluate
         self.stop = stop or StopSignals()
-        self.beat = Heartbeat(on_slow or logger.info)
+        self.beat = Heartbeat(on_slow or logger.info, store=world.store, rank=world.rank, size=world.size)
+        #: Called after every step, for example by a profile.
+        self.after_step: Callable[[], None] = lambda: None
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
+        if world.device.type == "cuda":
+            check_memory(config, model_config(config, tokenizer), world)
         #: Host memory of `model.activations: offload`, made once and used by every model of the run.
         self.engine: OffloadEngine | None = None
         #: Its processes start, and read the first packs, while the model is made and filled.
@@ -115,9 +124,11 @@ class Trainer:
         self.failed_evaluations: list[str] = []
         self._pending: _Pending | None = None
         self._pace: float | None = None
+        self._peak = peak_flops(world.device, config.parallel.dtype)
         self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0, "concealed": 0}
         #: Stage and step of the newest checkpoint, and when it was written.
         self._saved, self._saved_at = (0, 0), time.monotonic()
+        self.saver = Saver(self.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.background)
 
     @property
     def missing(self) -> int:
@@ -140,11 +151,22 @@ class Trainer:
         LoaderError, and Interrupted on every rank when a signal asked one of them to stop; by then a checkpoint is written.
         """
         try:
-            with self.stop.deferred(), self.beat if self.world.is_main else nullcontext():
+            with self.stop.deferred(), self.beat, self._collective_watch():
                 self._train()
                 self.check_stop()
         except Interrupted as stop:
             raise Interrupted(stop.signum, f"stopped; {self.what_is_saved()}") from None
+        finally:
+            self.saver.close()
+
+    def _collective_watch(self) -> Any:
+        """Names the collective of a context group that a rank waits in, after a minute."""
+        meshes = [self.world.context, *self.world.splits.values()]
+        if self.world.context.size == 1:
+            return nullcontext()
+        groups = {id(group): group for mesh in meshes for group in mesh.groups()}
+        report = logger.warning if self.world.context.rank == 0 else lambda _: None
+        return Watchdog(list(groups.values()), heartbeat.EVERY, self.world.store, report)
 
     def what_is_saved(self) -> str:
         """What a command that trains this run continues from."""
@@ -163,6 +185,7 @@ class Trainer:
             for number in range(stage, len(self.schedules)):
                 self._train_stage(number, step, loader, resumed if step else None)
                 step = 0
+            self.saver.wait()
         if self.world.is_main:
             if splits := self.world.chosen:
                 logger.info("context parallel splits: %s", ", ".join(f"{name} {count} packs" for name, count in splits.most_common()))
@@ -199,6 +222,7 @@ class Trainer:
         stage, schedule = self.config.stages[number], self.schedules[number]
         if is_sharded(self.model) and stage.modes != self._sharded_for:
             # FSDP2 remembers at sharding what is trained: another choice needs a new model, from the end of the last stage.
+            self.saver.wait()
             self.model = None  # type: ignore[assignment]
             self.model = self._new_model(stage.modes, weights=False)
             checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
@@ -207,6 +231,7 @@ class Trainer:
         if resumed is not None:
             self._load(resumed, optimizer)
         elif stage.carry_optimizer:
+            self.saver.wait()
             checkpoint.carry_optimizer(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, optimizer, self.world)
         self.model.train()
         done_before = sum(schedule.steps for schedule in self.schedules[:number])
@@ -218,6 +243,8 @@ class Trainer:
             packs, totals = self._read(number, step, loader)
             if totals.interrupts or totals.terminations:
                 self._save_and_stop(number, step, optimizer, signal.SIGTERM if totals.terminations else signal.SIGINT)
+            if totals.broken:  # a checkpoint could not be written: every rank knows at the same step
+                self.saver.wait()
             pending = self._step(number, step, optimizer, packs, totals)
             self.stop.training = True
             now = time.monotonic()
@@ -227,11 +254,13 @@ class Trainer:
                 "tokens_per_second": totals.tokens / elapsed,
                 "tiles_per_second": totals.tiles / elapsed,
                 "data_wait": (loader.waited - waited) / elapsed,
+                **self._use(pending.record["flops"] / elapsed / self.world.size),
                 "total_step": done_before + step + 1,
             }
             begin, waited = now, loader.waited
             self._pending = replace(pending, record=pending.record | speed)
             over = step + 1 == schedule.steps
+            self.after_step()
             if over:
                 self._settle()
             if over or totals.saves or (step + 1) % self.config.checkpoint.every == 0:
@@ -247,17 +276,15 @@ class Trainer:
     # ---- checkpoints -------------------------------------------------------------------------------------------------------------
 
     def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Write a checkpoint after `step` steps of a stage, and apply the keep rule."""
-        self.beat.at("writing of a checkpoint")
+        """Write a checkpoint after `step` steps of a stage, while training goes on."""
+        self.beat.at("the copy of a checkpoint, or the end of writing the one before")
         self._settle()
         schedules, name = self.schedules, self.config.stages[number].name
         over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
         progress = checkpoint.Progress(number, name, step, total, over, dict(self._seen), self._data)
         carried = number + 1 < len(schedules) and self.config.stages[number + 1].carry_optimizer
         average = self.average.tensors if self.average is not None else None
-        checkpoint.write(self.checkpoints, progress, self.model, optimizer if carried or not over else None, self.world, average=average)
-        if self.world.is_main:
-            checkpoint.keep_newest(self.checkpoints, number, self.config.checkpoint.keep)
+        self.saver.save(progress, self.model, optimizer if carried or not over else None, average=average)
         self._saved, self._saved_at = (number, step), time.monotonic()
 
     def _load(self, path: Path, optimizer: torch.optim.Optimizer | None) -> None:
@@ -275,6 +302,7 @@ class Trainer:
         self._settle()
         if step and self._saved != (number, step):
             self._save(number, step, optimizer)
+        self.saver.wait()
         raise Interrupted(signum)
 
     # ---- evaluations -------------------------------------------------------------------------------------------------------------
@@ -350,8 +378,8 @@ class Trainer:
                     f"stage {stage.name} step {step}: the loader gave {item and item[0]}, not pack {place}; please report this"
                 )
             packs.append(item[1])
-        self.beat.at("the sums over all ranks")
-        requests = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due())
+        self.beat.at("the sums over all ranks (all-reduce)")
+        requests = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due(), self.saver.broken)
         return agree(packs, self.world, partial(self._read_again, number, step), requests)
 
     def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, packs: list[LoadedPack], totals: Totals) -> _Pending:
@@ -361,11 +389,14 @@ class Trainer:
         lr = set_learning_rates(optimizer, step, schedule.steps, stage)
         denominator = torch.tensor(max(totals.label_weight, 1e-30), dtype=torch.float32).to(world.device, non_blocking=True)
         loss = torch.zeros((), device=world.device)
+        sources = SourceLosses([source.name for source in schedule.facts.sources], world.device)
         for place, pack in enumerate(packs):
             if is_sharded(self.model):
                 self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
-            self.beat.at(f"forward/backward of pack {place + 1} of {micro}")
-            loss += self._forward_backward(replace(pack.batch, denominator=denominator))
+            doing = f"forward/backward of pack {place + 1} of {micro}"
+            self.beat.at(doing)
+            with explained(self.config, self.model.config, world, stage=stage, step=step + 1, doing=doing, pack=pack):
+                loss += self._forward_backward(replace(pack, batch=replace(pack.batch, denominator=denominator)), sources)
             if world.context.rank == 0:
                 self.ledger.extend(replace(entry, step=total_step) for entry in pack.failed)
             self.ledger.extend(replace(entry, step=total_step) for entry in pack.concealed)
@@ -374,12 +405,14 @@ class Trainer:
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(learning, limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
-        optimizer.step()
+        with explained(self.config, self.model.config, world, stage=stage, step=step + 1, doing="the optimizer's step"):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
         for key in self._seen:
             self._seen[key] += getattr(totals, key)
+        plan, place = schedule.locate(step)
         record = {
             "kind": "step",
             "stage": stage.name,
@@ -393,20 +426,23 @@ class Trainer:
             "missing": totals.missing,
             "concealed": totals.concealed,
             "fill": totals.tokens / (stage.packs_per_step * stage.max_tokens),
+            "flops": plan.step_flops(place),
             "seen_tokens": self._seen["tokens"],
             "seen_missing": self._seen["missing"],
             "seen_concealed": self._seen["concealed"],
         }
         ids = [sample for pack in packs for sample in pack.sample_ids]
         self._settle()
-        return _Pending(record, loss, norm, ids)
+        return _Pending(record, loss, norm, sources, ids)
 
-    def _forward_backward(self, batch: PackedBatch) -> Tensor:
-        """Loss of a pack (of this context parallel rank's part of it), with its gradients added."""
+    def _forward_backward(self, pack: LoadedPack, sources: SourceLosses) -> Tensor:
+        """Loss of a pack (of this context parallel rank's part of it), with its gradients, and its tokens' losses in `sources`, added."""
         described: Any = self.model.config
-        layout = self.world.layout(batch.cu_seqlens, described.text_config, batch.prefixes)
-        output = self.model(batch.shard(layout, described.tokens_per_tile).to(self.world.device), layout=layout)
+        layout = self.world.layout(pack.batch.cu_seqlens, described.text_config, pack.batch.prefixes)
+        part = pack.batch.shard(layout, described.tokens_per_tile).to(self.world.device)
+        output = self.model(part, layout=layout, token_losses=True)
         output.loss.backward()
+        sources.add(pack, layout, output.token_losses, part.token_weights, count=self.world.context.rank == 0)
         return output.loss.detach()
 
     # ---- records -----------------------------------------------------------------------------------------------------------------
@@ -416,7 +452,9 @@ class Trainer:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        loss = self.world.sum(pending.loss.double().cpu() if self.world.size > 1 else pending.loss.double()).item()
+        sums = torch.cat([pending.loss.double().reshape(1), pending.sources.sums.flatten()]).cpu()
+        self.world.sum(sums)
+        loss, names = sums[0].item(), pending.sources.names
         norm, stage, step = float(pending.norm), pending.record["stage"], pending.record["step"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ids = sorted({f"{source}:{line}" for some in self.world.gather(pending.sample_ids) for source, line in some})
@@ -426,7 +464,15 @@ class Trainer:
                 "The last checkpoint is older than this step. Lower stages.*.lr, or inspect these rows with eagle show"
             )
         if self.world.is_main and (step % self.config.run.log_every == 0 or step == pending.record["steps"]):
-            self._record(pending.record | {"loss": loss, "grad_norm": norm, "eta": self._left(pending.record)})
+            losses = by_source(names, sums[1:].view(2, -1)) if len(names) > 1 else {}
+            losses = {"losses": losses} if losses else {}
+            self._record(pending.record | {"loss": loss, "grad_norm": norm, "eta": self._left(pending.record)} | losses)
+
+    def _use(self, rate: float) -> dict[str, Any]:
+        """What a rank does with its device, at `rate` FLOP/s."""
+        now, most = memory(self.world.device)
+        use: dict[str, Any] = {"tflops": rate / 1e12, "memory": now, "memory_peak": most}
+        return use if self._peak is None else use | {"mfu": rate / self._peak}
 
     def _left(self, record: dict[str, Any]) -> float:
         """Seconds to the end of the run: what is left in tokens of capacity, at the pace of the last steps."""
@@ -456,7 +502,16 @@ class Trainer:
         """weights: False leaves weights undefined, where a checkpoint of the run follows."""
         empty = empty_model(self.config, self.tokenizer, weights=weights)
         modes, model = modes or self.config.stages[0].modes, empty.model
-        set_trainable(model, modes)
+        if self.config.model.weights == "bfloat16":
+            if self.config.parallel.dtype != "bfloat16":
+                raise ConfigError(
+                    f"model.weights is bfloat16 and the run computes in {self.config.parallel.dtype}: set parallel.dtype: bfloat16"
+                )
+            nn.Module.to(model, torch.bfloat16)
+        trained = set_trainable(model, modes)
+        if self.world.device.type == "cuda":
+            total = sum(parameter.numel() for parameter in model.parameters())
+            check_host_memory(self.config, trained, total, self.world)
         self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
         mode = activation_mode(self.config, self.world.device)

@@ -34,11 +34,14 @@ def summary(folder: str | Path) -> str:
         missing, missed = total - missed, total
         lines.append(
             f"stage {name}: step {last['step']} of {last['steps']}, loss {own[0]['loss']:.3f} -> {last['loss']:.3f}, "
-            f"{speed:,.0f} tok/s, {counted(missing, 'sample')} missing"
+            f"{speed:,.0f} tok/s, {_mfu(own)}{counted(missing, 'sample')} missing"
         )
         if concealed := last.get("seen_concealed", 0) - shown:
             lines[-1] += f", {counted(concealed, 'damaged frame')} concealed"
             shown += concealed
+        for source in _sources(own):
+            losses = [record["losses"][source] for record in own if source in record.get("losses", {})]
+            lines.append(f"  {source}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     for record in [record for record in records if record["kind"] in ("eval", "final")][-1:]:
         for source, score in record["scores"].items():
             lines.append(
@@ -50,11 +53,22 @@ def summary(folder: str | Path) -> str:
     return "\n".join(lines)
 
 
+def _mfu(steps: list[dict[str, Any]]) -> str:
+    """The median MFU of steps, where it was measured."""
+    measured = [record["mfu"] for record in steps if record.get("mfu") is not None]
+    return f"MFU {float(np.median(measured)):.1%}, " if measured else ""
+
+
 def _steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     steps = [record for record in records if record["kind"] == "step"]
     if not steps:
         raise ValueError("metrics.jsonl has no steps yet; eagle train writes them")
     return steps
+
+
+def _sources(steps: list[dict[str, Any]]) -> list[str]:
+    """Names of sources with a loss of their own, in the order in which they appear."""
+    return list(dict.fromkeys(source for record in steps for source in record.get("losses", {})))
 
 
 def _draw(records: list[dict[str, Any]], path: Path) -> None:
@@ -69,7 +83,13 @@ def _draw(records: list[dict[str, Any]], path: Path) -> None:
     at = np.array([record["total_step"] for record in steps])
     loss = np.array([float(record["loss"]) for record in steps])
     loss_axes.plot(at, loss, color="0.8", linewidth=0.8)
-    loss_axes.plot(at, _smooth(loss), color="tab:blue", label="loss")
+    loss_axes.plot(at, _smooth(loss), color="tab:blue", label="all sources")
+    for index, source in enumerate(_sources(steps)):
+        own = [record for record in steps if source in record.get("losses", {})]
+        values = np.array([record["losses"][source] for record in own])
+        loss_axes.plot([record["total_step"] for record in own], _smooth(values), color=f"C{index + 1}", linewidth=0.8, label=source)
+    if _sources(steps):
+        loss_axes.legend(loc="upper right", fontsize=8)
     loss_axes.set_ylabel("loss")
     if (loss > 0).all():
         loss_axes.set_yscale("log")

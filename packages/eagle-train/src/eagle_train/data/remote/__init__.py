@@ -16,7 +16,7 @@ from eagle_train.config import ConfigError, RemoteConfig
 from eagle_train.config.addresses import scheme_of, without_secrets
 
 from .cache import BLOCK, BlockCache, Entry
-from .storage import Handle, Storage
+from .storage import Handle, Storage, check_installed
 
 __all__ = ["RemoteFile", "enable", "names_of", "open_address", "version_of"]
 
@@ -61,10 +61,12 @@ _remote: _Remote | None = None
 
 
 def enable(config: RemoteConfig) -> None:
-    """Read the schemes of `config` in this process, and no others."""
+    """Read the schemes of `config` in this process, and no others. Raises ConfigError for one that no library reads."""
     global _remote
     if _remote is not None and _remote.config == config and _remote.process == os.getpid():
         return
+    for scheme in config.schemes:
+        check_installed(scheme)
     for scheme in _remote.config.schemes if _remote is not None else ():
         register_opener(scheme, None)
     _remote = _Remote(config) if config.schemes else None

@@ -1,9 +1,9 @@
 """Blocks of remote files on a local disk, shared by all processes of a host.
 
 One sparse file for each version of a remote file: a table with a slot of 8 bytes for each block, then the blocks at their places. A slot is
-written after its block and holds the block's checksum, so a process that is killed, or a disk that loses power, leaves slots that are empty
-or don't agree, and the block is fetched again. Processes write the same bytes to the same places, so they need no lock; the one that removes
-files holds one. Its size is that of the blocks that the files hold.
+written after its block and holds the block's checksum, so a process that is killed, or a disk that loses power, leaves slots that are
+empty or don't agree, and the block is fetched again. Processes write the same bytes to the same places, so they need no lock; the one that
+removes files holds one. Its size is that of the blocks that the files hold.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ answer and the name of an error, not of requests, which have headers.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import random
 import threading
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-_INSTALL = {"gs": "gcsfs", "gcs": "gcsfs"}
+_INSTALL = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "oci": "ocifs"}
 _MISSING, _DENIED, _CHANGED = frozenset({404, 410}), frozenset({401, 403}), frozenset({412})
 _PASSING = frozenset({408, 423, 425, 429, *range(500, 600)})
 _NO_CREDENTIALS = frozenset(
@@ -41,6 +42,17 @@ _TAGS = (
     "modified",
     "last_commit",
 )
+_CUT = "the answer is cut off"
+_SAID = {
+    "gaierror": "no host has this name",
+    "ConnectionRefusedError": "the connection is refused",
+    "TimeoutError": "no answer in time",
+    "FSTimeoutError": "no answer in time",
+    "ReadTimeoutError": "no answer in time",
+    "ConnectTimeoutError": "no answer in time",
+    "ServerDisconnectedError": "the server closed the connection",
+    "ConnectionResetError": "the server closed the connection",
+}
 _IN_FOLDERS = (".parquet", ".arrow", ".tar")
 
 
@@ -51,7 +63,7 @@ class StorageError(MediaUnavailable):
 
 
 class _Passing(Exception):
-    """A failure that may pass."""
+    """An answer of fewer bytes than were asked for."""
 
 
 class Handle:
@@ -74,20 +86,20 @@ class Handle:
                 self.file.seek(start)
                 data = self.file.read(end - start)
             if len(data) != end - start:
-                raise _Passing(f"{len(data)} of {end - start} bytes came")
+                raise _Passing
             return data
 
         try:
             return self.storage.repeated(self.address, once)
-        except _Short as error:
+        except _Short:
             raise MediaError(
-                f"{without_secrets(self.address)}: is cut off on its way, each time: {error} of byte {start} on; if the file was replaced, "
-                "run again"
+                f"{without_secrets(self.address)}: the answer for bytes {start} to {end - 1} is cut off, in each of "
+                f"{self.storage.config.retries + 1} attempts; if the file was replaced, run again"
             ) from None
 
 
 class _Short(Exception):
-    """Fewer bytes than asked for, in every attempt."""
+    """The same, in every attempt."""
 
 
 class Storage:
@@ -157,10 +169,11 @@ class Storage:
             except Exception as error:
                 reason = _reason(error, shown, self.config)
                 if attempt == self.config.retries:
-                    if isinstance(error, _Passing):
-                        raise _Short(str(error)) from None
+                    if reason.startswith(_CUT):
+                        raise _Short from None
                     raise StorageError(
-                        f"{shown}: can't be reached ({reason}) after {attempt + 1} attempts; what is done is kept: check the network and run again"
+                        f"{shown}: can't be reached ({reason}) after {attempt + 1} attempts; what is done is kept: check the network and "
+                        "run again"
                     ) from None
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * self._random.uniform(0.5, 1.0)
             logger.warning("%s: %s; attempt %d of %d in %.1f s", shown, reason, attempt + 2, self.config.retries + 1, wait)
@@ -175,15 +188,9 @@ class Storage:
             return self._systems[scheme]
 
     def _made(self, scheme: str) -> Any:
-        try:
-            import fsspec
+        import fsspec
 
-            kind = fsspec.get_filesystem_class(scheme)
-        except ImportError as error:
-            library = f"pip install {_INSTALL[scheme]}" if scheme in _INSTALL else "pip install 'eagle-train[remote]'"
-            raise ConfigError(f"reading {scheme}:// needs a library that is not installed: {library} ({error})") from error
-        except ValueError as error:
-            raise ConfigError(f"data.remote.schemes: {scheme} is not a scheme that fsspec knows") from error
+        kind = fsspec.get_filesystem_class(scheme)
         # skip_instance_cache: the instance is ours, since its settings are.
         system = kind(skip_instance_cache=True, use_listings_cache=False, **self._options(scheme))
         if scheme in ("s3", "s3a"):
@@ -205,6 +212,24 @@ class Storage:
         if scheme in ("gs", "gcs"):
             return {"token": "anon"} if self.config.anonymous else {}
         return {}
+
+
+def check_installed(scheme: str) -> None:
+    """Raise ConfigError when no library reads the scheme; nothing is imported but fsspec's list, since s3fs takes seconds."""
+    install = f"data.remote.schemes: reading {scheme}:// needs a library that is not installed"
+    try:
+        from fsspec.registry import known_implementations, registry
+    except ImportError as error:
+        raise ConfigError(f"{install}: pip install 'eagle-train[remote]'") from error
+    if scheme in registry:
+        return
+    if scheme not in known_implementations:
+        raise ConfigError(f"data.remote.schemes: {scheme} is not a scheme that fsspec knows")
+    module = known_implementations[scheme]["class"].partition(".")[0]
+    needed = "aiohttp" if scheme in ("http", "https") else module
+    if importlib.util.find_spec(needed) is None:
+        library = _INSTALL.get(scheme, "'eagle-train[remote]'")
+        raise ConfigError(f"{install}: pip install {library}")
 
 
 def _version(info: dict[str, Any], address: str) -> tuple[int, str]:
@@ -244,11 +269,13 @@ def _reason(error: Exception, shown: str, config: RemoteConfig) -> str:
         raise MediaError(f"{shown}: can't be read: the server answers {status}") from None
     if isinstance(error, ValueError) and "range requests" in str(error):
         raise MediaError(f"{shown}: the server doesn't send ranges of bytes; download it, or use another server") from None
-    if isinstance(error, _Passing):
-        return str(error)
+    if isinstance(error, _Passing) or names & {"ContentLengthError", "ClientPayloadError", "IncompleteRead", "IncompleteReadError"}:
+        return _CUT
     if status is None and not any(isinstance(one, OSError | TimeoutError) or _passes(one) for one in chain):
         raise error
-    return f"the server answers {status}" if status is not None else next((type(one).__name__ for one in reversed(chain)), "unknown")
+    if status is not None:
+        return f"the server answers {status}"
+    return next((said for name, said in _SAID.items() if name in names), type(chain[-1]).__name__)
 
 
 def _passes(error: BaseException) -> bool:
@@ -283,5 +310,7 @@ def _status(error: BaseException) -> int | None:
     if isinstance(answer, dict):
         found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        found = getattr(answer, "status_code", None) or getattr(error, "status", None) or getattr(error, "code", None)
+        found = getattr(answer, "status_code", None) or getattr(error, "status", None)
+        if type(error).__name__ == "HttpError":  # of gcsfs; aiohttp says 400 of an answer that is cut off
+            found = found or getattr(error, "code", None)
     return found if isinstance(found, int) and 100 <= found < 600 else None

@@ -43,8 +43,8 @@ _IN_FOLDERS = (".parquet", ".arrow", ".tar")
 
 def files_of(source: Source, unpack: Path) -> list[str]:
     """The annotation files of a source in order: paths, patterns (`shards/*.parquet`, sorted by name), and folders of Parquet, Arrow or tar
-    files, such as a saved `datasets` dataset; all also as addresses; and the files of datasets of the hub. Compressed files are unpacked into
-    the folder `unpack`, Arrow files at an address copied there.
+    files, such as a saved `datasets` dataset; all also as addresses; and the files of datasets of the hub. Compressed files are unpacked
+    into the folder `unpack`, Arrow files at an address copied there.
 
     Raises ConfigError for what doesn't exist, a pattern or folder without files, and a file that is named twice.
     """

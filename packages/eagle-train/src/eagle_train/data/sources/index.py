@@ -17,8 +17,8 @@ from .protocol import Shard
 
 @dataclass(frozen=True)
 class FileIndex:
-    """What one pass over a file found. fingerprint: hash of all that its rows say. size, version (time of modification in ns, or the ETag of a
-    remote file): whether to look again."""
+    """What one pass over a file found. fingerprint: hash of all that its rows say. size, version: whether to look again; the version is the
+    time of modification in ns, or the ETag of a remote file."""
 
     path: str
     size: int

@@ -1,0 +1,114 @@
+"""Answers of the endpoint on disk, and OpenAI batch files: requests written, results read."""
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from eagle_train.config import ConfigError
+
+
+class NoAnswer(Exception):
+    """A request without a usable answer. reason: of the ledger (refused, bad-answer, no-answer, bad-frames)."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)  # both, so that it can be pickled
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+class Answers:
+    """Answers on disk, one JSON line each, and in memory. A line that a kill cut is removed when the file is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._known: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            whole = 0
+            with open(path, "rb") as file:
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    whole += len(line)
+                    answer = json.loads(line)
+                    self._known[answer.pop("key")] = answer
+            if whole < path.stat().st_size:
+                os.truncate(path, whole)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self._known.get(key)
+
+    def add(self, key: str, purpose: str, answer: dict[str, Any]) -> None:
+        line = json.dumps({"key": key, "purpose": purpose, **answer}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.write(line)
+            self._known[key] = {"purpose": purpose, **answer}
+
+
+class BatchFile:
+    """Requests in the format of OpenAI's batch files, which vLLM's `run_batch` reads too; each key once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self._keys: set[str] = set()
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+    def add(self, key: str, body: dict[str, Any]) -> None:
+        line = json.dumps({"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}, ensure_ascii=False)
+        with self._lock:
+            if key not in self._keys:
+                self._keys.add(key)
+                self.count += 1
+                with open(self.path, "ab") as file:
+                    file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def read_batch(path: Path, answers: Answers) -> tuple[int, list[str]]:
+    """Take the results of a batch into `answers`; returns how many, and the problems of the others.
+
+    Raises ConfigError for a file that is not a batch result, naming its line.
+    """
+    taken = 0
+    problems: list[str] = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror or error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            result = json.loads(line)
+            key, response = result["custom_id"], result["response"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}:{number}: is not a result of a batch (custom_id, response): {error}") from error
+        if response is None or response.get("status_code") != 200:
+            problems.append(f"{path}:{number}: {result.get('error') or response}"[:300])
+            continue
+        answers.add(key, "batch", completion_of(response["body"]))
+        taken += 1
+    return taken, problems
+
+
+def completion_of(body: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a chat completion."""
+    choices = body.get("choices") or [{}]
+    message = choices[0].get("message") or {}
+    usage = body.get("usage") or {}
+    return {
+        "content": message.get("content"),
+        "refusal": message.get("refusal"),
+        "finish": choices[0].get("finish_reason"),
+        "input_tokens": int(usage.get("prompt_tokens") or 0),
+        "output_tokens": int(usage.get("completion_tokens") or 0),
+    }

@@ -1,0 +1,153 @@
+"""What a run will need before it is started: memory of each GPU, time of a step, GPU hours, and, where it does not fit, what would help.
+
+Time is FLOPs over a rate: that of the steps which the run has already made, else a share of the GPU's peak. Memory is
+`eagle_kernels.plan_memory` of the stage's longest pack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eagle_train.config import Config, ConfigError
+from eagle_train.planning.costs import group_seconds
+from eagle_train.planning.gpus import GPUS, Gpu, find_gpu
+from eagle_train.training.metrics import Metrics
+
+from .ready import Ready
+from .resources import for_gpus
+
+ASSUMED_MFU = 0.4
+"""Share of the peak before a step was measured. On four H200 the 8B model with recompute reached 0.39 at 32K and 0.42 at 128K."""
+CONTEXT_GIB = 0.5
+"""Memory of the CUDA context, which plans leave out."""
+FRAGMENTATION = 1.08
+"""Reserved over allocated memory, at least: what does not fit with this factor is refused."""
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Rate:
+    """FLOP/s of one GPU, and where the number is from."""
+
+    flops: float
+    source: str
+
+
+@dataclass(frozen=True)
+class StagePrediction:
+    """A stage. gib: memory of each GPU, None where it is not modelled (`keep`); host_gib: of its host for each GPU. seconds: of a step.
+    before, after: share of time that data groups wait for one another, if packs were balanced by tokens, and as they are."""
+
+    name: str
+    steps: int
+    gib: float | None
+    host_gib: float
+    seconds: float
+    before: float
+    after: float
+
+    def gpu_hours(self, gpus: int) -> float:
+        return self.steps * self.seconds * gpus / 3600
+
+
+def named_gpu(name: str) -> Gpu:
+    """The GPU that a user names. Raises ConfigError for one that is not in the table."""
+    gpu = find_gpu(name)
+    if gpu is None:
+        raise ConfigError(f"--gpu {name}: not in the table; known are {', '.join(gpu.name for gpu in GPUS)}")
+    return gpu
+
+
+def measured_rate(config: Config) -> Rate | None:
+    """The median rate of the steps that this run has made; the first step of a stage, which compiles kernels, does not count."""
+    path = config.run.folder / "metrics.jsonl"
+    rates = [r["tflops"] for r in Metrics(path) if r["kind"] == "step" and r["step"] > 1 and r.get("tflops")]
+    if not rates:
+        return None
+    return Rate(float(np.median(rates)) * 1e12, f"the median of {len(rates)} measured steps in {path}")
+
+
+def assumed_rate(gpu: Gpu) -> Rate:
+    """A share of the peak, where nothing was measured yet."""
+    return Rate(ASSUMED_MFU * gpu.tflops * 1e12, f"assumed: {ASSUMED_MFU:.0%} of the bf16 peak of {gpu.name}; measured after two steps")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Every stage on `gpus` GPUs that compute at `rate`, one rank each."""
+
+    gpus: int
+    rate: Rate
+    stages: list[StagePrediction]
+
+
+def predict(ready: Ready, gpus: int, gpu: Gpu) -> Prediction:
+    """At the rate that the run was measured at, else at an assumed one. Raises as `predict_stages`."""
+    rate = measured_rate(ready.config) or assumed_rate(gpu)
+    return Prediction(gpus, rate, predict_stages(ready, gpus, rate))
+
+
+def predict_stages(ready: Ready, gpus: int, rate: Rate) -> list[StagePrediction]:
+    """Every stage on `gpus` GPUs, one rank each. Raises ConfigError and ValueError for GPUs that the groups or packs can't be shared by."""
+    from eagle_train.training.model import model_config
+
+    config = for_gpus(ready.config)
+    group = config.parallel.group_size
+    described = model_config(config, ready.tokenizer)
+    stages = []
+    for schedule in ready.schedules:
+        plan, groups = schedule.plan(0), gpus // group
+        assert schedule.costs is not None
+        after = plan.spread(groups)
+        memory = _memory(config, described, gpus, schedule.stage.name)
+        seconds = group_seconds(plan.pack_costs(), schedule.stage.packs_per_step, groups, rate.flops * group)
+        stages.append(
+            StagePrediction(
+                schedule.stage.name,
+                schedule.steps,
+                None if memory is None else memory.gpu / GIB,
+                0.0 if memory is None else memory.host / GIB,
+                float(seconds.mean()) if len(seconds) else 0.0,
+                schedule.by_tokens().spread(groups, schedule.costs),
+                after,
+            )
+        )
+    return stages
+
+
+def _memory(config: Config, described: Any, gpus: int, stage: str | None = None) -> Any:
+    """The memory plan of a stage (default: of the whole run); None for `keep`."""
+    from eagle_train.training.activations import planned
+
+    if config.model.activations == "keep":
+        return None
+    if stage is not None:
+        config = config.replaced(stages=[one for one in config.stages if one.name == stage])
+    return planned(config, described, gpus)
+
+
+def needed_gib(gib: float) -> float:
+    """Memory of a GPU on which a plan of `gib` GiB runs."""
+    return gib * FRAGMENTATION + CONTEXT_GIB
+
+
+def check_fits(ready: Ready, gpus: int, gpu: Gpu) -> None:
+    """Raises ConfigError, with the smallest change that would help, when the longest pack of a stage does not fit on `gpus` GPUs."""
+    from eagle_train.training.memory import smallest_change
+    from eagle_train.training.model import model_config
+
+    config = for_gpus(ready.config)
+    described = model_config(config, ready.tokenizer)
+    plan = _memory(config, described, gpus)
+    if plan is None or needed_gib(plan.gpu / GIB) <= gpu.gib:
+        return
+    room = (gpu.gib - CONTEXT_GIB) / FRAGMENTATION * GIB
+    advice = smallest_change(config, described, gpus, room)
+    needs = f"{needed_gib(plan.gpu / GIB):.1f} GiB of each of {gpus} {gpu.name}"
+    raise ConfigError(
+        f"it does not fit: a step needs {needs} (planned {plan.gpu / GIB:.1f}, peak in {plan.moment}; {FRAGMENTATION - 1:.0%} for "
+        f"fragmentation, {CONTEXT_GIB} for the CUDA context), which have {gpu.gib:.1f} GiB. {advice}"
+    )

@@ -1,0 +1,77 @@
+"""A rank that fails is the only one that reports; one that was killed is reported by the others."""
+
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from eagle_train.cli.main import report
+from eagle_train.config import ConfigError
+from eagle_train.distributed.failure import KEY, is_lost, leave
+from tests.support.ranks import Ranks
+
+GLOO = "[pair.cc:561] Connection closed by peer [127.0.0.1]:5761. This is typically caused by a remote worker crashing."
+
+
+def fail(_, path, how):
+    """Rank 1 fails (or is killed) while rank 0 waits for it."""
+    rank, store = dist.get_rank(), dist.FileStore(path, 2)
+    try:
+        if rank == 1 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1:
+            raise ValueError("the disk is full")
+        dist.all_reduce(torch.ones(1))
+    except (ValueError, RuntimeError) as error:
+        leave(store, rank, error, patience=3.0 if how == "fails" else 0.3)
+        if rank == 1:
+            dist.destroy_process_group()
+        lost = getattr(error, "lost_rank", None)
+        return None if lost is None else (lost.reporter, lost.message)
+
+
+def test_the_rank_that_lost_another_leaves_the_report_to_it(tmp_path):
+    with Ranks(2) as ranks:
+        waiting, failing = ranks.call(fail, str(tmp_path / "store"), "fails")
+    assert failing is None
+    assert waiting[0] == "rank 1"
+
+
+def test_a_rank_that_was_killed_is_reported_by_the_other(tmp_path):
+    store = dist.HashStore()
+    error = RuntimeError(GLOO)
+    leave(store, 0, error, patience=0.2)
+    assert error.lost_rank.reporter is None
+    assert "rank 0 lost its connection to another rank, which ended without a message: it was killed" in error.lost_rank.message
+    leave(None, 0, error, patience=0.2)
+    assert error.lost_rank.reporter is None
+
+
+def test_what_says_that_a_rank_is_gone():
+    assert is_lost(RuntimeError(GLOO))
+    assert is_lost(dist.DistNetworkError("failed to recv, got 0 bytes"))
+    assert not is_lost(RuntimeError("shapes differ"))
+    assert not is_lost(ValueError("Connection closed by peer"))
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_an_error_is_published_by_the_rank_that_has_it(everywhere):
+    store, error = dist.HashStore(), ConfigError("no")
+    error.on_every_rank = everywhere
+    leave(store, 3, error)
+    assert store.check([KEY]) != everywhere
+    assert not hasattr(error, "lost_rank")
+
+
+def test_reports(capsys, monkeypatch):
+    error, store = RuntimeError(GLOO), dist.HashStore()
+    store.set(KEY, "rank 1")
+    leave(store, 0, error)
+    report(error)
+    assert capsys.readouterr().err == ""
+    alone = RuntimeError(GLOO)
+    leave(dist.HashStore(), 0, alone, patience=0.1)
+    report(alone)
+    assert capsys.readouterr().err.startswith("error: rank 0 lost its connection to another rank")
