@@ -1,5 +1,8 @@
 """`eagle doctor`: what runs on this machine, and versions outside of the tested range."""
 
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,25 @@ def test_tested_ranges_start_where_ci_tests_the_oldest_releases():
     for name, (oldest, newest) in TESTED.items():
         assert not doctor.untested(name, oldest)
         assert not doctor.untested(name, newest)
+
+
+def test_every_extra_has_its_command_in_doctor(monkeypatch):
+    """A new extra is named here too, and a command here names an extra that exists."""
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    named = set()
+    for name, what in doctor.OPTIONAL.items():
+        found = doctor._optional(name, what)
+        assert found.value == f"not installed (optional; {what})"
+        [command] = re.findall(r"pip install (?:'([\w-]+)\[([\w-]+)\]'|([\w-]+))$", what)
+        named.add(command[:2])
+    extras = {}
+    for path in (Path(__file__).parents[2] / "packages").glob("*/pyproject.toml"):
+        project = tomllib.loads(path.read_text())["project"]
+        extras[project["name"]] = project.get("optional-dependencies", {})
+    for package, extra in named - {("", "")}:
+        assert extra in extras[package], (package, extra)
+    assert {extra for package, extra in named if package == "eagle-train"} == set(extras["eagle-train"])

