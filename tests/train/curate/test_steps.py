@@ -181,6 +181,7 @@ def test_a_budget_of_hours(tmp_path, three_videos):
         ({"embed": {"encoder": "tests.train.curate.conftest:gone"}}, "can't be imported"),
         ({"videos": ["nothing/*.mp4"]}, r"nothing/\*\.mp4 has no video files"),
         ({"split": {"methd": "shots"}}, "did you mean 'method'"),
+        ({"executor": "spark"}, "'local' or 'ray'"),
         ({"select": {"hours": [1.0]}}, "hours has 1 numbers; 4 edges make 5 buckets"),
         ({"select": {"buckets": [3, 2]}}, "rising"),
         ({"select": {"seed": ["gone.parquet"]}}, r"gone\.parquet is not an embed.parquet"),
