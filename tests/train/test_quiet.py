@@ -12,7 +12,7 @@ quiet()
 for number in range(3):
     warnings.warn("a kernel is compiled", UserWarning)
     exec(f"warnings.warn('the same from line {number}')")
-    logging.getLogger("somebody").warning("use the new name")
+    logging.getLogger("library").warning("use the new name")
     logging.getLogger("eagle_train.data").info("part done")
 warnings.warn("another")
 """
