@@ -83,9 +83,39 @@ class Printer:
         yield lambda done, total: self.line(f"{done} of {total} {what}", last=done == total)
 
 
+class _Once(logging.Filter):
+    """Passes a warning of a library once for each text; what eagle logs passes always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.startswith("eagle_") or record.levelno >= logging.ERROR:
+            return True
+        text = record.getMessage()
+        if text in self._seen:
+            return False
+        self._seen.add(text)
+        return True
+
+
 def quiet() -> None:
-    """Log messages of eagle_train as plain lines, and those of libraries from warnings up."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    """Log messages of eagle_train as plain lines, and warnings of libraries, each text once and on the main rank only."""
+    logging.basicConfig(level=logging.WARNING if is_main_rank() else logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("eagle_train").setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_Once())
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    if not is_main_rank():
+        warnings.simplefilter("ignore")
+    shown: set[str] = set()
+    show = warnings.showwarning
+
+    def once(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            show(message, category, *where, **options)
+
+    warnings.showwarning = once
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; read when tqdm is imported
