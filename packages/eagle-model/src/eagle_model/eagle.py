@@ -150,16 +150,16 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _place(self, hidden: Tensor, features: Tensor, index: Tensor) -> Tensor:
         """Embeddings [T, H] with `features` [n, H] at `index` [n]."""
-        self.check_tiles(index.shape[0], features.shape[0] // self.tokens_per_tile)
+        self.check_features(index.shape[0], features.shape[0])
         # Parts may be on different devices (`device_map`).
         return hidden.index_copy(0, index.to(hidden.device), features.to(hidden))
 
-    def check_tiles(self, visual_tokens: int, tiles: int) -> None:
-        """Raises ValueError when a prompt of so many visual tokens is not that of so many tiles."""
-        if visual_tokens != tiles * self.tokens_per_tile:
+    def check_features(self, visual_tokens: int, features: int) -> None:
+        """Raises ValueError when a prompt of so many visual tokens gets another number of features (a rank's part may end in a tile)."""
+        if visual_tokens != features:
             raise ValueError(
-                f"{visual_tokens} visual tokens in input_ids, but {tiles} tiles of {self.tokens_per_tile} tokens give "
-                f"{tiles * self.tokens_per_tile}; the prompt and the tiles must come from the same processor settings"
+                f"{visual_tokens} visual tokens in input_ids, but {features // self.tokens_per_tile} tiles of {self.tokens_per_tile} tokens "
+                f"give {features}; the prompt and the tiles must come from the same processor settings"
             )
 
     def set_activation_checkpointing(self, mode: str, engine: OffloadEngine | None = None) -> None:

@@ -31,7 +31,7 @@ def prefill_in_chunks(
         attention_mask = torch.ones(input_ids.shape[0], known, dtype=torch.long, device=input_ids.device)
     ids = input_ids[:, past:] if input_ids.shape[1] == attention_mask.shape[1] else input_ids
     visual = ids == model.config.image_token_index
-    model.check_tiles(int(visual.sum()), tiles.shape[0])
+    model.check_features(int(visual.sum()), tiles.shape[0] * model.tokens_per_tile)
     features = torch.cat([model.image_features(part).flatten(0, 1) for part in tiles.split(max(size // model.tokens_per_tile, 1))])
     rows = visual.flatten().cumsum(0).view_as(visual) - 1  # which feature a visual token gets
     output: Any = None
