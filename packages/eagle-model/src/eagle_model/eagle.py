@@ -158,8 +158,8 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Raises ValueError when a prompt of so many visual tokens gets another number of features (a rank's part may end in a tile)."""
         if visual_tokens != features:
             raise ValueError(
-                f"{visual_tokens} visual tokens in input_ids, but {features // self.tokens_per_tile} tiles of {self.tokens_per_tile} tokens "
-                f"give {features}; the prompt and the tiles must come from the same processor settings"
+                f"{visual_tokens} visual tokens in input_ids, but {features // self.tokens_per_tile} tiles of "
+                f"{self.tokens_per_tile} tokens give {features}; the prompt and the tiles must come from the same processor settings"
             )
 
     def set_activation_checkpointing(self, mode: str, engine: OffloadEngine | None = None) -> None:
