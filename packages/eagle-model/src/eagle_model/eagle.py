@@ -156,11 +156,11 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return hidden.index_copy(0, index.to(hidden.device), features.to(hidden))
 
     def check_features(self, visual_tokens: int, features: int) -> None:
-        """Raises ValueError when a prompt has another number of visual tokens than its tiles have features."""
+        """Raises ValueError when a prompt of so many visual tokens gets another number of features (a rank's part may end in a tile)."""
         if visual_tokens != features:
             raise ValueError(
-                f"{visual_tokens} visual tokens in input_ids, but {features // self.tokens_per_tile} tiles of {self.tokens_per_tile} "
-                f"tokens give {features}; the prompt and the tiles must come from the same processor settings"
+                f"{visual_tokens} visual tokens in input_ids, but {features // self.tokens_per_tile} tiles of "
+                f"{self.tokens_per_tile} tokens give {features}; the prompt and the tiles must come from the same processor settings"
             )
 
     def set_activation_checkpointing(self, mode: str, engine: OffloadEngine | None = None) -> None:
