@@ -43,7 +43,7 @@ def shared_visual(folder: Path | None, facts: Facts, max_tokens: int, spec: Visu
         return make()
     path = folder / f"visual-{max_tokens}-{_key(facts, max_tokens, spec, share_media)}.plan"
     arrays = shared_arrays(path, lambda: {name: getattr(plans, name) for plans in (make(),) for name in _VISUAL})
-    return VisualPlans(max_tokens, STATUS, **arrays)
+    return VisualPlans(max_tokens, STATUS, result=None, **arrays)
 
 
 def epoch_file(folder: Path, facts: Facts, stage: StageConfig, spec: VisualSpec, *, seed: int, epoch: int, share_media: bool) -> Path:

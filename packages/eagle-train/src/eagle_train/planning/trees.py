@@ -57,8 +57,8 @@ def make_trees(
     with them. Items are in the order of their first row; without groups (None) they are the rows."""
     item = np.arange(len(rows))
     lengths = tokens[rows].astype(np.int64)
-    together = np.flatnonzero(groups[rows] >= 0) if groups is not None else item[:0]
-    if not len(together):
+    together = item[:0] if groups is None else np.flatnonzero(groups[rows] >= 0)
+    if groups is None or not len(together):
         return Packs(np.arange(len(rows) + 1), item), lengths
     seen: Counter[int] = Counter()
     open_trees: dict[tuple[int, int], tuple[int, int]] = {}  # group and occurrence of the row -> item and its tokens
