@@ -78,7 +78,7 @@ def write_arrays(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
     head = _MAGIC + json.dumps({"arrays": places, "bytes": end}).encode()
     file.write(head + b" " * (-(len(head) + 1) % _ALIGNED) + b"\n")
     for array in arrays.values():
-        file.write(memoryview(np.ascontiguousarray(array)).cast("B") if len(array) else b"")
+        file.write(np.ascontiguousarray(array).view(np.uint8).data)
         file.write(b"\0" * (-array.nbytes % _ALIGNED))
 
 

@@ -46,7 +46,7 @@ def shared_visual(
         return make()
     path = folder / f"visual-{max_tokens}-{_key(facts, max_tokens, spec, share_media, reserve)}.plan"
     arrays = shared_arrays(path, lambda: {name: getattr(plans, name) for plans in (make(),) for name in _VISUAL})
-    return VisualPlans(max_tokens, STATUS, **arrays)
+    return VisualPlans(max_tokens, STATUS, result=None, **arrays)
 
 
 def epoch_file(

@@ -75,7 +75,7 @@ def make_trees(
     with them. Items are in the order of their first row; without groups (groups and shared are None) they are the rows."""
     item = np.arange(len(rows))
     lengths = tokens[rows].astype(np.int64)
-    together = np.flatnonzero(groups[rows] >= 0) if groups is not None else item[:0]
+    together = item[:0] if groups is None else np.flatnonzero(groups[rows] >= 0)
     if groups is None or shared is None or not len(together):
         return Packs(np.arange(len(rows) + 1), item), lengths
     seen: Counter[int] = Counter()
