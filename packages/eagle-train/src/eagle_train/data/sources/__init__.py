@@ -103,7 +103,12 @@ def _other_encoding(head: bytes) -> str | None:
     first = head[:4]
     if len(first) < 4 or first.count(0) not in (2, 3):
         return None
-    patterns = {(1, 0, 0, 0): "UTF-32LE", (0, 0, 0, 1): "UTF-32BE", (1, 0, 1, 0): "UTF-16LE", (0, 1, 0, 1): "UTF-16BE"}
+    patterns: dict[tuple[int, ...], str] = {
+        (1, 0, 0, 0): "UTF-32LE",
+        (0, 0, 0, 1): "UTF-32BE",
+        (1, 0, 1, 0): "UTF-16LE",
+        (0, 1, 0, 1): "UTF-16BE",
+    }
     return patterns.get(tuple(int(byte != 0) for byte in first))
 
 
