@@ -133,7 +133,7 @@ def test_parts_on_another_disk_are_refused(configured, cluster, monkeypatch):
 
 
 def test_a_cluster_without_cpus_is_refused():
-    ray.init(num_cpus=0, log_to_driver=False)
+    ray.init(address="local", num_cpus=0, log_to_driver=False)
     try:
         begin = time.monotonic()
         with pytest.raises(ConfigError, match="no node of the cluster has a CPU"):
