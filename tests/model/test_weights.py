@@ -1,4 +1,4 @@
-"""Weights by rows: any rows are those of the whole tensor, whoever reads or draws them, and a rank reads its shard alone."""
+"""Weights by rows: any rows are those of the whole tensor, wherever they come from, and a rank reads its shard alone."""
 
 import math
 
