@@ -141,7 +141,7 @@ def dense_mask(trees: packs.Trees):
 
 
 def measure_trees(args, result: Result, meshes: dict, world: int) -> None:
-    """Packs of trees beside the same rows as documents of their own, and beside a dense mask where it fits one GPU."""
+    """Packs of trees next to the same rows as documents of their own, and next to a dense mask where it fits one GPU."""
     ways = {f"u={u} r={world // u}": mesh for u, mesh in meshes.items()} if world > 1 else {}
     for (name, make_trees), backend in itertools.product(packs.TREES.items(), ("flash-attn-4", "cudnn", "torch-flash")):
         trees = make_trees()
@@ -190,7 +190,7 @@ def main():
     parser.add_argument("--methods", default=".", help="regular expression over the names of methods")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for the repetitions of one measurement")
     parser.add_argument("--ctas", type=int, help="multiprocessors of a collective of eagle-cp (default: NCCL's choice)")
-    parser.add_argument("--trees", action="store_true", help="packs of trees, beside the same rows as documents of their own")
+    parser.add_argument("--trees", action="store_true", help="packs of trees, next to the same rows as documents of their own")
     parser.add_argument("--until", type=float, default=1e9, help="seconds after which no measurement is started")
     args = parser.parse_args()
     if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
