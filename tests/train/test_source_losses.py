@@ -9,8 +9,8 @@ from eagle_train.distributed.world import start_world
 from eagle_train.loading.pack import load_pack
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
-from eagle_train.training.metrics import Metrics
 from eagle_train.training.build import build_model
+from eagle_train.training.metrics import Metrics
 from eagle_train.watching.trackers import scalars
 
 STAGE = {"name": "one", "max_tokens": 640, "steps": 1, "packs_per_step": 12, "lr": 1e-3}
