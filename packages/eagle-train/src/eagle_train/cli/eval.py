@@ -157,7 +157,7 @@ def _metrics() -> list[str]:
     """For completion."""
     from typing import get_args
 
-    from eagle_train.config.schema import MetricName
+    from eagle_train.config.evaluation import MetricName
 
     return list(get_args(MetricName))
 
@@ -167,7 +167,7 @@ def numbers(option: str, text: str | None) -> list[int]:
     from pydantic import TypeAdapter, ValidationError
 
     from eagle_train.config import ConfigError
-    from eagle_train.config.schema import Tokens
+    from eagle_train.config.section import Tokens
 
     if text is None:
         return []

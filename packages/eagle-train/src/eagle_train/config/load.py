@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from eagle_train.errors import WRONG_USE, TrainError
 
 from .addresses import scheme_of
-from .schema import Config, Section, is_hub_name
+from .schema import Config
+from .section import Section, is_hub_name
 
 SectionT = TypeVar("SectionT", bound=Section)
 

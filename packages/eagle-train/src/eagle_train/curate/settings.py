@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from eagle_train.config import ConfigError, apply_overrides
 from eagle_train.config.load import describe_errors, read_yaml
-from eagle_train.config.schema import FREE, Section
+from eagle_train.config.section import FREE, Section
 
 STEPS = ("split", "embed", "select", "annotate", "check")
 """In the order in which they read each other's results."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from eagle_model.prompt import IM_END, IMG_CONTEXT
 from eagle_train.config import Config, ConfigError
 from eagle_train.config.load import nearest
-from eagle_train.config.schema import is_hub_name
+from eagle_train.config.section import is_hub_name
 from eagle_train.distributed.precision import auto_dtype
 
 if TYPE_CHECKING:
