@@ -6,6 +6,7 @@ import pytest
 
 from eagle_sampling import probe, read_frames, register_opener
 from eagle_sampling.limits import DEFAULT_LIMITS
+from eagle_sampling.video.containers.demux import read_packets
 from eagle_sampling.video.containers.matroska import read_header, read_matroska
 from eagle_sampling.video.containers.matroska_parts import walk_blocks
 from eagle_sampling.video.containers.source import Source
@@ -71,3 +72,25 @@ def test_matroska_is_read_by_its_cues(sent, mkv):
     assert np.array_equal(found.pixels, local.pixels)
     assert np.array_equal(found.times, local.times)
     print(size, len(sent) * BLOCK)
+
+
+def test_avi_is_read_by_its_index(sent, tmp_path):
+    path = film(tmp_path, "v.avi", "mpeg4")
+    size, local = path.stat().st_size, probe(path)
+    info = probe(address(path))
+    print(size, len(sent) * BLOCK, read_packets(address(path), DEFAULT_LIMITS).offsets)
+    sent.clear()
+    info = probe(address(path))
+    print(size, len(sent) * BLOCK)
+    assert facts(info) == facts(local)
+    wanted = info.times.times()[[75, 104]] + 0.03
+    found, same = read_frames(address(path), wanted), read_frames(path, wanted)
+    print(size, len(sent) * BLOCK)
+    assert np.array_equal(found.pixels, same.pixels)
+    assert np.array_equal(found.times, same.times)
+
+
+def facts(info):
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(info).items() if name not in ("path", "times")} | {
+        "times": info.times.times().tolist()
+    }

@@ -22,6 +22,7 @@ from ..files import is_remote
 from ..limits import DEFAULT_LIMITS, Limits, MediaError, path_text, unreadable
 from ..time_table import TimeTable
 from .beginning import settle
+from .containers.avi import looks_like_avi, read_avi
 from .containers.demux import read_packets
 from .containers.matroska import read_matroska
 from .containers.matroska_parts import Part, read_matroska_parts
@@ -176,9 +177,11 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
                 track = read_matroska(source, limits)
             elif looks_like_ts(head):
                 track = read_mpegts(source, limits)
+            elif looks_like_avi(head) and source.remote is not None:
+                track = read_avi(source, limits)
             elif looks_like_webp(head):
                 track = read_webp(source, limits)
-            if track is not None and track.container != "webp":
+            if track is not None and track.container not in ("avi", "webp"):
                 track = settle(track, source, limits, check, lambda: read_mp4(source, limits))
         except Unsupported as reason:
             logging.getLogger(__name__).debug("%s: %s; read by libavformat", path, reason)

@@ -1,0 +1,141 @@
+"""AVI by its index (`idx1`, or OpenDML's `indx`), for remote files: otherwise libavformat goes through all of it.
+
+libavformat reads the index. A frame's time is its number, so the index tells all times if every byte of the media lists is that of an entry;
+that is checked, as are the first packets. Which frames are keyframes is what the index says; readers check those at which they begin.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.container import InputContainer
+from numpy.typing import NDArray
+
+from ...limits import Limits
+from ..beginning import start_of
+from ..keyframes import Start, start_test
+from .demux import KEYFRAMES_UNKNOWN, choose_stream, codec_name, open_container
+from .source import Damaged, Source
+from .track import Track, Unsupported
+
+_VERIFIED, _VERIFIED_BYTES = 24, 1 << 20
+_MAX_CHUNKS = 1000  # outside of media lists
+_MAX_GAPS = 64  # between chunks of the index
+
+Entries = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""(byte of the chunk's header, bytes of its body) of index entries."""
+
+
+def looks_like_avi(head: bytes) -> bool:
+    """`head`: the first bytes of the file."""
+    return head[:4] == b"RIFF" and head[8:12] == b"AVI "
+
+
+def read_avi(source: Source, limits: Limits) -> Track:
+    """The video track by the file's index. Raises Unsupported where the file has to be read as a whole."""
+    try:
+        with open_container(source.path) as container:
+            return _indexed(container, source, limits)
+    except (av.FFmpegError, OSError) as error:
+        raise Unsupported(f"can't be read by its index: {error}") from error
+
+
+def _indexed(container: InputContainer, source: Source, limits: Limits) -> Track:
+    stream = choose_stream(container)
+    context, unit = stream.codec_context, stream.time_base
+    if container.format.name != "avi" or context is None or unit is None:
+        raise Unsupported("no decoder, or no frame rate")
+    codec = codec_name(context.name)
+    limits.check_frames(len(stream.index_entries), source.path)
+    entries = [(entry.pos, entry.size, entry.timestamp, entry.is_keyframe) for entry in stream.index_entries]
+    if not entries or codec in KEYFRAMES_UNKNOWN:
+        raise Unsupported("no index of the video, or one that can't be right")
+    places, sizes, ticks, keys = (np.array(column) for column in zip(*entries))
+    if context.has_b_frames and not keys.all():
+        raise Unsupported("frames whose times are not stored")
+    if (np.diff(ticks) != 1).any():
+        raise Unsupported("frames that are left out")
+    others = [(entry.pos, entry.size) for one in container.streams if one.index != stream.index for entry in one.index_entries]
+    more = np.array(others, np.int64).reshape(-1, 2)
+    _check_complete(source, (np.append(places, more[:, 0]), np.append(sizes, more[:, 1])))
+    test = start_test(codec, bytes(context.extradata or b""))
+    begins = start_of(test, source, int(places[0]) + 8, int(sizes[0])) if test is not None else None
+    if begins in (Start.NONE, Start.REFRESH) or not keys[0]:
+        raise Unsupported("it doesn't begin with a keyframe")
+    duration = float(stream.duration * unit) if stream.duration else None
+    size, aspect, extradata = (context.width, context.height), stream.sample_aspect_ratio or Fraction(1), bytes(context.extradata or b"")
+    read = 0
+    for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
+        place, length = int(places[number]) + 8, int(sizes[number])
+        told = (ticks[number], keys[number], source.read(place, length))
+        if told != (packet.pts, packet.is_keyframe, bytes(packet)) or packet.is_discard:
+            raise Unsupported("packets that the index doesn't describe")
+        read += length
+        if number + 1 in (_VERIFIED, len(ticks)) or read > _VERIFIED_BYTES:
+            break
+    return Track(
+        container="avi",
+        codec=codec,
+        width=size[0],
+        height=size[1],
+        unit=unit,
+        ticks=ticks.astype(np.int64),
+        sync=keys.astype(bool),
+        offsets=places.astype(np.int64) + 8,
+        sizes=sizes.astype(np.int64),
+        extradata=extradata,
+        pixel_aspect_ratio=aspect,
+        duration=duration,
+        opens=begins is not Start.CLEAN,
+        demuxed=True,
+    )
+
+
+def _check_complete(source: Source, entries: Entries) -> None:
+    """Raise Unsupported unless the entries' chunks fill the media lists, but for padding and OpenDML's indexes."""
+    order = np.argsort(entries[0], kind="stable")
+    starts = entries[0][order]
+    ends = starts + 8 + (entries[1][order] + 1) // 2 * 2
+    used = gaps = 0
+    for begin, end in _media_lists(source):
+        inside = slice(used, int(np.searchsorted(starts, end)))
+        used = inside.stop
+        befores, afters = np.append(begin, ends[inside]), np.append(starts[inside], end)
+        for place in np.flatnonzero(befores != afters).tolist():
+            at, stop = int(befores[place]), int(afters[place])
+            while at < stop:
+                gaps += 1
+                head = source.read(at, 8)
+                kind = head[:4]
+                if gaps > _MAX_GAPS or not (kind == b"JUNK" or kind[:2] == b"ix" or kind[2:] == b"ix"):
+                    raise Unsupported("an index that doesn't name all chunks")
+                size = int.from_bytes(head[4:], "little")
+                at += 8 + size + (size & 1)
+            if at != stop:
+                raise Unsupported("an index that doesn't agree with the chunks")
+    if used != len(starts):
+        raise Unsupported("an index of chunks that are elsewhere")
+
+
+def _media_lists(source: Source) -> list[tuple[int, int]]:
+    """(first chunk, end) of every `movi` list. Raises Unsupported for one that extends beyond the file's end."""
+    found: list[tuple[int, int]] = []
+    at = 0
+    for _ in range(_MAX_CHUNKS):
+        head = source.read(at, 12)
+        if len(head) < 12:
+            return found
+        size = int.from_bytes(head[4:8], "little")
+        if head[:4] == b"RIFF":
+            at += 12
+            continue
+        if not size:
+            raise Unsupported("a recording that was interrupted")
+        if head[:4] == b"LIST" and head[8:] == b"movi":
+            if at + 8 + size > source.size:
+                raise Unsupported("it is cut off")
+            found.append((at + 12, at + 8 + size + (size & 1)))
+        at += 8 + size + (size & 1)
+    raise Damaged(f"more than {_MAX_CHUNKS} chunks beside the media")
