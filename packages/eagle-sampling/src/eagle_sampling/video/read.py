@@ -139,7 +139,9 @@ def _from_parts(
     out = _output(name, parts[0].track, len(requested), size, limits, out)
     times = np.empty(len(requested))
     for part in parts:
-        if requested[part.wanted].max() > part.track.seconds(part.track.presentation_order()[-1:])[0]:  # the file's end is known by all of it
+        if (
+            requested[part.wanted].max() > part.track.seconds(part.track.presentation_order()[-1:])[0]
+        ):  # the file's end is known by all of it
             return None
         samples, errors = _find(part.track, requested[part.wanted], tolerance)
         if errors:

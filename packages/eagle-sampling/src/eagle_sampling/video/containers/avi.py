@@ -1,7 +1,7 @@
-"""AVI by its index (`idx1`, or OpenDML's `indx`), for remote files: otherwise libavformat goes through all of it.
+"""AVI by its index (`idx1`, or OpenDML's `indx`), for remote files: without it libavformat goes through all of the file.
 
-libavformat reads the index. A frame's time is its number, so the index tells all times if every byte of the media lists is that of an entry;
-that is checked, as are the first packets. Which frames are keyframes is what the index says; readers check those at which they begin.
+libavformat reads the index. A frame's time is its number, so the index tells all times if every byte of the media lists belongs to an
+entry. That is checked, as are the first packets. Keyframes are those that the index states; readers test those at which they begin.
 """
 
 from __future__ import annotations

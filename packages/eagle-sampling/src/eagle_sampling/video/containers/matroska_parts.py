@@ -1,7 +1,7 @@
-"""The parts of a Matroska file that hold the frames of wanted times, for remote files: its header, its cues, and the blocks from a keyframe on.
+"""The parts of a Matroska file that hold the frames of wanted times, for remote files: header, cues, and the blocks from keyframes on.
 
 Exact times of all frames need every block, hence all of the file: a block's time is stored with the block. Frames of given times do not:
-cues name keyframes by time and place, a decoder shows what is stored before a keyframe before it, and holds at most 16 frames.
+cues name keyframes by time and place, what is stored before a keyframe is shown before it, and decoders hold few frames.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Cues:
-    """Keyframes of the index by rising ticks and places. clusters: bytes from the segment's start; places: from the cluster's body, or -1."""
+    """Keyframes of the index, int64 [n] each, rising. clusters: bytes from the segment's start; places: from the cluster's body, or -1."""
 
     ticks: NDArray[np.int64]
     clusters: NDArray[np.int64]
@@ -81,7 +81,9 @@ def read_matroska_parts(source: Source, limits: Limits, seconds: NDArray[np.floa
     return [_part(header, blocks, members) for blocks, members in found]
 
 
-def _go_past(source: Source, track: Track, test: StartOf, walk: Iterator[Block], blocks: list[Block], second: float, limits: Limits) -> None:
+def _go_past(
+    source: Source, track: Track, test: StartOf, walk: Iterator[Block], blocks: list[Block], second: float, limits: Limits
+) -> None:
     """Add blocks until no later one can be shown at or before `second`."""
     held = _HELD.get(track.codec, 0)
     after = int(np.count_nonzero(track.at(np.array([block[2] for block in blocks], np.int64)) > second + TIME_EPSILON))
