@@ -1,5 +1,6 @@
 """Parts of remote videos: what is transferred of each container, and that frames and times are those of the local file."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -222,13 +223,19 @@ def test_damage_is_reported_as_of_the_local_file(sent, noise, tmp_path):
     assert str(remote.value) == str(here.value).replace(str(copy), address(copy), 1)
 
 
-def test_avi_with_sound_reordering_or_without_an_index(sent, tmp_path):
+GAPS = [number + number // 3 * 2 for number in range(40)]  # of every five frames two are not stored
+
+
+def test_avi_of_many_kinds(sent, tmp_path):
     frames = [media.random_pixels(number, (96, 64)) for number in range(40)]
     films = [media.write_video(tmp_path / "b.avi", frames, 10, {"g": "10", "bf": "2"}, codec="mpeg4")]
     films.append(media.write_video(tmp_path / "mjpeg.avi", frames, 10, {"strict": "unofficial"}, codec="mjpeg"))
     films.append(media.write_video(tmp_path / "h264.avi", frames, 10, FAST))
     (tmp_path / "none").mkdir()
     films.append(changed(films[1], tmp_path / "none", b"idx1", b"JUNK"))
+    films.append(encode_video(tmp_path / "gaps.avi", codec="mpeg4", options={"g": "10"}, ticks=GAPS, unit=Fraction(1, 30), count=40))
+    for number, params in enumerate(("bframes=3", "bframes=8:b-adapt=0:b-pyramid=normal", "bframes=2:open-gop=1:keyint=10:min-keyint=10")):
+        films.append(encode_video(tmp_path / f"{number}.avi", options={**X264, "bf": "3", "x264-params": params}, count=40))
     films.append(tmp_path / "sound.avi")
     with av.open(str(films[-1]), "w") as container:
         video, sound = container.add_stream("mpeg4", rate=10, options={"g": "10"}), container.add_stream("pcm_s16le", rate=8000)
@@ -239,7 +246,7 @@ def test_avi_with_sound_reordering_or_without_an_index(sent, tmp_path):
             samples.rate, samples.pts = 8000, 800 * number
             container.mux(sound.encode(samples))
         container.mux(video.encode())
-    for path, by_index in zip(films, (False, True, False, False, True)):
+    for path, by_index in zip(films, (False, True, True, False, True, True, True, True, True)):
         assert read_track(address(path)).demuxed == by_index, path
         assert facts(address(path)) == facts(path), path
         times = probe(path).times.times()

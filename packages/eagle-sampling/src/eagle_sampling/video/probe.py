@@ -178,7 +178,7 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
             elif looks_like_ts(head):
                 track = read_mpegts(source, limits)
             elif looks_like_avi(head) and source.remote is not None:
-                track = read_avi(source, limits)
+                track = read_avi(source, limits, deadline)
             elif looks_like_webp(head):
                 track = read_webp(source, limits)
             if track is not None and track.container not in ("avi", "webp"):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...limits import Limits
 from ..beginning import start_of
 from ..keyframes import Start, start_test
-from .demux import KEYFRAMES_UNKNOWN, choose_stream, codec_name, open_container
+from .demux import KEYFRAMES_UNKNOWN, choose_stream, codec_name, open_container, silent_packets
 from .source import Damaged, Source
 from .track import Track, Unsupported
 
@@ -24,7 +24,7 @@ _VERIFIED, _VERIFIED_BYTES = 24, 1 << 20
 _MAX_CHUNKS = 1000  # outside of media lists
 _MAX_GAPS = 64  # between chunks of the index
 
-Entries = tuple[NDArray[np.int64], NDArray[np.int64]]
+Chunks = tuple[NDArray[np.int64], NDArray[np.int64]]
 """(byte of the chunk's header, bytes of its body) of index entries."""
 
 
@@ -33,16 +33,16 @@ def looks_like_avi(head: bytes) -> bool:
     return head[:4] == b"RIFF" and head[8:12] == b"AVI "
 
 
-def read_avi(source: Source, limits: Limits) -> Track:
+def read_avi(source: Source, limits: Limits, deadline: float | None = None) -> Track:
     """The video track by the file's index. Raises Unsupported where the file has to be read as a whole."""
     try:
         with open_container(source.path) as container:
-            return _indexed(container, source, limits)
+            return _indexed(container, source, limits, deadline)
     except (av.FFmpegError, OSError) as error:
         raise Unsupported(f"can't be read by its index: {error}") from error
 
 
-def _indexed(container: InputContainer, source: Source, limits: Limits) -> Track:
+def _indexed(container: InputContainer, source: Source, limits: Limits, deadline: float | None) -> Track:
     stream = choose_stream(container)
     context, unit = stream.codec_context, stream.time_base
     if container.format.name != "avi" or context is None or unit is None:
@@ -53,28 +53,37 @@ def _indexed(container: InputContainer, source: Source, limits: Limits) -> Track
     if not entries or codec in KEYFRAMES_UNKNOWN:
         raise Unsupported("no index of the video, or one that can't be right")
     places, sizes, ticks, keys = (np.array(column) for column in zip(*entries))
-    if context.has_b_frames and not keys.all():
-        raise Unsupported("frames whose times are not stored")
-    if (np.diff(ticks) != 1).any():
-        raise Unsupported("frames that are left out")
     others = [(entry.pos, entry.size) for one in container.streams if one.index != stream.index for entry in one.index_entries]
     more = np.array(others, np.int64).reshape(-1, 2)
-    _check_complete(source, (np.append(places, more[:, 0]), np.append(sizes, more[:, 1])))
+    if (np.diff(ticks) < 1).any() or (np.diff(places) < 1).any():
+        raise Unsupported("an index out of order")
+    _check_complete(source, stream.index, (places, sizes), (more[:, 0], more[:, 1]), ticks)
+    timed = not context.has_b_frames or bool(keys.all())  # otherwise the times are decoding times, as in `read_packets`
+    if not timed and codec != "h264":
+        raise Unsupported("frames whose times libavformat makes of their types")
     test = start_test(codec, bytes(context.extradata or b""))
     begins = start_of(test, source, int(places[0]) + 8, int(sizes[0])) if test is not None else None
     if begins in (Start.NONE, Start.REFRESH) or not keys[0]:
         raise Unsupported("it doesn't begin with a keyframe")
     duration = float(stream.duration * unit) if stream.duration else None
     size, aspect, extradata = (context.width, context.height), stream.sample_aspect_ratio or Fraction(1), bytes(context.extradata or b"")
-    read = 0
+    read = late = 0
     for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
         place, length = int(places[number]) + 8, int(sizes[number])
-        told = (ticks[number], keys[number], source.read(place, length))
+        if not number and codec == "h264" and packet.pts is not None and (np.diff(ticks) == 1).all():
+            late = packet.pts - int(ticks[0])  # libavformat shows H.264 in AVI one frame later
+        told = (ticks[number] + late, keys[number], source.read(place, length))
         if told != (packet.pts, packet.is_keyframe, bytes(packet)) or packet.is_discard:
             raise Unsupported("packets that the index doesn't describe")
         read += length
         if number + 1 in (_VERIFIED, len(ticks)) or read > _VERIFIED_BYTES:
             break
+    silent: frozenset[int] = frozenset()
+    if not timed and begins is not Start.CLEAN:
+        silent = silent_packets(source.path, test, keys.tolist(), deadline)
+    ticks = ticks + late
+    if not timed:
+        ticks, keys = ticks[len(silent) :], np.arange(len(ticks) - len(silent)) == 0
     return Track(
         container="avi",
         codec=codec,
@@ -83,40 +92,61 @@ def _indexed(container: InputContainer, source: Source, limits: Limits) -> Track
         unit=unit,
         ticks=ticks.astype(np.int64),
         sync=keys.astype(bool),
-        offsets=places.astype(np.int64) + 8,
-        sizes=sizes.astype(np.int64),
+        offsets=places.astype(np.int64) + 8 if timed else None,
+        sizes=sizes.astype(np.int64) if timed else None,
         extradata=extradata,
         pixel_aspect_ratio=aspect,
-        duration=duration,
+        duration=None if silent else duration,
+        timed=timed,
+        silent=silent,
         opens=begins is not Start.CLEAN,
         demuxed=True,
     )
 
 
-def _check_complete(source: Source, entries: Entries) -> None:
-    """Raise Unsupported unless the entries' chunks fill the media lists, but for padding and OpenDML's indexes."""
-    order = np.argsort(entries[0], kind="stable")
-    starts = entries[0][order]
-    ends = starts + 8 + (entries[1][order] + 1) // 2 * 2
-    used = gaps = 0
-    for begin, end in _media_lists(source):
-        inside = slice(used, int(np.searchsorted(starts, end)))
-        used = inside.stop
-        befores, afters = np.append(begin, ends[inside]), np.append(starts[inside], end)
-        for place in np.flatnonzero(befores != afters).tolist():
-            at, stop = int(befores[place]), int(afters[place])
-            while at < stop:
-                gaps += 1
-                head = source.read(at, 8)
-                kind = head[:4]
-                if gaps > _MAX_GAPS or not (kind == b"JUNK" or kind[:2] == b"ix" or kind[2:] == b"ix"):
-                    raise Unsupported("an index that doesn't name all chunks")
-                size = int.from_bytes(head[4:], "little")
-                at += 8 + size + (size & 1)
-            if at != stop:
-                raise Unsupported("an index that doesn't agree with the chunks")
-    if used != len(starts):
+def _check_complete(source: Source, stream: int, video: Chunks, others: Chunks, ticks: NDArray[np.int64]) -> None:
+    """Raise Unsupported unless the entries' chunks fill the media lists, but for padding, OpenDML's indexes, and the empty chunks that the
+    ticks count: a frame that is not stored is 8 bytes in the file."""
+    starts, sizes = np.append(video[0], others[0]), np.append(video[1], others[1])
+    order = np.argsort(starts, kind="stable")
+    starts = starts[order]
+    ends = starts + 8 + (sizes[order] + 1) // 2 * 2
+    lists = _media_lists(source)
+    bounds = [np.searchsorted(starts, end) for _, end in lists]
+    if not lists or bounds[-1] != len(starts):
         raise Unsupported("an index of chunks that are elsewhere")
+    pieces = list(zip(lists, [0, *bounds], bounds))
+    befores = np.concatenate([np.append(begin, ends[first:last]) for (begin, _), first, last in pieces])
+    afters = np.concatenate([np.append(starts[first:last], end) for (_, end), first, last in pieces])
+    gaps = np.flatnonzero(befores != afters)
+    following = np.searchsorted(video[0], afters[gaps])  # the next frame
+    empty = np.append(np.diff(ticks, prepend=-1) - 1, 0)
+    explained = np.bincount(following, weights=(afters - befores)[gaps], minlength=len(empty)) == 8 * empty
+    found = np.where(explained, empty, 0)
+    rest = gaps[~explained[following]]
+    if (befores > afters).any() or len(rest) > _MAX_GAPS:
+        raise Unsupported("an index that doesn't agree with the chunks")
+    for gap in rest.tolist():
+        found[np.searchsorted(video[0], afters[gap])] += _empty_chunks(source, int(befores[gap]), int(afters[gap]), b"%02d" % stream)
+    if (found != empty)[:-1].any():  # empty chunks behind the last frame don't matter
+        raise Unsupported("an index whose times don't agree with the chunks")
+
+
+def _empty_chunks(source: Source, at: int, end: int, stream: bytes) -> int:
+    """How many chunks between two bytes are empty ones of the stream. Raises Unsupported for content that is no padding or index."""
+    empty = 0
+    for _ in range(_MAX_GAPS):
+        if at >= end:
+            break
+        head = source.read(at, 8)
+        kind, size = head[:4], int.from_bytes(head[4:], "little")
+        if size and not (kind == b"JUNK" or kind[:2] == b"ix" or kind[2:] == b"ix"):
+            raise Unsupported("an index that doesn't name all chunks")
+        empty += int(not size and kind[:2] == stream)
+        at += 8 + size + (size & 1)
+    if at != end:
+        raise Unsupported("an index that doesn't agree with the chunks")
+    return empty
 
 
 def _media_lists(source: Source) -> list[tuple[int, int]]:

@@ -126,8 +126,8 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
             silent: frozenset[int] = frozenset()
             leading = not timed or any(tick < ticks[0] for tick in ticks[1:LEADING])
             if ticks and whole and begins is not Start.CLEAN and (begins is not Start.OPEN or leading):
-                begin, given = _first_pictures(path, timed, test, sync, deadline)
                 if timed:
+                    begin, given = _first_pictures(path, timed, test, sync, deadline)
                     first = min(given, default=ticks[begin])
                     shown = [
                         seen and i >= begin and (i >= begin + FIRST_WITHIN or tick >= first)
@@ -136,8 +136,7 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
                     sync = [key and i >= begin for i, key in enumerate(sync)]
                     sync[begin] = True
                 else:
-                    leads = next((number for number in range(begin + 1, len(ticks)) if number in given), begin + 1) - begin - 1
-                    silent = frozenset([*range(begin), *range(begin + 1, begin + 1 + leads)])
+                    silent = silent_packets(path, test, sync, deadline)
             if not timed:
                 ticks = sorted(tick for tick, seen in zip(ticks, shown) if seen)[len(silent) :] if whole else ticks
                 shown = []
@@ -171,6 +170,13 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
             )
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path}: can't be read as a video: {error}") from error
+
+
+def silent_packets(path: str, test: StartOf | None, sync: list[bool], deadline: float | None) -> frozenset[int]:
+    """Packets at the beginning of an untimed track that give no frame: those before the first keyframe, and its leading pictures."""
+    begin, given = _first_pictures(path, False, test, sync, deadline)
+    leads = next((number for number in range(begin + 1, len(sync)) if number in given), begin + 1) - begin - 1
+    return frozenset([*range(begin), *range(begin + 1, begin + 1 + leads)])
 
 
 def _first_pictures(path: str, timed: bool, test: StartOf | None, sync: list[bool], deadline: float | None) -> tuple[int, set[int]]:
