@@ -1,5 +1,6 @@
 """Parts of remote videos: what is transferred of each container, and that frames and times are those of the local file."""
 
+import random
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.sampling.conftest import encode_video
 from tests.support import media
 
 BLOCK = 1 << 16  # as the cache of eagle_train keeps them
+SEEDS = 40
 FAST = {"g": "10", "preset": "ultrafast", "qp": "36"}
 
 
@@ -252,3 +254,30 @@ def test_avi_of_many_kinds(sent, tmp_path):
         times = probe(path).times.times()
         check_same(path, times[[0, 17, 39]])
         check_same(path, times[[25, 8]] + 0.04, workers=2)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "avi"])
+def test_damaged_headers_and_indexes_never_give_other_frames(sent, tmp_path, suffix):
+    codec = {"codec": "mpeg4", "options": {"g": "12"}} if suffix == "avi" else {"options": X264}
+    path = encode_video(tmp_path / f"v.{suffix}", count=50, **codec)
+    content = path.read_bytes()
+    index = content.rindex(b"idx1" if suffix == "avi" else bytes.fromhex("1c53bb6b"))
+    times = probe(path).times.times()[[31, 44]]
+    for seed in range(SEEDS):
+        rng = random.Random(seed)
+        damaged = bytearray(content)
+        for _ in range(rng.choice((1, 1, 4))):
+            at = rng.choice((rng.randrange(700), rng.randrange(index, len(content))))
+            damaged[at] = rng.randrange(256)
+        path.write_bytes(damaged[: rng.choice((len(content), len(content), rng.randrange(len(content))))])
+        results = []
+        for one in (path, address(path)):
+            try:
+                results.append(read_frames(one, times))
+            except MediaError:
+                results.append(None)
+        local, remote = results
+        if local is not None and remote is not None:
+            assert np.array_equal(local.pixels, remote.pixels), seed
+            assert np.array_equal(local.times, remote.times), seed
+        assert local is None or remote is not None, seed  # damage in what isn't transferred isn't seen
