@@ -370,7 +370,7 @@ def seen_of(config, tokenizer):
         "messages": [sample.messages for sample in samples],
         "facts": facts.table.drop_columns(["offset", "size", "media_group"]).to_pydict(),
         "fingerprint": facts.sources[0].fingerprint,
-        "plan": [pack_tokens(plan.samples(pack), SPEC) for pack in range(plan.packs)],
+        "plan": [pack_tokens(plan.samples(pack)) for pack in range(plan.packs)],
         "shown": to_html(shown, title="rows"),
         "packs": [(pack.batch.input_ids.tolist(), pack.batch.tiles.tolist(), pack.failed) for pack in packs],
         "pairs": list(training_pairs(facts)),

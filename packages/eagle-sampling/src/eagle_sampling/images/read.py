@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from ..files import is_remote, open_stream
+from ..files import is_remote, open_remote, open_stream
 from ..limits import DEFAULT_LIMITS, Limits, MediaError, MediaUnavailable, printable, unreadable
 from .ancillary import without_ancillary
 from .header import HeaderError, Reader, exif_orientation, parse_size
@@ -74,6 +74,15 @@ def _file_size(path: str) -> tuple[int, int]:
 def _member_size(ref: dict[str, Any], root: str | os.PathLike[str] | None) -> tuple[int, int] | None:
     """From the head of a member alone; None where that isn't enough."""
     path, start, length = find_member(ref, root)
+    if (remote := open_remote(path)) is not None:
+
+        def fetch(offset: int, count: int) -> bytes:
+            return remote.read(start + offset, max(min(count, length - offset), 0))
+
+        try:
+            return _parsed(fetch(0, _HEAD_BYTES), fetch, lambda: length, describe(ref))[0]
+        finally:
+            remote.close()
 
     def read(offset: int, count: int) -> bytes:
         return os.pread(descriptor, max(min(count, length - offset), 0), start + offset)

@@ -40,7 +40,13 @@ def find_member(ref: dict[str, Any], root: str | os.PathLike[str] | None) -> tup
     path = _path(ref, root)
     offset, size = _place(ref, path)
     try:
-        whole = os.stat(path).st_size
+        if (remote := open_remote(path)) is not None:
+            whole = remote.size
+            remote.close()
+        else:
+            whole = os.stat(path).st_size
+    except MediaError:
+        raise
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     if offset + size > whole:

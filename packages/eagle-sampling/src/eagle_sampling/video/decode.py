@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..limits import Limits
 from .av1 import join, needed_parts
 from .beginning import DECODERS, DEFERRED
+from .containers.demux import choose_stream, open_container
 from .containers.source import Source
 from .containers.track import Track
 from .dependencies import Group, droppable_test, earlier_start
@@ -85,6 +86,10 @@ class FileReader:
         self.droppable = droppable_test(track.codec, track.extradata)
         self.window_start, self.window = 0, b""
         self.parts: dict[int, list[tuple[int, int]]] | None = None  # what to decode of each sample, where the codec's headers state it
+        self.container = open_container(source.path) if track.demuxed else None
+        if self.container is not None:
+            self.context = choose_stream(self.container).codec_context
+            return
         context = av.CodecContext.create(DECODERS.get(track.codec, track.codec), "r")
         assert isinstance(context, av.VideoCodecContext)
         if track.extradata:

@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import is_remote
 from ..limits import DEFAULT_LIMITS, Limits, MediaError, path_text, unreadable
 from ..time_table import TimeTable
 from .beginning import settle
+from .containers.avi import looks_like_avi, read_avi
 from .containers.demux import read_packets
 from .containers.matroska import read_matroska
+from .containers.matroska_parts import Part, read_matroska_parts
 from .containers.mp4 import read_mp4
 from .containers.mpegts import looks_like_ts, read_mpegts
 from .containers.source import Damaged, Source
@@ -174,9 +177,11 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
                 track = read_matroska(source, limits)
             elif looks_like_ts(head):
                 track = read_mpegts(source, limits)
+            elif looks_like_avi(head) and source.remote is not None:
+                track = read_avi(source, limits, deadline)
             elif looks_like_webp(head):
                 track = read_webp(source, limits)
-            if track is not None and track.container != "webp":
+            if track is not None and track.container not in ("avi", "webp"):
                 track = settle(track, source, limits, check, lambda: read_mp4(source, limits))
         except Unsupported as reason:
             logging.getLogger(__name__).debug("%s: %s; read by libavformat", path, reason)
@@ -192,6 +197,28 @@ def read_track(path: str, *, limits: Limits = DEFAULT_LIMITS, deadline: float | 
     if not len(track.ticks):
         raise MediaError(f"{path}: its video track has no frames" + (" left: the file is cut off" if track.missing else ""))
     return track
+
+
+def read_parts(path: str, seconds: NDArray[np.float64], tolerance: float, limits: Limits = DEFAULT_LIMITS) -> list[Part] | None:
+    """Of a remote Matroska file only the parts with the frames at `seconds`, and keyframes up to `tolerance` from them.
+
+    None for other files, and where the file has to be read as a whole (`read_track`). Raises MediaError when the file can't be opened.
+    """
+    if not is_remote(path) or not len(seconds) or not np.isfinite(seconds).all():
+        return None
+    with _opened(path) as source:
+        if source.read(0, 4) != _EBML:
+            return None
+        try:
+            parts = read_matroska_parts(source, limits, seconds, tolerance)
+        except MediaError:
+            raise
+        except (Unsupported, Damaged, struct.error, IndexError, OverflowError, ValueError) as reason:
+            logging.getLogger(__name__).debug("%s: %s; read as a whole", path, reason)
+            return None
+    for part in parts:
+        limits.check_size(part.track.width, part.track.height, path)
+    return parts
 
 
 def _tolerant_mp4(source: Source, limits: Limits, positions: bool) -> tuple[Track | None, str | None]:

@@ -24,13 +24,14 @@ from ..choose import TIME_EPSILON
 from ..limits import DEFAULT_LIMITS, FrameError, Limits, MediaError, path_text
 from .beginning import sample_start
 from .containers.demux import read_packets
+from .containers.matroska_parts import Part
 from .containers.source import Source
 from .containers.track import Track, Unsupported
 from .containers.webp import paint_webp
 from .decode import Decoder, FileReader, Painter
 from .dependencies import Group, correct_keyframes, group_targets
 from .keyframes import start_test
-from .probe import read_track
+from .probe import read_parts, read_track
 from .sequential import PacketStream, decode_linear
 
 
@@ -96,17 +97,14 @@ def read_frames(
             "tolerance >= 0, on_error 'raise' or 'skip', timeout > 0 or None"
         )
     watch = _Watch(name, timeout)
+    parts = read_parts(name, requested, tolerance, limits)
+    if parts is not None:
+        read = _from_parts(name, parts, requested, size, tolerance, workers, watch, limits, out)
+        if read is not None:
+            return read
     track = read_track(name, limits=limits, deadline=watch.deadline)
     samples, errors = _find(track, requested, tolerance)
-    width, height = _output_size(track, size)
-    limits.check_size(width, height, name)
-    limits.check_size(track.width, track.height, name)
-    shape = (len(requested), height, width, 3)
-    if out is None:
-        out = np.empty(shape, np.uint8)
-    elif out.shape != shape or out.dtype != np.uint8:
-        raise ValueError(f"out must be uint8 {list(shape)}, not {out.dtype} {list(out.shape)}")
-
+    out = _output(name, track, len(requested), size, limits, out)
     places = _places(samples)
     failures: dict[int, str] = {}
     made_up: dict[int, str] = {}
@@ -124,6 +122,36 @@ def read_frames(
     concealed = [FrameError(i, float(requested[i]), reason) for sample, reason in made_up.items() for i in places[sample]]
     frames = _result(name, track, requested, samples, out, sorted(errors, key=lambda error: error.index), on_error)
     return dataclasses.replace(frames, concealed=tuple(sorted(concealed, key=lambda error: error.index)))
+
+
+def _from_parts(
+    name: str,
+    parts: list[Part],
+    requested: NDArray[np.float64],
+    size: int | tuple[int, int] | None,
+    tolerance: float,
+    workers: int,
+    watch: _Watch,
+    limits: Limits,
+    out: NDArray[np.uint8] | None,
+) -> Frames | None:
+    """The frames by the parts of a file that hold them; None when one can't be read, so that the whole file has to tell why."""
+    out = _output(name, parts[0].track, len(requested), size, limits, out)
+    times = np.empty(len(requested))
+    for part in parts:
+        if (
+            requested[part.wanted].max() > part.track.seconds(part.track.presentation_order()[-1:])[0]
+        ):  # the file's end is known by all of it
+            return None
+        samples, errors = _find(part.track, requested[part.wanted], tolerance)
+        if errors:
+            return None
+        places = {sample: part.wanted[rows].tolist() for sample, rows in _places(samples).items()}
+        failures, made_up = _decode(name, part.track, places, out, workers, watch, limits, False)
+        if failures or made_up:
+            return None
+        times[part.wanted] = part.track.seconds(samples)
+    return Frames(out, times)
 
 
 class _Watch:
@@ -170,6 +198,21 @@ def _output_size(track: Track, size: int | tuple[int, int] | None) -> tuple[int,
     if width < 1 or height < 1:
         raise ValueError(f"size must be positive, not {size}")
     return int(width), int(height)
+
+
+def _output(
+    name: str, track: Track, count: int, size: int | tuple[int, int] | None, limits: Limits, out: NDArray[np.uint8] | None
+) -> NDArray[np.uint8]:
+    """`out`, or a new array, of the shape that the frames need."""
+    width, height = _output_size(track, size)
+    limits.check_size(width, height, name)
+    limits.check_size(track.width, track.height, name)
+    shape = (count, height, width, 3)
+    if out is None:
+        return np.empty(shape, np.uint8)
+    if out.shape != shape or out.dtype != np.uint8:
+        raise ValueError(f"out must be uint8 {list(shape)}, not {out.dtype} {list(out.shape)}")
+    return out
 
 
 def _places(samples: NDArray[np.int64]) -> dict[int, list[int]]:

@@ -26,7 +26,7 @@ from .cut_off import is_cut_off
 from .track import Track, orientation
 
 # libav's parsers of these report no picture types, and where they run (AVI, WTV, bare streams) every packet is marked as a keyframe.
-_KEYFRAMES_UNKNOWN = {"h261", "h263"}
+KEYFRAMES_UNKNOWN = {"h261", "h263"}
 _CODECS = {"libdav1d": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}  # decoders that libav prefers to its own
 _TURNING = ("mov,", "matroska,")  # libavformat's names of the containers that can store a rotation
 _FIRST_FRAME_WITHIN = 64  # packets to decode at most to get one frame
@@ -44,6 +44,11 @@ def open_container(path: str) -> InputContainer:
     """The file opened by libavformat, by its absolute path: "12:30.avi" would be read as a protocol."""
     source = open_stream(path)
     return av.open(os.path.abspath(path) if source is path else source, **_OPEN)
+
+
+def codec_name(decoder: str) -> str:
+    """The codec of a decoder that libav chose."""
+    return _CODECS.get(decoder, decoder)
 
 
 def choose_stream(container: InputContainer) -> VideoStream:
@@ -84,7 +89,7 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
             turn: Turn | None = None if container.format.name.startswith(_TURNING) else (0, False, False)
             last: av.Packet | None = None
             timed = whole = True
-            test = start_test(_CODECS.get(context.name, context.name), bytes(context.extradata or b""))
+            test = start_test(codec_name(context.name), bytes(context.extradata or b""))
             begins: Start | None = None  # of the first packet
             for packet in container.demux(stream):
                 if turn is None and len(ticks) < _FIRST_FRAME_WITHIN:
@@ -121,8 +126,8 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
             silent: frozenset[int] = frozenset()
             leading = not timed or any(tick < ticks[0] for tick in ticks[1:LEADING])
             if ticks and whole and begins is not Start.CLEAN and (begins is not Start.OPEN or leading):
-                begin, given = _first_pictures(path, timed, test, sync, deadline)
                 if timed:
+                    begin, given = _first_pictures(path, timed, test, sync, deadline)
                     first = min(given, default=ticks[begin])
                     shown = [
                         seen and i >= begin and (i >= begin + FIRST_WITHIN or tick >= first)
@@ -131,12 +136,11 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
                     sync = [key and i >= begin for i, key in enumerate(sync)]
                     sync[begin] = True
                 else:
-                    leads = next((number for number in range(begin + 1, len(ticks)) if number in given), begin + 1) - begin - 1
-                    silent = frozenset([*range(begin), *range(begin + 1, begin + 1 + leads)])
+                    silent = silent_packets(path, test, sync, deadline)
             if not timed:
                 ticks = sorted(tick for tick, seen in zip(ticks, shown) if seen)[len(silent) :] if whole else ticks
                 shown = []
-            if not timed or (context.name in _KEYFRAMES_UNKNOWN and all(sync)):
+            if not timed or (context.name in KEYFRAMES_UNKNOWN and all(sync)):
                 sync = [False] * len(ticks)  # only decoding from the start is known to be correct
             if sync and not any(sync):
                 sync[0] = True  # decoding has to begin somewhere
@@ -146,7 +150,7 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
             rotation, mirrored, odd = turn or (0, False, True)
             return Track(
                 container=container.format.name,
-                codec=_CODECS.get(context.name, context.name),
+                codec=codec_name(context.name),
                 width=context.width,
                 height=context.height,
                 unit=unit,
@@ -166,6 +170,13 @@ def read_packets(path: str, limits: Limits, deadline: float | None = None) -> Tr
             )
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path}: can't be read as a video: {error}") from error
+
+
+def silent_packets(path: str, test: StartOf | None, sync: list[bool], deadline: float | None) -> frozenset[int]:
+    """Packets at the beginning of an untimed track that give no frame: those before the first keyframe, and its leading pictures."""
+    begin, given = _first_pictures(path, False, test, sync, deadline)
+    leads = next((number for number in range(begin + 1, len(sync)) if number in given), begin + 1) - begin - 1
+    return frozenset([*range(begin), *range(begin + 1, begin + 1 + leads)])
 
 
 def _first_pictures(path: str, timed: bool, test: StartOf | None, sync: list[bool], deadline: float | None) -> tuple[int, set[int]]:

@@ -22,12 +22,14 @@ _CODECS = {
     b"V_VP9": "vp9",
     b"V_AV1": "av1",
 }
-_SEGMENT, _INFO, _TRACKS, _CLUSTER, _CUES, _SEEK_HEAD = 0x18538067, 0x1549A966, 0x1654AE6B, 0x1F43B675, 0x1C53BB6B, 0x114D9B74
+_SEGMENT, _INFO, _TRACKS, CLUSTER, _CUES, _SEEK_HEAD = 0x18538067, 0x1549A966, 0x1654AE6B, 0x1F43B675, 0x1C53BB6B, 0x114D9B74
 _MAX_HEADER = 1 << 26
 
 
 @dataclass
-class _Header:
+class Header:
+    """What the elements before the clusters state about the video track, and where clusters are."""
+
     scale: int = 1_000_000  # nanoseconds per tick
     duration: float | None = None
     number: int = 0
@@ -41,6 +43,9 @@ class _Header:
     colour: dict[str, str] = field(default_factory=dict)
     clusters: list[tuple[int, int]] = field(default_factory=list)  # (start of the body, end)
     cues: list[int] = field(default_factory=list)  # ticks of keyframes
+    cue_data: bytes = b""  # the body of the cues
+    segment: int = 0  # start of the segment's body, to which positions are relative
+    segment_end: int = 0
     cut: bool = False
     unknown: tuple[str, ...] = ()
 
@@ -50,22 +55,23 @@ def read_matroska(source: Source, limits: Limits, *, exact: bool = True) -> Trac
 
     Raises Unsupported for what libavformat has to read, Damaged for what cannot be read.
     """
-    header = _read_header(source, walk=exact)
+    header = read_header(source, walk=exact)
     if not exact:
         ticks = np.unique(np.array(header.cues, np.int64))
-        return _track(header, ticks, np.ones(len(ticks), bool), None, None, 0)
+        return track_of(header, ticks, np.ones(len(ticks), bool), None, None, 0)
     offsets, sizes, times, keys, lost = scan_blocks(source, header.clusters, header.number, limits)
-    return _track(header, times, keys, offsets, sizes, lost or int(header.cut))
+    return track_of(header, times, keys, offsets, sizes, lost or int(header.cut))
 
 
-def _track(
-    header: _Header,
+def track_of(
+    header: Header,
     ticks: NDArray[np.int64],
     sync: NDArray[np.bool_],
     offsets: NDArray[np.int64] | None,
     sizes: NDArray[np.int64] | None,
     missing: int,
 ) -> Track:
+    """The track of a header and of blocks, whose arrays have one length."""
     return Track(
         container="matroska",
         codec=header.codec,
@@ -102,7 +108,8 @@ def _vint(data: bytes, at: int, *, keep_marker: bool = False) -> tuple[int, int]
     return (-1 if value & mask == mask else value & mask), at + length
 
 
-def _children(data: bytes) -> list[tuple[int, bytes]]:
+def children(data: bytes) -> list[tuple[int, bytes]]:
+    """(id, body) of the elements in `data`. Raises Damaged for one that overruns it."""
     found, at = [], 0
     while at < len(data):
         kind, at = _vint(data, at, keep_marker=True)
@@ -116,41 +123,46 @@ def _children(data: bytes) -> list[tuple[int, bytes]]:
     return found
 
 
-def _element(source: Source, at: int) -> tuple[int, int, int]:
+def element(source: Source, at: int) -> tuple[int, int, int]:
     """(id, start of the body, size or -1) of the element at `at`."""
-    head = os.pread(source.descriptor, 12, at) if source.remote is None else source.read(at, 12)
+    return element_of(os.pread(source.descriptor, 12, at) if source.remote is None else source.read(at, 12), at)
+
+
+def element_of(head: bytes, at: int) -> tuple[int, int, int]:
+    """The same by the element's first 12 bytes, fewer only at the file's end."""
     if head[:4] == b"\x1f\x43\xb6\x75" and head[4:5] > b"\x01":  # a cluster of known size: an hour has a thousand
         length = 9 - head[4].bit_length()
         size = int.from_bytes(head[4 : 4 + length], "big") ^ 1 << 7 * length
         if size != (1 << 7 * length) - 1 and len(head) == 12:
-            return _CLUSTER, at + 4 + length, size
+            return CLUSTER, at + 4 + length, size
     kind, after = _vint(head, 0, keep_marker=True)
     size, after = _vint(head, after)
     return kind, at + after, size
 
 
-def _read_header(source: Source, walk: bool) -> _Header:
-    header = _Header()
-    kind, body, size = _element(source, 0)
+def read_header(source: Source, walk: bool) -> Header:
+    """walk: go from cluster to cluster and note all; otherwise the first cluster ends it, and the cues are read."""
+    header = Header()
+    kind, body, size = element(source, 0)
     if kind != 0x1A45DFA3 or size < 0 or size > 1 << 16:
         raise Damaged("it has no EBML header")
-    kind, at, size = _element(source, body + size)
+    kind, at, size = element(source, body + size)
     if kind != _SEGMENT:
         raise Unsupported("no segment after the EBML header")
-    first = at
-    end = source.size if size < 0 else at + size
+    first = header.segment = at
+    end = header.segment_end = source.size if size < 0 else at + size
     header.cut = end > source.size
     cues_at = None
     seen: set[int] = set()
     while at + 2 <= min(end, source.size):
         try:
-            kind, body, size = _element(source, at)
+            kind, body, size = element(source, at)
         except Damaged:
             if header.clusters:  # invalid bytes after clusters: those before are used, but the file is incomplete
                 header.cut = True
                 break
             raise
-        if kind == _CLUSTER:
+        if kind == CLUSTER:
             if size < 0:
                 raise Unsupported("clusters of unknown size")
             if not walk and header.codec:
@@ -175,7 +187,7 @@ def _read_header(source: Source, walk: bool) -> _Header:
             raise Damaged("its first element is cut off")
         at = body + size
     if not walk and not header.cues and cues_at is not None and first + cues_at + 12 < source.size:
-        kind, body, size = _element(source, first + cues_at)
+        kind, body, size = element(source, first + cues_at)
         if kind == _CUES and 0 <= size <= _MAX_HEADER:
             _read_cues(source.read(body, size), header)
     if _TRACKS not in seen:
@@ -187,8 +199,8 @@ def _read_header(source: Source, walk: bool) -> _Header:
     return header
 
 
-def _read_info(data: bytes, header: _Header) -> None:
-    for kind, body in _children(data):
+def _read_info(data: bytes, header: Header) -> None:
+    for kind, body in children(data):
         if kind == 0x2AD7B1:
             header.scale = int.from_bytes(body, "big")
         elif kind == 0x4489:
@@ -202,10 +214,10 @@ def _float(body: bytes) -> float:
     return value if 0 <= abs(value) < 1e15 else 0.0
 
 
-def _read_tracks(data: bytes, header: _Header) -> None:
+def _read_tracks(data: bytes, header: Header) -> None:
     videos: list[dict[int, bytes]] = []
-    for kind, entry in _children(data):
-        parts = dict(_children(entry)) if kind == 0xAE else {}
+    for kind, entry in children(data):
+        parts = dict(children(entry)) if kind == 0xAE else {}
         if int.from_bytes(parts.get(0x83, b""), "big") == 1:
             videos.append(parts)
     for flag in (0xB9, 0x88):  # enabled, default: 1 unless stated
@@ -226,10 +238,10 @@ def _read_tracks(data: bytes, header: _Header) -> None:
             raise Unsupported("no codec configuration")
         if not 0 < header.number < 127:
             raise Unsupported(f"track number {header.number}")
-        _read_video(dict(_children(parts.get(0xE0, b""))), header)
+        _read_video(dict(children(parts.get(0xE0, b""))), header)
 
 
-def _read_video(video: dict[int, bytes], header: _Header) -> None:
+def _read_video(video: dict[int, bytes], header: Header) -> None:
     numbers = {kind: int.from_bytes(body, "big") for kind, body in video.items() if len(body) <= 8}
     header.width, header.height = numbers.get(0xB0, 0), numbers.get(0xBA, 0)
     if any(numbers.get(kind) for kind in (0x54AA, 0x54BB, 0x54CC, 0x54DD)):
@@ -238,9 +250,9 @@ def _read_video(video: dict[int, bytes], header: _Header) -> None:
     if numbers.get(0x54B2, 0) in (0, 3) and across and down and header.width and header.height:
         header.aspect = Fraction(across * header.height, down * header.width)
     if 0x55B0 in video:
-        said = {kind: int.from_bytes(body, "big") for kind, body in _children(video[0x55B0]) if len(body) <= 8}
+        said = {kind: int.from_bytes(body, "big") for kind, body in children(video[0x55B0]) if len(body) <= 8}
         header.colour = colour_options(said.get(0x55B1, 2), said.get(0x55B9, 0), (said.get(0x55B7, 0), said.get(0x55B8, 0)))
-    projection = dict(_children(video.get(0x7670, b"")))
+    projection = dict(children(video.get(0x7670, b"")))
     if projection:
         yaw, pitch, roll = (_float(projection.get(kind, bytes(4))) for kind in (0x7673, 0x7674, 0x7675))
         if yaw or pitch or roll % 90 or int.from_bytes(projection.get(0x7671, b""), "big"):
@@ -249,7 +261,8 @@ def _read_video(video: dict[int, bytes], header: _Header) -> None:
             header.rotation = int(-roll % 360)
 
 
-def _read_cues(data: bytes, header: _Header) -> None:
+def _read_cues(data: bytes, header: Header) -> None:
+    header.cue_data = data
     number, end = header.number, len(data)
     at = 6 if data[:2] == b"\xbf\x84" else 0  # a CRC-32
     found: list[int] = []
@@ -262,18 +275,18 @@ def _read_cues(data: bytes, header: _Header) -> None:
         if not number or data[time_end + 4] == number:
             found.append(int.from_bytes(data[at + 4 : time_end], "big"))
         at += 2 + (data[at + 1] & 0x7F)
-    for kind, point in _children(data[at:]):  # points that are written differently
+    for kind, point in children(data[at:]):  # points that are written differently
         if kind == 0xBB:
-            parts = _children(point)
-            tracks = [int.from_bytes(dict(_children(body)).get(0xF7, b""), "big") for inner, body in parts if inner == 0xB7]
+            parts = children(point)
+            tracks = [int.from_bytes(dict(children(body)).get(0xF7, b""), "big") for inner, body in parts if inner == 0xB7]
             if not number or number in tracks:
                 found.append(int.from_bytes(dict(parts).get(0xB3, b""), "big"))
     header.cues += found
 
 
 def _seek_to(data: bytes, wanted: int) -> int | None:
-    for kind, entry in _children(data):
-        parts = dict(_children(entry)) if kind == 0x4DBB else {}
+    for kind, entry in children(data):
+        parts = dict(children(entry)) if kind == 0x4DBB else {}
         if int.from_bytes(parts.get(0x53AB, b""), "big") == wanted:
             return int.from_bytes(parts.get(0x53AC, b""), "big")
     return None

@@ -28,6 +28,7 @@ class Track:
     missing: samples of the header that the file does not hold.
     first: (offset, size) of the first sample, also where `offsets` were not read.
     opens: decoding begins at a keyframe after which pictures from before it may be named.
+    demuxed: the decoder is the one that libavformat sets up for the file (MPEG-4 is decoded by what AVI calls it).
     silent: packets at the beginning of an untimed track that give no frame; the others are its samples, in order.
     """
 
@@ -55,6 +56,7 @@ class Track:
     first: tuple[int, int] | None = None
     silent: frozenset[int] = frozenset()
     opens: bool = False
+    demuxed: bool = False
     # MPEG-TS: a frame's bytes are spread over transport packets; called with (source, sample) instead of reading offsets/sizes.
     scattered: Callable[[Source, int], bytes] | None = None
     _order: NDArray[np.int64] | None = field(default=None, repr=False)
