@@ -74,7 +74,8 @@ print(int(rows.sum()), flush=True)
 
 
 def start(folder, number, dies="never"):
-    (folder / "plans.py").write_text(PLANS)
+    if not (folder / "plans.py").exists():  # a process that starts must not find it half written
+        (folder / "plans.py").write_text(PLANS)
     return subprocess.Popen([sys.executable, folder / "plans.py", folder, str(number), dies], stdout=subprocess.PIPE, text=True)
 
 

@@ -35,7 +35,7 @@ def made(tmp_path, row, picture, write_video, make_config, write_jsonl, tokenize
 
 def schedule(config, tokenizer, folder=True, stage=None, spec=SPEC):
     facts = load_facts(config, tokenizer)
-    return StageSchedule(facts, config, stage or config.stages[0], spec, config.facts_folder / "plans" if folder else None)
+    return StageSchedule(facts, config, stage or config.stages[0], spec, folder=config.facts_folder / "plans" if folder else None)
 
 
 @pytest.mark.parametrize("share_media", [False, True])
