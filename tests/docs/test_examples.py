@@ -61,7 +61,7 @@ def test_sft_own_jsonl(tmp_path):
     blocks = re.findall(r"^```bash\n(.*?)^```", (tmp_path / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     output = run(["bash", "-e", "-c", "\n".join(blocks)], tmp_path)
     assert '"line": 4, "reason": "media-missing"' in output  # the ledger, as printed
-    assert "short  step 1/20" in output
+    assert "short  step 1/40" in output
     assert "60 rows: 59 planned, 1 unusable" in output
     assert re.search(r"answer: (red|green|blue|yellow)", output)
     assert (tmp_path / "exported" / "model.safetensors").is_file()
