@@ -105,7 +105,7 @@ def _first_shown(track: Track, source: Source, begin: int, test: StartOf | None,
     def packets() -> Iterator[tuple[av.Packet, bool]]:
         for sample in range(begin, len(track.ticks)):
             check()
-            packet = av.Packet(sample_bytes(track, source, sample, limits))
+            packet = packet_of(sample_bytes(track, source, sample, limits))
             packet.pts, packet.time_base = int(track.ticks[sample]), track.unit
             yield packet, bool(track.sync[sample])
 
@@ -129,6 +129,17 @@ def whole_pictures(context: av.VideoCodecContext, packets: Iterable[tuple[av.Pac
         decode(packet)
     decode(None)
     return found
+
+
+def packet_of(data: bytes) -> av.Packet:
+    """A packet of a copy of `data` with the zero bytes behind it that libav's decoders read.
+
+    `av.Packet(data)` refers to `data` itself, and what is behind it in memory decides whether MPEG-4 frames are found to be damaged.
+    """
+    packet = av.Packet(len(data))
+    if data:
+        packet.update(data)
+    return packet
 
 
 def sample_bytes(track: Track, source: Source, sample: int, limits: Limits) -> bytes:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..limits import Limits
 from .av1 import join, needed_parts
-from .beginning import DECODERS, DEFERRED
+from .beginning import DECODERS, DEFERRED, packet_of
 from .containers.demux import choose_stream, open_container
 from .containers.source import Source
 from .containers.track import Track
@@ -109,7 +109,7 @@ class FileReader:
             return None
         if self.parts is not None:
             data = join(data, self.parts[sample])
-        packet = av.Packet(data)
+        packet = packet_of(data)
         packet.pts = sample
         return packet
 

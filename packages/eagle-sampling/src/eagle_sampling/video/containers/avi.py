@@ -105,8 +105,8 @@ def _indexed(container: InputContainer, source: Source, limits: Limits, deadline
 
 
 def _check_complete(source: Source, stream: int, video: Chunks, others: Chunks, ticks: NDArray[np.int64]) -> None:
-    """Raise Unsupported unless the entries' chunks fill the media lists, but for padding, OpenDML's indexes, and the empty chunks that the
-    ticks count: a frame that is not stored is 8 bytes in the file."""
+    """Raise Unsupported unless the entries' chunks fill the media lists, except for padding, OpenDML's indexes, and the empty chunks that
+    the ticks count: a frame that is not stored is 8 bytes in the file."""
     starts, sizes = np.append(video[0], others[0]), np.append(video[1], others[1])
     order = np.argsort(starts, kind="stable")
     starts = starts[order]
@@ -133,7 +133,7 @@ def _check_complete(source: Source, stream: int, video: Chunks, others: Chunks, 
 
 
 def _empty_chunks(source: Source, at: int, end: int, stream: bytes) -> int:
-    """How many chunks between two bytes are empty ones of the stream. Raises Unsupported for content that is no padding or index."""
+    """How many chunks between two bytes are empty ones of the stream. Raises Unsupported for content other than padding and indexes."""
     empty = 0
     for _ in range(_MAX_GAPS):
         if at >= end:
@@ -168,4 +168,4 @@ def _media_lists(source: Source) -> list[tuple[int, int]]:
                 raise Unsupported("it is cut off")
             found.append((at + 12, at + 8 + size + (size & 1)))
         at += 8 + size + (size & 1)
-    raise Damaged(f"more than {_MAX_CHUNKS} chunks beside the media")
+    raise Damaged(f"more than {_MAX_CHUNKS} chunks next to the media")

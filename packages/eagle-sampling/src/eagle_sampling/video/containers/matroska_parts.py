@@ -164,7 +164,7 @@ class _Ahead:
 def walk_blocks(source: Source, header: Header, cluster: int, place: int = -1) -> Iterator[Block]:
     """The track's blocks in file order, from the cluster at byte `cluster`; in it from `place` bytes behind its head, if that is not -1.
 
-    Raises Unsupported for laced blocks and clusters of unknown size, Damaged for what is no cluster or overruns it.
+    Raises Unsupported for laced blocks and clusters of unknown size, Damaged for what is not a cluster or overruns it.
     """
     ahead = _Ahead(source)
     at, end = cluster, min(header.segment_end, source.size)
@@ -206,7 +206,7 @@ def _cluster_blocks(ahead: _Ahead, number: int, at: int, end: int, place: int) -
 
 
 def _group_block(ahead: _Ahead, number: int, at: int, end: int, base: int) -> Block | None:
-    """The block of a group; one that a ReferenceBlock follows is no keyframe."""
+    """The block of a group; one that a ReferenceBlock follows is not a keyframe."""
     block, refers = None, False
     while at < end:
         kind, body, size = element_of(ahead.at(at, 12), at)
