@@ -78,7 +78,7 @@ def run_folder_is_as_documented(folder: Path) -> None:
     page = (ROOT / "docs" / "run-folder.md").read_text()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps, evaluations = ([record for record in records if record["kind"] == kind] for kind in ("step", "eval"))
-    assert len(steps) == 30
+    assert len(steps) == 60
     assert len(evaluations) == 2
     assert {frozenset(record) - {"kind"} for record in steps} == {frozenset(documented_keys(page, "`kind` = `step`"))}
     assert {frozenset(record) - {"kind"} for record in evaluations} == {frozenset(documented_keys(page, "`kind` = `eval`"))}
