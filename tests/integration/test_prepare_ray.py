@@ -104,7 +104,7 @@ def test_ray_continues_what_was_stopped_and_local_processes_what_ray_left(config
         prepare(config, tokenizer, executor="ray", progress=stop_at(100))
     by_ray = parts()
     assert 100 // 5 <= len(by_ray) < 400 // 5
-    with pytest.raises(Stopped):  # rows with damaged media are looked at again, which is no progress that the report counts as reused
+    with pytest.raises(Stopped):  # rows with damaged media are looked at again, which the report does not count as reused
         prepare(config, tokenizer, progress=stop_at(200))
     by_both = parts()
     assert len(by_both) > len(by_ray)
