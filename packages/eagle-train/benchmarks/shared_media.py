@@ -98,7 +98,8 @@ def arm(folder: Path, name: str, steps: int, seed: int) -> dict[str, float]:
     separate = get_ready(configuration(folder, f"{name}-plan-separate", False, 1, 1, seed)).schedules[0].plan(0)
     packs_per_step = max(1, round(ROWS_PER_STEP * plan.packs / len(plan.pack_rows)))
     if "same-tokens" in name:
-        packs_per_step = max(1, round(ROWS_PER_STEP * separate.packs / len(separate.pack_rows)))
+        before, after = separate.summary(), plan.summary()
+        packs_per_step = max(1, round(ROWS_PER_STEP * before.tokens / before.samples * after.packs / after.tokens))
     config = configuration(folder, name, share_media, steps, packs_per_step, seed)
     world = start_world(config.parallel, "cpu")
     begin = time.monotonic()
