@@ -7,6 +7,7 @@ can go wrong meanwhile (a full disk, a rank that is gone) is raised by `wait`, o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,58 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+class HostCopies:
+    """Copies of a state in host memory, allocated once and written again by the next `stage`: the stager of `async_save`.
+
+    Not torch's `DefaultStager`: in torch 2.11 it copies once and fails after that, and gives its memory back each time.
+    pinned: page-locked memory, which a GPU fills while the host goes on.
+    """
+
+    #: What `async_save` asks of a stager: `stage` returns when all is copied, so there is nothing to wait for.
+    should_synchronize_after_execute = False
+
+    def __init__(self, *, pinned: bool) -> None:
+        self.pinned = pinned
+        self._memory: dict[tuple[str | int, ...], torch.Tensor] = {}
+
+    def stage(self, state_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """`state_dict` with every tensor in host memory and everything else copied, complete when this returns."""
+        import torch
+
+        with torch.no_grad():
+            copied = self._copy(state_dict, ())
+        if self.pinned:
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def synchronize_staging(self) -> None:
+        """Nothing: see `should_synchronize_after_execute`."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.clear()
+
+    def _copy(self, value: Any, place: tuple[str | int, ...]) -> Any:
+        import torch
+        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+        if isinstance(value, Mapping):
+            return {key: self._copy(part, (*place, key)) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(part, (*place, index)) for index, part in enumerate(value))
+        if not isinstance(value, torch.Tensor):
+            return copy.deepcopy(value)
+        if is_traceable_wrapper_subclass(value):  # DTensor: the part of this rank, in the same place of the whole
+            names, context = value.__tensor_flatten__()
+            parts = {name: self._copy(getattr(value, name), (*place, name)) for name in names}
+            return type(value).__tensor_unflatten__(parts, context, value.size(), value.stride())
+        memory = self._memory.get(place)
+        if memory is None or memory.shape != value.shape or memory.dtype != value.dtype:
+            memory = torch.empty(value.shape, dtype=value.dtype, pin_memory=self.pinned)
+            self._memory[place] = memory
+        return memory.copy_(value, non_blocking=self.pinned)
+
+
 class Saver:
     """Writes the checkpoints of a run under `folder` and applies its keep rule; `save` and `wait` are collectives of all
     ranks.
@@ -32,7 +85,7 @@ class Saver:
     def __init__(self, folder: Path, world: World, *, keep: int, background: bool = True) -> None:
         self.folder, self.world, self.keep, self.background = folder, world, keep, background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="eagle-checkpoint")
-        self._stager: Any = None
+        self._copies = HostCopies(pinned=world.device.type == "cuda")
         #: The group of the writing thread, so that its collectives never meet those of training.
         self._group: Any = None
         self._running: tuple[Progress, Future[None]] | None = None
@@ -62,7 +115,7 @@ class Saver:
                 written = dcp.async_save(
                     state,
                     checkpoint_id=str(temporary),
-                    async_stager=self._staging(),
+                    async_stager=self._copies,
                     process_group=self._own_group(),
                     no_dist=self.world.size == 1,
                 )
@@ -91,9 +144,7 @@ class Saver:
     def close(self) -> None:
         """Let the thread end what it writes, also when training ends with an error; not a collective, and nothing is raised."""
         self._thread.shutdown(wait=True)
-        if self._stager is not None:
-            self._stager.close()
-            self._stager = None
+        self._copies.close()
 
     def _finish(self, progress: Progress, written: Future[Any]) -> None:
         """In the thread: the folder's name and the keep rule, when all ranks have written."""
@@ -106,16 +157,6 @@ class Saver:
             if self.world.is_main:
                 checkpoint.discard(self.folder, progress)
             raise
-
-    def _staging(self) -> Any:
-        """Copies into host memory that is allocated once: pinned where there is a GPU."""
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-        if self._stager is None:
-            gpu = self.world.device.type == "cuda"
-            options = StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu)
-            self._stager = DefaultStager(options)
-        return self._stager
 
     def _own_group(self) -> Any:
         import torch.distributed as dist
