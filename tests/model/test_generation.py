@@ -114,12 +114,14 @@ def test_chunks_after_a_cache(chat):
     made = model.generate(**first, max_new_tokens=6, min_new_tokens=6, do_sample=False, return_dict_in_generate=True)
     inputs = processor(text="<video-1> What happens?", videos=talks()["video"][2])
     ids = torch.cat([made.sequences, inputs["input_ids"]], 1)
-    whole = {"input_ids": ids, "pixel_values": torch.cat([first["pixel_values"], inputs["pixel_values"]])}
+    # Without a mask transformers makes one from the ids, where an answer may hold the token that pads.
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    whole["pixel_values"] = torch.cat([first["pixel_values"], inputs["pixel_values"]])
     expected = model.generate(**whole, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     cache = made[CACHE_FIELD]
     known = cache.get_seq_length()
     assert known == made.sequences.shape[1] - 1
-    options = {CACHE_FIELD: cache, "prefill_chunk_size": 10, "attention_mask": torch.ones_like(ids)}
+    options = {CACHE_FIELD: cache, "prefill_chunk_size": 10, "attention_mask": whole["attention_mask"]}
     again = model.generate(ids, pixel_values=inputs["pixel_values"], max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
     assert torch.equal(again, expected)
     with pytest.raises(ValueError, match="visual tokens in input_ids, but"):

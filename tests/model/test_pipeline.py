@@ -31,7 +31,7 @@ def test_a_folder_and_a_batch(folder, tmp_path):
         inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_tensors="pt")
         made = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         expected.append(processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    options = {"max_new_tokens": 6, "generate_kwargs": {"do_sample": False}}
+    options = {"generate_kwargs": {"max_new_tokens": 6, "do_sample": False}}
     by_name = pipeline("image-text-to-text", model=str(folder), device="cpu")
     assert [said(by_name(messages, **options)) for messages in talks] == expected
     by_model = pipeline("image-text-to-text", model=model, processor=processor)

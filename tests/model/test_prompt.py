@@ -21,6 +21,7 @@ from eagle_model.prompt import (
     shown_times,
     to_text,
 )
+from eagle_model.prompt.encode import TextEncoder
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.\n<|im_end|>\n"
 
@@ -112,6 +113,17 @@ def test_special_tokens_in_data_are_plain_text(qwen_tokenizer, token, role):
     special = set(qwen_tokenizer.all_special_ids) | set(qwen_tokenizer.convert_tokens_to_ids(list(EAGLE_TOKENS)))
     assert [i for i in encoded if i in special] == [i for i in clean if i in special]
     assert content in qwen_tokenizer.decode(encoded)
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None, max_examples=100)
+def test_ids_are_those_of_a_call_of_the_tokenizer(qwen_tokenizer, content):
+    """Also after a call that left padding and truncation set."""
+    expected = qwen_tokenizer([content], add_special_tokens=False)["input_ids"]
+    encoder = TextEncoder(qwen_tokenizer)
+    assert encoder.pieces([content]) == expected
+    qwen_tokenizer(["a", "a b c d e f"], padding=True, truncation=True, max_length=4)
+    assert encoder.pieces([content]) == expected
 
 
 @given(st.lists(st.sampled_from([*ESCAPED, "<", "|im_end|>", "im_", "<image 1>", " ", "a", "\n", "</", "img>", "<box>"]), max_size=12))

@@ -18,7 +18,7 @@ from eagle_train.runs.train import train
 from eagle_train.training import checkpoint
 from eagle_train.training.checkpoint import WriteError
 from eagle_train.training.metrics import Metrics, same_run
-from eagle_train.training.saving import Saver
+from eagle_train.training.saving import HostCopies, Saver
 from tests.support.ranks import outputs_of, run_on_ranks, start_processes
 from tests.train.test_checkpoint import at, make, step
 
@@ -50,6 +50,25 @@ def test_what_is_written_is_the_state_at_the_time(tmp_path, monkeypatch):
     for a, b in zip(straight.parameters(), model.parameters()):
         assert torch.equal(a, b)
     saver.close()
+
+
+def test_copies_in_host_memory_are_allocated_once():
+    """Every tensor of a nested state, by the same memory each time; a tensor of another shape gets its own."""
+    copies, weight = HostCopies(pinned=False), torch.arange(6.0).view(2, 3)
+    state = {"model": {"a": weight.t(), "b": torch.tensor(1, dtype=torch.int64)}, "groups": [{"lr": 0.1, "step": torch.tensor(2.0)}]}
+    first = copies.stage(state)
+    assert torch.equal(first["model"]["a"], weight.t())
+    assert first["groups"] == [{"lr": 0.1, "step": torch.tensor(2.0)}]
+    state["groups"][0]["lr"] = 0.2
+    weight += 1
+    assert torch.equal(first["model"]["a"], weight.t() - 1)
+    assert first["groups"][0]["lr"] == 0.1
+    place = first["model"]["a"].data_ptr()
+    second = copies.stage(state | {"groups": []})
+    assert second["model"]["a"].data_ptr() == place
+    assert torch.equal(second["model"]["a"], weight.t())
+    state["model"]["a"] = torch.zeros(4)
+    assert copies.stage(state)["model"]["a"].shape == (4,)
 
 
 def test_one_is_in_flight_and_the_keep_rule_follows(tmp_path, monkeypatch):
@@ -179,7 +198,7 @@ from pathlib import Path
 from torch.distributed.fsdp import fully_shard
 from eagle_train.config import ParallelConfig
 from eagle_train.distributed.world import start_world
-from eagle_train.training.saving import Saver
+from eagle_train.training.saving import HostCopies, Saver
 from tests.train.test_checkpoint import at, make, step
 torch.set_num_threads(1)
 world = start_world(ParallelConfig(dtype="float32"), "cpu")

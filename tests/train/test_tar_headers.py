@@ -27,7 +27,7 @@ def found_by_tarfile(file):
 
 def found_here(file, start=0, end=None):
     try:
-        return [tuple(member) for member in _members(file, start, end)], ""
+        return [member[:4] for member in _members(file, start, end)], ""
     except tarfile.ReadError as error:
         return None, str(error)
 

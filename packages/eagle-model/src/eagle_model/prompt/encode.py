@@ -66,6 +66,8 @@ class TextEncoder:
         longest_first = sorted((token for token in protected if len(token) > 1), key=lambda token: (-len(token), token))
         self._protected = re.compile("|".join(re.escape(token) for token in longest_first))
         self._ids: dict[str, int] = {}
+        # What a call of a fast tokenizer runs in the end, without the 40 us that the call takes, and without character offsets.
+        self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
 
     def token_id(self, token: str) -> int:
         """The id of a special token; PromptError when the tokenizer hasn't got it."""
@@ -86,12 +88,19 @@ class TextEncoder:
                 owners.append(owner)
         result: list[list[int]] = [[] for _ in texts]
         if parts:
-            encoded = self.tokenizer(
-                parts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False
-            )
-            for owner, ids in zip(owners, encoded["input_ids"], strict=True):
+            for owner, ids in zip(owners, self._encode(parts), strict=True):
                 result[owner] += ids
         return result
+
+    def _encode(self, parts: list[str]) -> list[list[int]]:
+        """Ids of each text, without tokens that a tokenizer would add around it."""
+        backend = self._backend
+        if backend is not None and backend.padding is None and backend.truncation is None:  # which a call of the tokenizer may have set
+            return [encoded.ids for encoded in backend.encode_batch_fast(parts, add_special_tokens=False)]
+        encoded = self.tokenizer(
+            parts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False
+        )
+        return encoded["input_ids"]
 
     def _cut(self, text: str) -> list[str]:
         parts: list[str] = []

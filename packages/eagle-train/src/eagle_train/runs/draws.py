@@ -25,7 +25,7 @@ def write_draws(schedules: Sequence[StageSchedule], path: Path) -> int:
         sources = np.repeat([source.name for source in facts.sources], [source.rows for source in facts.sources])
         columns = [pa.array([schedule.stage.name]).take(pa.array(np.zeros(len(facts), np.int64))), sources, facts.column("line"), times]
         parts.append(pa.table(columns, schema=SCHEMA))
-    table = pa.concat_tables(parts)
+    table = pa.concat_tables(parts).combine_chunks()  # pyarrow 18 writes the header again after an empty part
     with replacing(path) as file:
         if path.suffix == ".csv":
             pyarrow.csv.write_csv(table, file)

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -31,31 +32,29 @@ _NAMES = {"images": ("image", "images"), "videos": ("video", "videos"), "documen
 
 
 class Member(NamedTuple):
-    """A file in a tar file; offset: of its header."""
+    """A file in a tar file.
+
+    offset: of its header. end: the first byte after it, a multiple of 512 bytes. key: what the members of a row have in common.
+    """
 
     name: str
     offset: int
     offset_data: int
     size: int
-
-    @property
-    def key(self) -> str:
-        """What the members of a row have in common."""
-        folder, slash, name = self.name.rpartition("/")
-        return folder + slash + name.partition(".")[0]
-
-    @property
-    def suffix(self) -> str:
-        return self.name.rpartition("/")[2].partition(".")[2].rpartition(".")[2].lower() or "txt"
+    end: int
+    key: str
+    suffix: str
 
     @property
     def hidden(self) -> bool:
         return self.name.rpartition("/")[2].startswith(".")
 
-    @property
-    def end(self) -> int:
-        """The first byte after it, a multiple of 512 bytes."""
-        return self.offset_data + -(-self.size // _BLOCK) * _BLOCK
+
+def _member(name: str, offset: int, offset_data: int, size: int) -> Member:
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffixes = file.partition(".")
+    suffix = suffixes.rpartition(".")[2].lower() or "txt"
+    return Member(name, offset, offset_data, size, offset_data + -(-size // _BLOCK) * _BLOCK, folder + slash + stem, suffix)
 
 
 class TarRows:
@@ -195,7 +194,7 @@ def _members(file: BinaryIO, start: int, end: int | None) -> Iterator[Member]:
         while (found := tar.next()) is not None and (end is None or found.offset < end):
             tar.members.clear()  # type: ignore[attr-defined]
             if found.isfile():
-                yield Member(found.name, found.offset, found.offset_data, found.size)
+                yield _member(found.name, found.offset, found.offset_data, found.size)
 
 
 def _read_at(file: BinaryIO, place: int, size: int) -> bytes:
@@ -214,10 +213,11 @@ def _plain(block: bytes, offset: int) -> Member | None:
         size, checksum = (int(block[first:stop].rstrip(b"\0 "), 8) for first, stop in ((124, 136), (148, 156)))
     except ValueError:
         return None
-    if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+    # The sum of all bytes, with spaces in the place of the checksum itself, modulo 65521: a tenth of the time of `sum(block)`.
+    if (zlib.adler32(block) & 0xFFFF) != (1 + checksum + sum(block[148:156]) - 8 * ord(" ")) % 65521:
         return None
     name, prefix = (block[first:stop].partition(b"\0")[0].decode("utf-8", "surrogateescape") for first, stop in ((0, 100), (345, 500)))
-    return Member(f"{prefix}/{name}" if prefix else name, offset, offset + _BLOCK, size)
+    return _member(f"{prefix}/{name}" if prefix else name, offset, offset + _BLOCK, size)
 
 
 def _content(file: BinaryIO, member: Member) -> bytes:
