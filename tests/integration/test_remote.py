@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -32,7 +34,7 @@ from eagle_train.planning.stages import pack_tokens, plan_stage
 from eagle_train.watching.show import to_html, view_sample
 from tests.support import media
 from tests.support.http_files import FileServer
-from tests.support.models import byte_tokenizer
+from tests.support.models import byte_tokenizer, save_tiny_model
 from tests.support.tables import tables, talk
 
 pytest.importorskip("fsspec")
@@ -448,3 +450,24 @@ def test_patterns_and_roots(tmp_path, served):
         with pytest.raises(ConfigError, match=problem):
             prepare(config, tokenizer)
     assert Path(config.data.remote.cache) == tmp_path / "cache"
+
+
+def test_eval_takes_the_address_of_the_rows(tmp_path, data):
+    """Named on the command line, an address needs no entry in data.remote.schemes; its images are those at the same place."""
+    folder, files = data
+    save_tiny_model(tmp_path / "model")
+
+    def evaluate(address, *options):
+        command = [sys.executable, "-m", "eagle_train.cli", "eval", tmp_path / "model", "--device", "cpu", "--data", address, *options]
+        return subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+
+    with FileServer(folder) as server:
+        done = evaluate(f"{server.address}/{files['json'].name}", "--json")
+        assert done.returncode == 0, done.stderr
+        assert server.sent["/1.png"]
+    answers = [json.loads(line) for line in Path(json.loads(done.stdout)["files"]["answers"]).read_text().splitlines()]
+    assert len(answers) == 5
+    secret = evaluate("https://host/rows.json?X-Amz-Signature=123")
+    assert secret.returncode == 2
+    assert "carries credentials" in secret.stderr
+    assert "123" not in secret.stderr

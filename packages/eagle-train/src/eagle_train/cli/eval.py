@@ -40,11 +40,16 @@ class Request(NamedTuple):
 def evaluate(
     folder: ModelFolder,
     data: Annotated[
-        Path | None,
-        typer.Option(help="Annotation file instead of the run's held-out rows; required for a model.", metavar="FILE", show_default=False),
+        str | None,
+        typer.Option(
+            help="Annotation file, or its address (https://..., s3://...), instead of the run's held-out rows; required for a model.",
+            metavar="FILE",
+            show_default=False,
+        ),
     ] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Folder of --data's media; default: that of the file.", metavar="DIR", show_default=False)
+        str | None,
+        typer.Option(help="Folder or address of --data's media; default: that of the file.", metavar="DIR", show_default=False),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of each source.", metavar="N", show_default=False)] = None,
     max_new_tokens: Annotated[
@@ -100,7 +105,7 @@ def evaluate(
 
     Every source of questions has its metric. For a run, accuracies are next to those of the text-only baseline.
     """
-    from eagle_train.config import ConfigError, Source
+    from eagle_train.config import ConfigError
 
     from .progress import quiet
 
@@ -125,14 +130,14 @@ def evaluate(
         return
     if include_path is not None:
         raise ConfigError(f"--include-path {include_path} belongs to --lmms")
-    source = Source(annotation=data.absolute(), root=root.absolute() if root else None) if data is not None else None
+    source = _source(data, root) if data is not None else None
     changes = list(overrides or ())
     if max_new_tokens is not None:
         changes.append(f"eval.max_new_tokens={max_new_tokens}")
     if metric is not None:
-        if data is None:
+        if source is None:
             raise ConfigError(f"--metric {metric} belongs to --data; for a source of the run use --set eval.metrics.SOURCE={metric}")
-        changes.append(f"eval.metrics.{data.stem}={metric}")
+        changes.append(f"eval.metrics.{source.stem}={metric}")
     request = Request(
         folder,
         source,
@@ -151,6 +156,20 @@ def evaluate(
         _evaluate_run(request)
     else:
         _evaluate_model(request)
+
+
+def _source(data: str, root: str | None) -> Source:
+    """The source that `--data` and `--root` name. Raises ConfigError for an address with credentials in it."""
+    from pydantic import ValidationError
+
+    from eagle_train.config import ConfigError, Source
+    from eagle_train.config.addresses import scheme_of
+
+    places = [None if place is None else place if scheme_of(place) else Path(place).absolute() for place in (data, root)]
+    try:
+        return Source(annotation=places[0], root=places[1])  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigError(f"--data {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def _metrics() -> list[str]:
@@ -193,7 +212,8 @@ def _evaluate_run(request: Request) -> None:
 
     config, source = open_run(request.folder), request.source
     if source is not None:
-        data = config.data.replaced(eval_recipe=None, eval_sources={source.annotation.stem: source})  # pyright: ignore[reportAttributeAccessIssue]
+        remote = config.data.remote.replaced(schemes=sorted({*config.data.remote.schemes, *source.schemes}))
+        data = config.data.replaced(eval_recipe=None, eval_sources={source.stem: source}, remote=remote)
         config = config.replaced(data=data, eval=config.eval.replaced(metrics={}))
     config = eval_overrides(config, request.overrides)
     path = find_checkpoint(config.run.folder / "checkpoints", request.checkpoint) if request.checkpoint is not None else None

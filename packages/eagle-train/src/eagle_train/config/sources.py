@@ -1,12 +1,12 @@
 """Sections on data: sources, annotations and where they are, limits, remote storage."""
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from .addresses import Place
+from .addresses import Place, scheme_of
 from .section import FREE, Bytes, Section, is_hub_name
 
 COLUMNS = ("question", "answer", "messages", "conversations", "texts", "system", "data", "image", "images", "video", "videos")
@@ -91,6 +91,18 @@ class Source(Section):
         description="Samples with damaged frames of a video file. refuse: not used, and in the ledger; conceal: the picture that the "
         "decoder makes of such a frame is used, as players do, and the sample is listed in the ledger and counted in the metrics.",
     )
+
+    @property
+    def stem(self) -> str:
+        """The name that the annotation gives: of its (first) file or dataset, without suffix."""
+        first = self.annotation[0] if isinstance(self.annotation, list) else self.annotation
+        return PurePosixPath(str(first).partition("?")[0] if scheme_of(first) else str(first)).stem
+
+    @property
+    def schemes(self) -> set[str]:
+        """Of the addresses of annotation and root."""
+        named = [*(self.annotation if isinstance(self.annotation, list) else [self.annotation]), self.root]
+        return {scheme for place in named if (scheme := scheme_of(place)) is not None}
 
     @field_validator("annotation")
     @classmethod

@@ -48,7 +48,10 @@ def evaluation_config(folder: Path, processor: EagleProcessor, positions: int, s
     config = parse_config(
         {
             "model": {"path": str(folder)},
-            "data": {"eval_sources": {source.annotation.stem: source.model_dump(mode="json", exclude_none=True)}},  # pyright: ignore[reportAttributeAccessIssue]
+            "data": {
+                "eval_sources": {source.stem: source.model_dump(mode="json", exclude_none=True)},
+                "remote": {"schemes": sorted(source.schemes)},
+            },
             "prompt": {"system": processor.system_prompt},
             "sampling": {name: getattr(spec, name) for name in ("strategy", "fps", "min_frames", "max_frames", "placement")},
             "tiling": {name: getattr(spec, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
