@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from eagle_train.distributed.world import World
 
@@ -115,7 +115,7 @@ class Saver:
                 written = dcp.async_save(
                     state,
                     checkpoint_id=str(temporary),
-                    async_stager=self._copies,
+                    async_stager=cast(Any, self._copies),  # the protocol has a private attribute
                     process_group=self._own_group(),
                     no_dist=self.world.size == 1,
                 )
