@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -183,12 +184,17 @@ def start_processes(command: Sequence[str], size: int, *, stderr: int = subproce
     ]
 
 
-def outputs_of(processes: Sequence[subprocess.Popen], timeout: float = 150) -> list[str]:
+def outputs_of(processes: Sequence[subprocess.Popen], timeout: float = 240) -> list[str]:
     """What each process wrote until it ended. Kills all of them and raises AssertionError with that when one takes longer than `timeout`
     seconds."""
     deadline = time.monotonic() + timeout
+
+    def output_of(process: subprocess.Popen) -> str:
+        return process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0]
+
     try:
-        return [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0] for process in processes]
+        with ThreadPoolExecutor(len(processes)) as readers:  # at once: a process whose pipe is full waits, and others wait for it
+            return list(readers.map(output_of, processes))
     except subprocess.TimeoutExpired:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):

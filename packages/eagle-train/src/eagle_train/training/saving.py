@@ -66,7 +66,8 @@ class HostCopies:
             return copy.deepcopy(value)
         if is_traceable_wrapper_subclass(value):  # DTensor: the part of this rank, in the same place of the whole
             names, context = value.__tensor_flatten__()
-            parts = {name: self._copy(getattr(value, name), (*place, name)) for name in names}
+            parts = {name: getattr(value, name) for name in names}  # from torch 2.12 on also the mesh, which stays what it is
+            parts |= {name: self._copy(part, (*place, name)) for name, part in parts.items() if isinstance(part, torch.Tensor)}
             return type(value).__tensor_unflatten__(parts, context, value.size(), value.stride())
         memory = self._memory.get(place)
         if memory is None or memory.shape != value.shape or memory.dtype != value.dtype:
