@@ -6,6 +6,7 @@ from typing import Literal
 
 import av
 import numpy as np
+from av.video.format import VideoFormat
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
@@ -44,9 +45,9 @@ def small_frames(
             context.thread_type = "FRAME" if threads > 1 else "NONE"
             context.options = {"skip_loop_filter": "all", "flags2": "+fast"}
             for frame in container.decode(stream):
-                if frame.pts is None or frame.time_base is None:
+                time = frame.time
+                if time is None:
                     raise NoTimes(f"{path}: its frames have no times; put the stream into an MP4 or Matroska file first")
-                time = float(frame.pts * frame.time_base)
                 if time <= last:
                     raise NoTimes(f"{path}: the frame after {last:.3f} s has the time {time:.3f} s; write the file again with rising times")
                 last = time
@@ -64,11 +65,15 @@ def small_frames(
         yield reduce.take(), np.array(times)
 
 
+YUV, RGB = VideoFormat("yuv420p"), VideoFormat("rgb24")  # once: a name is looked up for every frame
+
+
 class _Reducer:
     """Reduces frames and collects them. The bytes of a plane are copied with their padding, which is cut off from a whole chunk at once."""
 
     def __init__(self, width: int, height: int, colour: Literal["yuv", "rgb"]) -> None:
         self.width, self.height, self.colour = width, height, colour
+        self._kind = YUV if colour == "yuv" else RGB
         self._sample, self._average = VideoReformatter(), VideoReformatter()
         self._planes: list[list[bytes]] = []
         self._strides: list[int] = []
@@ -76,12 +81,10 @@ class _Reducer:
     def add(self, frame: av.VideoFrame) -> None:
         width, height = self.width, self.height
         if frame.width >= SAMPLED * width and frame.height >= SAMPLED * height:
-            size = (2 * width, 2 * height)
-            frame = self._sample.reformat(frame, *size, "yuv420p", interpolation=Interpolation.FAST_BILINEAR, threads=1)
-        kind = "yuv420p" if self.colour == "yuv" else "rgb24"
-        small = self._average.reformat(frame, width, height, kind, interpolation=Interpolation.AREA, threads=1)
-        planes = small.planes
-        self._strides = [plane.line_size for plane in planes]
+            frame = self._sample.reformat(frame, 2 * width, 2 * height, YUV, interpolation=Interpolation.FAST_BILINEAR, threads=1)
+        planes = self._average.reformat(frame, width, height, self._kind, interpolation=Interpolation.AREA, threads=1).planes
+        if not self._strides:
+            self._strides = [plane.line_size for plane in planes]
         self._planes.append([bytes(plane) for plane in planes])  # type: ignore[arg-type]
 
     def take(self) -> NDArray[np.uint8]:
