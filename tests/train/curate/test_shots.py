@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eagle_train.curate.frames import NoTimes, small_frames
+from eagle_sampling import probe
+from eagle_train.curate.frames import NoTimes, small_frames, times_of_frames
 from eagle_train.curate.shots import HEIGHT, PLANES, WIDTH, find_boundaries, measure_changes, shot_boundaries
 from tests.support import media
 from tests.train.curate.conftest import film, scene
@@ -108,8 +109,25 @@ def test_a_stream_without_times_is_refused(tmp_path):
             if packet.size:
                 packet.stream = stream
                 target.mux(packet)
-    with pytest.raises(NoTimes, match=r"a\.h264: .*MP4 or Matroska"):
-        list(small_frames(str(tmp_path / "a.h264"), WIDTH, HEIGHT))
+    ((_, times),) = small_frames(str(tmp_path / "a.h264"), WIDTH, HEIGHT)
+    assert np.isnan(times).all()
+    with pytest.raises(NoTimes, match=r"a\.h264: .*rising times"):
+        times_of_frames([times], np.empty(0), str(tmp_path / "a.h264"))
+
+
+def test_frames_of_an_avi_with_b_frames_have_the_times_of_its_packets(tmp_path):
+    """AVI stores no presentation times: what libavformat derives does not rise behind three B-frames in a row."""
+    frames = scene(0, 30) + scene(1, 30)
+    path = str(media.write_video(tmp_path / "a.avi", frames, 10, {"bf": "3", "g": "250"}))
+    ((pixels, decoded),) = small_frames(path, WIDTH, HEIGHT)
+    assert (np.diff(decoded) <= 0).any()
+    info = probe(path)
+    assert info.times is not None
+    times = times_of_frames([decoded], info.times.times(), path)
+    np.testing.assert_allclose(times, np.arange(60) / 10, atol=1e-3)
+    assert boundaries(pixels) == [30]
+    with pytest.raises(NoTimes, match="do not rise"):
+        times_of_frames([decoded], info.times.times()[1:], path)  # a packet without a frame: which one is not known
 
 
 @pytest.mark.skipif("EAGLE_TEST_FILM" not in os.environ, reason="EAGLE_TEST_FILM names no film")
