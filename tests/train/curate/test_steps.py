@@ -187,7 +187,7 @@ def test_a_budget_of_hours(tmp_path, three_videos):
         ({"executor": "spark"}, "'local' or 'ray'"),
         ({"select": {"hours": [1.0]}}, "hours has 1 numbers; 4 edges make 5 buckets"),
         ({"select": {"buckets": [3, 2]}}, "rising"),
-        ({"select": {"seed": ["gone.parquet"]}}, r"gone\.parquet is not an embed.parquet"),
+        ({"select": {"seed": ["gone.parquet"]}}, r"gone\.parquet does not exist"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, three_videos, sections, message):

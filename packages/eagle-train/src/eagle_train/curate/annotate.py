@@ -21,7 +21,7 @@ from eagle_train.data.ledger import Entry
 from eagle_train.executors import call_on_ray
 
 from .answers import NoAnswer, read_batch
-from .chapters import Chapter, load_chapters, of_video
+from .chapters import BadChapters, Chapter, load_chapters, of_video
 from .endpoint import Account, Endpoint, Pending, Request, Schema, digest_of
 from .folder import Folder, entry, nothing
 from .settings import AnnotateConfig, CurateConfig
@@ -183,9 +183,14 @@ class _Work:
         shown = self._shown(span)
         pairs = self._ask(Request("clip", self.system, ASK.format(count=len(names), types=types), shown, Pairs), span)
         rows = []
-        for pair in pairs.pairs if pairs is not None else ():
+        if pairs is not None and (missing := [name for name in names if name not in {pair.type for pair in pairs.pairs}]):
+            self._note(span, "bad-answer", f"the answer has no pair of type {', '.join(missing)}")
+        for number, pair in enumerate(pairs.pairs if pairs is not None else ()):
             if pair.type not in names:
                 self._note(span, "bad-answer", f"the pair has type {pair.type!r}, asked for were {', '.join(names)}")
+                continue
+            if pair.type in {other.type for other in pairs.pairs[:number]}:
+                self._note(span, "bad-answer", f"a further pair has type {pair.type!r}, asked for was one: {pair.question[:200]}")
                 continue
             for mode in self.settings.anchors:
                 if mode == "clip":
@@ -237,7 +242,7 @@ class _Work:
         seconds = rows[0]["video_seconds"]
         try:
             chapters = of_video(video, known)
-        except (ConfigError, av.FFmpegError, OSError) as error:
+        except (BadChapters, av.FFmpegError, OSError) as error:
             self.entries.append(entry("annotate", video, line, "bad-chapters", f"{error}; clips are grouped instead"))
             chapters = []
         if chapters:
@@ -306,7 +311,7 @@ class _Work:
         if whole and not isinstance(known, str):
             seconds = known[1]
         return {
-            "id": digest_of(f"{span.content}|{mode}|{span.start}|{question}"),
+            "id": digest_of(f"{span.content}|{mode}|{span.start}|{span.end}|{question}"),
             "video": span.video,
             "content": span.content,
             "source": span.source,

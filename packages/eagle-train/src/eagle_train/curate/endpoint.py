@@ -27,6 +27,8 @@ ATTEMPTS = 3
 """Requests whose answers do not follow the schema are sent so many times."""
 SILENCE = 20
 """So many requests in a row without an answer mean that the endpoint is down."""
+NEVER = 3
+"""So many when it has never given a sign of life: each one can take (retries + 1) x timeout."""
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -85,6 +87,7 @@ class Endpoint:
         self.batch = None if batch is None else BatchFile(batch)
         self._lock = threading.Lock()
         self._silent = 0
+        self._alive = False
         self._client: Any = None
 
     def ask(self, request: Request[AnswerT]) -> AnswerT:
@@ -183,20 +186,21 @@ class Endpoint:
         except openai.APIStatusError as error:
             if error.status_code < 500 and error.status_code not in (408, 409, 429):
                 raise NoAnswer("refused-request", f"status {error.status_code}: {_message(error)}") from error
+            self._alive = True
             self._no_answer(f"status {error.status_code} after {self.settings.retries + 1} attempts: {_message(error)}", error)
         except openai.APIError as error:  # no connection, no answer in time, or an answer that is not a completion
             self._no_answer(f"{type(error).__name__} after {self.settings.retries + 1} attempts: {_message(error)}", error)
         except ValueError as error:  # a body that is not JSON
             self._no_answer(f"the response is not JSON: {error}", error)
         with self._lock:
-            self._silent = 0
+            self._silent, self._alive = 0, True
         return completion_of(response.model_dump(mode="json") if hasattr(response, "model_dump") else {})
 
     def _no_answer(self, detail: str, error: Exception) -> NoReturn:
         with self._lock:
             self._silent += 1
             silent = self._silent
-        if silent >= SILENCE:
+        if silent >= (SILENCE if self._alive else NEVER):
             raise CurateError(
                 f"{self.settings.base_url}: {silent} requests in a row got no answer, the last one: {detail}. Every answer so far is kept; "
                 "check that the endpoint runs, and run again"

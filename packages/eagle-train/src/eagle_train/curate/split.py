@@ -15,7 +15,7 @@ from eagle_train.config import ConfigError
 from eagle_train.data.ledger import Entry
 from eagle_train.executors import cpus, map_items
 
-from .chapters import Chapter, load_chapters, of_video
+from .chapters import BadChapters, Chapter, load_chapters, of_video
 from .folder import Folder, Part, digest, entry, key_of, read_part, write_part
 from .frames import NoTimes, small_frames, times_of_frames
 from .settings import SET_ONE_WORKER, CurateConfig, SplitConfig
@@ -64,6 +64,9 @@ def split(config: CurateConfig, *, progress: Callable[[int, int], None] | None =
     workers = config.workers or cpus()
     threads = max(1, workers // len(videos)) if config.executor == "local" else 1
     for line, video in enumerate(videos, start=1):
+        if (written := video.encode("utf-8", "backslashreplace").decode()) != video:
+            missing.append(entry("split", written, line, "bad-name", f"{written}: its name is not UTF-8, so that no row can name it"))
+            continue
         try:
             stat = os.stat(video)
         except OSError as error:
@@ -129,6 +132,8 @@ def split_video(video: str, line: int, settings: SplitConfig, *, known: list[Cha
         segments = list(METHODS[settings.method](video, info, settings, known, threads))
     except NoTimes as error:
         return Part(SCHEMA.empty_table(), [entry("split", video, line, "no-times", str(error))])
+    except BadChapters as error:
+        return Part(SCHEMA.empty_table(), [entry("split", video, line, "bad-chapters", str(error))])
     except (MediaError, OSError) as error:
         return Part(SCHEMA.empty_table(), [entry("split", video, line, "bad-video", str(error))])
     rows: list[dict[str, Any]] = []
