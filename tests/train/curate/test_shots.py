@@ -64,6 +64,15 @@ def test_dissolves_and_fades_are_one_boundary_each(span):
     assert 60 - span - 2 <= found <= 62
 
 
+def test_a_flat_picture_that_fades_is_one_boundary():
+    """All its pixels enter the next bin of the histogram at once. Levels of an end title, from blue-grey to black in 17 frames."""
+    weight = np.concatenate([np.ones(30), np.linspace(1, 0, 17), np.zeros(5)])
+    frames = [
+        np.broadcast_to(np.round(np.array([50, 134, 124]) * w + np.array([16, 128, 128]) * (1 - w)), (HEIGHT, WIDTH, 3)) for w in weight
+    ]
+    assert len(boundaries(small([frame.astype(np.uint8) for frame in frames]))) <= 1
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 17])
 def test_few_frames(count):
     frames = np.zeros((count, sum(PLANES)), np.uint8)

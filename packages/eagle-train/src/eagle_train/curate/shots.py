@@ -22,6 +22,9 @@ BINS = (16, 32, 32)
 """Bins of the histograms of Y, U and V. Chroma stays near 128, so that it needs narrower bins."""
 HISTOGRAM_WEIGHT = 60.0
 """Grey levels that a histogram distance of 1 (nothing in common) is worth."""
+HISTOGRAM_LIMIT = 3.0
+"""Most grey levels that a histogram distance counts for, per grey level of difference between the pixels: when a flat picture fades, all its
+pixels enter the next bin at once, which is a distance of 1 for a difference of a few levels."""
 LOW = 0.5
 """Share of `high` at which a candidate begins."""
 
@@ -141,7 +144,7 @@ def _change(frames: NDArray[np.uint8], histograms: NDArray[np.float32], span: in
     """Mean absolute difference of the pixels, summed over the planes, plus the weighted distance of the histograms: [n - span]."""
     pixels = _sums(_difference(frames[span:], frames[:-span]))
     apart = np.abs(histograms[span:] - histograms[:-span]).sum(axis=1) / (2 * len(BINS))
-    return pixels + np.float32(HISTOGRAM_WEIGHT) * apart
+    return pixels + np.minimum(np.float32(HISTOGRAM_WEIGHT) * apart, np.float32(HISTOGRAM_LIMIT) * pixels)
 
 
 def _blend(frames: NDArray[np.uint8], span: int, where: NDArray[np.bool_]) -> NDArray[np.float32]:
