@@ -23,8 +23,8 @@ BINS = (16, 32, 32)
 HISTOGRAM_WEIGHT = 60.0
 """Grey levels that a histogram distance of 1 (nothing in common) is worth."""
 HISTOGRAM_LIMIT = 3.0
-"""Most grey levels that a histogram distance counts for, per grey level of difference between the pixels: when a flat picture fades, all its
-pixels enter the next bin at once, which is a distance of 1 for a difference of a few levels."""
+"""Most grey levels that a histogram distance counts for, per grey level of difference between the pixels: when a flat picture fades, all of
+its pixels enter the next bin at once, which is a distance of 1 for a difference of a few levels."""
 LOW = 0.5
 """Share of `high` at which a candidate begins."""
 
