@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eagle_train.config import ConfigError
+from eagle_train.curate import endpoint
 from eagle_train.curate.annotate import annotate
 from eagle_train.curate.chapters import BadChapters, load_chapters
 from eagle_train.curate.check import check
@@ -31,14 +32,14 @@ def curation(tmp_path):
     film(tmp_path / "videos" / "b.mp4", [30], first_seed=10)
 
     def make(address="http://127.0.0.1:9/v1", **sections):
-        endpoint = {"base_url": address, "model": "stub", "concurrency": 1, "retries": 0, **sections.pop("endpoint", {})}
+        server = {"base_url": address, "model": "stub", "concurrency": 1, "retries": 0, **sections.pop("endpoint", {})}
         content = {
             "folder": "out",
             "videos": ["videos"],
             "workers": 1,
             "embed": {"encoder": ENCODER},
             "select": {"tau": 1},
-            "annotate": {"modes": ["bottom_up"], "endpoint": endpoint, "side": 32},
+            "annotate": {"modes": ["bottom_up"], "endpoint": server, "side": 32},
         }
         return parse_curation(content | sections, base=tmp_path)
 
@@ -161,6 +162,31 @@ def test_an_endpoint_that_never_answers_ends_the_run_early(curation):
         annotate(config)
 
 
+@pytest.mark.parametrize(
+    ("misbehaviour", "message"),
+    [
+        ("wrong", r"pairs: Field required"),
+        ((400, {"error": {"message": "json_schema is not known"}}), "json_schema is not known"),
+        ((200, {"hello": 1}), "not a chat completion"),
+    ],
+)
+def test_a_model_without_one_usable_answer_ends_the_run(curation, monkeypatch, misbehaviour, message):
+    """It would cost requests for every clip of the set."""
+    monkeypatch.setattr(endpoint, "SILENCE", 2)
+    with serving(plain_answers, lambda number: misbehaviour) as stub:
+        config = curation(stub.address)
+        selected(config)
+        with pytest.raises(CurateError, match=rf"none of 2 requests had a usable answer.*{message}.*Check that the model"):
+            annotate(config)
+    with serving(plain_answers, lambda number: misbehaviour if number >= 2 else None) as stub:  # the first clip was answered
+        assert annotate(curation(stub.address)).rows > 0
+
+
+def test_an_address_without_a_scheme_is_refused(curation):
+    with pytest.raises(ConfigError, match=r"annotate\.endpoint\.base_url: .*http://"):
+        curation("127.0.0.1:8000/v1")
+
+
 def test_a_model_that_refuses_to_guess_does_not_know_the_answer(curation):
     with serving(plain_answers) as stub:
         config = curation(stub.address)
@@ -180,3 +206,17 @@ def test_clips_shorter_than_a_second_have_a_frame(curation):
     table = embed(config)
     assert table.num_rows == clips.num_rows == 160
     assert set(table["frames"].to_pylist()) == {1}
+
+
+def test_a_video_that_is_gone_after_split_costs_its_clips_alone(tmp_path, curation):
+    config = curation()
+    clips = split(config)
+    (tmp_path / "videos" / "b.mp4").unlink()
+    assert embed(config)["clip"].to_pylist() == clips["clip"].to_pylist()[:2]
+    assert list(entries(config)) == [("b.mp4", "embed", "bad-video")]
+    (tmp_path / "videos" / "a.mp4").unlink()
+    shutil.rmtree(config.folder / "parts" / "embed")
+    assert embed(config).num_rows == 0
+    assert len(Folder(config.folder).ledger.counts()) == 1
+    with pytest.raises(CurateError, match=r"embed\.parquet has no rows"):
+        select(config)

@@ -68,7 +68,7 @@ def embed(config: CurateConfig, *, progress: Callable[[int, int], None] | None =
         part = read_part(work.part)
         assert part is not None
         kept = part.table["number"].to_pylist()
-        rows = clips.take([work.lines[number] - 1 for number in kept])
+        rows = clips.take(pa.array([work.lines[number] - 1 for number in kept], pa.int64()))
         for name in ("frames", "vector"):
             rows = rows.append_column(name, part.table[name])
         tables.append(rows)

@@ -87,7 +87,8 @@ class Endpoint:
         self.batch = None if batch is None else BatchFile(batch)
         self._lock = threading.Lock()
         self._silent = 0
-        self._alive = False
+        self._alive = self._useful = False
+        self._bad = 0
         self._client: Any = None
 
     def ask(self, request: Request[AnswerT]) -> AnswerT:
@@ -110,18 +111,22 @@ class Endpoint:
         if self.batch is not None:
             self.batch.add(key, self._body(request))
             raise Pending
+        body = self._body(request)
         for attempt in range(ATTEMPTS):
-            answer = self._send(self._body(request))
-            self._count(requests=1, input_tokens=answer["input_tokens"], output_tokens=answer["output_tokens"])
             try:
+                answer = self._send(body)
+                self._count(requests=1, input_tokens=answer["input_tokens"], output_tokens=answer["output_tokens"])
                 value = _parsed(request, answer)
             except NoAnswer as problem:
                 if problem.reason == "bad-answer" and attempt + 1 < ATTEMPTS:
                     continue
                 if problem.reason == "refused":
                     self.answers.add(key, request.purpose, answer)
+                else:
+                    self._useless(problem)
                 raise
             self.answers.add(key, request.purpose, answer)
+            self._useful = True
             return value
         raise AssertionError("unreachable")
 
@@ -207,6 +212,17 @@ class Endpoint:
             ) from error
         raise NoAnswer("no-answer", detail) from error
 
+    def _useless(self, problem: NoAnswer) -> None:
+        """Raises CurateError when no request of this run had a usable answer: what is wrong is the model or the server, not a clip."""
+        with self._lock:
+            self._bad += 1
+            bad = self._bad
+        if bad >= SILENCE and not self._useful:
+            raise CurateError(
+                f"{self.settings.base_url}: none of {bad} requests had a usable answer, the last one: {problem}. Check that the model "
+                f"{self.settings.model} sees images and that the server takes response_format json_schema"
+            ) from problem
+
     def _openai(self) -> tuple[Any, Any]:
         try:
             openai = importlib.import_module("openai")
@@ -239,8 +255,10 @@ def _parsed(request: Request[AnswerT], answer: dict[str, Any]) -> AnswerT:
         raise NoAnswer("refused", str(answer["refusal"] or "the endpoint's filter")[:300])
     if answer["finish"] == "length":
         raise NoAnswer("bad-answer", "the answer is longer than annotate.endpoint.max_tokens and was cut off")
+    if answer["content"] is None:
+        raise NoAnswer("bad-answer", "the response is not a chat completion with a text (choices[0].message.content)")
     try:
-        return request.schema.model_validate_json(answer["content"] or "")
+        return request.schema.model_validate_json(answer["content"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the answer"
