@@ -167,7 +167,16 @@ def test_an_endpoint_that_never_answers_ends_the_run_early(curation):
     [
         ("wrong", r"pairs: Field required"),
         ((400, {"error": {"message": "json_schema is not known"}}), "json_schema is not known"),
-        ((200, {"hello": 1}), "not a chat completion"),
+        *(
+            ((200, body), "not a chat completion")
+            for body in (
+                {"hello": 1},
+                {"choices": "x"},
+                {"choices": [1]},
+                {"choices": [{"message": "x"}], "usage": "x"},
+                {"choices": [{"message": {"content": [1]}}]},
+            )
+        ),
     ],
 )
 def test_a_model_without_one_usable_answer_ends_the_run(curation, monkeypatch, misbehaviour, message):
@@ -180,6 +189,32 @@ def test_a_model_without_one_usable_answer_ends_the_run(curation, monkeypatch, m
             annotate(config)
     with serving(plain_answers, lambda number: misbehaviour if number >= 2 else None) as stub:  # the first clip was answered
         assert annotate(curation(stub.address)).rows > 0
+
+
+def test_damaged_answers_are_requested_again(curation):
+    with serving(plain_answers) as stub:
+        config = curation(stub.address)
+        selected(config)
+        annotate(config)
+        rows, sent = Folder(config.folder).read("annotate"), len(stub.requests)
+        path = config.folder / "answers.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join([lines[0][:40] + lines[1], b"\0\0\n", b"[]\n", b'{"key": "x"}\n', *lines[2:]]))
+        annotate(config)
+        assert len(stub.requests) == sent + 2
+    assert Folder(config.folder).read("annotate").equals(rows)
+
+
+@pytest.mark.parametrize("response", ["x", 3, {"status_code": 500}, {"status_code": 200}, {"status_code": 200, "body": []}])
+def test_results_of_a_batch_without_a_completion_stay_pending(tmp_path, curation, response):
+    config = curation()
+    selected(config)
+    report = annotate(config, batch_out=tmp_path / "requests.jsonl")
+    names = [json.loads(line)["custom_id"] for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    results = [json.dumps({"custom_id": name, "response": response}) for name in names]
+    (tmp_path / "results.jsonl").write_text("\n".join(results) + "\n")
+    again = annotate(config, batch_in=tmp_path / "results.jsonl", batch_out=tmp_path / "next.jsonl")
+    assert again.pending == report.pending == len(names)
 
 
 def test_an_address_without_a_scheme_is_refused(curation):

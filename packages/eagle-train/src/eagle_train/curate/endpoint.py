@@ -199,7 +199,7 @@ class Endpoint:
             self._no_answer(f"the response is not JSON: {error}", error)
         with self._lock:
             self._silent, self._alive = 0, True
-        return completion_of(response.model_dump(mode="json") if hasattr(response, "model_dump") else {})
+        return completion_of(response.model_dump(mode="json", warnings=False) if hasattr(response, "model_dump") else {})
 
     def _no_answer(self, detail: str, error: Exception) -> NoReturn:
         with self._lock:
