@@ -183,15 +183,7 @@ class _Work:
         shown = self._shown(span)
         pairs = self._ask(Request("clip", self.system, ASK.format(count=len(names), types=types), shown, Pairs), span)
         rows = []
-        if pairs is not None and (missing := [name for name in names if name not in {pair.type for pair in pairs.pairs}]):
-            self._note(span, "bad-answer", f"the answer has no pair of type {', '.join(missing)}")
-        for number, pair in enumerate(pairs.pairs if pairs is not None else ()):
-            if pair.type not in names:
-                self._note(span, "bad-answer", f"the pair has type {pair.type!r}, asked for were {', '.join(names)}")
-                continue
-            if pair.type in {other.type for other in pairs.pairs[:number]}:
-                self._note(span, "bad-answer", f"a further pair has type {pair.type!r}, asked for was one: {pair.question[:200]}")
-                continue
+        for pair in self._one_of_each(pairs.pairs, names, span) if pairs is not None else ():
             for mode in self.settings.anchors:
                 if mode == "clip":
                     rows.append(self._row(span, "clip", pair, None, pair.question, whole=False))
@@ -205,6 +197,20 @@ class _Work:
                         text = anchored(context.anchor, pair.question)
                         rows.append(self._row(span, "context", pair, context.anchor, text, whole=True))
         return rows
+
+    def _one_of_each(self, pairs: list[Pair], names: list[str], span: _Span) -> list[Pair]:
+        """The first pair of each type that was asked for; the ledger names types without a pair, and the other pairs."""
+        found: dict[str, Pair] = {}
+        for pair in pairs:
+            if pair.type not in names:
+                self._note(span, "bad-answer", f"the pair has type {pair.type!r}, asked for were {', '.join(names)}")
+            elif pair.type in found:
+                self._note(span, "bad-answer", f"a further pair has type {pair.type!r}, asked for was one: {pair.question[:200]}")
+            else:
+                found[pair.type] = pair
+        if missing := [name for name in names if name not in found]:
+            self._note(span, "bad-answer", f"the answer has no pair of type {', '.join(missing)}")
+        return list(found.values())
 
     def top_down(self, clips: pa.Table, split: pa.Table, progress: Callable[[int, int], None] | None) -> list[dict[str, Any]]:
         chosen: dict[str, int] = {}

@@ -114,21 +114,29 @@ class Endpoint:
         body = self._body(request)
         for attempt in range(ATTEMPTS):
             try:
-                answer = self._send(body)
-                self._count(requests=1, input_tokens=answer["input_tokens"], output_tokens=answer["output_tokens"])
-                value = _parsed(request, answer)
+                value = self._once(key, request, body)
             except NoAnswer as problem:
                 if problem.reason == "bad-answer" and attempt + 1 < ATTEMPTS:
                     continue
-                if problem.reason == "refused":
-                    self.answers.add(key, request.purpose, answer)
-                else:
+                if problem.reason != "refused":
                     self._useless(problem)
                 raise
-            self.answers.add(key, request.purpose, answer)
             self._useful = True
             return value
         raise AssertionError("unreachable")
+
+    def _once(self, key: str, request: Request[AnswerT], body: dict[str, Any]) -> AnswerT:
+        """One attempt. An answer that can be used, or a refusal, is kept."""
+        answer = self._send(body)
+        self._count(requests=1, input_tokens=answer["input_tokens"], output_tokens=answer["output_tokens"])
+        try:
+            value = _parsed(request, answer)
+        except NoAnswer as problem:
+            if problem.reason == "refused":
+                self.answers.add(key, request.purpose, answer)
+            raise
+        self.answers.add(key, request.purpose, answer)
+        return value
 
     def key(self, request: Request[Any]) -> str:
         """The hash of a request. Frames count by the content of their file and their times."""

@@ -6,7 +6,6 @@ from typing import Literal
 
 import av
 import numpy as np
-from av.video.format import VideoFormat
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
@@ -77,15 +76,12 @@ def small_frames(
         yield reduce.take(), np.array(times)
 
 
-YUV, RGB = VideoFormat("yuv420p"), VideoFormat("rgb24")  # once: a name is looked up for every frame
-
-
 class _Reducer:
     """Reduces frames and collects them. The bytes of a plane are copied with their padding, which is cut off from a whole chunk at once."""
 
     def __init__(self, width: int, height: int, colour: Literal["yuv", "rgb"]) -> None:
         self.width, self.height, self.colour = width, height, colour
-        self._kind = YUV if colour == "yuv" else RGB
+        self._kind = "yuv420p" if colour == "yuv" else "rgb24"
         self._sample, self._average = VideoReformatter(), VideoReformatter()
         self._planes: list[list[bytes]] = []
         self._strides: list[int] = []
@@ -93,7 +89,7 @@ class _Reducer:
     def add(self, frame: av.VideoFrame) -> None:
         width, height = self.width, self.height
         if frame.width >= SAMPLED * width and frame.height >= SAMPLED * height:
-            frame = self._sample.reformat(frame, 2 * width, 2 * height, YUV, interpolation=Interpolation.FAST_BILINEAR, threads=1)
+            frame = self._sample.reformat(frame, 2 * width, 2 * height, "yuv420p", interpolation=Interpolation.FAST_BILINEAR, threads=1)
         planes = self._average.reformat(frame, width, height, self._kind, interpolation=Interpolation.AREA, threads=1).planes
         if not self._strides:
             self._strides = [plane.line_size for plane in planes]
