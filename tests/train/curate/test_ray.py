@@ -1,6 +1,5 @@
 """The Ray executor: the result of local processes, also when a node dies midway."""
 
-import sys
 import threading
 import time
 from pathlib import Path
@@ -9,9 +8,6 @@ import pytest
 
 pytest.importorskip("ray")
 
-import ray
-from ray.cluster_utils import Cluster
-
 from eagle_train.curate.answers import NoAnswer
 from eagle_train.curate.embed import embed
 from eagle_train.curate.settings import parse_curation
@@ -19,21 +15,6 @@ from eagle_train.curate.shown import Shown, jpegs
 from eagle_train.curate.split import split
 from eagle_train.executors import call_on_ray, map_items
 from tests.train.curate.conftest import ENCODER, film
-
-
-@pytest.fixture
-def cluster(monkeypatch):
-    """Two nodes of one CPU each; tests' modules can be imported there."""
-    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    second = found.add_node(num_cpus=1)
-    ray.init(address=found.address, log_to_driver=False)
-    found.wait_for_nodes()
-    try:
-        yield found, second
-    finally:
-        ray.shutdown()
-        found.shutdown()
 
 
 def write_slowly(item):

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eagle_train.curate.frames import NoTimes, small_frames
+from eagle_sampling import probe
+from eagle_train.curate.frames import NoTimes, small_frames, times_of_frames
 from eagle_train.curate.shots import HEIGHT, PLANES, WIDTH, find_boundaries, measure_changes, shot_boundaries
 from tests.support import media
 from tests.train.curate.conftest import film, scene
@@ -63,6 +64,15 @@ def test_dissolves_and_fades_are_one_boundary_each(span):
     assert 60 - span - 2 <= found <= 62
 
 
+def test_a_flat_picture_that_fades_is_one_boundary():
+    """All its pixels enter the next bin of the histogram at once. Levels of an end title, from blue-grey to black in 17 frames."""
+    weight = np.concatenate([np.ones(30), np.linspace(1, 0, 17), np.zeros(5)])
+    frames = [
+        np.broadcast_to(np.round(np.array([50, 134, 124]) * w + np.array([16, 128, 128]) * (1 - w)), (HEIGHT, WIDTH, 3)) for w in weight
+    ]
+    assert len(boundaries(small([frame.astype(np.uint8) for frame in frames]))) <= 1
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 17])
 def test_few_frames(count):
     frames = np.zeros((count, sum(PLANES)), np.uint8)
@@ -108,8 +118,25 @@ def test_a_stream_without_times_is_refused(tmp_path):
             if packet.size:
                 packet.stream = stream
                 target.mux(packet)
-    with pytest.raises(NoTimes, match=r"a\.h264: .*MP4 or Matroska"):
-        list(small_frames(str(tmp_path / "a.h264"), WIDTH, HEIGHT))
+    ((_, times),) = small_frames(str(tmp_path / "a.h264"), WIDTH, HEIGHT)
+    assert np.isnan(times).all()
+    with pytest.raises(NoTimes, match=r"a\.h264: .*rising times"):
+        times_of_frames([times], np.empty(0), str(tmp_path / "a.h264"))
+
+
+def test_frames_of_an_avi_with_b_frames_have_the_times_of_its_packets(tmp_path):
+    """AVI stores no presentation times: what libavformat derives does not rise behind three B-frames in a row."""
+    frames = scene(0, 30) + scene(1, 30)
+    path = str(media.write_video(tmp_path / "a.avi", frames, 10, {"bf": "3", "g": "250"}))
+    ((pixels, decoded),) = small_frames(path, WIDTH, HEIGHT)
+    assert (np.diff(decoded) <= 0).any()
+    info = probe(path)
+    assert info.times is not None
+    times = times_of_frames([decoded], info.times.times(), path)
+    np.testing.assert_allclose(times, np.arange(60) / 10, atol=1e-3)
+    assert boundaries(pixels) == [30]
+    with pytest.raises(NoTimes, match="do not rise"):
+        times_of_frames([decoded], info.times.times()[1:], path)  # a packet without a frame: which one is not known
 
 
 @pytest.mark.skipif("EAGLE_TEST_FILM" not in os.environ, reason="EAGLE_TEST_FILM names no film")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from eagle_train.cli.main import main
 from eagle_train.config import ConfigError
@@ -55,12 +56,14 @@ def test_bad_videos_go_to_the_ledger_and_nothing_is_lost(tmp_path, three_videos)
     (three_videos / "text.mp4").write_text("not a video")
     (three_videos / "z-copy.mp4").write_bytes(whole)
     film(three_videos / "short.mp4", [5])
+    Image.new("RGB", (32, 32)).save(three_videos / "picture.gif")
     config = curation(tmp_path, videos=["videos", "gone.mp4"])
     table = split(config)
     assert table.num_rows == 6
-    assert reasons(config) == {"split bad-video": 4, "split same-file": 1, "split too-short": 1}
+    assert reasons(config) == {"split bad-video": 4, "split same-file": 1, "split too-short": 1, "split no-times": 1}
     entries = {Path(entry.source).name: entry for entry in Folder(config.folder).ledger}
-    assert set(entries) == {"cut.mp4", "empty.mp4", "text.mp4", "gone.mp4", "z-copy.mp4", "short.mp4"}
+    assert set(entries) == {"cut.mp4", "empty.mp4", "text.mp4", "gone.mp4", "z-copy.mp4", "short.mp4", "picture.gif"}
+    assert "is a picture" in entries["picture.gif"].detail
     again = split(config)
     assert again.equals(table)
 
@@ -184,7 +187,7 @@ def test_a_budget_of_hours(tmp_path, three_videos):
         ({"executor": "spark"}, "'local' or 'ray'"),
         ({"select": {"hours": [1.0]}}, "hours has 1 numbers; 4 edges make 5 buckets"),
         ({"select": {"buckets": [3, 2]}}, "rising"),
-        ({"select": {"seed": ["gone.parquet"]}}, r"gone\.parquet is not an embed.parquet"),
+        ({"select": {"seed": ["gone.parquet"]}}, r"gone\.parquet does not exist"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, three_videos, sections, message):

@@ -21,7 +21,7 @@ from eagle_train.data.ledger import Entry
 from eagle_train.executors import call_on_ray
 
 from .answers import NoAnswer, read_batch
-from .chapters import Chapter, load_chapters, of_video
+from .chapters import BadChapters, Chapter, load_chapters, of_video
 from .endpoint import Account, Endpoint, Pending, Request, Schema, digest_of
 from .folder import Folder, entry, nothing
 from .settings import AnnotateConfig, CurateConfig
@@ -183,10 +183,7 @@ class _Work:
         shown = self._shown(span)
         pairs = self._ask(Request("clip", self.system, ASK.format(count=len(names), types=types), shown, Pairs), span)
         rows = []
-        for pair in pairs.pairs if pairs is not None else ():
-            if pair.type not in names:
-                self._note(span, "bad-answer", f"the pair has type {pair.type!r}, asked for were {', '.join(names)}")
-                continue
+        for pair in self._one_of_each(pairs.pairs, names, span) if pairs is not None else ():
             for mode in self.settings.anchors:
                 if mode == "clip":
                     rows.append(self._row(span, "clip", pair, None, pair.question, whole=False))
@@ -200,6 +197,20 @@ class _Work:
                         text = anchored(context.anchor, pair.question)
                         rows.append(self._row(span, "context", pair, context.anchor, text, whole=True))
         return rows
+
+    def _one_of_each(self, pairs: list[Pair], names: list[str], span: _Span) -> list[Pair]:
+        """The first pair of each type that was asked for; the ledger names types without a pair, and the other pairs."""
+        found: dict[str, Pair] = {}
+        for pair in pairs:
+            if pair.type not in names:
+                self._note(span, "bad-answer", f"the pair has type {pair.type!r}, asked for were {', '.join(names)}")
+            elif pair.type in found:
+                self._note(span, "bad-answer", f"a further pair has type {pair.type!r}, asked for was one: {pair.question[:200]}")
+            else:
+                found[pair.type] = pair
+        if missing := [name for name in names if name not in found]:
+            self._note(span, "bad-answer", f"the answer has no pair of type {', '.join(missing)}")
+        return list(found.values())
 
     def top_down(self, clips: pa.Table, split: pa.Table, progress: Callable[[int, int], None] | None) -> list[dict[str, Any]]:
         chosen: dict[str, int] = {}
@@ -237,7 +248,7 @@ class _Work:
         seconds = rows[0]["video_seconds"]
         try:
             chapters = of_video(video, known)
-        except (ConfigError, av.FFmpegError, OSError) as error:
+        except (BadChapters, av.FFmpegError, OSError) as error:
             self.entries.append(entry("annotate", video, line, "bad-chapters", f"{error}; clips are grouped instead"))
             chapters = []
         if chapters:
@@ -306,7 +317,7 @@ class _Work:
         if whole and not isinstance(known, str):
             seconds = known[1]
         return {
-            "id": digest_of(f"{span.content}|{mode}|{span.start}|{question}"),
+            "id": digest_of(f"{span.content}|{mode}|{span.start}|{span.end}|{question}"),
             "video": span.video,
             "content": span.content,
             "source": span.source,

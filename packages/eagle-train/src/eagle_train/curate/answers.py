@@ -21,8 +21,14 @@ class NoAnswer(Exception):
         return f"{self.reason}: {self.detail}"
 
 
+_KEYS = {"key", "purpose", "content", "refusal", "finish", "input_tokens", "output_tokens"}
+
+
 class Answers:
-    """Answers on disk, one JSON line each, and in memory. A line that a kill cut is removed when the file is opened."""
+    """Answers on disk, one JSON line each, and in memory.
+
+    A line that a kill cut is removed when the file is opened; one that is damaged is not read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,8 +41,12 @@ class Answers:
                     if not line.endswith(b"\n"):
                         break
                     whole += len(line)
-                    answer = json.loads(line)
-                    self._known[answer.pop("key")] = answer
+                    try:
+                        answer = json.loads(line)
+                        if answer.keys() >= _KEYS:
+                            self._known[answer.pop("key")] = answer
+                    except (ValueError, AttributeError):
+                        continue  # damaged, by a full disk for example: the request is sent again
             if whole < path.stat().st_size:
                 os.truncate(path, whole)
 
@@ -89,26 +99,35 @@ def read_batch(path: Path, answers: Answers) -> tuple[int, list[str]]:
             continue
         try:
             result = json.loads(line)
-            key, response = result["custom_id"], result["response"]
+            key, response = str(result["custom_id"]), result["response"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}:{number}: is not a result of a batch (custom_id, response): {error}") from error
-        if response is None or response.get("status_code") != 200:
+        if not isinstance(response, dict) or response.get("status_code") != 200:
             problems.append(f"{path}:{number}: {result.get('error') or response}"[:300])
             continue
-        answers.add(key, "batch", completion_of(response["body"]))
+        answers.add(key, "batch", completion_of(response.get("body")))
         taken += 1
     return taken, problems
 
 
-def completion_of(body: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a chat completion."""
-    choices = body.get("choices") or [{}]
-    message = choices[0].get("message") or {}
-    usage = body.get("usage") or {}
+def completion_of(body: Any) -> dict[str, Any]:
+    """What is kept of a chat completion; of anything else, a completion without content."""
+    choices = _mapping(body).get("choices")
+    choice = _mapping(choices[0] if isinstance(choices, list) and choices else None)
+    message, usage = _mapping(choice.get("message")), _mapping(_mapping(body).get("usage"))
+    content, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
     return {
-        "content": message.get("content"),
-        "refusal": message.get("refusal"),
-        "finish": choices[0].get("finish_reason"),
-        "input_tokens": int(usage.get("prompt_tokens") or 0),
-        "output_tokens": int(usage.get("completion_tokens") or 0),
+        "content": content if isinstance(content, str) else None,
+        "refusal": refusal if isinstance(refusal, str) else None,
+        "finish": finish if isinstance(finish, str) else None,
+        "input_tokens": _count(usage.get("prompt_tokens")),
+        "output_tokens": _count(usage.get("completion_tokens")),
     }
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value >= 0 else 0

@@ -1,6 +1,7 @@
 """Chapters of a video: from one file for many videos, a file next to the video, or the container."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,17 +20,21 @@ class Chapter(NamedTuple):
     title: str
 
 
+class BadChapters(ConfigError):
+    """A file that does not hold chapters, or times that can't be those of chapters. Names the file and the entry."""
+
+
 def load_chapters(path: Path) -> dict[str, list[Chapter]]:
     """Chapters by the video's name: its path, file name, or file name without suffix.
 
     Layouts: ViTT, `{"id", "annotations": [{"timestamp": milliseconds, "tag"}]}`, as a list or one object per line (of several annotations
     of one video the first is taken); VidChapters, `{id: {"duration", "timestamps": [[start, end]], "sentences": [title]}}`; ours,
-    `{name: [{"start", "end" (optional), "title"}]}`. Raises ConfigError that names the file and the entry.
+    `{name: [{"start", "end" (optional), "title"}]}`. Raises BadChapters.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read as chapters: {error}") from error
+        raise BadChapters(f"{path}: can't be read as chapters: {error}") from error
     try:
         content = json.loads(text)
     except json.JSONDecodeError:
@@ -39,7 +44,7 @@ def load_chapters(path: Path) -> dict[str, list[Chapter]]:
                 try:
                     content.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise ConfigError(f"{path}:{number}: is not JSON: {error.msg}") from error
+                    raise BadChapters(f"{path}:{number}: is not JSON: {error.msg}") from error
     if isinstance(content, Mapping) and "annotations" in content:
         content = [content]
     chapters: dict[str, list[Chapter]] = {}
@@ -50,7 +55,10 @@ def load_chapters(path: Path) -> dict[str, list[Chapter]]:
 
 
 def of_video(video: str, known: Mapping[str, list[Chapter]]) -> list[Chapter]:
-    """Chapters of one video, in order: from `known`, else `<video without suffix>.chapters.json`, else those that its container states."""
+    """Chapters of one video, in order: from `known`, else `<video without suffix>.chapters.json`, else those that its container states.
+
+    Raises BadChapters for that file.
+    """
     path = Path(video)
     for name in (video, path.name, path.stem):
         if name in known:
@@ -60,7 +68,7 @@ def of_video(video: str, known: Mapping[str, list[Chapter]]) -> list[Chapter]:
         try:
             content = json.loads(sidecar.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{sidecar}: can't be read as chapters: {error}") from error
+            raise BadChapters(f"{sidecar}: can't be read as chapters: {error}") from error
         return sorted(_chapters(content, str(sidecar)))
     with av.open(os.path.abspath(video), metadata_errors="replace") as container:
         found = []
@@ -74,23 +82,33 @@ def of_video(video: str, known: Mapping[str, list[Chapter]]) -> list[Chapter]:
 def _name(path: Path, entry: Any) -> str:
     name = entry.get("id", entry.get("video")) if isinstance(entry, Mapping) else None
     if not isinstance(name, str):
-        raise ConfigError(f"{path}: an entry has no 'id' or 'video' that names its video: {str(entry)[:100]}")
+        raise BadChapters(f"{path}: an entry has no 'id' or 'video' that names its video: {str(entry)[:100]}")
     return name
 
 
 def _chapters(entry: Any, where: str) -> list[Chapter]:
     try:
         if isinstance(entry, Mapping) and "annotations" in entry:
-            return [Chapter(float(item["timestamp"]) / 1000, None, str(item["tag"])) for item in entry["annotations"]]
+            return [_chapter(item["timestamp"], None, item["tag"], unit=1000) for item in entry["annotations"]]
         if isinstance(entry, Mapping) and "timestamps" in entry:
             titles = entry.get("sentences", entry.get("titles"))
             if not isinstance(titles, list) or len(titles) != len(entry["timestamps"]):
                 raise ValueError("as many sentences as timestamps are expected")
-            return [Chapter(float(start), float(end), str(title)) for (start, end), title in zip(entry["timestamps"], titles)]
+            return [_chapter(start, end, title) for (start, end), title in zip(entry["timestamps"], titles)]
         items = entry["chapters"] if isinstance(entry, Mapping) else entry
-        return [
-            Chapter(float(item["start"]), None if item.get("end") is None else float(item["end"]), str(item["title"])) for item in items
-        ]
+        return [_chapter(item["start"], item.get("end"), item["title"]) for item in items]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         expected = "annotations (ViTT), timestamps and sentences (VidChapters), or a list of {start, title}"
-        raise ConfigError(f"{where}: not chapters ({type(error).__name__}: {error}); expected {expected}") from error
+        raise BadChapters(f"{where}: not chapters ({type(error).__name__}: {error}); expected {expected}") from error
+
+
+def _chapter(start: Any, end: Any, title: Any, unit: float = 1) -> Chapter:
+    """unit: a second, in that of the times. What is not Unicode in a title is replaced. Raises TypeError and ValueError."""
+    if not isinstance(title, str):
+        raise TypeError(f"the title {title!r} is not a text")
+    if isinstance(start, bool) or isinstance(end, bool):
+        raise TypeError("a time is true or false")
+    first, last = float(start) / unit, None if end is None else float(end) / unit
+    if not (math.isfinite(first) and first >= 0) or (last is not None and not (math.isfinite(last) and last >= first)):
+        raise ValueError(f"start {start} and end {end} are not rising times of the video")
+    return Chapter(first, last, title.encode("utf-8", "replace").decode())

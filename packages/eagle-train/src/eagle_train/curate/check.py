@@ -206,7 +206,7 @@ def model_problem(row: dict[str, Any], settings: CheckConfig, endpoint: Endpoint
             if endpoint.ask(Request("leak", SYSTEM, prompt, None, Leak)).leaks:
                 return "anchor-leaks", f"the model says that {row['anchor']!r} gives the answer away"
         if settings.text_only:
-            guess = endpoint.ask(Request("guess", SYSTEM, GUESS.format(question=question), None, Guess)).answer
+            guess = _guess(endpoint, question)
             if words(guess) == words(answer):
                 return "text-only", f"answered without frames: {guess[:100]!r}"
             if words(guess):
@@ -216,6 +216,16 @@ def model_problem(row: dict[str, Any], settings: CheckConfig, endpoint: Endpoint
     except NoAnswer as problem:
         return problem.reason, problem.detail
     return None
+
+
+def _guess(endpoint: Endpoint, question: str) -> str:
+    """The model's answer without frames; empty when it refuses, which many do because they see no video."""
+    try:
+        return endpoint.ask(Request("guess", SYSTEM, GUESS.format(question=question), None, Guess)).answer
+    except NoAnswer as problem:
+        if problem.reason == "refused":
+            return ""
+        raise
 
 
 def mixture(rows: list[dict[str, Any]]) -> dict[str, Counter[str]]:

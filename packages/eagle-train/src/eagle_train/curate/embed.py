@@ -68,7 +68,7 @@ def embed(config: CurateConfig, *, progress: Callable[[int, int], None] | None =
         part = read_part(work.part)
         assert part is not None
         kept = part.table["number"].to_pylist()
-        rows = clips.take([work.lines[number] - 1 for number in kept])
+        rows = clips.take(pa.array([work.lines[number] - 1 for number in kept], pa.int64()))
         for name in ("frames", "vector"):
             rows = rows.append_column(name, part.table[name])
         tables.append(rows)
@@ -142,12 +142,22 @@ def normalised(vectors: Any, name: str) -> NDArray[np.float64]:
 
 
 def vectors_of(table: pa.Table) -> NDArray[np.float32]:
-    """The column `vector` as float32 [n, d]."""
+    """The column `vector` as float32 [n, d]. Raises ValueError for what `embed` does not write: other types, widths, lengths than 1."""
     column = table["vector"].combine_chunks()
     if not len(column):
         return np.empty((0, 0), np.float32)
-    values = column.flatten().to_numpy()
-    return values.reshape(len(column), -1).astype(np.float32, copy=False)
+    if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type) or pa.types.is_large_list(column.type)):
+        raise ValueError(f"the column vector holds {column.type}, expected lists of numbers")
+    widths = np.unique(column.value_lengths().fill_null(-1).to_numpy())
+    values = column.flatten()
+    if len(widths) != 1 or widths[0] < 1 or values.null_count or not pa.types.is_floating(values.type):
+        raise ValueError(f"the column vector holds {column.type} of {', '.join(map(str, widths))} values, expected numbers of one width")
+    vectors = values.to_numpy().reshape(len(column), -1).astype(np.float32, copy=False)
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not (np.abs(lengths - 1) < 1e-2).all():
+        bad = int(np.flatnonzero(~(np.abs(lengths - 1) < 1e-2))[0])
+        raise ValueError(f"the vector of row {bad + 1} has the length {lengths[bad]:.4g}, expected 1: divide vectors by their lengths")
+    return vectors
 
 
 def _table(numbers: list[int], frames: list[int], vectors: Any) -> pa.Table:

@@ -27,6 +27,8 @@ ATTEMPTS = 3
 """Requests whose answers do not follow the schema are sent so many times."""
 SILENCE = 20
 """So many requests in a row without an answer mean that the endpoint is down."""
+NEVER = 3
+"""So many when it has never given a sign of life: each one can take (retries + 1) x timeout."""
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -85,6 +87,8 @@ class Endpoint:
         self.batch = None if batch is None else BatchFile(batch)
         self._lock = threading.Lock()
         self._silent = 0
+        self._alive = self._useful = False
+        self._bad = 0
         self._client: Any = None
 
     def ask(self, request: Request[AnswerT]) -> AnswerT:
@@ -107,20 +111,32 @@ class Endpoint:
         if self.batch is not None:
             self.batch.add(key, self._body(request))
             raise Pending
+        body = self._body(request)
         for attempt in range(ATTEMPTS):
-            answer = self._send(self._body(request))
-            self._count(requests=1, input_tokens=answer["input_tokens"], output_tokens=answer["output_tokens"])
             try:
-                value = _parsed(request, answer)
+                value = self._once(key, request, body)
             except NoAnswer as problem:
                 if problem.reason == "bad-answer" and attempt + 1 < ATTEMPTS:
                     continue
-                if problem.reason == "refused":
-                    self.answers.add(key, request.purpose, answer)
+                if problem.reason != "refused":
+                    self._useless(problem)
                 raise
-            self.answers.add(key, request.purpose, answer)
+            self._useful = True
             return value
         raise AssertionError("unreachable")
+
+    def _once(self, key: str, request: Request[AnswerT], body: dict[str, Any]) -> AnswerT:
+        """One attempt. An answer that can be used, or a refusal, is kept."""
+        answer = self._send(body)
+        self._count(requests=1, input_tokens=answer["input_tokens"], output_tokens=answer["output_tokens"])
+        try:
+            value = _parsed(request, answer)
+        except NoAnswer as problem:
+            if problem.reason == "refused":
+                self.answers.add(key, request.purpose, answer)
+            raise
+        self.answers.add(key, request.purpose, answer)
+        return value
 
     def key(self, request: Request[Any]) -> str:
         """The hash of a request. Frames count by the content of their file and their times."""
@@ -183,25 +199,37 @@ class Endpoint:
         except openai.APIStatusError as error:
             if error.status_code < 500 and error.status_code not in (408, 409, 429):
                 raise NoAnswer("refused-request", f"status {error.status_code}: {_message(error)}") from error
+            self._alive = True
             self._no_answer(f"status {error.status_code} after {self.settings.retries + 1} attempts: {_message(error)}", error)
         except openai.APIError as error:  # no connection, no answer in time, or an answer that is not a completion
             self._no_answer(f"{type(error).__name__} after {self.settings.retries + 1} attempts: {_message(error)}", error)
         except ValueError as error:  # a body that is not JSON
             self._no_answer(f"the response is not JSON: {error}", error)
         with self._lock:
-            self._silent = 0
-        return completion_of(response.model_dump(mode="json") if hasattr(response, "model_dump") else {})
+            self._silent, self._alive = 0, True
+        return completion_of(response.model_dump(mode="json", warnings=False) if hasattr(response, "model_dump") else {})
 
     def _no_answer(self, detail: str, error: Exception) -> NoReturn:
         with self._lock:
             self._silent += 1
             silent = self._silent
-        if silent >= SILENCE:
+        if silent >= (SILENCE if self._alive else NEVER):
             raise CurateError(
                 f"{self.settings.base_url}: {silent} requests in a row got no answer, the last one: {detail}. Every answer so far is kept; "
                 "check that the endpoint runs, and run again"
             ) from error
         raise NoAnswer("no-answer", detail) from error
+
+    def _useless(self, problem: NoAnswer) -> None:
+        """Raises CurateError when no request of this run had a usable answer: what is wrong is the model or the server, not a clip."""
+        with self._lock:
+            self._bad += 1
+            bad = self._bad
+        if bad >= SILENCE and not self._useful:
+            raise CurateError(
+                f"{self.settings.base_url}: none of {bad} requests had a usable answer, the last one: {problem}. Check that the model "
+                f"{self.settings.model} sees images and that the server takes response_format json_schema"
+            ) from problem
 
     def _openai(self) -> tuple[Any, Any]:
         try:
@@ -235,8 +263,10 @@ def _parsed(request: Request[AnswerT], answer: dict[str, Any]) -> AnswerT:
         raise NoAnswer("refused", str(answer["refusal"] or "the endpoint's filter")[:300])
     if answer["finish"] == "length":
         raise NoAnswer("bad-answer", "the answer is longer than annotate.endpoint.max_tokens and was cut off")
+    if answer["content"] is None:
+        raise NoAnswer("bad-answer", "the response is not a chat completion with a text (choices[0].message.content)")
     try:
-        return request.schema.model_validate_json(answer["content"] or "")
+        return request.schema.model_validate_json(answer["content"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the answer"

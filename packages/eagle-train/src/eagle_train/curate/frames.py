@@ -1,7 +1,7 @@
 """Every frame of a video, small: what shot detection reads. Nothing is kept in full size."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import av
@@ -22,18 +22,34 @@ class NoTimes(MediaError):
     """A video whose frames carry no times, so that a clip of it has no start."""
 
 
+def times_of_frames(decoded: Sequence[NDArray[np.float64]], table: NDArray[np.float64], path: str) -> NDArray[np.float64]:
+    """Seconds from the first frame of all decoded frames, float64 [n], rising.
+
+    decoded: what `small_frames` gave; table: sorted times of the container's packets. The decoder's times are taken where they rise. An AVI
+    file stores decoding times alone, and what is derived from them is wrong behind two B-frames in a row (XviD): then the n-th frame has
+    the n-th time of the table. Raises NoTimes when that is not possible either, and MediaError without any frame.
+    """
+    if not decoded:
+        raise MediaError(f"{path}: no frame of it can be decoded")
+    for times in (np.concatenate(decoded), table):
+        if len(times) == sum(map(len, decoded)) and np.isfinite(times).all() and (np.diff(times) > 0).all():
+            return times - times[0]
+    raise NoTimes(f"{path}: the times of its frames do not rise and can't be derived; write the file again with rising times")
+
+
 def small_frames(
     path: str, width: int, height: int, *, colour: Literal["yuv", "rgb"] = "yuv", threads: int = 1
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float64]]]:
-    """(pixels, times) in chunks: times float64 [n], seconds on the file's own timeline; pixels uint8 [n, height, width, 3] for "rgb".
+    """(pixels, times) in chunks; pixels uint8 [n, height, width, 3] for "rgb".
 
     For "yuv" pixels are uint8 [n, v], the planes Y (height x width), U and V (half of both, rounded up) one after the other.
     Frames are decoded without the loop filter (0.73 of the time on 720p H.264) and reduced by averaging, which hides its absence. Rotation
-    is not applied. Raises MediaError for a file that can't be opened or decoded to its end, and NoTimes.
+    is not applied. times: float64 [n], seconds on the file's own timeline as the decoder states them, NaN where it states none. Raises
+    MediaError for a file that can't be opened or decoded to its end.
     """
     reduce = _Reducer(width, height, colour)
     times: list[float] = []
-    last = -np.inf
+    count = 0
     try:
         with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
             if not container.streams.video:
@@ -44,19 +60,15 @@ def small_frames(
             context.thread_type = "FRAME" if threads > 1 else "NONE"
             context.options = {"skip_loop_filter": "all", "flags2": "+fast"}
             for frame in container.decode(stream):
-                if frame.pts is None or frame.time_base is None:
-                    raise NoTimes(f"{path}: its frames have no times; put the stream into an MP4 or Matroska file first")
-                time = float(frame.pts * frame.time_base)
-                if time <= last:
-                    raise NoTimes(f"{path}: the frame after {last:.3f} s has the time {time:.3f} s; write the file again with rising times")
-                last = time
                 reduce.add(frame)
-                times.append(time)
+                time = frame.time
+                times.append(np.nan if time is None else time)
+                count += 1
                 if len(times) == CHUNK:
                     yield reduce.take(), np.array(times)
                     times = []
     except av.FFmpegError as error:
-        at = f"after {last:.3f} s" if np.isfinite(last) else "before its first frame"
+        at = f"after {count} frames" if count else "before its first frame"
         raise MediaError(f"{path}: can't be decoded {at}: {error.strerror or error}") from error
     except OSError as error:
         raise MediaError(f"{path}: can't be read: {error.strerror or error}") from error
@@ -69,6 +81,7 @@ class _Reducer:
 
     def __init__(self, width: int, height: int, colour: Literal["yuv", "rgb"]) -> None:
         self.width, self.height, self.colour = width, height, colour
+        self._kind = "yuv420p" if colour == "yuv" else "rgb24"
         self._sample, self._average = VideoReformatter(), VideoReformatter()
         self._planes: list[list[bytes]] = []
         self._strides: list[int] = []
@@ -76,12 +89,10 @@ class _Reducer:
     def add(self, frame: av.VideoFrame) -> None:
         width, height = self.width, self.height
         if frame.width >= SAMPLED * width and frame.height >= SAMPLED * height:
-            size = (2 * width, 2 * height)
-            frame = self._sample.reformat(frame, *size, "yuv420p", interpolation=Interpolation.FAST_BILINEAR, threads=1)
-        kind = "yuv420p" if self.colour == "yuv" else "rgb24"
-        small = self._average.reformat(frame, width, height, kind, interpolation=Interpolation.AREA, threads=1)
-        planes = small.planes
-        self._strides = [plane.line_size for plane in planes]
+            frame = self._sample.reformat(frame, 2 * width, 2 * height, "yuv420p", interpolation=Interpolation.FAST_BILINEAR, threads=1)
+        planes = self._average.reformat(frame, width, height, self._kind, interpolation=Interpolation.AREA, threads=1).planes
+        if not self._strides:
+            self._strides = [plane.line_size for plane in planes]
         self._planes.append([bytes(plane) for plane in planes])  # type: ignore[arg-type]
 
     def take(self) -> NDArray[np.uint8]:

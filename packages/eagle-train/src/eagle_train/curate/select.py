@@ -65,11 +65,17 @@ def read_seed(settings: SelectConfig) -> tuple[Vectors, np.ndarray]:
     for path in settings.seed:
         try:
             table = pq.read_table(path, columns=["start", "end", "vector"])
+        except FileNotFoundError:
+            raise ConfigError(f"select.seed: {path} does not exist") from None
         except (OSError, pa.ArrowException, KeyError) as error:
-            raise ConfigError(f"select.seed: {path} is not an embed.parquet of eagle curate embed ({error})") from error
+            problem = str(error).partition(" in ")[0] if isinstance(error, pa.ArrowInvalid) else error  # without the whole schema
+            raise ConfigError(f"select.seed: {path} is not an embed.parquet of eagle curate embed ({problem})") from error
         if not table.num_rows:
             raise ConfigError(f"select.seed: {path} has no clips; an empty seed set is written as seed: []")
-        vectors.append(vectors_of(table))
+        try:
+            vectors.append(vectors_of(table))
+        except ValueError as error:
+            raise ConfigError(f"select.seed: {path}: {error}") from error
         seconds.append(table["end"].to_numpy() - table["start"].to_numpy())
     if len({part.shape[1] for part in vectors}) > 1:
         raise ConfigError("select.seed: the files have vectors of different widths; embed all with the same encoder")

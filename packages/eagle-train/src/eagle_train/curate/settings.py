@@ -111,6 +111,13 @@ class EndpointConfig(Section):
         default=None, gt=0, description="No request is sent once this is spent; null: no limit.", json_schema_extra=FREE
     )
 
+    @field_validator("base_url")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value!r} does not begin with http:// or https://")
+        return value
+
 
 class AnnotateConfig(Section):
     paths = ()

@@ -22,6 +22,9 @@ BINS = (16, 32, 32)
 """Bins of the histograms of Y, U and V. Chroma stays near 128, so that it needs narrower bins."""
 HISTOGRAM_WEIGHT = 60.0
 """Grey levels that a histogram distance of 1 (nothing in common) is worth."""
+HISTOGRAM_LIMIT = 3.0
+"""Most grey levels that a histogram distance counts for, per grey level of difference between the pixels: when a flat picture fades, all of
+its pixels enter the next bin at once, which is a distance of 1 for a difference of a few levels."""
 LOW = 0.5
 """Share of `high` at which a candidate begins."""
 
@@ -122,23 +125,26 @@ def _overlapping(chunks: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[NDArray[
 
 def _histograms(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Histograms of the three planes side by side, each with a sum of 1: float32 [n, sum(BINS)]."""
-    count, every = len(frames), sum(BINS)
-    places = (frames >> _SHIFTS).astype(np.intp)
-    places += _FIRST_BINS
-    places += every * np.arange(count)[:, None]
-    counts = np.bincount(places.ravel(), minlength=count * every).reshape(count, every)
-    return counts.astype(np.float32) / np.repeat(np.array(PLANES, np.float32), BINS)
+    every, counts = sum(BINS), []
+    for first in range(0, len(frames), BLOCK):
+        part = frames[first : first + BLOCK]
+        bins = ((part >> _SHIFTS) + _FIRST_BINS).astype(np.uint16)
+        bins += (every * np.arange(len(part), dtype=np.uint16))[:, None]
+        counts.append(np.bincount(bins.ravel(), minlength=len(part) * every).reshape(len(part), every))
+    return np.concatenate(counts).astype(np.float32) / np.repeat(np.array(PLANES, np.float32), BINS)
 
 
+BLOCK = 512
+"""Frames whose bins are counted at once: their numbers fit in 16 bits, which takes half the time of 64."""
 _SHIFTS = np.repeat(np.array([8 - bins.bit_length() + 1 for bins in BINS], np.uint8), PLANES)
-_FIRST_BINS = np.repeat(np.cumsum((0, *BINS[:-1])), PLANES)
+_FIRST_BINS = np.repeat(np.cumsum((0, *BINS[:-1])).astype(np.uint8), PLANES)
 
 
 def _change(frames: NDArray[np.uint8], histograms: NDArray[np.float32], span: int) -> NDArray[np.float32]:
     """Mean absolute difference of the pixels, summed over the planes, plus the weighted distance of the histograms: [n - span]."""
     pixels = _sums(_difference(frames[span:], frames[:-span]))
     apart = np.abs(histograms[span:] - histograms[:-span]).sum(axis=1) / (2 * len(BINS))
-    return pixels + np.float32(HISTOGRAM_WEIGHT) * apart
+    return pixels + np.minimum(np.float32(HISTOGRAM_WEIGHT) * apart, np.float32(HISTOGRAM_LIMIT) * pixels)
 
 
 def _blend(frames: NDArray[np.uint8], span: int, where: NDArray[np.bool_]) -> NDArray[np.float32]:

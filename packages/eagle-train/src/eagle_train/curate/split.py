@@ -15,15 +15,15 @@ from eagle_train.config import ConfigError
 from eagle_train.data.ledger import Entry
 from eagle_train.executors import cpus, map_items
 
-from .chapters import Chapter, load_chapters, of_video
+from .chapters import BadChapters, Chapter, load_chapters, of_video
 from .folder import Folder, Part, digest, entry, key_of, read_part, write_part
-from .frames import NoTimes, small_frames
+from .frames import NoTimes, small_frames, times_of_frames
 from .settings import SET_ONE_WORKER, CurateConfig, SplitConfig
 from .shots import HEIGHT, WIDTH, shot_boundaries
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp", ".gif"}
 """What counts as a video in a folder; a file that is named is taken whatever its suffix."""
-VERSION = 2
+VERSION = 3
 """Of the shot detection and the schema: part of the key of every part."""
 
 SCHEMA = pa.schema(
@@ -64,6 +64,9 @@ def split(config: CurateConfig, *, progress: Callable[[int, int], None] | None =
     workers = config.workers or cpus()
     threads = max(1, workers // len(videos)) if config.executor == "local" else 1
     for line, video in enumerate(videos, start=1):
+        if (written := video.encode("utf-8", "backslashreplace").decode()) != video:
+            missing.append(entry("split", written, line, "bad-name", f"{written}: its name is not UTF-8, so that no row can name it"))
+            continue
         try:
             stat = os.stat(video)
         except OSError as error:
@@ -122,11 +125,15 @@ def split_video(video: str, line: int, settings: SplitConfig, *, known: list[Cha
     try:
         content = digest(video)
         info = probe(video)
+        if info.frame_count == 1 and not info.duration:
+            raise NoTimes(f"{video}: has one frame and no duration: it is a picture")
         if info.times is None or not info.duration:
             raise NoTimes(f"{video}: the times of its frames are not known; put the stream into an MP4 or Matroska file first")
         segments = list(METHODS[settings.method](video, info, settings, known, threads))
     except NoTimes as error:
         return Part(SCHEMA.empty_table(), [entry("split", video, line, "no-times", str(error))])
+    except BadChapters as error:
+        return Part(SCHEMA.empty_table(), [entry("split", video, line, "bad-chapters", str(error))])
     except (MediaError, OSError) as error:
         return Part(SCHEMA.empty_table(), [entry("split", video, line, "bad-video", str(error))])
     rows: list[dict[str, Any]] = []
@@ -169,7 +176,7 @@ def _shots(video: str, info: VideoInfo, settings: SplitConfig, known: list[Chapt
             yield pixels
 
     _, boundaries = shot_boundaries(chunks())
-    at = _from_first(times, video)
+    at = times_of_frames(times, _table(info), video)
     return _between([0.0, *(float(at[b.frame]) for b in boundaries)], ["cut" if b.span <= 3 else "gradual" for b in boundaries], info)
 
 
@@ -180,7 +187,7 @@ def _transnetv2(video: str, info: VideoInfo, settings: SplitConfig, known: list[
     for chunk, seconds in small_frames(video, WIDTH, HEIGHT, colour="rgb", threads=threads):
         pixels.append(chunk)
         times.append(seconds)
-    at = _from_first(times, video)
+    at = times_of_frames(times, _table(info), video)
     frames = boundaries(np.concatenate(pixels), settings.threshold)
     return _between([0.0, *(float(at[frame]) for frame in frames)], ["cut"] * len(frames), info)
 
@@ -203,16 +210,13 @@ def _chapters(video: str, info: VideoInfo, settings: SplitConfig, known: list[Ch
 METHODS = {"shots": _shots, "fixed": _fixed, "chapters": _chapters, "transnetv2": _transnetv2}
 
 
+def _table(info: VideoInfo) -> NDArray[np.float64]:
+    return np.empty(0) if info.times is None else info.times.times()
+
+
 def _between(starts: list[float], begins: list[str], info: VideoInfo) -> Iterator[Segment]:
     for start, end, kind in zip(starts, [*starts[1:], info.duration or 0.0], ["start", *begins]):
         yield start, end, kind, None
-
-
-def _from_first(times: list[NDArray[np.float64]], video: str) -> NDArray[np.float64]:
-    if not times:
-        raise MediaError(f"{video}: no frame of it can be decoded")
-    at = np.concatenate(times)
-    return at - at[0]
 
 
 def _limited(segments: list[Segment], longest: float | None) -> Iterator[Segment]:
