@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from eagle_kernels import Training
 from eagle_model import EagleForConditionalGeneration, preset
+from eagle_model.layers import linear_layers
+from eagle_model.lora import add_lora, is_adapter
 from eagle_model.memory import decoder_shape, vision_shape
 
 
@@ -29,5 +32,21 @@ def test_shapes_of_the_released_size():
     assert decoder.parameters == 7_615_616_512
     assert vision.parameters == 413_327_088
     assert vision.connector_parameters(decoder.hidden) == 29_376_512
-    assert not vision.frozen
-    assert vision_shape(config, 100, frozen=True).frozen
+    assert vision.learns
+    assert not vision_shape(config, 100, training=Training("frozen")).learns
+
+
+@pytest.mark.parametrize("targets", [None, ("q_proj", "fc1", "mlp.down_proj", "mlp1.3")])
+def test_adapters_are_those_that_the_model_gets(targets):
+    config = preset("1b")
+    with torch.device("meta"):
+        model = EagleForConditionalGeneration(config)
+    lora = Training("lora", rank=4, targets=targets)
+    decoder, tower = decoder_shape(config, lora), vision_shape(config, 1024, training=lora, connector=lora)
+    planned = {"language": decoder.total, "vision": tower.total, "connector": tower.connector_total(decoder.hidden)}
+    for part, counted in planned.items():
+        own = [name for name in linear_layers(model, part) if targets is None or any(f".{name}".endswith(f".{end}") for end in targets)]
+        with torch.device("meta"):
+            add_lora(model, part, rank=4, alpha=8.0, targets=own)
+        adapters = sum(p.numel() for name, p in model.parts()[part].named_parameters() if is_adapter(name))
+        assert counted.trained == adapters > 0
