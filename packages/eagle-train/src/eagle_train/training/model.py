@@ -88,6 +88,11 @@ def check_model_folder(folder: str | Path) -> None:
     wanted = "give the folder of a run of eagle train (it has a config.yaml), or of an exported or released Eagle 2.5 model"
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; {wanted}. A model of the Hugging Face hub is downloaded first: hf download NAME")
+    if (folder / "adapter_config.json").is_file() and not path.is_file():
+        raise ConfigError(
+            f"{folder} holds an adapter in PEFT's format and no model; eagle export RUN FOLDER without --adapter merges it into one. A run "
+            "starts from an adapter with model.adapter"
+        )
     if not path.is_file():
         raise ConfigError(f"{folder} holds no model: it has neither config.yaml nor config.json; {wanted}")
     try:
