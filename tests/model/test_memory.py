@@ -4,15 +4,20 @@ import pytest
 import torch
 
 from eagle_kernels import Training
-from eagle_model import EagleForConditionalGeneration, preset
+from eagle_model import EagleConfig, EagleForConditionalGeneration, preset
 from eagle_model.layers import linear_layers
 from eagle_model.lora import add_lora, is_adapter
 from eagle_model.memory import decoder_shape, vision_shape
 
 
-@pytest.mark.parametrize("name", ["tiny", "1b", "2b", "8b"])
+def smollm3() -> EagleConfig:
+    """The sizes of SmolLM3-3B."""
+    return EagleConfig(text_config={"architectures": ["SmolLM3ForCausalLM"]}, vision_config=preset("8b").vision_config, select_layer=-1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "1b", "2b", "8b", "smollm3"])
 def test_shapes_have_the_parameters_of_the_parts(name):
-    config = preset(name)
+    config = smollm3() if name == "smollm3" else preset(name)
     with torch.device("meta"):
         parts = EagleForConditionalGeneration(config).parts()
     counts = {part: sum(parameter.numel() for parameter in module.parameters()) for part, module in parts.items()}

@@ -133,12 +133,16 @@ def test_the_key_that_is_wrong_is_named(parts, tmp_path, monkeypatch):
     here = {"vision": str(parts / "siglip"), "language": str(parts / "llama")}
     tokenizer = load_run_tokenizer(parse_config({"model": here}))
     for change, message in (
+        ({"language": str(tmp_path / "lost.gguf")}, r"model.language: .*lost.gguf: there is no such file"),
         ({"vision": str(tmp_path / "nowhere")}, r"model.vision: .*nowhere is not a folder"),
         (
             {"language": "owner/name"},
             r"model.language: owner/name is not a folder here, is not in the .* cache.*hf download owner/name",
         ),
-        ({"language": str(parts / "siglip")}, r"model: text_config names the language model 'SiglipVisionModel'; known are Qwen2"),
+        (
+            {"language": str(parts / "siglip")},
+            r"model: text_config: .*'SiglipVisionModel' is not supported; supported are Qwen2",
+        ),
         ({"image_size": 24}, r"model: the vision tower has 3 patches a side.* set image_size to 16 or 32"),
         ({"vision": str(parts / "llama")}, r"model: .*llama holds a model of type 'llama', expected one of siglip"),
     ):
