@@ -22,10 +22,19 @@ def test_shapes_have_the_parameters_of_the_parts(name):
         parts = EagleForConditionalGeneration(config).parts()
     counts = {part: sum(parameter.numel() for parameter in module.parameters()) for part, module in parts.items()}
     decoder, vision = decoder_shape(config), vision_shape(config, 1024)
-    # QK-norm and biases are left out of the plan: at most 0.1 % of a decoder.
-    assert decoder.parameters == pytest.approx(counts["language"], rel=1e-3)
+    assert decoder.parameters == counts["language"]
     assert vision.parameters == counts["vision"]
     assert vision.connector_parameters(decoder.hidden) == counts["connector"]
+
+
+@pytest.mark.parametrize("traits", [{"attention_bias": True, "mlp_bias": True}, {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}])
+def test_biases_and_qk_norms_count(traits):
+    config = EagleConfig(
+        text_config=preset("tiny").text_config.to_dict() | {"architectures": ["LlamaForCausalLM"], "layer_types": None} | traits
+    )
+    with torch.device("meta"):
+        language = EagleForConditionalGeneration(config).parts()["language"]
+    assert decoder_shape(config).parameters == sum(parameter.numel() for parameter in language.parameters())
 
 
 def test_shapes_of_the_released_size():

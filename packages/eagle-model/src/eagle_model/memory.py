@@ -19,6 +19,7 @@ def decoder_shape(config: EagleConfig, training: Training = FULL) -> DecoderShap
         head_dim=spec.head_dim,
         vocab=spec.vocab_size,
         tied=bool(config.tie_word_embeddings),
+        vectors=spec.vectors,
         training=training,
     )
 

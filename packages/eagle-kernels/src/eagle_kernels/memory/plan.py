@@ -14,7 +14,7 @@ from eagle_kernels.ops.linear_cross_entropy import chunk_rows
 
 GIB = 1 << 30
 MAY_BE_ZERO = (
-    *("gradient_bytes", "optimizer_bytes", "kept_bytes", "gpu_states", "vision.patches"),
+    *("decoder.vectors", "gradient_bytes", "optimizer_bytes", "kept_bytes", "gpu_states", "vision.patches"),
     *("decoder.training.rank", "vision.training.rank", "vision.connector.rank"),
 )
 
@@ -50,7 +50,7 @@ def _check(decoder: DecoderShape, vision: VisionShape | None, tokens: int, label
 
 def _sizes(shape: Any) -> list[tuple[str, int]]:
     """The fields of a shape that are numbers of elements."""
-    values = [(field.name, getattr(shape, field.name)) for field in fields(shape)]
+    values = [(field.name, value) for field in fields(shape) if (value := getattr(shape, field.name)) is not None]
     ranks = [(f"{name}.rank", value.rank) for name, value in values if isinstance(value, Training)]
     return ranks + [(name, value) for name, value in values if not isinstance(value, bool | Training)]
 

@@ -64,7 +64,10 @@ def _ends(name: str, end: str) -> bool:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder like Llama or Qwen. tied: the head shares the embedding's weight."""
+    """Sizes of a decoder like Llama or Qwen. tied: the head shares the embedding's weight.
+
+    vectors: elements of the biases and QK-norms of a layer; None: biases of q, k and v, as in Qwen2. training: how the decoder is trained.
+    """
 
     hidden: int
     intermediate: int
@@ -74,6 +77,7 @@ class DecoderShape:
     head_dim: int
     vocab: int
     tied: bool = False
+    vectors: int | None = None
     training: Training = Training()
 
     @property
@@ -107,9 +111,10 @@ class DecoderShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one decoder layer, with biases of q, k and v."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + self.head_dim * (self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        """Parameters of one decoder layer."""
+        biases = self.head_dim * (self.heads + 2 * self.kv_heads)
+        linears = sum(inputs * outputs for inputs, outputs in self.linears.values())
+        return linears + (biases if self.vectors is None else self.vectors) + 2 * self.hidden
 
     @property
     def parameters(self) -> int:

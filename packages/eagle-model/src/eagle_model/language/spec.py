@@ -92,6 +92,13 @@ class DecoderSpec:
     qk_norm: bool
     rotated: tuple[bool, ...]
 
+    @property
+    def vectors(self) -> int:
+        """Elements of the biases and QK-norms of one layer."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.qkv_bias * (queries + 2 * keys) + self.out_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
+        return attention + self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+
 
 def decoder_spec(config: Any) -> DecoderSpec:
     """The decoder that a `text_config` describes.

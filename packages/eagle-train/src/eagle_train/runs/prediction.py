@@ -93,12 +93,12 @@ def predict(ready: Ready, gpus: int, gpu: Gpu) -> Prediction:
 
 def predict_stages(ready: Ready, gpus: int, rate: Rate) -> list[StagePrediction]:
     """Every stage on `gpus` GPUs, one rank each. Raises ConfigError and ValueError for GPUs that the groups or packs can't be shared by."""
-    from eagle_train.training.model import model_config
+    from eagle_train.training.model import grown_config
     from eagle_train.training.step_memory import stage_plans, trained_parameters
 
     config = for_gpus(ready.config)
     group = config.parallel.group_size
-    described = model_config(config, ready.tokenizer)
+    described = grown_config(config, ready.tokenizer)
     plans = stage_plans(config, described, gpus) if config.model.activations != "keep" else {}
     stages = []
     for schedule in ready.schedules:
@@ -130,13 +130,13 @@ def needed_gib(gib: float) -> float:
 def check_fits(ready: Ready, gpus: int, gpu: Gpu) -> None:
     """Raises ConfigError, with the smallest change that would help, when the longest pack of a stage does not fit on `gpus` GPUs."""
     from eagle_train.training.memory import smallest_change
-    from eagle_train.training.model import model_config
+    from eagle_train.training.model import grown_config
     from eagle_train.training.step_memory import planned
 
     config = for_gpus(ready.config)
     if config.model.activations == "keep":
         return
-    described = model_config(config, ready.tokenizer)
+    described = grown_config(config, ready.tokenizer)
     plan = planned(config, described, gpus)
     if needed_gib(plan.gpu / GIB) <= gpu.gib:
         return

@@ -33,7 +33,7 @@ def resources(ready: Ready, gpus: int) -> Resources:
 
     Raises ConfigError when the groups of `parallel` don't divide the GPUs.
     """
-    from eagle_train.training.model import model_config
+    from eagle_train.training.model import grown_config
     from eagle_train.training.step_memory import planned, rank_tokens
 
     config = for_gpus(ready.config)
@@ -43,7 +43,7 @@ def resources(ready: Ready, gpus: int) -> Resources:
             f"parallel: ulysses {parallel.ulysses} x all_gather {parallel.all_gather} = {parallel.group_size} ranks "
             f"don't divide {gpus} GPUs"
         )
-    described = model_config(config, ready.tokenizer)
+    described = grown_config(config, ready.tokenizer)
     tokens = max(rank_tokens(config, stage) for stage in config.stages)
     memory = planned(config, described, gpus) if config.model.activations != "keep" else None
     return Resources(count_parameters(described), memory, gpus, parallel.dtype, config.model.activations, tokens)

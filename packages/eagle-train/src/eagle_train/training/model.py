@@ -133,6 +133,13 @@ def model_config(config: Config, tokenizer: Any) -> Any:
     return result
 
 
+def grown_config(config: Config, tokenizer: Any) -> EagleConfig:
+    """As `model_config`, with the vocabulary that the model has once Eagle's tokens are in it: for sizes, not for reading weights."""
+    described = copy.deepcopy(model_config(config, tokenizer))
+    described.text_config.vocab_size = max(described.text_config.vocab_size, len(tokenizer))
+    return described
+
+
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
     for part in ("text_config", "vision_config"):
         if part in overrides and not isinstance(overrides[part], Mapping):
