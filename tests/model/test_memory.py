@@ -29,9 +29,8 @@ def test_shapes_have_the_parameters_of_the_parts(name):
 
 @pytest.mark.parametrize("traits", [{"attention_bias": True, "mlp_bias": True}, {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}])
 def test_biases_and_qk_norms_count(traits):
-    config = EagleConfig(
-        text_config=preset("tiny").text_config.to_dict() | {"architectures": ["LlamaForCausalLM"], "layer_types": None} | traits
-    )
+    llama = preset("tiny").text_config.to_dict() | {"architectures": ["LlamaForCausalLM"], "layer_types": None}
+    config = EagleConfig(text_config=llama | traits)
     with torch.device("meta"):
         language = EagleForConditionalGeneration(config).parts()["language"]
     assert decoder_shape(config).parameters == sum(parameter.numel() for parameter in language.parameters())
