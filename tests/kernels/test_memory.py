@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 
-from eagle_kernels import DecoderShape, VisionShape, plan_memory
+from eagle_kernels import DecoderShape, Training, VisionShape, plan_memory
+from eagle_kernels.memory.shapes import nf4_bytes
 
 QWEN = DecoderShape(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064)
 SIGLIP = VisionShape(width=1152, intermediate=4304, layers=27, patches=120 * 1024)
 GIB = 1 << 30
+FROZEN, LORA, QLORA = Training("frozen"), Training("lora", rank=16), Training("lora", rank=16, quantized=True)
 
 
 def test_parameters_of_qwen_7b():
@@ -47,7 +49,7 @@ def test_options_that_save_memory_lower_the_peak(less):
 def test_vision_adds_memory_and_a_frozen_tower_less():
     tower = VisionShape(width=1152, intermediate=4304, layers=27, patches=120 * 1024)
     without = plan_memory(QWEN, 32768).gpu
-    frozen = plan_memory(QWEN, 32768, vision=dataclasses.replace(tower, frozen=True)).gpu
+    frozen = plan_memory(QWEN, 32768, vision=dataclasses.replace(tower, training=FROZEN)).gpu
     assert without < frozen < plan_memory(QWEN, 32768, vision=tower).gpu
 
 
@@ -74,6 +76,8 @@ def test_str_names_the_parts():
         ({"optimizer_bytes": -8}, "optimizer_bytes is -8"),
         ({"decoder": dataclasses.replace(QWEN, vocab=0)}, "decoder.vocab is 0"),
         ({"decoder": dataclasses.replace(QWEN, hidden=-64)}, "decoder.hidden is -64"),
+        ({"decoder": dataclasses.replace(QWEN, training=Training("lora", rank=-1))}, "decoder.training.rank is -1, expected 0 or more"),
+        ({"kept_bytes": -1}, "kept_bytes is -1"),
         ({"vision": dataclasses.replace(SIGLIP, merge=0)}, "vision.merge is 0"),
         ({"vision": dataclasses.replace(SIGLIP, patches=-1)}, "vision.patches is -1, expected 0 or more"),
     ],
@@ -103,7 +107,7 @@ def test_stored_vision_activations_by_hand():
     # Inputs of the post-layernorm, of the connector's LayerNorm and its first Linear; input and output of GELU; the connector's output.
     assert found["connector"] == tokens * (3 * 4608 + 3 * 3584) * 2
     assert found["pixels"] == patches * 588 * 3
-    frozen = dataclasses.replace(SIGLIP, frozen=True).kept(3584, 2)
+    frozen = dataclasses.replace(SIGLIP, training=FROZEN).kept(3584, 2)
     assert frozen["vision checkpoints"] == 0
     assert frozen["connector"] == tokens * (2 * 4608 + 3 * 3584) * 2
 
@@ -132,3 +136,47 @@ def test_a_reduction_can_be_the_peak():
     plan = plan_memory(small, 256, **TRAINER)
     assert plan.moment == "the last reduction"
     assert plan.gpu == sum(plan.parts.values()) == max(sum(parts.values()) for parts in plan.moments.values())
+
+
+def trained_as(language, vision=FROZEN, connector=FROZEN, **options):
+    tower = dataclasses.replace(SIGLIP, training=vision, connector=connector)
+    return plan_memory(dataclasses.replace(QWEN, training=language), 32768, vision=tower, **(TRAINER | options))
+
+
+def test_adapters_by_hand():
+    """Rank x (inputs + outputs) of every linear layer, which alone have gradients and optimizer states."""
+    layer = 16 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    shape = dataclasses.replace(QWEN, training=LORA)
+    assert shape.layer.trained == layer
+    assert shape.total.plain == QWEN.parameters + 28 * layer
+    assert shape.rest.trained == 0
+    plan = trained_as(LORA)
+    for parts in plan.moments.values():
+        assert parts["optimizer"] == 8 * 28 * layer
+    assert plan.moments["the optimizer's step"]["gradients"] == 4 * 28 * layer
+    assert plan.moments["the loss"]["head gradient in float32"] == 0
+    assert "the vision tower's backward" not in plan.moments
+    some = dataclasses.replace(QWEN, training=Training("lora", rank=8, targets=("q_proj", "mlp.down_proj")))
+    assert some.layer.trained == 8 * (3584 + 3584 + 18944 + 3584)
+
+
+def test_weights_in_four_bits_by_hand():
+    assert nf4_bytes(256 * 64) == 8192 + 256 + 4 + 4
+    linears = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    shape = dataclasses.replace(QWEN, training=QLORA)
+    assert shape.total.quantized_bytes * 8 / linears == pytest.approx(4.127, abs=1e-3)
+    assert shape.total.plain == QWEN.parameters - linears + shape.total.trained
+    one, eight = (trained_as(QLORA, shards=shards).moments["the loss"]["weights"] for shards in (1, 8))
+    assert one - shape.total.quantized_bytes == pytest.approx(8 * (eight - shape.total.quantized_bytes), abs=64)
+
+
+def test_what_is_not_trained_saves_memory():
+    plans = [trained_as(training).gpu for training in (Training(), LORA, QLORA)]
+    assert plans == sorted(plans, reverse=True)
+    full, adapters = (sum(trained_as(training).moments["the optimizer's step"].values()) for training in (Training(), LORA))
+    own = dataclasses.replace(QWEN, training=LORA).total.trained
+    assert full - adapters == 12 * (QWEN.parameters - own) - 4 * own  # gradients of 4 bytes and states of 8; the adapters are weights too
+    assert trained_as(FROZEN, connector=Training()).gpu < plans[0]
+    assert trained_as(LORA, kept_bytes=GIB).gpu == plans[1] + GIB
+    forward_only = dataclasses.replace(SIGLIP, training=FROZEN, connector=FROZEN).kept(3584, 2)
+    assert forward_only == {"pixels": SIGLIP.patches * SIGLIP.patch_values}

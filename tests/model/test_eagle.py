@@ -49,7 +49,7 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("language", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"])
+@pytest.mark.parametrize("language", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "SmolLM3ForCausalLM"])
 def test_packed_equals_one_by_one(make_model, pack, language):
     model = make_model(text_config={"architectures": [language]})
     whole = model(packed(pack, denominator=17.0)).loss

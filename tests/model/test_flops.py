@@ -22,7 +22,10 @@ def config_of(preset: str = "tiny", **changes) -> EagleConfig:
     return EagleConfig(**values, force_image_size=values["vision_config"]["image_size"])
 
 
-@pytest.mark.parametrize("changes", [{}, {"select_layer": -2, "mlp_connector_layers": 1}])
+SMOLLM3 = {"text_config": PRESETS["tiny"]["text_config"] | {"architectures": ["SmolLM3ForCausalLM"], "pad_token_id": None}}
+
+
+@pytest.mark.parametrize("changes", [{}, {"select_layer": -2, "mlp_connector_layers": 1}, SMOLLM3])
 def test_flops_are_those_that_torch_counts(changes):
     config = config_of(**changes)
     model, flops = EagleForConditionalGeneration(config), forward_flops(config)

@@ -59,6 +59,20 @@ def test_cache_equals_no_cache(chat, name):
     assert torch.equal(answer(model, inputs), answer(model, inputs, use_cache=False))
 
 
+def test_a_decoder_with_layers_without_rotation(make_model, make_config, small_tokenizer):
+    """SmolLM3: with a cache, in a padded batch and in chunks the answers are those of whole prompts."""
+    text = {"architectures": ["SmolLM3ForCausalLM"], "initializer_range": 0.35, "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}
+    config = make_config(tokenizer=small_tokenizer, text_config=text | {"pad_token_id": None}, max_dynamic_tiles=4)
+    model, processor = make_model(config, seed=3), EagleProcessor.for_config(small_tokenizer, config)
+    prompts = ["What is it?", "What is in <image-1>, and what is not?"]
+    images = [[], [random_image(1)]]
+    alone = [processor(text=text, images=own) for text, own in zip(prompts, images)]
+    expected = torch.cat([answer(model, inputs, use_cache=False) for inputs in alone])
+    assert torch.equal(torch.cat([answer(model, inputs) for inputs in alone]), expected)
+    assert torch.equal(answer(model, processor(text=prompts, images=images)), expected)
+    assert torch.equal(answer(model, alone[1], prefill_chunk_size=7), expected[1:])
+
+
 def test_tokens_after_a_cache_equal_one_forward(chat):
     model, processor = chat
     rows = list(talks().values())[:3]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from eagle_cp import Layout
 from eagle_model.language.attention import AttentionInputs
@@ -37,6 +37,8 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**SIZES, head_dim=8, sliding_window=None),
     "llama3": lambda: LlamaConfig(**SIZES, rope_parameters=LLAMA3, attention_bias=True, mlp_bias=True),
     "smollm2": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LINEAR, num_key_value_heads_=1),
+    "smollm3": lambda: SmolLM3Config(**(SIZES | {"num_hidden_layers": 4}), pad_token_id=None, tie_word_embeddings=True),
+    "smollm3-yarn": lambda: SmolLM3Config(**SIZES, pad_token_id=None, no_rope_layers=[0, 1], mlp_bias=True, rope_parameters=YARN),
     "one-kv-head": lambda: LlamaConfig(**(SIZES | {"num_key_value_heads": 1})),
 }
 
@@ -76,7 +78,7 @@ def test_equals_transformers(name):
         torch.testing.assert_close(tensor.grad, reference, atol=1e-5 * reference.abs().max().item() + 1e-6, rtol=1e-4, msg=parameter)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3", "smollm3"])
 def test_packed_equals_one_by_one(name):
     _, model = theirs_and_ours(CONFIGS[name]())
     lengths = [1, 9, 30, 4]
@@ -94,6 +96,24 @@ def test_packed_equals_one_by_one(name):
         (alone * weight[first:last]).sum().backward()
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(together[key], parameter.grad, atol=1e-5 * parameter.grad.abs().max().item(), rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", ["smollm3", "smollm3-yarn"])
+def test_equals_transformers_in_float64(name):
+    """Which layers are rotated, and what YaRN scales, to a precision where a wrong layer can't hide; frequencies are float32 in both."""
+    theirs, ours = (model.double() for model in theirs_and_ours(CONFIGS[name]()))
+    ids = torch.randint(0, 60, (50,))
+    got = run(ours, ids, Layout.single([0, 50]), torch.arange(50))
+    torch.testing.assert_close(got, theirs(ids[None]).logits[0], atol=2e-6, rtol=1e-6)
+
+
+def test_layers_without_rotation_do_not_see_positions():
+    """With every layer of that kind, equal embeddings give the same output wherever they stand; with one rotated layer they do not."""
+    for pattern, equal in (([0, 0], True), ([0, 1], False)):
+        _, model = theirs_and_ours(SmolLM3Config(**SIZES, pad_token_id=None, no_rope_layers=pattern))
+        ids = torch.randint(0, 60, (12,))
+        near, far = (run(model, ids, Layout.single([0, 12]), torch.arange(12) * step) for step in (1, 7))
+        assert torch.equal(near, far) == equal
 
 
 def test_frequencies_stay_float32():

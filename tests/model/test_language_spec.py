@@ -1,7 +1,17 @@
 """The table of decoder traits: what a configuration describes is built, and what no decoder of this package does is refused by name."""
 
 import pytest
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from eagle_model import EagleConfig
 from eagle_model.configuration import LANGUAGE_MODELS
@@ -29,6 +39,7 @@ SIZES = {
         (LlamaConfig(**SIZES, attention_bias=True), {"qkv_bias", "out_bias"}),
         (LlamaConfig(**SIZES, mlp_bias=True), {"mlp_bias"}),
         (MistralConfig(**SIZES, sliding_window=None), set()),
+        (SmolLM3Config(**SIZES, attention_bias=True), {"qkv_bias", "out_bias"}),
     ],
 )
 def test_traits(config, traits):
@@ -42,8 +53,36 @@ def test_the_table_is_what_configurations_accept():
     assert list(LANGUAGE_MODELS.values()) == list(FAMILIES)
     for architecture, model_type in LANGUAGE_MODELS.items():
         assert EagleConfig(text_config={"architectures": [architecture], "sliding_window": None}).text_config.model_type == model_type
-    with pytest.raises(ValueError, match=r"gemma2.*known families are qwen2, qwen3, llama, mistral"):
-        decoder_spec(Gemma2Config(**SIZES))
+
+
+def test_layers_without_rotation():
+    assert decoder_spec(LlamaConfig(**SIZES)).rotated == (True, True)
+    eight = SmolLM3Config(**(SIZES | {"num_hidden_layers": 8}))
+    assert decoder_spec(eight).rotated == (True, True, True, False) * 2
+    longer = SmolLM3Config(**SIZES, no_rope_layers=[0, 1, 0, 1])
+    assert decoder_spec(longer).rotated == (False, True)
+    with pytest.raises(ValueError, match=r"text_config\.no_rope_layers is for 1 layers; the model has 2"):
+        decoder_spec(SmolLM3Config(**SIZES, no_rope_layers=[1], layer_types=["full_attention"] * 2))
+    with pytest.raises(ValueError, match=r"layer_types has full_attention, sliding_attention"):
+        decoder_spec(SmolLM3Config(**SIZES, no_rope_layers=[1, 0], use_sliding_window=True, sliding_window=16))
+
+
+@pytest.mark.parametrize(
+    ("config", "lacks"),
+    [
+        (GemmaConfig(**SIZES), ["multiply by 1 + weight", "GELU gate"]),
+        (Gemma2Config(**SIZES), ["norms after attention and MLP", "attention windows", "soft caps"]),
+        (Gemma3TextConfig(**SIZES), ["norms after attention and MLP", "attention windows"]),
+        (Gemma3Config(), ["attention windows"]),
+    ],
+)
+def test_gemma_is_refused_with_what_is_missing_and_what_to_take(config, lacks):
+    """From a configuration object, a decoder's alone, and the content of a config.json."""
+    for build in (decoder_spec, lambda config: EagleConfig(text_config=config), lambda config: EagleConfig(text_config=config.to_dict())):
+        with pytest.raises(ValueError, match=r"is not supported: the decoder does not implement its") as caught:
+            build(config)
+        for words in (*lacks, "supported are Qwen2ForCausalLM", "SmolLM3ForCausalLM", "for example HuggingFaceTB/SmolLM3-3B"):
+            assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,37 @@
 import pytest
 import torch
 
-from eagle_model import EagleForConditionalGeneration, preset
+from eagle_kernels import Training
+from eagle_model import EagleConfig, EagleForConditionalGeneration, preset
+from eagle_model.layers import linear_layers
+from eagle_model.lora import add_lora, is_adapter
 from eagle_model.memory import decoder_shape, vision_shape
 
 
-@pytest.mark.parametrize("name", ["tiny", "1b", "2b", "8b"])
+def smollm3() -> EagleConfig:
+    """The sizes of SmolLM3-3B."""
+    return EagleConfig(text_config={"architectures": ["SmolLM3ForCausalLM"]}, vision_config=preset("8b").vision_config, select_layer=-1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "1b", "2b", "8b", "smollm3"])
 def test_shapes_have_the_parameters_of_the_parts(name):
-    config = preset(name)
+    config = smollm3() if name == "smollm3" else preset(name)
     with torch.device("meta"):
         parts = EagleForConditionalGeneration(config).parts()
     counts = {part: sum(parameter.numel() for parameter in module.parameters()) for part, module in parts.items()}
     decoder, vision = decoder_shape(config), vision_shape(config, 1024)
-    # QK-norm and biases are left out of the plan: at most 0.1 % of a decoder.
-    assert decoder.parameters == pytest.approx(counts["language"], rel=1e-3)
+    assert decoder.parameters == counts["language"]
     assert vision.parameters == counts["vision"]
     assert vision.connector_parameters(decoder.hidden) == counts["connector"]
+
+
+@pytest.mark.parametrize("traits", [{"attention_bias": True, "mlp_bias": True}, {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}])
+def test_biases_and_qk_norms_count(traits):
+    llama = preset("tiny").text_config.to_dict() | {"architectures": ["LlamaForCausalLM"], "layer_types": None}
+    config = EagleConfig(text_config=llama | traits)
+    with torch.device("meta"):
+        language = EagleForConditionalGeneration(config).parts()["language"]
+    assert decoder_shape(config).parameters == sum(parameter.numel() for parameter in language.parameters())
 
 
 def test_shapes_of_the_released_size():
@@ -29,5 +45,21 @@ def test_shapes_of_the_released_size():
     assert decoder.parameters == 7_615_616_512
     assert vision.parameters == 413_327_088
     assert vision.connector_parameters(decoder.hidden) == 29_376_512
-    assert not vision.frozen
-    assert vision_shape(config, 100, frozen=True).frozen
+    assert vision.learns
+    assert not vision_shape(config, 100, training=Training("frozen")).learns
+
+
+@pytest.mark.parametrize("targets", [None, ("q_proj", "fc1", "mlp.down_proj", "mlp1.3")])
+def test_adapters_are_those_that_the_model_gets(targets):
+    config = preset("1b")
+    with torch.device("meta"):
+        model = EagleForConditionalGeneration(config)
+    lora = Training("lora", rank=4, targets=targets)
+    decoder, tower = decoder_shape(config, lora), vision_shape(config, 1024, training=lora, connector=lora)
+    planned = {"language": decoder.total, "vision": tower.total, "connector": tower.connector_total(decoder.hidden)}
+    for part, counted in planned.items():
+        own = [name for name in linear_layers(model, part) if targets is None or any(f".{name}".endswith(f".{end}") for end in targets)]
+        with torch.device("meta"):
+            add_lora(model, part, rank=4, alpha=8.0, targets=own)
+        adapters = sum(p.numel() for name, p in model.parts()[part].named_parameters() if is_adapter(name))
+        assert counted.trained == adapters > 0

@@ -7,7 +7,16 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SmolLM3Config,
+)
 
 from eagle_model import EagleProcessor, from_pretrained_parts
 from eagle_model.hub import checkpoint_folder
@@ -29,13 +38,14 @@ def folders(tmp_path_factory):
     for name, config in (
         ("qwen", Qwen2Config(**TEXT, vocab_size=64, tie_word_embeddings=True)),
         ("llama", LlamaConfig(**TEXT, vocab_size=400)),
+        ("smollm3", SmolLM3Config(**TEXT, vocab_size=400, pad_token_id=0, no_rope_layer_interval=2)),
     ):
         model = AutoModelForCausalLM.from_config(config)
         model.save_pretrained(root / name, max_shard_size="20KB")
     return root
 
 
-@pytest.mark.parametrize("language", ["qwen", "llama"])
+@pytest.mark.parametrize("language", ["qwen", "llama", "smollm3"])
 @pytest.mark.parametrize("vision", ["siglip", "vision"])
 def test_a_new_model(folders, small_tokenizer, vision, language):
     model = from_pretrained_parts(folders / vision, folders / language, small_tokenizer, image_size=32).eval()
@@ -88,7 +98,7 @@ def test_missing_tensors_are_named(folders, small_tokenizer, tmp_path):
 def test_what_is_not_a_part_is_refused(folders, small_tokenizer, tmp_path):
     for vision, language, words in (
         ("qwen", "qwen", r"qwen holds a model of type 'qwen2', expected one of siglip"),
-        ("vision", "siglip", r"text_config names the language model 'SiglipModel'"),
+        ("vision", "siglip", r"text_config: the language model 'SiglipModel' is not supported; supported are Qwen2"),
     ):
         with pytest.raises(ValueError, match=words):
             from_pretrained_parts(folders / vision, folders / language, small_tokenizer)

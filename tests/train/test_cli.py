@@ -143,6 +143,13 @@ def test_a_failed_evaluation_ends_with_4_after_everything_else(colour_run, tmp_p
     assert f"run folder: {config.run.folder}" in done.stdout
 
 
+def test_the_folder_of_an_adapter_says_what_to_do(tmp_path, eagle_here):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    done = eagle_here("chat", tmp_path, "hi", "--device", "cpu")
+    assert done.returncode == 2
+    assert "holds an adapter in PEFT's format and no model; eagle export RUN FOLDER without --adapter" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

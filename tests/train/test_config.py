@@ -4,6 +4,8 @@ import json
 
 import pytest
 import yaml
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from eagle_train.config import Config, ConfigError, StageConfig, dump_config, explain_defaults, load_config, parse_config
 
@@ -132,6 +134,28 @@ def test_unreadable_files_say_where(tmp_path):
 def test_a_dumped_configuration_loads_to_the_same(tmp_path):
     config = load_config(None, ["data.sources={s: {annotation: rows.jsonl}}", "stages.32k.epochs=2"])
     assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+PARTS = ("vision", "connector", "language")
+
+
+@given(
+    st.none() | st.lists(st.sampled_from(PARTS), min_size=1, unique=True),
+    st.dictionaries(
+        st.sampled_from(PARTS),
+        st.fixed_dictionaries({}, optional={"train": st.sampled_from(["full", "lora", "frozen"]), "lr": st.just(1e-3)}),
+    ),
+)
+def test_what_a_stage_may_say_of_its_parts_can_be_said_again_with_every_default(train, parts):
+    """A run writes its configuration with all defaults, and every later command reads that file."""
+    stage = {"name": "one", "max_tokens": 1024, "parts": parts} | ({} if train is None else {"train": train})
+    try:
+        config = parse_config({"stages": [stage]})
+    except ConfigError:
+        assume(False)
+    again = parse_config(yaml.safe_load(dump_config(config)))
+    assert again == config
+    assert again.stages[0].modes == config.stages[0].modes
 
 
 def test_every_chosen_value_is_explained():

@@ -11,9 +11,9 @@ from eagle_train.distributed.world import World, alone
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
 from eagle_train.training import memory
-from eagle_train.training.activations import planned
 from eagle_train.training.memory import OutOfMemory, Usage, changes, check_host_memory, check_memory, smallest_change
 from eagle_train.training.model import model_config
+from eagle_train.training.step_memory import planned
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from eagle_train.training.model import attention_backend, model_config
         ({"text_conf": {"num_hidden_layers": 1}}, "model.overrides: the configuration has no field text_conf; did you mean text_config?"),
         ({"text_config": {"rope_theta": 5.0}}, "write rope_parameters"),
         ({"text_config": {"num_hidden_layers": "four"}}, "model.overrides: Validation error for field 'num_hidden_layers'"),
-        ({"text_config": {"architectures": ["Other"]}}, "model.overrides: text_config names the language model 'Other'"),
+        ({"text_config": {"architectures": ["Other"]}}, "model.overrides: text_config: the language model 'Other' is not supported"),
         ({"text_config": 5}, "model.overrides.text_config: is 5"),
         ({"max_dynamic_tiles": 3}, "model.overrides.max_dynamic_tiles: tiling.max_tiles decides this"),
     ],

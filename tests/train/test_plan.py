@@ -57,9 +57,9 @@ def test_plan_warns_of_samples_beyond_the_positions_of_the_model(colour_run, tmp
 def test_plan_prints_parameters_and_memory_of_each_gpu(colour_run, tmp_path, eagle_here):
     from eagle_train.runs.ready import get_ready
     from eagle_train.runs.resources import for_gpus, resources
-    from eagle_train.training.activations import planned
     from eagle_train.training.build import build_model
     from eagle_train.training.model import model_config
+    from eagle_train.training.step_memory import planned
 
     config = colour_run(parallel={"ulysses": 2})
     ready = get_ready(config)

@@ -20,8 +20,8 @@ from eagle_train.runs.prediction import (
 )
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.resources import for_gpus
-from eagle_train.training.activations import planned
 from eagle_train.training.model import model_config
+from eagle_train.training.step_memory import planned
 
 
 @pytest.fixture
@@ -88,7 +88,8 @@ def test_plan_prints_it_and_fails(colour_run, tmp_path, eagle_here, monkeypatch)
     (tmp_path / "run.yaml").write_text(dump_config(colour_run()))
     done = eagle_here("plan", tmp_path / "run.yaml", "--gpus", 2)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"stage +GiB per GPU +s per step +steps +time +GPU hours +waiting +by tokens\none +0\.0 .*\ntwo +0\.0 ", done.stdout)
+    header = r"stage +trained +GiB per GPU +s per step +steps +time +GPU hours +waiting +by tokens"
+    assert re.search(header + r"\none +[\d,]+ +0\.0 .*\ntwo +[\d,]+ +0\.0 ", done.stdout)
     assert "at 396 TFLOP/s per GPU (assumed: 40% of the bf16 peak of H100" in done.stdout
     monkeypatch.setattr(gpus, "GPUS", (Gpu("H100", 989.4, 0.4),))
     failed = eagle_here("plan", tmp_path / "run.yaml", "--gpus", 2)

@@ -133,12 +133,16 @@ def test_the_key_that_is_wrong_is_named(parts, tmp_path, monkeypatch):
     here = {"vision": str(parts / "siglip"), "language": str(parts / "llama")}
     tokenizer = load_run_tokenizer(parse_config({"model": here}))
     for change, message in (
+        ({"language": str(tmp_path / "lost.gguf")}, r"model.language: .*lost.gguf: there is no such file"),
         ({"vision": str(tmp_path / "nowhere")}, r"model.vision: .*nowhere is not a folder"),
         (
             {"language": "owner/name"},
             r"model.language: owner/name is not a folder here, is not in the .* cache.*hf download owner/name",
         ),
-        ({"language": str(parts / "siglip")}, r"model: text_config names the language model 'SiglipVisionModel'; known are Qwen2"),
+        (
+            {"language": str(parts / "siglip")},
+            r"model: text_config: .*'SiglipVisionModel' is not supported; supported are Qwen2",
+        ),
         ({"image_size": 24}, r"model: the vision tower has 3 patches a side.* set image_size to 16 or 32"),
         ({"vision": str(parts / "llama")}, r"model: .*llama holds a model of type 'llama', expected one of siglip"),
     ):
@@ -148,6 +152,21 @@ def test_the_key_that_is_wrong_is_named(parts, tmp_path, monkeypatch):
         load_run_tokenizer(parse_config({}))
     with pytest.raises(ConfigError, match=r"model.path: owner/name is not a folder here"):
         load_run_tokenizer(parse_config({"model": {"path": "owner/name"}}))
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_rows_are_measured(parts_run, parts, tmp_path, monkeypatch):
+    """Of a large data set that takes hours."""
+    gemma = tmp_path / "gemma"
+    shutil.copytree(parts / "llama", gemma)
+    (gemma / "config.json").write_text(json.dumps({"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}))
+    windows = tmp_path / "windows"
+    shutil.copytree(parts / "qwen", windows)
+    used = json.loads((windows / "config.json").read_text()) | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    (windows / "config.json").write_text(json.dumps(used | {"layer_types": None}))
+    monkeypatch.setattr("eagle_train.runs.ready.prepare", lambda *_, **__: pytest.fail("rows were measured"))
+    for language, message in ((gemma, "'Gemma3ForCausalLM' is not supported: the decoder does not"), (windows, "sliding_attention")):
+        with pytest.raises(ConfigError, match=message):
+            get_ready(parts_run(str(language)))
 
 
 def test_hub_names_are_not_paths(tmp_path):

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where
 from benchmarks.cuda import ceilings
 from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report, write
-from eagle_kernels import MemoryPlan, OffloadEngine, plan_memory
+from eagle_kernels import MemoryPlan, OffloadEngine, Training, plan_memory
 from eagle_model import EagleForConditionalGeneration, PackedBatch, preset
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import ParallelConfig, StageConfig
@@ -232,7 +232,7 @@ def trained(result: Result, name: str, tokens: int, layers: int, frozen: bool, o
     model = shard_model(model, world, parallel)
     optimizer = make_optimizer(model, stage)
     shape, vision = decoder_shape(config), vision_shape(config, tokens - TEXT)
-    vision = dataclasses.replace(vision, frozen=frozen)
+    vision = dataclasses.replace(vision, training=Training("frozen" if frozen else "full"))
     widths: dict[str, Any] = {"weight_bytes": 4, "gradient_bytes": 4, "optimizer_bytes": 8, "compute_bytes": 2, "shards": world.size}
     plans = {
         policy: plan_memory(shape, tokens, vision=vision, labelled=TEXT, offload=policy == "offload", **widths)

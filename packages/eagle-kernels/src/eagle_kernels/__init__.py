@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from eagle_kernels import reference
 from eagle_kernels.dispatch import implementation, use_implementation
 from eagle_kernels.hugging_face import apply_to
-from eagle_kernels.memory import DecoderShape, MemoryPlan, VisionShape, plan_memory
+from eagle_kernels.memory import DecoderShape, MemoryPlan, Training, VisionShape, plan_memory
 from eagle_kernels.modules import LinearCrossEntropy, RMSNorm, SwiGLUMLP
 from eagle_kernels.offload import OffloadEngine, offload_checkpoint
 from eagle_kernels.ops.gelu import gelu_linear
@@ -22,6 +22,7 @@ __all__ = [
     "OffloadEngine",
     "RMSNorm",
     "SwiGLUMLP",
+    "Training",
     "VisionShape",
     "add_rms_norm",
     "apply_to",

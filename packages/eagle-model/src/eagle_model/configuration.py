@@ -8,7 +8,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, SiglipVisionConfig
 
 from eagle_model import sizes
-from eagle_model.language.spec import FAMILIES
+from eagle_model.language.spec import FAMILIES, unknown_family
 from eagle_model.sizes import MODEL_TYPE
 
 ARCHITECTURE = "Eagle2_5_VLForConditionalGeneration"
@@ -21,8 +21,8 @@ class EagleConfig(PretrainedConfig):
     """Configuration of an Eagle 2.5 model.
 
     vision_config: a `SiglipVisionConfig` or its dict. text_config: the configuration of a family in `eagle_model.language.spec`
-    (`Qwen2Config`, `Qwen3Config`, `LlamaConfig`, `MistralConfig`), or its dict with `architectures` (or `model_type`); older files call it
-    `llm_config`.
+    (`Qwen2Config`, `Qwen3Config`, `LlamaConfig`, `MistralConfig`, `SmolLM3Config`), or its dict with `architectures` (or `model_type`);
+    older files call it `llm_config`.
     select_layer: -1 is the last layer after the post-layernorm; -2, -4, ... are the hidden states of an earlier layer, as they are.
     force_image_size: side of a tile in pixels; None means that of the vision tower.
     downsample_ratio: 0.5 joins 2x2 patches to one token. use_pixel_shuffle: False leaves every patch a token.
@@ -153,18 +153,15 @@ def _text_config(given: Any) -> Any:
     if given is None:
         given = {"architectures": ["Qwen2ForCausalLM"]}
     if isinstance(given, dict):
-        named = (given.get("architectures") or [None])[0]
-        model_type = LANGUAGE_MODELS.get(named) if named else given.get("model_type", "")
+        named, own = (given.get("architectures") or [None])[0], given.get("model_type", "")
+        model_type = LANGUAGE_MODELS.get(named) if named else own
         if model_type is None or model_type not in LANGUAGE_MODELS.values():
-            raise ValueError(
-                f"text_config names the language model {named or model_type!r}; known are {', '.join(LANGUAGE_MODELS)} "
-                f"(in text_config.architectures) or {', '.join(LANGUAGE_MODELS.values())} (in text_config.model_type)"
-            )
+            raise ValueError(f"text_config: {unknown_family(named or own, own)}")
         given = CONFIG_MAPPING[model_type](
             **{key: value for key, value in given.items() if key not in ("model_type", "_attn_implementation")}
         )
     if given.model_type not in LANGUAGE_MODELS.values():
-        raise ValueError(f"text_config is a {type(given).__name__}; the language model must be one of {', '.join(LANGUAGE_MODELS)}")
+        raise ValueError(f"text_config: {unknown_family(type(given).__name__, given.model_type)}")
     if not given.architectures:
         given.architectures = [name for name, model_type in LANGUAGE_MODELS.items() if model_type == given.model_type]
     return given

@@ -18,6 +18,8 @@ def checkpoint_folder(name: str | Path) -> Path:
     folder = Path(name)
     if folder.suffix == ".gguf" and folder.is_file():
         return folder
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        raise FileNotFoundError(f"{name}: there is no such file; check the path of the GGUF file")
     if folder.is_dir():
         files = sorted(folder.glob("*.gguf"))
         return files[0] if len(files) == 1 and not (folder / "config.json").is_file() else folder

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_model.configuration import EagleConfig
+from eagle_model.language.spec import decoder_spec
 from eagle_model.presets import IN_USE, check_changes
 from eagle_model.prompt import IM_END, IMG_CONTEXT
 from eagle_model.tokenizer import check_tokenizer
@@ -23,7 +24,8 @@ def parts_config(vision: Path, language: Path, tokenizer: Any, *, image_size: in
     a tile in pixels (default: the tower's). changes: other fields of `EagleConfig`; those of `vision_config` and `text_config` update the
     parts.
 
-    Raises FileNotFoundError without a config.json, and ValueError for a model of another kind and for an unknown change.
+    Raises FileNotFoundError without a config.json, and ValueError for a model of another kind, what its decoder has and this one does not
+    (`decoder_spec`), and an unknown change.
     """
     check_tokenizer(tokenizer)
     vision_config = _read_config(vision)
@@ -40,6 +42,7 @@ def parts_config(vision: Path, language: Path, tokenizer: Any, *, image_size: in
     config = EagleConfig(**(IN_USE | changes | values))
     check_changes(config, changes)
     _check_patches(config)
+    decoder_spec(config.text_config)
     config.force_image_size = config.tile_size
     config.text_config.eos_token_id = tokenizer.convert_tokens_to_ids(IM_END)
     config.text_config.pad_token_id = tokenizer.pad_token_id

@@ -63,7 +63,8 @@ def check_tokenizer(tokenizer: Any) -> Any:
 def load_tokenizer(folder: str | Path, *, add_tokens: bool = False, **options: Any) -> Any:
     """The tokenizer of a checkpoint folder (or hub name, with transformers' `options`). A folder with tokenizer.json needs no torch.
 
-    folder may be a GGUF file. add_tokens: add Eagle's tokens where they are missing, for the tokenizer of a language model.
+    folder may be a GGUF file. add_tokens: for the tokenizer of a language model: add Eagle's tokens where they are missing, and replace its
+    chat template by Eagle's, the format that the model is trained on.
     Raises PromptError when the tokenizer lacks Eagle's tokens, and OSError when there is none.
     """
     path = Path(folder)
@@ -77,6 +78,7 @@ def load_tokenizer(folder: str | Path, *, add_tokens: bool = False, **options: A
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     if add_tokens:
         add_eagle_tokens(tokenizer)
+        tokenizer.chat_template = CHAT_TEMPLATE
     return check_tokenizer(tokenizer)
 
 

@@ -6,13 +6,17 @@ of a decoder layer in backward, a layer of the vision tower, or FSDP's reduction
 inputs are released and gradients are allocated, so both the first and the last decoder layer are evaluated.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from eagle_kernels.memory.shapes import DecoderShape, VisionShape
+from eagle_kernels.memory.shapes import DecoderShape, Training, VisionShape
 from eagle_kernels.ops.linear_cross_entropy import chunk_rows
 
 GIB = 1 << 30
-MAY_BE_ZERO = ("gradient_bytes", "optimizer_bytes", "gpu_states", "vision.patches")
+MAY_BE_ZERO = (
+    *("decoder.vectors", "gradient_bytes", "optimizer_bytes", "kept_bytes", "gpu_states", "vision.patches"),
+    *("decoder.training.rank", "vision.training.rank", "vision.connector.rank"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,21 @@ class MemoryPlan:
 
 
 def _check(decoder: DecoderShape, vision: VisionShape | None, tokens: int, labelled: int, **sizes: int | None) -> None:
-    sizes = {"tokens": tokens} | sizes | {f"decoder.{name}": size for name, size in asdict(decoder).items() if name != "tied"}
-    sizes |= {f"vision.{name}": size for name, size in (asdict(vision) if vision else {}).items() if name != "frozen"}
+    sizes = {"tokens": tokens} | sizes | {f"decoder.{name}": size for name, size in _sizes(decoder)}
+    sizes |= {f"vision.{name}": size for name, size in (_sizes(vision) if vision else ())}
     for name, size in sizes.items():
         least = 0 if name in MAY_BE_ZERO else 1
         if size is not None and size < least:
             raise ValueError(f"plan_memory: {name} is {size}, expected {least} or more")
     if not 0 <= labelled <= tokens:
         raise ValueError(f"plan_memory: labelled is {labelled}, expected 0 to {tokens}, the number of tokens")
+
+
+def _sizes(shape: Any) -> list[tuple[str, int]]:
+    """The fields of a shape that are numbers of elements."""
+    values = [(field.name, value) for field in fields(shape) if (value := getattr(shape, field.name)) is not None]
+    ranks = [(f"{name}.rank", value.rank) for name, value in values if isinstance(value, Training)]
+    return ranks + [(name, value) for name, value in values if not isinstance(value, bool | Training)]
 
 
 def plan_memory(
@@ -52,6 +63,7 @@ def plan_memory(
     weight_bytes: int = 2,
     gradient_bytes: int = 2,
     optimizer_bytes: int = 0,
+    kept_bytes: int = 0,
     compute_bytes: int | None = None,
     activation_bytes: int = 2,
     gradients_kept: bool = False,
@@ -64,8 +76,10 @@ def plan_memory(
 ) -> MemoryPlan:
     """Peak GPU and host memory of forward, backward and optimizer step over `tokens` tokens on one rank, with activation checkpointing.
 
-    weight_bytes, gradient_bytes, optimizer_bytes: per parameter, outside of computation (AdamW in float32: weights 4, gradients 4,
-    optimizer 8; bf16 weights with a float32 copy among the optimizer's states: 2, 2 or 4, 12).
+    decoder.training, vision.training, vision.connector: which parameters are trained, have adapters, and are in 4 bits.
+    weight_bytes: per parameter that is not in 4 bits. gradient_bytes, optimizer_bytes: per trained parameter. All outside of computation
+    (AdamW in float32: weights 4, gradients 4, optimizer 8; bf16 weights with a float32 copy among the optimizer's states: 2, 2 or 4, 12).
+    kept_bytes: of something else that is there throughout, on each rank (a moving average of the weights).
     compute_bytes: per parameter of the copies that FSDP2 computes with, one unit (a layer, or all parameters outside of layers) at a time.
     None: computation uses the weights themselves, or with shards > 1 copies of weight_bytes.
     activation_bytes: per element of an activation.
@@ -75,12 +89,14 @@ def plan_memory(
     shards: number of FSDP ranks over which weights, gradients and optimizer states are divided.
 
     Counts what torch allocates, without the CUDA context (0.5 GiB) and libraries' workspaces. Measured accuracy: see the README.
-    Raises ValueError for sizes below 1; gradient_bytes, optimizer_bytes, labelled, gpu_states and the number of patches can be 0.
+    Raises ValueError for sizes below 1; gradient_bytes, optimizer_bytes, kept_bytes, labelled, gpu_states, ranks
+    of adapters and the number of patches can be 0.
     """
     labelled = tokens if labelled is None else labelled
     _check(
         decoder, vision, tokens, labelled, shards=shards, mlp_rows=mlp_rows, weight_bytes=weight_bytes, compute_bytes=compute_bytes,
         activation_bytes=activation_bytes, gradient_bytes=gradient_bytes, optimizer_bytes=optimizer_bytes, gpu_states=gpu_states,
+        kept_bytes=kept_bytes,
     )  # fmt: skip
     act, heads, layers = activation_bytes, decoder.heads * decoder.head_dim, decoder.layers
     qkv = (decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim
@@ -88,12 +104,12 @@ def plan_memory(
     lse = 4 * tokens * decoder.heads
     kept = state + (tokens * heads * act + lse if keep_attention else 0)
 
-    layer, head = decoder.layer_parameters, decoder.vocab * decoder.hidden
-    tower = vision.parameters if vision is not None else 0
-    total = decoder.parameters + tower + (vision.connector_parameters(decoder.hidden) if vision is not None else 0)
-    trained = total - (tower if vision is not None and vision.frozen else 0)
-    # FSDP's unit of parameters outside of layers. It is gathered from the first forward to the last backward.
-    root = total - layers * layer - (vision.layers * vision.layer_parameters if vision is not None else 0)
+    layer, head = decoder.layer, decoder.vocab * decoder.hidden
+    learned_head = head if decoder.rest.trained else 0
+    total, root = decoder.total, decoder.rest
+    if vision is not None:
+        connector = vision.connector_total(decoder.hidden)
+        total, root = total + vision.total + connector, root + vision.rest + connector
     copies = compute_bytes if compute_bytes is not None else weight_bytes if shards > 1 else 0
     # Until they are reduced, the gradients of a unit have the dtype of its copies. Without copies there is no reduction.
     loose_bytes = copies or gradient_bytes
@@ -101,14 +117,19 @@ def plan_memory(
     def at_rest(parameters: int) -> int:
         return parameters * gradient_bytes // shards
 
-    static = {
-        "weights": total * weight_bytes // shards,
-        "optimizer": trained * optimizer_bytes // shards,
+    # `root`, the parameters outside of layers, is one unit of FSDP. It is gathered from the first forward to the last backward.
+    stored = {
+        # FSDP does not shard what is in 4 bits.
+        "weights": total.plain * weight_bytes // shards + total.quantized_bytes,
+        "optimizer": total.trained * optimizer_bytes // shards,
+        "kept": kept_bytes,
+    }
+    static = stored | {
         # The current layer and the next one; with several ranks also the buffer that receives the next one.
-        "whole weights": copies * (root + (2 if shards == 1 else 3) * layer),
+        "whole weights": copies * (root.plain + (2 if shards == 1 else 3) * layer.plain),
     }
     # The reduction's float32 input of a layer is freed at the end of the next layer's backward.
-    reduction = {"gradients in reduction": layer * gradient_bytes if copies else 0}
+    reduction = {"gradients in reduction": layer.trained * gradient_bytes if copies else 0}
     images = vision.kept(decoder.hidden, act) if vision is not None else {}
 
     # Stored inputs are on the host, except those of the current layer, of its neighbour, and of the first `gpu_states` layers.
@@ -121,39 +142,45 @@ def plan_memory(
     # The loss: final states, their norm and its gradient, one chunk of logits, the head's gradient in float32.
     chunk = chunk_rows(labelled, decoder.vocab, act)
     loss = static | {
-        "gradients": at_rest(trained) if gradients_kept else 0,
+        "gradients": at_rest(total.trained) if gradients_kept else 0,
         "checkpoints": checkpoints(layers),
         **images,
         "final states": 3 * state,
         "logits": chunk * decoder.vocab * act + (0 if labelled == tokens else chunk * decoder.hidden * act * 2),
-        "head gradient in float32": 4 * head if labelled else 0,
+        "head gradient in float32": 4 * learned_head if labelled else 0,
     }
-    handover = loss | {"logits": 0, "head gradient in the weight's dtype": head * loose_bytes if loose_bytes != 4 else 0}
+    handover = loss | {"logits": 0, "head gradient in the weight's dtype": learned_head * loose_bytes if loose_bytes != 4 else 0}
 
     # Backward of a layer: its input, both norms' outputs, q, k, v, attention output, LSE and the residual are recomputed and stored.
     rebuilt = 3 * state + tokens * (qkv + heads) * act + lse
     rows = tokens if mlp_rows is None else min(tokens, mlp_rows)
     block = rows * decoder.intermediate * act
-    weights_of_mlp = 3 * decoder.hidden * decoder.intermediate
+    weights_of_mlp = 3 * decoder.hidden * decoder.intermediate if decoder.training.mode == "full" else 0
     whole = mlp_rows is None or mlp_rows >= tokens
     # Six of [rows, I]: gate, up, their gradients, the activation and its gradient (freed before the weight gradients are computed).
     mlp = max(6 * block, 5 * block + weights_of_mlp * loose_bytes) if whole else 6 * block + weights_of_mlp * (4 + loose_bytes)
     mlp += 2 * state
     attention = 3 * state + tokens * (qkv + 2 * heads) * act + 4 * tokens * heads
+    if decoder.training.quantized:
+        # One weight at a time is computed from its codes.
+        mlp += decoder.hidden * decoder.intermediate * act
+        attention += decoder.hidden * heads * act
+    # Gradients of the head and the final norm, which FSDP reduces with the rest of their unit.
+    last = head + decoder.hidden if learned_head else 0
 
     def gradients_below(index: int) -> dict[str, int]:
-        """Gradients of the layers above `index`, and of the head and the final norm, which FSDP reduces with the rest of their unit."""
-        done = (layers - 1 - index) * layer
+        """Gradients of the layers above `index`, of the head and of the final norm."""
+        done = (layers - 1 - index) * layer.trained
         if gradients_kept:
-            return {"gradients": at_rest(trained), "gradients of the rest": (head + decoder.hidden) * copies}
+            return {"gradients": at_rest(total.trained), "gradients of the rest": last * copies}
         if copies:
-            return {"gradients": at_rest(done), "gradients of the rest": (head + decoder.hidden) * copies}
-        return {"gradients": at_rest(done + head + decoder.hidden)}
+            return {"gradients": at_rest(done), "gradients of the rest": last * copies}
+        return {"gradients": at_rest(done + last)}
 
     moments = {"the loss": loss, "the head's backward": handover}
     for index in {0, layers - 1}:
         for name, live in (("MLP", mlp), ("attention", attention)):
-            made = layer * loose_bytes if name == "attention" and (copies or not gradients_kept) else 0
+            made = layer.trained * loose_bytes if name == "attention" and (copies or not gradients_kept) else 0
             moments[f"backward of layer {index}, {name}"] = (
                 static
                 | (reduction if index < layers - 1 else {})
@@ -170,31 +197,25 @@ def plan_memory(
         static
         | reduction
         | gradients_below(-1)
-        | {**images, "live": 2 * state + (head * loose_bytes if not decoder.tied or gradients_kept or copies else 0)}
+        | {**images, "live": 2 * state + (learned_head * loose_bytes if not decoder.tied or gradients_kept or copies else 0)}
     )
-    if vision is not None and not vision.frozen:
+    if vision is not None and vision.learns:
         patch_states, inner = vision.patches * vision.width * act, vision.patches * vision.intermediate * act
         done = gradients_below(-1)
-        done["gradients"] = max(done["gradients"], at_rest(trained - (root if copies else 0)))
+        done["gradients"] = max(done["gradients"], at_rest(total.trained - (root.trained if copies else 0)))
         if copies:
-            done["gradients of the rest"] = root * copies
+            done["gradients of the rest"] = root.trained * copies
         # Recomputed: both norms' outputs, q, k, v, attention output, residual; then the gradient and the residual's gradient.
         moments["the vision tower's backward"] = (
             static | done | {name: size for name, size in images.items() if name != "connector"} | {"live": 9 * patch_states + 3 * inner}
         )
     if copies:
         # The last unit is reduced from the copies' dtype to a whole input and a sharded output of the gradients' dtype.
-        moments["the last reduction"] = {
-            "weights": static["weights"],
-            "optimizer": static["optimizer"],
-            "gradients": at_rest(trained) if gradients_kept else at_rest(trained - root),
-            "gradients in reduction": root * (gradient_bytes + max(copies, gradient_bytes // shards)),
+        moments["the last reduction"] = stored | {
+            "gradients": at_rest(total.trained) if gradients_kept else at_rest(total.trained - root.trained),
+            "gradients in reduction": root.trained * (gradient_bytes + max(copies, gradient_bytes // shards)),
         }
     if not gradients_kept:
-        moments["the optimizer's step"] = {
-            "weights": static["weights"],
-            "optimizer": static["optimizer"],
-            "gradients": at_rest(trained),
-        }
+        moments["the optimizer's step"] = stored | {"gradients": at_rest(total.trained)}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return MemoryPlan(gpu=sum(moments[moment].values()), host=host, moment=moment, parts=moments[moment], moments=moments)

@@ -1,11 +1,73 @@
-"""Sizes of the model's parts that `plan_memory` needs."""
+"""Sizes of the model's parts that `plan_memory` needs, and how each part is trained."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+Linears = Mapping[str, tuple[int, int]]
+"""Linear layers by the end of their name: (in_features, out_features)."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a part is trained and kept.
+
+    mode: `full` trains all parameters of the part and not its adapters, `lora` its adapters alone, `frozen` nothing.
+    rank: of adapters on its linear layers (`W x + B A x`, arXiv 2106.09685), 0: it has none. targets: last names of the layers that have
+    one, or ends of their names; None: all. quantized: whether the weights of its linear layers are NF4 with double quantisation (blocks
+    of 64 and 256, arXiv 2305.14314).
+    """
+
+    mode: Literal["full", "lora", "frozen"] = "full"
+    rank: int = 0
+    targets: tuple[str, ...] | None = None
+    quantized: bool = False
+
+    def of(self, parameters: int, linears: Linears) -> "Parameters":
+        """Parameters of a module with `parameters` of its own, those of its `linears` included."""
+        chosen = [sizes for name, sizes in linears.items() if self.targets is None or any(_ends(name, end) for end in self.targets)]
+        adapters = self.rank * sum(map(sum, chosen))
+        kept = [wide * narrow for wide, narrow in linears.values()] if self.quantized else []
+        return Parameters(
+            plain=parameters - sum(kept) + adapters,
+            trained={"full": parameters, "lora": adapters, "frozen": 0}[self.mode],
+            quantized_bytes=sum(map(nf4_bytes, kept)),
+        )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters. plain: those kept in the dtype of weights, adapters included. trained: those with gradients and optimizer
+    states. quantized_bytes: bytes of the others, which are in 4 bits, on every rank."""
+
+    plain: int = 0
+    trained: int = 0
+    quantized_bytes: int = 0
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(self.plain + other.plain, self.trained + other.trained, self.quantized_bytes + other.quantized_bytes)
+
+    def __mul__(self, number: int) -> "Parameters":
+        return Parameters(self.plain * number, self.trained * number, self.quantized_bytes * number)
+
+
+def nf4_bytes(elements: int) -> int:
+    """Bytes of a weight in NF4: codes, an 8-bit scale for 64 of them, a float32 scale for 256 of those, and a float32 offset."""
+    blocks = ceil(elements / 64)
+    return ceil(elements / 2) + blocks + 4 * ceil(blocks / 256) + 4
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder like Llama or Qwen. tied: the head shares the embedding's weight."""
+    """Sizes of a decoder like Llama or Qwen. tied: the head shares the embedding's weight.
+
+    vectors: elements of the biases and QK-norms of a layer; None: biases of q, k and v, as in Qwen2. training: how the decoder is trained.
+    """
 
     hidden: int
     intermediate: int
@@ -15,12 +77,44 @@ class DecoderShape:
     head_dim: int
     vocab: int
     tied: bool = False
+    vectors: int | None = None
+    training: Training = Training()
+
+    @property
+    def linears(self) -> Linears:
+        """Linear layers of one decoder layer."""
+        heads, kv_heads = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (self.hidden, heads),
+            "self_attn.k_proj": (self.hidden, kv_heads),
+            "self_attn.v_proj": (self.hidden, kv_heads),
+            "self_attn.o_proj": (heads, self.hidden),
+            "mlp.gate_proj": (self.hidden, self.intermediate),
+            "mlp.up_proj": (self.hidden, self.intermediate),
+            "mlp.down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def layer(self) -> Parameters:
+        """One decoder layer."""
+        return self.training.of(self.layer_parameters, self.linears)
+
+    @property
+    def rest(self) -> Parameters:
+        """Embedding, head and final norm, which have no adapters and keep their precision."""
+        return self.training.of(self.parameters - self.layers * self.layer_parameters, {})
+
+    @property
+    def total(self) -> Parameters:
+        """The whole decoder."""
+        return self.layer * self.layers + self.rest
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one decoder layer, with biases of q, k and v."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + self.head_dim * (self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        """Parameters of one decoder layer."""
+        biases = self.head_dim * (self.heads + 2 * self.kv_heads)
+        linears = sum(inputs * outputs for inputs, outputs in self.linears.values())
+        return linears + (biases if self.vectors is None else self.vectors) + 2 * self.hidden
 
     @property
     def parameters(self) -> int:
@@ -33,17 +127,54 @@ class VisionShape:
 
     patches: patches of all tiles together; merge: patches that the connector (LayerNorm, Linear, GELU, Linear) makes one visual token of;
     positions: patches of a tile; patch_values: values of a patch.
-    frozen: the tower needs no gradients and stores no activations; the connector is still trained.
+    training, connector: how the tower and the connector are trained. A frozen tower needs no gradients and stores no activations; with a
+    frozen connector behind it, both only run forward.
     """
 
     width: int
     intermediate: int
     layers: int
     patches: int
-    frozen: bool = False
     merge: int = 4
     positions: int = 1024
     patch_values: int = 588
+    training: Training = Training()
+    connector: Training = Training()
+
+    @property
+    def linears(self) -> Linears:
+        """Linear layers of one layer of the tower."""
+        square, wide = (self.width, self.width), (self.width, self.intermediate)
+        attention = {f"self_attn.{name}": square for name in ("k_proj", "v_proj", "q_proj", "out_proj")}
+        return attention | {"mlp.fc1": wide, "mlp.fc2": wide[::-1]}
+
+    @property
+    def layer(self) -> Parameters:
+        """One layer of the tower."""
+        return self.training.of(self.layer_parameters, self.linears)
+
+    @property
+    def rest(self) -> Parameters:
+        """Embeddings and the last norm of the tower."""
+        return self.training.of(self.parameters - self.layers * self.layer_parameters, {})
+
+    @property
+    def total(self) -> Parameters:
+        """The whole tower."""
+        return self.layer * self.layers + self.rest
+
+    def connector_linears(self, hidden: int) -> Linears:
+        """Linear layers of the connector to a decoder of width `hidden`, by their whole names."""
+        return {"mlp1.1": (self.merge * self.width, hidden), "mlp1.3": (hidden, hidden)}
+
+    def connector_total(self, hidden: int) -> Parameters:
+        """The connector to a decoder of width `hidden`."""
+        return self.connector.of(self.connector_parameters(hidden), self.connector_linears(hidden))
+
+    @property
+    def learns(self) -> bool:
+        """Whether the tower has a backward pass."""
+        return self.training.mode != "frozen"
 
     @property
     def layer_parameters(self) -> int:
@@ -63,9 +194,11 @@ class VisionShape:
 
         hidden: width of the decoder; itemsize: bytes of an activation.
         """
-        tower = 0 if self.frozen else self.patches * self.width
+        if not self.learns and self.connector.mode == "frozen":
+            return {"pixels": self.patches * self.patch_values}
+        tower = self.patches * self.width if self.learns else 0
         # The inputs of the post-layernorm, of the connector's LayerNorm, of both Linears and of GELU. The output is stored too, by the
         # operator that writes it into the embeddings.
         connector = tower + 2 * self.patches * self.width + 3 * (self.patches // self.merge) * hidden
-        pixels = self.patches * self.patch_values * (1 if self.frozen else 1 + itemsize)
+        pixels = self.patches * self.patch_values * (1 + itemsize if self.learns else 1)
         return {"vision checkpoints": self.layers * tower * itemsize, "connector": connector * itemsize, "pixels": pixels}

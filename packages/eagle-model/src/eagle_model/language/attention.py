@@ -55,14 +55,18 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; biases and QK-norm by the spec. index: number of the layer, for the cache."""
+    """Grouped-query attention with rotary positions; biases, QK-norm and layers without rotation by the spec.
+
+    index: number of the layer, for the spec and the cache.
+    """
 
     def __init__(self, spec: DecoderSpec, index: int, scale_factor: float) -> None:
         super().__init__()
         self.index = index
         self.heads, self.kv_heads, self.width = spec.heads, spec.kv_heads, spec.head_dim
+        self.rotated = spec.rotated[index]
         # YaRN scales rotated queries and keys by this factor each, logits by its square.
-        self.scale = self.width**-0.5 * scale_factor**2
+        self.scale = self.width**-0.5 * (scale_factor**2 if self.rotated else 1.0)
         self.q_proj = nn.Linear(spec.hidden_size, self.heads * self.width, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(spec.hidden_size, self.kv_heads * self.width, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(spec.hidden_size, self.kv_heads * self.width, bias=spec.qkv_bias)
@@ -78,7 +82,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(tokens, self.kv_heads, self.width)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, k, inputs.positions, inputs.inv_freq)
+        if self.rotated:
+            q, k = rope(q, k, inputs.positions, inputs.inv_freq)
         if inputs.mask is None:
             if inputs.cache is not None:
                 inputs.cache.update(self._pad(k, inputs), self._pad(v, inputs), self.index)

@@ -78,9 +78,9 @@ class Printer:
         return prepare_progress()
 
     @contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Progress of a count: a context manager that yields its callback."""
-        yield lambda done, total: self.line(f"{done} of {total} {what}", last=done == total)
+    def counting(self, what: str) -> Iterator[Callable[..., None]]:
+        """Progress of a count: a context manager that yields its callback, which takes what is done, the total, and what was done."""
+        yield lambda done, total, how="": self.line(f"{done} of {total} {what} {how}".rstrip(), last=done == total)
 
 
 class _Once(logging.Filter):

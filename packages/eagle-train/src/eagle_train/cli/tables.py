@@ -139,12 +139,13 @@ def prediction_text(stages: Sequence[StagePrediction], gpus: int, rate: Rate) ->
     """Memory, time and balance of every stage."""
     from eagle_train.training.metrics import duration
 
-    rows = [("stage", "GiB per GPU", "s per step", "steps", "time", "GPU hours", "waiting", "by tokens")]
+    rows = [("stage", "trained", "GiB per GPU", "s per step", "steps", "time", "GPU hours", "waiting", "by tokens")]
     for stage in stages:
         hours = stage.gpu_hours(gpus)
         rows.append(
             (
                 stage.name,
+                f"{stage.trained:,}",
                 "-" if stage.gib is None else f"{stage.gib:.1f}",
                 f"{stage.seconds:.3g}",
                 str(stage.steps),
@@ -158,6 +159,7 @@ def prediction_text(stages: Sequence[StagePrediction], gpus: int, rate: Rate) ->
     return "\n".join(
         [
             table(rows),
+            "  trained: parameters with gradients and optimizer states, of all GPUs together",
             f"  time: of training alone, at {rate.flops / 1e12:.3g} TFLOP/s per GPU ({rate.source}); {total:.3g} GPU hours in all",
             "  waiting: share of the time that data groups wait for one another; by tokens: if packs were balanced by tokens alone",
         ]

@@ -44,8 +44,8 @@ class ModelConfig(Section):
     )
     language: str | None = Field(
         default=None,
-        description="Language model of a new model (Qwen2, Qwen2.5, Qwen3, Llama, SmolLM2, Mistral), as a folder, a GGUF file or a hub "
-        "name. Needs vision. Eagle's tokens are added to its tokenizer and the connector starts from random weights.",
+        description="Language model of a new model (Qwen2, Qwen2.5, Qwen3, Llama, SmolLM2, SmolLM3, Mistral), as a folder, a GGUF file or "
+        "a hub name. Needs vision. Eagle's tokens are added to its tokenizer and the connector starts from random weights.",
     )
     image_size: int | None = Field(
         default=None,

@@ -72,5 +72,7 @@ class Section(BaseModel):
 
 
 def is_hub_name(value: str) -> bool:
-    """Whether a value has the form of a name on the Hugging Face hub: `owner/name`, not a path that starts with `.`, `/` or `~`."""
-    return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*/[A-Za-z0-9_-][A-Za-z0-9._-]*", value) is not None
+    """Whether a value has the form of a name on the Hugging Face hub: `owner/name`, not a path that starts with `.`, `/` or `~`, nor a GGUF
+    file."""
+    form = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*/[A-Za-z0-9_-][A-Za-z0-9._-]*", value)
+    return form is not None and not value.endswith(".gguf")

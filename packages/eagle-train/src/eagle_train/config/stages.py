@@ -146,10 +146,11 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _one_choice_per_part(self) -> Self:
+        # A run folder's configuration has every default written out: what equals a default does not contradict anything.
         for part, settings in self.parts.items():
-            if settings.train == "frozen" and "train" in self.model_fields_set and part in self.train:
+            if settings.train == "frozen" and part in self.train and self.train != list(PARTS):
                 raise ValueError(f"train names {part}, and parts.{part}.train is frozen; keep one")
-            given = settings.model_fields_set - {"train"}
+            given = {name for name, value in settings if name != "train" and value != PartConfig.model_fields[name].default}
             if self.modes[part] == "frozen" and given:
                 raise ValueError(f"parts.{part}: {', '.join(sorted(given))} has no effect, since {part} is frozen; add it to train")
         if set(self.modes.values()) == {"frozen"}:

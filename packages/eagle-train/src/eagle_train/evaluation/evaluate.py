@@ -65,12 +65,12 @@ def evaluate(
     *,
     limit: int | None = None,
     max_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Evaluation:
     """Evaluate every held-out row (the first `limit` of each source); every rank calls it and gets all answers.
 
     max_tokens: the budget of a sample; default: that of the last stage. progress: called on every rank after each of the same number of
-    rounds with (rows answered by this rank, rows of this rank), first for generated answers and then for scored rows. Raises
+    rounds with (rows that this rank is done with, rows of this rank, "answered" or "scored"), first for answers, then for scores. Raises
     EvaluationError on every rank when one of them fails, and RankError on that rank when it fails in the middle of a collective of a
     sharded model.
     """
@@ -118,7 +118,7 @@ def answer_rows(
     world: World,
     spec: VisualSpec,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[int, Answer]:
     """Answers of all ranks by row, on every rank. Rows whose metric needs no generated answer get an empty one, and read no media."""
     # Questions of about the same length go together, so that little is padded; ranks take turns.
@@ -162,7 +162,7 @@ def answer_rows(
                     metric=metrics[question.row],
                 )
             if progress is not None:
-                progress(len(answers), sum(map(len, mine)))
+                progress(len(answers), sum(map(len, mine)), "answered")
     if failures := world.failures(failure):
         raise EvaluationError("; ".join(failures))
     merged: dict[int, Answer] = {}

@@ -66,7 +66,7 @@ def score_variants(
     spec: VisualSpec,
     *,
     capacity: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Scores:
     """Score the assistant turns of `variants`; a collective of all ranks, which all get every result.
 
@@ -117,7 +117,7 @@ def score_variants(
         read = [place for index, place in enumerate(places) if index not in loaded.missing]
         own.update(zip(read, scores))
         if progress is not None:
-            progress(sum(map(len, mine[: number + 1])), sum(map(len, mine)))
+            progress(sum(map(len, mine[: number + 1])), sum(map(len, mine)), "scored")
     if failures := world.failures(failure):
         raise EvaluationError("; ".join(failures))
     merged: dict[int, np.ndarray] = {}

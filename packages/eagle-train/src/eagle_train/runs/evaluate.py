@@ -41,7 +41,7 @@ class Evaluator:
         limit: int | None = None,
         frames: int | None = None,
         max_tokens: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
     ) -> Evaluation:
         """The evaluation of the model after `step` steps of the run, on the first `limit` rows of each source; a collective of all ranks.
 

@@ -73,7 +73,7 @@ def evaluate_exported(
     frames: Sequence[int] = (),
     lengths: Sequence[int] = (),
     on_prepare: Callable[[Progress], None] | None = None,
-    on_answer: Callable[[int, int], None] | None = None,
+    on_answer: Callable[[int, int, str], None] | None = None,
 ) -> tuple[list[Point], Facts]:
     """Evaluations of the model in `folder` on the rows of `source`, without a text-only baseline, since there are no training rows.
 

@@ -7,7 +7,6 @@ Time is FLOPs over a rate: that of the steps which the run has already made, els
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -38,11 +37,13 @@ class Rate:
 
 @dataclass(frozen=True)
 class StagePrediction:
-    """A stage. gib: memory of each GPU, None where it is not modelled (`keep`); host_gib: of its host for each GPU. seconds: of a step.
-    before, after: share of time that data groups wait for one another, if packs were balanced by tokens, and as they are."""
+    """A stage. trained: parameters that it trains. gib: memory of each GPU, None where it is not modelled (`keep`); host_gib: of its host
+    for each GPU. seconds: of a step. before, after: share of time that data groups wait for one another, if packs were balanced by
+    tokens, and as they are."""
 
     name: str
     steps: int
+    trained: int
     gib: float | None
     host_gib: float
     seconds: float
@@ -92,22 +93,25 @@ def predict(ready: Ready, gpus: int, gpu: Gpu) -> Prediction:
 
 def predict_stages(ready: Ready, gpus: int, rate: Rate) -> list[StagePrediction]:
     """Every stage on `gpus` GPUs, one rank each. Raises ConfigError and ValueError for GPUs that the groups or packs can't be shared by."""
-    from eagle_train.training.model import model_config
+    from eagle_train.training.model import grown_config
+    from eagle_train.training.step_memory import stage_plans, trained_parameters
 
     config = for_gpus(ready.config)
     group = config.parallel.group_size
-    described = model_config(config, ready.tokenizer)
+    described = grown_config(config, ready.tokenizer)
+    plans = stage_plans(config, described, gpus) if config.model.activations != "keep" else {}
     stages = []
     for schedule in ready.schedules:
         plan, groups = schedule.plan(0), gpus // group
         assert schedule.costs is not None
         after = plan.spread(groups)
-        memory = _memory(config, described, gpus, schedule.stage.name)
+        memory = plans.get(schedule.stage.name)
         seconds = group_seconds(plan.pack_costs(), schedule.stage.packs_per_step, groups, rate.flops * group)
         stages.append(
             StagePrediction(
                 schedule.stage.name,
                 schedule.steps,
+                sum(trained_parameters(config, schedule.stage, described).values()),
                 None if memory is None else memory.gpu / GIB,
                 0.0 if memory is None else memory.host / GIB,
                 float(seconds.mean()) if len(seconds) else 0.0,
@@ -118,17 +122,6 @@ def predict_stages(ready: Ready, gpus: int, rate: Rate) -> list[StagePrediction]
     return stages
 
 
-def _memory(config: Config, described: Any, gpus: int, stage: str | None = None) -> Any:
-    """The memory plan of a stage (default: of the whole run); None for `keep`."""
-    from eagle_train.training.activations import planned
-
-    if config.model.activations == "keep":
-        return None
-    if stage is not None:
-        config = config.replaced(stages=[one for one in config.stages if one.name == stage])
-    return planned(config, described, gpus)
-
-
 def needed_gib(gib: float) -> float:
     """Memory of a GPU on which a plan of `gib` GiB runs."""
     return gib * FRAGMENTATION + CONTEXT_GIB
@@ -137,12 +130,15 @@ def needed_gib(gib: float) -> float:
 def check_fits(ready: Ready, gpus: int, gpu: Gpu) -> None:
     """Raises ConfigError, with the smallest change that would help, when the longest pack of a stage does not fit on `gpus` GPUs."""
     from eagle_train.training.memory import smallest_change
-    from eagle_train.training.model import model_config
+    from eagle_train.training.model import grown_config
+    from eagle_train.training.step_memory import planned
 
     config = for_gpus(ready.config)
-    described = model_config(config, ready.tokenizer)
-    plan = _memory(config, described, gpus)
-    if plan is None or needed_gib(plan.gpu / GIB) <= gpu.gib:
+    if config.model.activations == "keep":
+        return
+    described = grown_config(config, ready.tokenizer)
+    plan = planned(config, described, gpus)
+    if needed_gib(plan.gpu / GIB) <= gpu.gib:
         return
     room = (gpu.gib - CONTEXT_GIB) / FRAGMENTATION * GIB
     advice = smallest_change(config, described, gpus, room)

@@ -25,17 +25,14 @@ if TYPE_CHECKING:  # planning needs no torch
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that is prepared: facts of its rows, and of the held-out ones (None when there are none)."""
+    """A run that is prepared: sizes of its model (`ModelSizes` or `EagleConfig`), facts of its rows, and of the held-out ones (None when
+    there are none)."""
 
     config: Config
     tokenizer: Any
+    sizes: Any
     facts: Facts
     eval_facts: Facts | None
-
-    @cached_property
-    def sizes(self) -> Any:
-        """Sizes of the model (`ModelSizes` or `EagleConfig`)."""
-        return model_sizes(self.config, self.tokenizer)
 
     @cached_property
     def spec(self) -> VisualSpec:
@@ -73,13 +70,17 @@ def get_ready(
     """Load the tokenizer and prepare all sources; with several ranks the main rank prepares and the others map what it made.
 
     A rank that finds nothing is on a host with a disk of its own: the first such rank of the host prepares there, too.
-    held_out: False skips the held-out sources. Raises PrepareError on every rank when hosts measured different facts.
+    held_out: False skips the held-out sources. Raises ConfigError for a model that can't be built, and PrepareError on every
+    rank when hosts measured different facts.
     """
     tokenizer = load_run_tokenizer(config)
+    # Before rows are measured, which can take hours: a model that can't be built is refused here.
+    sizes = model_sizes(config, tokenizer)
 
     def ready(load: Callable[..., Facts]) -> Ready:
         facts = load(config, tokenizer)
-        return Ready(config, tokenizer, facts, load(config, tokenizer, evaluation=True) if held_out and has_evaluation(config) else None)
+        held = load(config, tokenizer, evaluation=True) if held_out and has_evaluation(config) else None
+        return Ready(config, tokenizer, sizes, facts, held)
 
     def measured(*given: Any, **options: Any) -> Facts:
         return prepare(*given, progress=progress, **options).facts

@@ -33,8 +33,8 @@ def resources(ready: Ready, gpus: int) -> Resources:
 
     Raises ConfigError when the groups of `parallel` don't divide the GPUs.
     """
-    from eagle_train.training.activations import planned, rank_tokens
-    from eagle_train.training.model import model_config
+    from eagle_train.training.model import grown_config
+    from eagle_train.training.step_memory import planned, rank_tokens
 
     config = for_gpus(ready.config)
     parallel = config.parallel
@@ -43,9 +43,10 @@ def resources(ready: Ready, gpus: int) -> Resources:
             f"parallel: ulysses {parallel.ulysses} x all_gather {parallel.all_gather} = {parallel.group_size} ranks "
             f"don't divide {gpus} GPUs"
         )
-    described = model_config(config, ready.tokenizer)
+    described = grown_config(config, ready.tokenizer)
+    tokens = max(rank_tokens(config, stage) for stage in config.stages)
     memory = planned(config, described, gpus) if config.model.activations != "keep" else None
-    return Resources(count_parameters(described), memory, gpus, parallel.dtype, config.model.activations, rank_tokens(config))
+    return Resources(count_parameters(described), memory, gpus, parallel.dtype, config.model.activations, tokens)
 
 
 def for_gpus(config: Config) -> Config:

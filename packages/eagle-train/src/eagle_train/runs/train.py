@@ -35,7 +35,7 @@ class Trained:
     trainer: Trainer
     evaluator: Evaluator | None
 
-    def final_evaluation(self, *, limit: int | None = None, progress: Callable[[int, int], None] | None = None) -> Evaluation | None:
+    def final_evaluation(self, *, limit: int | None = None, progress: Callable[[int, int, str], None] | None = None) -> Evaluation | None:
         """The evaluation of the trained model: the last one of training if that was the same, else a new one.
 
         None when it fails, which is logged and recorded as during training, or without held-out sources; a collective of all ranks.

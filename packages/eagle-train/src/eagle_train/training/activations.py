@@ -6,20 +6,17 @@ and a run for which there is not enough is refused before its first step.
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any, Literal
 
 import torch
 
-from eagle_cp.planner import WHOLE_ROWS
-from eagle_kernels import MemoryPlan, OffloadEngine, plan_memory
+from eagle_kernels import OffloadEngine
 from eagle_kernels.offload import ALIGNMENT, GIB, available_host_bytes
-from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, ConfigError
 from eagle_train.distributed.world import World
 
-from .optim import state_bytes
+from .step_memory import stage_plans
 
 Mode = Literal["keep", "recompute", "offload"]
 
@@ -31,35 +28,11 @@ def activation_mode(config: Config, device: torch.device) -> Mode:
     return config.model.activations
 
 
-def rank_tokens(config: Config) -> int:
-    """Tokens of the longest pack that one rank holds, at most."""
-    share = -(-config.max_tokens // config.parallel.group_size)
-    return math.ceil(share * WHOLE_ROWS) if config.parallel.context == "auto" else share
-
-
-def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
-    """What a step over the longest pack needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`)."""
-    tokens = rank_tokens(config)
-    low = config.parallel.dtype == "bfloat16"
-    sharded = ranks > 1 or low
-    return plan_memory(
-        decoder_shape(described),
-        tokens,
-        vision=vision_shape(described, tokens, frozen=all(stage.modes["vision"] == "frozen" for stage in config.stages)),
-        weight_bytes=2 if config.model.weights == "bfloat16" else 4,
-        gradient_bytes=2 if config.model.weights == "bfloat16" else 4,
-        optimizer_bytes=state_bytes(config),
-        compute_bytes=(2 if low else 4) if sharded else None,
-        activation_bytes=2 if low else 4,
-        offload=config.model.activations == "offload",
-        shards=max(1, ranks // config.parallel.replicate) if config.parallel.fsdp else 1,
-    )
-
-
 def host_bytes(config: Config, described: Any) -> int:
     """Host memory that one rank needs: all decoder layers' inputs but the last one's, for the longest pack's share of a context rank."""
     # Every place in the arena starts at a multiple of its alignment.
-    return planned(config, described, 1).host + ALIGNMENT * described.text_config.num_hidden_layers
+    most = max(plan.host for plan in stage_plans(config, described, 1).values())
+    return most + ALIGNMENT * described.text_config.num_hidden_layers
 
 
 def make_engine(config: Config, described: Any, world: World, *, available: int | None = None) -> OffloadEngine:

@@ -1,7 +1,8 @@
 """GPU memory of a run: refused before anything is loaded when it cannot fit, and explained when it ran out after all.
 
 Both name the smallest change of the configuration that helps, as `plan_memory` sees it: activation checkpointing first, then the
-optimizer, packs shared by more ranks and more GPUs, two of these together, and at last shorter packs.
+optimizer, packs shared by more ranks and more GPUs, two of these together, then adapters instead of the language model's weights, and at
+last shorter packs.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 
 from eagle_kernels import MemoryPlan
 from eagle_kernels.offload import GIB, available_host_bytes
-from eagle_train.config import Config, ConfigError, StageConfig
+from eagle_train.config import Config, ConfigError, PartConfig, StageConfig
 from eagle_train.distributed.world import World
 from eagle_train.errors import TrainError
 from eagle_train.loading.pack import LoadedPack
 
-from .activations import activation_mode, planned
+from .activations import activation_mode
 from .optim import OPTIMIZERS
+from .step_memory import planned, stage_plans
 
 SMALLEST = 1024
 """Tokens below which no shorter pack is proposed."""
@@ -61,7 +63,7 @@ class Change:
 
 
 def changes(config: Config, described: Any, ranks: int) -> Iterator[Change]:
-    """Changes that need less memory, from the least to the most intrusive: single ones, two together, and at last shorter packs.
+    """Changes that need less memory, from the least to the most intrusive: single ones, two together, adapters, and at last shorter packs.
 
     config: with `model.activations` resolved.
     """
@@ -73,6 +75,8 @@ def changes(config: Config, described: Any, ranks: int) -> Iterator[Change]:
         for text, changed, number in first(config, ranks):
             for then, both, together in second(changed, number):
                 yield Change(f"{text} and {then}", planned(both, described, together))
+    for text, changed in _adapters(config):
+        yield Change(text, planned(changed, described, ranks))
     limit = config.max_tokens // 2
     while limit >= SMALLEST:
         shorter = [stage.replaced(max_tokens=min(stage.max_tokens, limit)) for stage in config.stages]
@@ -113,6 +117,23 @@ def _more_gpus(config: Config, ranks: int) -> _Changed:
         number *= 2
 
 
+def _adapters(config: Config) -> Iterator[tuple[str, Config]]:
+    """Adapters where stages train the language model in full, and its weights in 4 bits."""
+    full = [stage for stage in config.stages if stage.modes["language"] == "full"]
+    if not full:
+        return
+    text = "stages.*.parts.language.train: lora"
+    stages = [_with_adapters(stage) if stage in full else stage for stage in config.stages]
+    yield text, config.replaced(stages=stages)
+    model = config.model.replaced(quantize={**config.model.quantize, "language": "nf4"})
+    yield f"{text}, model.quantize: {{language: nf4}} (needs bitsandbytes)", config.replaced(stages=stages, model=model)
+
+
+def _with_adapters(stage: StageConfig) -> StageConfig:
+    settings = stage.parts.get("language", PartConfig()).replaced(train="lora")
+    return stage.replaced(parts={**stage.parts, "language": settings})
+
+
 _EIGHT_BIT = "adamw8bit (needs torchao)"
 
 
@@ -127,7 +148,7 @@ def smallest_change(config: Config, described: Any, ranks: int, room: float) -> 
     for change in changes(config, described, ranks):
         if change.plan.gpu <= room:
             return f"The smallest change that helps: {change.text} (planned: {change.plan.gpu / GIB:.1f} GiB)"
-    tried = "activations, optimizer, context split, pack length or number of GPUs (up to 64)"
+    tried = "activations, optimizer, context split, adapters, pack length or number of GPUs (up to 64)"
     return f"No change of {tried} makes it fit: choose a smaller model"
 
 
@@ -155,11 +176,12 @@ def check_memory(
     if not found:
         return None
     config = resolved(config, world.device)
-    plan = planned(config, described, world.size)
+    plans = stage_plans(config, described, world.size)
+    stage = max(config.stages, key=lambda stage: plans[stage.name].gpu)
+    plan = plans[stage.name]
     free, rank, total = min(found)
     if plan.gpu <= free:
         return plan
-    stage = max(config.stages, key=lambda stage: stage.max_tokens)
     taken = f", {(total - free) / GIB:.1f} GiB of which are taken by other processes" if total - free > GIB else ""
     raise ConfigError(
         f"stages.{stage.name}: a pack of {stage.max_tokens} tokens cannot fit: a step is planned to need {parts_of(plan)}; the GPU of rank "

@@ -88,6 +88,11 @@ def check_model_folder(folder: str | Path) -> None:
     wanted = "give the folder of a run of eagle train (it has a config.yaml), or of an exported or released Eagle 2.5 model"
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; {wanted}. A model of the Hugging Face hub is downloaded first: hf download NAME")
+    if (folder / "adapter_config.json").is_file() and not path.is_file():
+        raise ConfigError(
+            f"{folder} holds an adapter in PEFT's format and no model; eagle export RUN FOLDER without --adapter merges it into one. A run "
+            "starts from an adapter with model.adapter"
+        )
     if not path.is_file():
         raise ConfigError(f"{folder} holds no model: it has neither config.yaml nor config.json; {wanted}")
     try:
@@ -126,6 +131,13 @@ def model_config(config: Config, tokenizer: Any) -> Any:
     result.min_dynamic_tiles, result.max_dynamic_tiles = config.tiling.min_tiles, config.tiling.max_tiles
     result.use_thumbnail = config.tiling.thumbnail
     return result
+
+
+def grown_config(config: Config, tokenizer: Any) -> EagleConfig:
+    """As `model_config`, with the vocabulary that the model has once Eagle's tokens are in it: for sizes, not for reading weights."""
+    described = copy.deepcopy(model_config(config, tokenizer))
+    described.text_config.vocab_size = max(described.text_config.vocab_size, len(tokenizer))
+    return described
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from eagle_model.lora import is_adapter
-from eagle_train.config import Config, ConfigError, PartConfig, StageConfig
+from eagle_train.config import ConfigError, PartConfig, StageConfig
 
 from .adamw import HostAdamW, RoundingAdamW
 from .muon import Muon
@@ -68,11 +68,6 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     "muon": OptimizerChoice(_muon, 4),
     "adafactor": OptimizerChoice(_adafactor, 0, sharded=False),
 }
-
-
-def state_bytes(config: Config) -> int:
-    """Bytes of optimizer state per trained parameter, of the stage whose optimizer keeps most."""
-    return max(OPTIMIZERS[stage.optimizer].state_bytes for stage in config.stages)
 
 
 def set_trainable(model: nn.Module, modes: Mapping[Any, str]) -> int:

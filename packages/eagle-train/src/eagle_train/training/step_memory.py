@@ -1,0 +1,83 @@
+"""Memory of a step of every stage, from sizes alone: what its parts train, which weights are in 4 bits, and the stage's optimizer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from eagle_cp.planner import WHOLE_ROWS
+from eagle_kernels import DecoderShape, MemoryPlan, Training, VisionShape, plan_memory
+from eagle_model.memory import decoder_shape, vision_shape
+from eagle_train.config import Config, StageConfig
+from eagle_train.config.model import Part
+
+from .optim import OPTIMIZERS
+
+
+def rank_tokens(config: Config, stage: StageConfig) -> int:
+    """Tokens of the longest pack of a stage that one rank holds, at most."""
+    share = -(-stage.max_tokens // config.parallel.group_size)
+    return math.ceil(share * WHOLE_ROWS) if config.parallel.context == "auto" else share
+
+
+def stage_plans(config: Config, described: Any, ranks: int) -> dict[str, MemoryPlan]:
+    """What a step over the longest pack of each stage needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`)."""
+    average = averaged_parameters(config, described) if config.model.ema is not None else 0
+    return {stage.name: _stage_plan(config, stage, described, ranks, average) for stage in config.stages}
+
+
+def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
+    """The plan of the stage that needs most."""
+    return max(stage_plans(config, described, ranks).values(), key=lambda plan: plan.gpu)
+
+
+def part_training(config: Config, stage: StageConfig, part: Part) -> Training:
+    """How a stage trains a part. Adapters and weights in 4 bits are in the model in every stage."""
+    lora = config.adapters.get(part)
+    return Training(
+        mode=stage.modes[part],
+        rank=0 if lora is None else lora.rank,
+        targets=None if lora is None or lora.targets is None else tuple(lora.targets),
+        quantized=part in config.model.quantize,
+    )
+
+
+def shapes(config: Config, stage: StageConfig, described: Any) -> tuple[DecoderShape, VisionShape]:
+    """Sizes of the model in a stage, with the longest pack."""
+    vision, connector, language = (part_training(config, stage, part) for part in ("vision", "connector", "language"))
+    tower = vision_shape(described, rank_tokens(config, stage), training=vision, connector=connector)
+    return decoder_shape(described, language), tower
+
+
+def trained_parameters(config: Config, stage: StageConfig, described: Any) -> dict[Part, int]:
+    """Parameters of each part that a stage trains."""
+    decoder, tower = shapes(config, stage, described)
+    connector = tower.connector_total(decoder.hidden)
+    return {"vision": tower.total.trained, "connector": connector.trained, "language": decoder.total.trained}
+
+
+def averaged_parameters(config: Config, described: Any) -> int:
+    """Parameters that at least one stage trains: a part in full, its adapters, or both."""
+    trained = {}
+    for stage in config.stages:
+        trained |= {(part, stage.modes[part]): count for part, count in trained_parameters(config, stage, described).items()}
+    return sum(trained.values())
+
+
+def _stage_plan(config: Config, stage: StageConfig, described: Any, ranks: int, average: int) -> MemoryPlan:
+    low = config.parallel.dtype == "bfloat16"
+    shards = max(1, ranks // config.parallel.replicate) if config.parallel.fsdp else 1
+    decoder, tower = shapes(config, stage, described)
+    return plan_memory(
+        decoder,
+        rank_tokens(config, stage),
+        vision=tower,
+        weight_bytes=2 if config.model.weights == "bfloat16" else 4,
+        gradient_bytes=2 if config.model.weights == "bfloat16" else 4,
+        optimizer_bytes=OPTIMIZERS[stage.optimizer].state_bytes,
+        kept_bytes=4 * average // shards,
+        compute_bytes=(2 if low else 4) if ranks > 1 or low else None,
+        activation_bytes=2 if low else 4,
+        offload=config.model.activations == "offload",
+        shards=shards,
+    )
