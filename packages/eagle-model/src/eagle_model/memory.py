@@ -33,4 +33,6 @@ def vision_shape(config: EagleConfig, tokens: int, *, frozen: bool = False) -> V
         merge=patches // config.tokens_per_tile,
         positions=patches,
         patch_values=3 * vision.patch_size**2,
+        heads=vision.num_attention_heads,
+        used=vision.num_hidden_layers + 1 + config.select_layer if config.select_layer < 0 else config.select_layer,
     )

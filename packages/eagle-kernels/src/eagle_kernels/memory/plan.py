@@ -8,6 +8,7 @@ inputs are released and gradients are allocated, so both the first and the last 
 
 from dataclasses import asdict, dataclass, field
 
+from eagle_kernels.memory.kept import ATTENTION, MLP, NOTHING, PROJECTIONS, Kept
 from eagle_kernels.memory.shapes import DecoderShape, VisionShape
 from eagle_kernels.ops.linear_cross_entropy import chunk_rows
 
@@ -61,6 +62,9 @@ def plan_memory(
     mlp_rows: int | None = None,
     labelled: int | None = None,
     shards: int = 1,
+    kept: Kept | None = None,
+    vision_kept: Kept | None = None,
+    exchanged: bool = False,
 ) -> MemoryPlan:
     """Peak GPU and host memory of forward, backward and optimizer step over `tokens` tokens on one rank, with activation checkpointing.
 
@@ -73,6 +77,8 @@ def plan_memory(
     offload: the stored inputs of decoder layers are in host memory, except those of `gpu_states` layers. keep_attention: attention outputs
     and LSE are stored too. mlp_rows: `rows` of `swiglu_mlp`. labelled: number of rows with a label (default: all).
     shards: number of FSDP ranks over which weights, gradients and optimizer states are divided.
+    kept, vision_kept: what decoder layers and those of the tower keep beside their inputs (default: nothing); not with offload. exchanged:
+    attention runs through Ulysses, which keeps more.
 
     Counts what torch allocates, without the CUDA context (0.5 GiB) and libraries' workspaces. Measured accuracy: see the README.
     Raises ValueError for sizes below 1; gradient_bytes, optimizer_bytes, labelled, gpu_states and the number of patches can be 0.
@@ -83,10 +89,14 @@ def plan_memory(
         activation_bytes=activation_bytes, gradient_bytes=gradient_bytes, optimizer_bytes=optimizer_bytes, gpu_states=gpu_states,
     )  # fmt: skip
     act, heads, layers = activation_bytes, decoder.heads * decoder.head_dim, decoder.layers
+    kept, vision_kept = kept or Kept(), vision_kept or Kept()
+    if offload and (kept.attention or vision_kept.attention):
+        raise ValueError("plan_memory: kept activations and offload do not go together; use gpu_states and keep_attention")
     qkv = (decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim
     state = tokens * decoder.hidden * act
     lse = 4 * tokens * decoder.heads
-    kept = state + (tokens * heads * act + lse if keep_attention else 0)
+    levels = [kept.level(index, layers) for index in range(layers)]
+    stored = [decoder.kept(max(level, ATTENTION if keep_attention else NOTHING), tokens, act, exchanged=exchanged) for level in levels]
 
     layer, head = decoder.layer_parameters, decoder.vocab * decoder.hidden
     tower = vision.parameters if vision is not None else 0
@@ -109,14 +119,16 @@ def plan_memory(
     }
     # The reduction's float32 input of a layer is freed at the end of the next layer's backward.
     reduction = {"gradients in reduction": layer * gradient_bytes if copies else 0}
-    images = vision.kept(decoder.hidden, act) if vision is not None else {}
+    images = vision.kept(decoder.hidden, act, vision_kept) if vision is not None else {}
 
     # Stored inputs are on the host, except those of the current layer, of its neighbour, and of the first `gpu_states` layers.
     on_gpu = min(gpu_states, layers) if offload else layers
-    host = (layers - 1 - min(gpu_states, layers - 1)) * kept if offload else 0
+    host = (layers - 1 - min(gpu_states, layers - 1)) * stored[0] if offload else 0
 
     def checkpoints(below: int) -> int:
-        return (min(on_gpu, below) + (min(2, below - min(on_gpu, below)) if offload else 0)) * kept
+        if offload:
+            return (min(on_gpu, below) + min(2, below - min(on_gpu, below))) * stored[0]
+        return sum(stored[:below])
 
     # The loss: final states, their norm and its gradient, one chunk of logits, the head's gradient in float32.
     chunk = chunk_rows(labelled, decoder.vocab, act)
@@ -130,8 +142,17 @@ def plan_memory(
     }
     handover = loss | {"logits": 0, "head gradient in the weight's dtype": head * loose_bytes if loose_bytes != 4 else 0}
 
-    # Backward of a layer: its input, both norms' outputs, q, k, v, attention output, LSE and the residual are recomputed and stored.
-    rebuilt = 3 * state + tokens * (qkv + heads) * act + lse
+    # Backward of a layer rebuilds what it does not keep. Its MLP needs the second norm's output and the residual; if attention is rebuilt for
+    # that, also all before it: the first norm's output, q, k, v, attention output and LSE. Its attention needs the latter.
+    everything = 3 * state + tokens * (qkv + heads) * act + lse
+
+    def rebuilt(level: int, name: str) -> int:
+        if level == NOTHING:
+            return everything
+        if name == "MLP":
+            return 2 * state
+        return state + tokens * qkv * act if level < PROJECTIONS else tokens * (heads + decoder.kv_heads * decoder.head_dim) * act
+
     rows = tokens if mlp_rows is None else min(tokens, mlp_rows)
     block = rows * decoder.intermediate * act
     weights_of_mlp = 3 * decoder.hidden * decoder.intermediate
@@ -139,6 +160,8 @@ def plan_memory(
     # Six of [rows, I]: gate, up, their gradients, the activation and its gradient (freed before the weight gradients are computed).
     mlp = max(6 * block, 5 * block + weights_of_mlp * loose_bytes) if whole else 6 * block + weights_of_mlp * (4 + loose_bytes)
     mlp += 2 * state
+    # Gate and up are not rebuilt where they are kept.
+    mlp_kept = max(4 * block, 3 * block + weights_of_mlp * loose_bytes) + 2 * state
     attention = 3 * state + tokens * (qkv + 2 * heads) * act + 4 * tokens * heads
 
     def gradients_below(index: int) -> dict[str, int]:
@@ -151,8 +174,9 @@ def plan_memory(
         return {"gradients": at_rest(done + head + decoder.hidden)}
 
     moments = {"the loss": loss, "the head's backward": handover}
-    for index in {0, layers - 1}:
-        for name, live in (("MLP", mlp), ("attention", attention)):
+    for index in sorted(kept.borders(layers)):
+        level = levels[index]
+        for name, live in (("MLP", mlp_kept if level == MLP else mlp), ("attention", attention)):
             made = layer * loose_bytes if name == "attention" and (copies or not gradients_kept) else 0
             moments[f"backward of layer {index}, {name}"] = (
                 static
@@ -162,7 +186,7 @@ def plan_memory(
                     "gradients of the layer": made,
                     "checkpoints": checkpoints(index + 1),
                     **images,
-                    "rebuilt layer": rebuilt,
+                    "rebuilt layer": rebuilt(level, name),
                     "live": live,
                 }
             )
@@ -178,9 +202,14 @@ def plan_memory(
         done["gradients"] = max(done["gradients"], at_rest(trained - (root if copies else 0)))
         if copies:
             done["gradients of the rest"] = root * copies
-        # Recomputed: both norms' outputs, q, k, v, attention output, residual; then the gradient and the residual's gradient.
+        # Recomputed: both norms' outputs, q, k, v, attention output, residual; then the gradient and the residual's gradient. Where attention
+        # is kept, the MLP is done before q, k, v are computed.
+        level = vision_kept.level(vision.depth - 1, vision.depth)
+        live = 9 * patch_states + 3 * inner
+        if level >= ATTENTION:
+            live = max(9 * patch_states, 4 * patch_states + (2 if level == MLP else 3) * inner)
         moments["the vision tower's backward"] = (
-            static | done | {name: size for name, size in images.items() if name != "connector"} | {"live": 9 * patch_states + 3 * inner}
+            static | done | {name: size for name, size in images.items() if name != "connector"} | {"live": live}
         )
     if copies:
         # The last unit is reduced from the copies' dtype to a whole input and a sharded output of the gradients' dtype.

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from eagle_kernels.memory.kept import ATTENTION, MLP, PROJECTIONS, Kept
+
 
 @dataclass(frozen=True)
 class DecoderShape:
@@ -22,6 +24,21 @@ class DecoderShape:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + self.head_dim * (self.heads + 2 * self.kv_heads)
         return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
 
+    def kept(self, level: int, tokens: int, itemsize: int, *, exchanged: bool = False) -> int:
+        """Bytes that one layer stores for backward at a level of `eagle_kernels.memory.kept`.
+
+        exchanged: with Ulysses, attention keeps queries, keys and values as they were exchanged, and its output on both sides.
+        """
+        out, qkv = self.heads * self.head_dim, (self.heads + 2 * self.kv_heads) * self.head_dim
+        values = self.hidden
+        if level >= ATTENTION:
+            values += out + (qkv + out if exchanged else 0)
+        if level >= PROJECTIONS:
+            values += self.hidden + (0 if exchanged else qkv)
+        if level >= MLP:
+            values += 2 * self.intermediate
+        return tokens * (values * itemsize + (4 * self.heads if level >= ATTENTION else 0))
+
     @property
     def parameters(self) -> int:
         return self.layers * self.layer_parameters + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
@@ -33,7 +50,8 @@ class VisionShape:
 
     patches: patches of all tiles together; merge: patches that the connector (LayerNorm, Linear, GELU, Linear) makes one visual token of;
     positions: patches of a tile; patch_values: values of a patch.
-    frozen: the tower needs no gradients and stores no activations; the connector is still trained.
+    frozen: the tower needs no gradients and stores no activations; the connector is still trained. heads: of its attention. used: layers
+    that run (default: all).
     """
 
     width: int
@@ -44,6 +62,13 @@ class VisionShape:
     merge: int = 4
     positions: int = 1024
     patch_values: int = 588
+    heads: int = 16
+    used: int | None = None
+
+    @property
+    def depth(self) -> int:
+        """Layers that run."""
+        return self.layers if self.used is None else self.used
 
     @property
     def layer_parameters(self) -> int:
@@ -58,14 +83,21 @@ class VisionShape:
         wide = self.merge * self.width
         return 2 * wide + wide * hidden + hidden * hidden + 2 * hidden
 
-    def kept(self, hidden: int, itemsize: int) -> dict[str, int]:
-        """Bytes that forward stores for backward: inputs of the tower's layers, the connector's activations, pixels.
+    def layer_kept(self, level: int, itemsize: int) -> int:
+        """Bytes that one layer stores for backward at a level of `eagle_kernels.memory.kept`."""
+        values = self.width * (1 + (level >= ATTENTION) + 4 * (level >= PROJECTIONS)) + self.intermediate * (level >= MLP)
+        return self.patches * (values * itemsize + (4 * self.heads if level >= ATTENTION else 0))
 
-        hidden: width of the decoder; itemsize: bytes of an activation.
+    def kept(self, hidden: int, itemsize: int, kept: Kept | None = None) -> dict[str, int]:
+        """Bytes that forward stores for backward: what the tower's layers keep, the connector's activations, pixels.
+
+        hidden: width of the decoder; itemsize: bytes of an activation; kept: by the tower (default: the inputs of layers).
         """
         tower = 0 if self.frozen else self.patches * self.width
         # The inputs of the post-layernorm, of the connector's LayerNorm, of both Linears and of GELU. The output is stored too, by the
         # operator that writes it into the embeddings.
         connector = tower + 2 * self.patches * self.width + 3 * (self.patches // self.merge) * hidden
         pixels = self.patches * self.patch_values * (1 if self.frozen else 1 + itemsize)
-        return {"vision checkpoints": self.layers * tower * itemsize, "connector": connector * itemsize, "pixels": pixels}
+        levels = [(kept or Kept()).level(index, self.depth) for index in range(self.depth)]
+        stored = 0 if self.frozen else sum(self.layer_kept(level, itemsize) for level in levels)
+        return {"vision checkpoints": stored, "connector": connector * itemsize, "pixels": pixels}
