@@ -122,7 +122,8 @@ class _Piece:
                 enabled, dtype = self.autocast
                 context.enter_context(torch.autocast(self.device, dtype, enabled))
             arguments = [
-                one.get().detach().requires_grad_(needs) if isinstance(one, _Held | _Value | _View) else one for one, needs in self.arguments
+                one.get().detach().requires_grad_(needs) if isinstance(one, _Held | _Value | _View) else one
+                for one, needs in self.arguments
             ]
             results = self.function(*arguments)
         if counted != self.saved:

@@ -39,8 +39,8 @@ class Kept:
     def __post_init__(self) -> None:
         if not 0 <= self.mlp <= self.projections <= self.attention:
             raise ValueError(
-                f"Kept: attention {self.attention}, projections {self.projections}, mlp {self.mlp}; each must be at least 0 and at most the "
-                "one before it"
+                f"Kept: attention {self.attention}, projections {self.projections}, mlp {self.mlp}; each must be at least 0 and at most "
+                "the one before it"
             )
 
     @classmethod

@@ -142,8 +142,8 @@ def plan_memory(
     }
     handover = loss | {"logits": 0, "head gradient in the weight's dtype": head * loose_bytes if loose_bytes != 4 else 0}
 
-    # Backward of a layer rebuilds what it does not keep. Its MLP needs the second norm's output and the residual; if attention is rebuilt for
-    # that, also all before it: the first norm's output, q, k, v, attention output and LSE. Its attention needs the latter.
+    # Backward of a layer rebuilds what it does not keep. Its MLP needs the second norm's output and the residual; if attention is rebuilt
+    # for that, also all before it: the first norm's output, q, k, v, attention output and LSE. Its attention needs the latter.
     everything = 3 * state + tokens * (qkv + heads) * act + lse
 
     def rebuilt(level: int, name: str) -> int:
@@ -202,8 +202,8 @@ def plan_memory(
         done["gradients"] = max(done["gradients"], at_rest(trained - (root if copies else 0)))
         if copies:
             done["gradients of the rest"] = root * copies
-        # Recomputed: both norms' outputs, q, k, v, attention output, residual; then the gradient and the residual's gradient. Where attention
-        # is kept, the MLP is done before q, k, v are computed.
+        # Recomputed: both norms' outputs, q, k, v, attention output, residual; then the gradient and the residual's gradient. Where
+        # attention is kept, the MLP is done before q, k, v are computed.
         level = vision_kept.level(vision.depth - 1, vision.depth)
         live = 9 * patch_states + 3 * inner
         if level >= ATTENTION:

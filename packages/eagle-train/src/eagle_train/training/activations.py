@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from eagle_cp.planner import WHOLE_ROWS
-from eagle_kernels import MemoryPlan, OffloadEngine, plan_memory
+from eagle_kernels import Kept, MemoryPlan, OffloadEngine, plan_memory
 from eagle_kernels.offload import ALIGNMENT, GIB, available_host_bytes
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, ConfigError
@@ -21,13 +21,13 @@ from eagle_train.distributed.world import World
 
 from .optim import state_bytes
 
-Mode = Literal["keep", "recompute", "offload"]
+Mode = Literal["keep", "recompute", "selective", "offload"]
 
 
 def activation_mode(config: Config, device: torch.device) -> Mode:
-    """`model.activations`; auto recomputes on a GPU, where packs are long, and keeps everything on a CPU."""
+    """`model.activations`; auto is selective on a GPU, where packs are long, and keeps everything on a CPU."""
     if config.model.activations == "auto":
-        return "recompute" if device.type == "cuda" else "keep"
+        return "selective" if device.type == "cuda" else "keep"
     return config.model.activations
 
 
@@ -37,8 +37,11 @@ def rank_tokens(config: Config) -> int:
     return math.ceil(share * WHOLE_ROWS) if config.parallel.context == "auto" else share
 
 
-def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
-    """What a step over the longest pack needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`)."""
+def planned(config: Config, described: Any, ranks: int, *, kept: Kept | None = None, vision_kept: Kept | None = None) -> MemoryPlan:
+    """What a step over the longest pack needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`).
+
+    kept, vision_kept: what decoder and vision tower keep with `selective` (default: inputs of layers alone).
+    """
     tokens = rank_tokens(config)
     low = config.parallel.dtype == "bfloat16"
     sharded = ranks > 1 or low
@@ -52,6 +55,9 @@ def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
         compute_bytes=(2 if low else 4) if sharded else None,
         activation_bytes=2 if low else 4,
         offload=config.model.activations == "offload",
+        kept=kept,
+        vision_kept=vision_kept,
+        exchanged=config.parallel.ulysses > 1 or config.parallel.context == "auto",
         shards=max(1, ranks // config.parallel.replicate) if config.parallel.fsdp else 1,
     )
 

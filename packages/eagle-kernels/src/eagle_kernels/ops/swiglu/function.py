@@ -62,7 +62,14 @@ class _SwiGLUMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, rows: int | None, recompute: bool, dtypes: tuple[torch.dtype, ...]
+        ctx: Any,
+        x: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        rows: int | None,
+        recompute: bool,
+        dtypes: tuple[torch.dtype, ...],
     ) -> Tensor:
         ctx.rows, ctx.dtypes = rows, dtypes
         if rows is None:
@@ -122,9 +129,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return reference.swiglu(gate, up)
 
 
-def swiglu_mlp(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows: int | None = None, recompute: bool = False
-) -> Tensor:
+def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows: int | None = None, recompute: bool = False) -> Tensor:
     """`swiglu(x w_gate^T, x w_up^T) w_down^T`. x: [..., H], w_gate and w_up: [I, H], w_down: [H, I] (as in `nn.Linear`) -> [..., H].
 
     rows: process this many rows at a time, forward and backward; backward then recomputes gate and up from x. Memory beyond x, the output
