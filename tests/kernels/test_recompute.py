@@ -207,3 +207,38 @@ def test_a_piece_that_does_something_else_is_an_error():
         out = again(changing, x).sum()
     with pytest.raises(RuntimeError, match="changing saved 1 tensors in forward and 2"):
         out.backward()
+
+
+def nested(x, weights, group):
+    """Layers with a kept product each, alone or inside one piece."""
+
+    def layers(state):
+        for weight in weights:
+            with Recompute() as again:
+                state = state + again(F.silu, again(F.layer_norm, state, (WIDTH,)) @ weight)
+        return state
+
+    if not group:
+        return layers(x)
+    with Recompute() as again:
+        return torch.cat([again(layers, part) for part in x.split(group)])
+
+
+@pytest.mark.parametrize("group", [2, 5, 9])
+def test_inside_a_piece_nothing_is_kept_until_it_runs_again(group):
+    weights = [torch.randn(WIDTH, WIDTH, requires_grad=True) for _ in range(3)]
+    x = torch.randn(9, WIDTH, requires_grad=True)
+    found = []
+    for size in (0, group):
+        with LiveBytes() as live:
+            loss = nested(x, weights, size).square().mean()
+            kept = live.now
+            loss.backward()
+        found.append((kept, [x.grad, *(weight.grad for weight in weights)]))
+        x.grad = None
+        for weight in weights:
+            weight.grad = None
+    state = 9 * WIDTH * 4
+    assert found[1][0] - found[0][0] <= state - 3 * 2 * state  # of each layer its input (x is the caller's) and product; the joined result
+    for one, other in zip(found[0][1], found[1][1]):
+        torch.testing.assert_close(one, other)

@@ -145,6 +145,38 @@ def test_inputs_of_layers_are_all_that_recompute_keeps():
     assert sizes[1] - sizes[0] == decoder_shape(make().config).kept(0, TOKENS, 4)
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize("vision_kept", [Kept(), Kept(3, 1), None])
+def test_groups_of_tiles(group, vision_kept):
+    """The tower keeps pixels; products of fewer rows add up to the same gradients, to the bit in a single group."""
+    model, tiles = make().double(), 5
+    ids = torch.cat([torch.full((4 * tiles,), 100), torch.arange(30)])
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (tiles, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    batch = make_pack(ids, tiles=pixels, targets=ids.roll(-1).clamp(max=99), denominator=50.0)
+    expected = step(model, "keep", batch=batch)
+    model.zero_grad(set_to_none=True)
+    alive = {}
+    for grouped in (None, group):
+        model.zero_grad(set_to_none=True)
+        model.set_activation_checkpointing("selective", vision_kept=vision_kept, vision_group=grouped)
+        with LiveBytes() as live:
+            loss = model(batch).loss
+            alive[grouped] = live.now
+            loss.backward()
+    for name, gradient in expected[1].items():
+        got = model.get_parameter(name).grad
+        if group >= tiles:
+            assert torch.equal(got, gradient), name
+        torch.testing.assert_close(got, gradient, atol=1e-12, rtol=1e-9, msg=name)
+    tower = vision_shape(model.config, tiles * 4)
+    kept = Kept() if vision_kept is None else vision_kept
+    by_layers = tower.kept(48, 8, Kept.all(3) if vision_kept is None else kept)
+    less = alive[None] - alive[group]
+    joined = tower.patches * tower.width * 8 if group < tiles else 0  # groups and their sum are the connector's input: one of them stays
+    assert less >= by_layers["vision checkpoints"] - joined
+
+
 class Counted(TorchDispatchMode):
     """Calls of matrix products and attention kernels."""
 

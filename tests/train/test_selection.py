@@ -18,7 +18,7 @@ from eagle_train.planning.gpus import largest_plan
 from eagle_train.runs.prediction import Rate, named_gpu, predict_stages
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
-from eagle_train.training import memory
+from eagle_train.training import memory, selection
 from eagle_train.training.activations import planned
 from eagle_train.training.memory import OutOfMemory, Usage
 from eagle_train.training.metrics import Metrics, same_run
@@ -145,8 +145,23 @@ def test_the_fullest_gpu_and_the_limit_decide(large):
     assert Selector(config, alone("cpu"), lambda _: None).room is None
 
 
+def test_groups_of_tiles_leave_the_decoder_more(large):
+    """Float32 weights on one rank; elsewhere gradients of the tower would be other sums, or sums in bfloat16."""
+    config, described = large(weights="float32")
+    least = planned(config, described, 1).gpu
+    few = select(config, described, 1, least - 2 * GIB)
+    assert few.vision_group == 8
+    assert few.plan == planned(config, described, 1, kept=few.kept, vision_kept=few.vision_kept, vision_group=8)
+    assert few.plan.gpu <= least - 2 * GIB
+    assert "vision tower: pixels, run again for 8 tiles at a time" in few.text
+    assert select(config, described, 1, 400 * GIB).vision_group is None
+    fixed = config.replaced(run=config.run.replaced(deterministic=True))
+    for other, ranks in ((fixed, 1), (config, 2), (large()[0], 1)):
+        assert select(other, described, ranks, planned(other, described, ranks).gpu - 2 * GIB).vision_group is None
+
+
 def with_activations(colour_run, name, **model):
-    return colour_run(run={"name": name}, model={**colour_run().model.model_dump(), **model})
+    return colour_run(run={"name": name, "deterministic": True}, model={**colour_run().model.model_dump(), **model})
 
 
 def trained(config, **options):
@@ -175,7 +190,20 @@ def test_a_limit_chooses_for_every_stage_and_the_run_is_the_same(colour_run, cap
     lines = [record.message for record in caplog.records if "kept for backward" in record.message]
     assert [line.partition(":")[0] for line in lines] == [f"stage {stage.name}" for stage in config.stages]
     steps = [record for record in Metrics(trainer.folder / "metrics.jsonl") if record["kind"] == "step"]
+    assert trainer.model.vision_model.vision_model.group is None
     assert steps[-1]["memory_planned"] == chosen.plan.gpu <= limit * GIB
+
+
+def test_a_run_with_groups_of_tiles(colour_run, monkeypatch):
+    monkeypatch.setattr(selection, "GROUP", 2)
+    found = {}
+    for mode in ("keep", "selective"):
+        config = with_activations(colour_run, f"grouped-{mode}", activations=mode, gpu_memory=1e-6)
+        config = config.replaced(stages=config.stages[:1], run=config.run.replaced(deterministic=False))
+        trainer, found[mode] = trained(config)
+    assert trainer.selection.vision_group == trainer.model.vision_model.vision_model.group == 2
+    for one, other in zip(found["keep"], found["selective"]):
+        assert one == pytest.approx(other, rel=1e-3)
 
 
 def test_running_out_of_memory_names_a_lower_limit(large, monkeypatch):

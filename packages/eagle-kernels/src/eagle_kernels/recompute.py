@@ -14,8 +14,9 @@ bit wherever the pieces give the same result twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -78,6 +79,27 @@ class _View:
 
 
 _Saved = _Held | _Value | _View
+_Hold = Callable[[Tensor], Any]
+
+
+class _Around(threading.local):
+    """The piece that runs in this thread: what stands for a tensor that is saved inside it. A `Recompute` inside a piece keeps nothing
+    itself: the piece around it computes again what the inner one would keep."""
+
+    hold: _Hold | None = None
+
+
+_around = _Around()
+
+
+@contextmanager
+def _saving(hold: _Hold) -> Iterator[None]:
+    before, _around.hold = _around.hold, hold
+    try:
+        with saved_tensors_hooks(hold, _unpack):
+            yield
+    finally:
+        _around.hold = before
 
 
 def _unpack(saved: _Saved) -> Tensor:
@@ -117,7 +139,7 @@ class _Piece:
 
         with ExitStack() as context:
             context.enter_context(torch.enable_grad())
-            context.enter_context(saved_tensors_hooks(keep, _unpack))
+            context.enter_context(_saving(keep))
             if _autocast(self.device) != self.autocast:
                 enabled, dtype = self.autocast
                 context.enter_context(torch.autocast(self.device, dtype, enabled))
@@ -145,16 +167,18 @@ class Recompute:
     `again(function, *arguments)` gives `function(*arguments)`: a tensor or a tuple of tensors. Tensors that need a gradient must be
     arguments (or parameters), not variables that `function` finds elsewhere. `function` must do the same when it runs again; random
     numbers (dropout) are not repeated. Backward raises RuntimeError when a kept tensor was modified in place, or a piece saves another
-    number of tensors the second time. Measured on one EPYC core: see `benchmarks/activations.py` of eagle-train.
+    number of tensors the second time. Inside a piece, another `Recompute` keeps things from when the piece runs again.
     """
 
     def __init__(self) -> None:
         # Results of pieces by the address of their storage. The weak reference keeps the address from being used again.
         self._results: dict[int, tuple[StorageWeakRef, torch.dtype, _Piece, int]] = {}
         self._hooks = saved_tensors_hooks(self._pack, _unpack)
+        self._hold: _Hold = _Held
         self._inside = False
 
     def __enter__(self) -> Recompute:
+        self._hold = _around.hold or _Held
         self._hooks.__enter__()
         return self
 
@@ -170,14 +194,14 @@ class Recompute:
         piece = _Piece(function, saved, tensors[0].device.type)
         given = {one.untyped_storage()._cdata for one in tensors}
 
-        def number(tensor: Tensor) -> _Saved:
+        def number(tensor: Tensor) -> Any:
             place = piece.saved
             piece.saved += 1
             return self._pack(tensor) if tensor.untyped_storage()._cdata in given else piece.value(place)
 
         self._inside = True
         try:
-            with saved_tensors_hooks(number, _unpack):
+            with _saving(number):
                 results = function(*arguments)
         finally:
             self._inside = False
@@ -186,9 +210,9 @@ class Recompute:
                 self._results[storage._cdata] = StorageWeakRef(storage), result.dtype, piece, -1 - index
         return results
 
-    def _pack(self, tensor: Tensor) -> _Saved:
+    def _pack(self, tensor: Tensor) -> Any:
         found = self._results.get(tensor.untyped_storage()._cdata)
         if found is None or found[1] != tensor.dtype:
-            return _Held(tensor)
+            return self._hold(tensor)
         _, _, piece, place = found
         return _View(piece.value(place), tensor)

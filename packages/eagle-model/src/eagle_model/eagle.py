@@ -166,12 +166,20 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
 
     def set_activation_checkpointing(
-        self, mode: str, engine: OffloadEngine | None = None, *, kept: Kept | None = None, vision_kept: Kept | None = None
+        self,
+        mode: str,
+        engine: OffloadEngine | None = None,
+        *,
+        kept: Kept | None = None,
+        vision_kept: Kept | None = None,
+        vision_group: int | None = None,
     ) -> None:
         """What backward finds of the activations of a layer.
 
         `keep`: all of them. `recompute`: its input. `selective`: its input, and what `kept` says of the decoder's layers and `vision_kept`
-        of the vision tower's (default: all that selective activation checkpointing can keep). `offload`: its input, which for layers of the
+        of the vision tower's (default: all that selective activation checkpointing can keep); with `vision_group` the tower keeps pixels
+        alone, and backward runs it again for so many tiles at a time, which keep that (not where ranks share sharded parameters and have
+        different numbers of tiles). `offload`: its input, which for layers of the
         decoder is in host memory until then (by `engine`; without one inputs stay on their devices). The gradients of all are the same.
         Call it before forward, as often as wanted, and after adapters with dropout were added: `recompute` repeats random numbers where a
         module draws them. Raises ValueError for another mode, and for `selective` and `offload` with dropout.
@@ -184,6 +192,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"activation checkpointing mode {mode!r} does not restore the random state that dropout needs; set the dropout of the "
                 "adapters to 0 or use 'recompute'"
             )
+        self.vision_model.vision_model.group = vision_group if mode == "selective" else None
         whole = partial(checkpoint, use_reentrant=False, preserve_rng_state=True) if dropout and mode == "recompute" else None
         self._set_checkpoints(whole, partial(offload_checkpoint, engine=engine) if mode == "offload" else whole)
         tower, layers = self._tower_layers(), list(self.language_model.model.layers)
@@ -223,6 +232,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         adapters whose layer's input needs no gradient, where the reentrant kind gives none.
         """
         recompute = partial(gradient_checkpointing_func, use_reentrant=False) if enable else None
+        self.vision_model.vision_model.group = None
         for layers in (self._tower_layers(), list(self.language_model.model.layers)):
             self._keep(layers, None)
         self._set_checkpoints(recompute, recompute, every_n_layers)

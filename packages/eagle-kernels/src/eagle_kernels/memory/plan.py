@@ -64,6 +64,7 @@ def plan_memory(
     shards: int = 1,
     kept: Kept | None = None,
     vision_kept: Kept | None = None,
+    vision_group: int | None = None,
     exchanged: bool = False,
 ) -> MemoryPlan:
     """Peak GPU and host memory of forward, backward and optimizer step over `tokens` tokens on one rank, with activation checkpointing.
@@ -77,8 +78,9 @@ def plan_memory(
     offload: the stored inputs of decoder layers are in host memory, except those of `gpu_states` layers. keep_attention: attention outputs
     and LSE are stored too. mlp_rows: `rows` of `swiglu_mlp`. labelled: number of rows with a label (default: all).
     shards: number of FSDP ranks over which weights, gradients and optimizer states are divided.
-    kept, vision_kept: what decoder layers and those of the tower keep beside their inputs (default: nothing); not with offload. exchanged:
-    attention runs through Ulysses, which keeps more.
+    kept, vision_kept: what decoder layers and those of the tower keep beside their inputs (default: nothing); not with offload.
+    vision_group: backward runs the tower again for so many tiles at a time, which keep vision_kept. exchanged: attention runs through
+    Ulysses, which keeps more.
 
     Counts what torch allocates, without the CUDA context (0.5 GiB) and libraries' workspaces. Measured accuracy: see the README.
     Raises ValueError for sizes below 1; gradient_bytes, optimizer_bytes, labelled, gpu_states and the number of patches can be 0.
@@ -119,7 +121,7 @@ def plan_memory(
     }
     # The reduction's float32 input of a layer is freed at the end of the next layer's backward.
     reduction = {"gradients in reduction": layer * gradient_bytes if copies else 0}
-    images = vision.kept(decoder.hidden, act, vision_kept) if vision is not None else {}
+    images = vision.kept(decoder.hidden, act, vision_kept, grouped=vision_group is not None) if vision is not None else {}
 
     # Stored inputs are on the host, except those of the current layer, of its neighbour, and of the first `gpu_states` layers.
     on_gpu = min(gpu_states, layers) if offload else layers
@@ -197,7 +199,8 @@ def plan_memory(
         | {**images, "live": 2 * state + (head * loose_bytes if not decoder.tied or gradients_kept or copies else 0)}
     )
     if vision is not None and not vision.frozen:
-        patch_states, inner = vision.patches * vision.width * act, vision.patches * vision.intermediate * act
+        at_once = vision.group(vision_group)
+        patch_states, inner = at_once.patches * vision.width * act, at_once.patches * vision.intermediate * act
         done = gradients_below(-1)
         done["gradients"] = max(done["gradients"], at_rest(trained - (root if copies else 0)))
         if copies:
@@ -205,11 +208,16 @@ def plan_memory(
         # Recomputed: both norms' outputs, q, k, v, attention output, residual; then the gradient and the residual's gradient. Where
         # attention is kept, the MLP is done before q, k, v are computed.
         level = vision_kept.level(vision.depth - 1, vision.depth)
+        again: dict[str, int] = {}
+        if vision_group is not None:  # what the group keeps, and the gradient of the tower's output for all tiles
+            stored_again = at_once.kept(decoder.hidden, act, vision_kept)
+            again["a group of tiles"] = stored_again["vision checkpoints"] + stored_again["pixels"]
+            again["gradient of the tower's output"] = vision.patches * vision.width * act
         live = 9 * patch_states + 3 * inner
         if level >= ATTENTION:
             live = max(9 * patch_states, 4 * patch_states + (2 if level == MLP else 3) * inner)
         moments["the vision tower's backward"] = (
-            static | done | {name: size for name, size in images.items() if name != "connector"} | {"live": live}
+            static | done | {name: size for name, size in images.items() if name != "connector"} | again | {"live": live}
         )
     if copies:
         # The last unit is reduced from the copies' dtype to a whole input and a sharded output of the gradients' dtype.

@@ -1,6 +1,6 @@
 """Sizes of the model's parts that `plan_memory` needs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eagle_kernels.memory.kept import ATTENTION, MLP, PROJECTIONS, Kept
 
@@ -38,6 +38,13 @@ class DecoderShape:
         if level >= MLP:
             values += 2 * self.intermediate
         return tokens * (values * itemsize + (4 * self.heads if level >= ATTENTION else 0))
+
+    def repeated(self, level: int, tokens: int) -> int:
+        """FLOPs that backward of one layer computes again at a level, for one sample of `tokens` tokens; matrix products and attention."""
+        out, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * tokens**2 * out if level < ATTENTION else 0
+        projections = 4 * tokens * self.hidden * (out + kv) if level < PROJECTIONS else 0
+        return attention + projections + (4 * tokens * self.hidden * self.intermediate if level < MLP else 0)
 
     @property
     def parameters(self) -> int:
@@ -88,16 +95,33 @@ class VisionShape:
         values = self.width * (1 + (level >= ATTENTION) + 4 * (level >= PROJECTIONS)) + self.intermediate * (level >= MLP)
         return self.patches * (values * itemsize + (4 * self.heads if level >= ATTENTION else 0))
 
-    def kept(self, hidden: int, itemsize: int, kept: Kept | None = None) -> dict[str, int]:
+    def repeated(self, kept: Kept, *, grouped: bool = False) -> int:
+        """FLOPs that backward of the tower computes again; grouped: all of it."""
+        attention, square = 4 * self.patches * self.positions * self.width, 2 * self.patches * self.width**2
+        wide = 2 * self.patches * self.width * self.intermediate
+        if self.frozen or grouped:
+            return 0 if self.frozen else self.depth * (attention + 4 * square + 2 * wide)
+        levels = [kept.level(index, self.depth) for index in range(self.depth)]
+        return sum(
+            (attention if level < ATTENTION else 0) + (4 * square if level < PROJECTIONS else 0) + (wide if level < MLP else 0)
+            for level in levels
+        )
+
+    def group(self, tiles: int | None) -> "VisionShape":
+        """The tower on `tiles` tiles (None: on all)."""
+        return self if tiles is None else replace(self, patches=min(self.patches, tiles * self.positions))
+
+    def kept(self, hidden: int, itemsize: int, kept: Kept | None = None, *, grouped: bool = False) -> dict[str, int]:
         """Bytes that forward stores for backward: what the tower's layers keep, the connector's activations, pixels.
 
-        hidden: width of the decoder; itemsize: bytes of an activation; kept: by the tower (default: the inputs of layers).
+        hidden: width of the decoder; itemsize: bytes of an activation; kept: by the tower (default: the inputs of layers); grouped: the
+        tower keeps pixels alone.
         """
         tower = 0 if self.frozen else self.patches * self.width
         # The inputs of the post-layernorm, of the connector's LayerNorm, of both Linears and of GELU. The output is stored too, by the
         # operator that writes it into the embeddings.
         connector = tower + 2 * self.patches * self.width + 3 * (self.patches // self.merge) * hidden
-        pixels = self.patches * self.patch_values * (1 if self.frozen else 1 + itemsize)
+        pixels = self.patches * self.patch_values * (1 if self.frozen or grouped else 1 + itemsize)
         levels = [(kept or Kept()).level(index, self.depth) for index in range(self.depth)]
-        stored = 0 if self.frozen else sum(self.layer_kept(level, itemsize) for level in levels)
+        stored = 0 if self.frozen or grouped else sum(self.layer_kept(level, itemsize) for level in levels)
         return {"vision checkpoints": stored, "connector": connector * itemsize, "pixels": pixels}

@@ -37,10 +37,18 @@ def rank_tokens(config: Config) -> int:
     return math.ceil(share * WHOLE_ROWS) if config.parallel.context == "auto" else share
 
 
-def planned(config: Config, described: Any, ranks: int, *, kept: Kept | None = None, vision_kept: Kept | None = None) -> MemoryPlan:
+def planned(
+    config: Config,
+    described: Any,
+    ranks: int,
+    *,
+    kept: Kept | None = None,
+    vision_kept: Kept | None = None,
+    vision_group: int | None = None,
+) -> MemoryPlan:
     """What a step over the longest pack needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`).
 
-    kept, vision_kept: what decoder and vision tower keep with `selective` (default: inputs of layers alone).
+    kept, vision_kept, vision_group: what decoder and vision tower keep with `selective` (default: inputs of layers alone).
     """
     tokens = rank_tokens(config)
     low = config.parallel.dtype == "bfloat16"
@@ -57,6 +65,7 @@ def planned(config: Config, described: Any, ranks: int, *, kept: Kept | None = N
         offload=config.model.activations == "offload",
         kept=kept,
         vision_kept=vision_kept,
+        vision_group=vision_group,
         exchanged=config.parallel.ulysses > 1 or config.parallel.context == "auto",
         shards=max(1, ranks // config.parallel.replicate) if config.parallel.fsdp else 1,
     )

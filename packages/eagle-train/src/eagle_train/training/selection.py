@@ -11,17 +11,24 @@ from typing import Any
 
 from eagle_kernels import Kept, MemoryPlan, fill_memory
 from eagle_kernels.offload import GIB
-from eagle_model.memory import vision_shape
+from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, StageConfig
 from eagle_train.distributed.world import World
 from eagle_train.planning.gpus import largest_plan
 
-from .activations import planned
+from .activations import planned, rank_tokens
+
+GROUP = 8
+"""Tiles of a group where the tower keeps pixels alone: 8192 patches of 14 x 14 pixels, enough rows for matrix products at full rate."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What decoder and vision tower keep, the plan with it, and the bytes that the plan had to fit (None: no limit is known)."""
+    """What decoder and vision tower keep, and the plan with it.
+
+    vision_group: tiles for which backward runs the tower at a time, from their pixels; None: the tower keeps what `vision_kept` says.
+    room: bytes that the plan had to fit (None: no limit is known). layers, vision_layers: of both stacks; 0 for a frozen tower.
+    """
 
     kept: Kept
     vision_kept: Kept
@@ -29,28 +36,59 @@ class Selection:
     room: float | None
     layers: int
     vision_layers: int
+    vision_group: int | None = None
 
     @property
     def text(self) -> str:
         """One line for people."""
-        tower = f"; vision tower: {self.vision_kept.text(self.vision_layers)}" if self.vision_layers else ""
+        tower = "" if not self.vision_layers else f"; vision tower: {self.vision_kept.text(self.vision_layers)}"
+        if self.vision_group is not None:
+            tower = f"; vision tower: pixels, run again for {self.vision_group} tiles at a time"
         limit = f" of {self.room / GIB:.1f}" if self.room is not None else ""
         return f"kept for backward: decoder: {self.kept.text(self.layers)}{tower}; planned {self.plan.gpu / GIB:.1f}{limit} GiB"
 
 
 def select(config: Config, described: Any, ranks: int, room: float | None) -> Selection:
-    """The most that a step over the longest pack of `config` can keep with a plan of `room` bytes; None: everything."""
+    """The most that a step over the longest pack of `config` can keep with a plan of `room` bytes; None: everything.
+
+    The tower may keep pixels alone, which leaves the decoder more, where less is computed again that way (`_may_group`).
+    """
     frozen = all(stage.modes["vision"] == "frozen" for stage in config.stages)
-    layers = described.text_config.num_hidden_layers
-    vision_layers = 0 if frozen else vision_shape(described, 0).depth
+    tower, decoder = vision_shape(described, rank_tokens(config), frozen=frozen), decoder_shape(described)
+    layers, depth = decoder.layers, 0 if frozen else tower.depth
 
-    def plan(kept: Kept, vision_kept: Kept) -> MemoryPlan:
-        return planned(config, described, ranks, kept=kept, vision_kept=vision_kept)
+    def chosen(group: int | None) -> Selection:
+        def plan(kept: Kept, vision_kept: Kept) -> MemoryPlan:
+            vision_kept = vision_kept if group is None else Kept.all(depth)
+            return planned(config, described, ranks, kept=kept, vision_kept=vision_kept, vision_group=group)
 
-    if room is None:
-        kept, vision_kept = Kept.all(layers), Kept.all(vision_layers)
-        return Selection(kept, vision_kept, plan(kept, vision_kept), None, layers, vision_layers)
-    return Selection(*fill_memory(plan, room, layers=layers, vision_layers=vision_layers), room, layers, vision_layers)
+        if room is None:
+            kept, vision_kept = Kept.all(layers), Kept.all(depth)
+            most = plan(kept, vision_kept)
+        else:
+            kept, vision_kept, most = fill_memory(plan, room, layers=layers, vision_layers=0 if group else depth)
+        return Selection(kept, Kept.all(depth) if group else vision_kept, most, room, layers, depth, group)
+
+    def repeated(found: Selection) -> tuple[bool, int]:
+        """What decides: the FLOPs that are computed again, or, where it does not fit, the memory."""
+        if room is not None and found.plan.gpu > room:
+            return True, found.plan.gpu
+        levels = [found.kept.level(index, layers) for index in range(layers)]
+        again = sum(decoder.repeated(level, rank_tokens(config)) for level in levels)
+        return False, again + tower.repeated(found.vision_kept, grouped=found.vision_group is not None)
+
+    by_layers = chosen(None)
+    return min(by_layers, chosen(GROUP), key=repeated) if depth and room is not None and _may_group(config, ranks) else by_layers
+
+
+def _may_group(config: Config, ranks: int) -> bool:
+    """Whether the tower may run in groups of tiles.
+
+    Not on several ranks, which would gather sharded parameters for every group and have different numbers of groups. Not with
+    `run.deterministic`, because weight gradients are then sums over groups, in another order; and not with bfloat16 weights, whose
+    gradients would add up in bfloat16.
+    """
+    return ranks == 1 and not config.run.deterministic and config.model.weights == "float32"
 
 
 class Selector:

@@ -284,7 +284,8 @@ class Trainer:
             return
         model: Any = self.model
         self.selection = chosen = self._selector.select(stage, model.config)
-        model.set_activation_checkpointing("selective", kept=chosen.kept, vision_kept=chosen.vision_kept)
+        options = {"kept": chosen.kept, "vision_kept": chosen.vision_kept, "vision_group": chosen.vision_group}
+        model.set_activation_checkpointing("selective", **options)
         if self.world.is_main:
             logger.info("stage %s: %s", stage.name, chosen.text)
 
