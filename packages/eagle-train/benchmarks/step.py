@@ -266,7 +266,7 @@ def trained(result: Result, name: str, tokens: int, layers: int, frozen: bool, o
     model = make(layers, torch.float32)
     config = model.config
     stage = StageConfig(name=name, max_tokens=tokens, train=["connector", "language"] if frozen else ["vision", "connector", "language"])
-    set_trainable(model, stage.train)
+    set_trainable(model, stage.modes)
     model = shard_model(model, world, parallel)
     optimizer = make_optimizer(model, stage)
     shape, vision = decoder_shape(config), vision_shape(config, tokens - TEXT)
