@@ -316,6 +316,7 @@ def check_fused():
     assert [alive - found[0][0] for alive, _ in found] == [planned - found[0][1] for _, planned in found]
 
 
+@pytest.mark.slow
 def test_fused_operators_in_the_interpreter():
     triton = pytest.importorskip("triton")
     numpy = pytest.importorskip("numpy")

@@ -78,7 +78,7 @@ def plan_memory(
     offload: the stored inputs of decoder layers are in host memory, except those of `gpu_states` layers. keep_attention: attention outputs
     and LSE are stored too. mlp_rows: `rows` of `swiglu_mlp`. labelled: number of rows with a label (default: all).
     shards: number of FSDP ranks over which weights, gradients and optimizer states are divided.
-    kept, vision_kept: what decoder layers and those of the tower keep beside their inputs (default: nothing); not with offload.
+    kept, vision_kept: what decoder layers and those of the tower keep in addition to their inputs (default: nothing); not with offload.
     vision_group: backward runs the tower again for so many tiles at a time, which keep vision_kept. exchanged: attention runs through
     Ulysses, which keeps more.
 
