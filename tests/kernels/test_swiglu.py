@@ -63,11 +63,13 @@ def test_mlp_that_recomputes_has_the_same_gradients_and_keeps_neither_gate_nor_u
     inputs = {name: value.requires_grad_() for name, value in mlp_inputs(device, 9, 8, 12).items()}
     found = []
     for recompute in (False, True):
-        sizes = []
-        with (
-            use_implementation("triton"),
-            torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(tuple(t.shape)), t)[1], lambda t: t),
-        ):
+        sizes: list[tuple[int, ...]] = []
+
+        def pack(tensor: torch.Tensor, sizes: list = sizes) -> torch.Tensor:
+            sizes.append(tuple(tensor.shape))
+            return tensor
+
+        with use_implementation("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = swiglu_mlp(**inputs, recompute=recompute)
         found.append((out, torch.autograd.grad(out.square().sum(), list(inputs.values())), sizes.count((9, 12))))
     assert torch.equal(found[0][0], found[1][0])
