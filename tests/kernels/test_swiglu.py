@@ -59,6 +59,24 @@ def test_mlp_does_not_modify_its_inputs_and_can_run_backward_twice(device):
     assert all(torch.equal(before[name], value) for name, value in inputs.items())
 
 
+def test_mlp_that_recomputes_has_the_same_gradients_and_keeps_neither_gate_nor_up(device):
+    inputs = {name: value.requires_grad_() for name, value in mlp_inputs(device, 9, 8, 12).items()}
+    found = []
+    for recompute in (False, True):
+        sizes: list[tuple[int, ...]] = []
+
+        def pack(tensor: torch.Tensor, sizes: list = sizes) -> torch.Tensor:
+            sizes.append(tuple(tensor.shape))
+            return tensor
+
+        with use_implementation("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = swiglu_mlp(**inputs, recompute=recompute)
+        found.append((out, torch.autograd.grad(out.square().sum(), list(inputs.values())), sizes.count((9, 12))))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+    assert [count for *_, count in found] == [2, 0]
+
+
 def test_mlp_under_checkpoint_with_frozen_weights(device):
     with use_implementation("triton"):
         inputs = mlp_inputs(device, 9, 8, 12)

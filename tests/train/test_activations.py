@@ -13,7 +13,7 @@ from eagle_train.training import activations
 from eagle_train.training.activations import activation_mode, host_bytes, make_engine
 from eagle_train.training.metrics import Metrics, same_run
 
-MODES = ("keep", "recompute", "offload")
+MODES = ("keep", "recompute", "selective", "offload")
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -116,10 +116,10 @@ def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colou
         make_engine(config, described, world, available=60 * GIB)
 
 
-def test_auto_recomputes_on_a_gpu_and_keeps_on_a_cpu(colour_run):
+def test_auto_is_selective_on_a_gpu_and_keeps_on_a_cpu(colour_run):
     config = colour_run()
     assert activation_mode(config, torch.device("cpu")) == "keep"
-    assert activation_mode(config, torch.device("cuda")) == "recompute"
+    assert activation_mode(config, torch.device("cuda")) == "selective"
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

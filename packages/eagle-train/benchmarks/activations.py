@@ -1,6 +1,7 @@
-"""bf16 training on one GPU with activations kept, recomputed and offloaded: the same run by the trainer, once for each entry of `--order`.
+"""bf16 training on one GPU with activations kept, recomputed, selected and offloaded: the same run by the trainer, once for each
+entry of `--order`.
 
-    python packages/eagle-train/benchmarks/activations.py [--steps 30] [--tokens 8192] [--order keep recompute offload keep]
+    python packages/eagle-train/benchmarks/activations.py [--steps 30] [--tokens 8192] [--order keep recompute selective offload keep]
         [--deterministic] [--out FILE.json]
 
 The data are generated images of one shape in one colour, with their names as answers; the model is a reduced `1b` with random weights.
@@ -27,6 +28,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
 from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report
+from eagle_model.eagle import MODES
 from eagle_model.tokenizer import train_tokenizer
 from eagle_train.config import parse_config
 from eagle_train.distributed.world import start_world
@@ -110,7 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--order", nargs="+", default=["keep", "recompute", "offload", "keep"], choices=["keep", "recompute", "offload"])
+    parser.add_argument("--order", nargs="+", default=["keep", "recompute", "selective", "offload", "keep"], choices=MODES)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--device", default="cuda")
     add_out(parser)

@@ -1,12 +1,14 @@
-"""A training step of the 8B model: the cost of keeping the inputs of layers in host memory, and the accuracy of `plan_memory`.
+"""A training step of the 8B model by what backward finds of its activations, and the accuracy of `plan_memory`.
 
-    python packages/eagle-train/benchmarks/step.py [--only CASE ...] [--out FILE.json]        (CASE: 32k, 128k, optimizer, frozen)
+    python packages/eagle-train/benchmarks/step.py [--only CASE ...] [--out FILE.json]        (CASE: 32k, 64k, 128k, optimizer, frozen)
     python -m torch.distributed.run --standalone --nproc-per-node=4 packages/eagle-train/benchmarks/step.py --only shards
 
-`32k` and `128k`: all 28 layers, weights in bf16, forward and backward, with vision tower and connector; one sequence of visual tokens and
-2048 text tokens, which have the labels. Both policies run in turn. `optimizer` and `frozen`: the trainer's configuration, which is FSDP2 on
-one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the same with all 28 layers over several ranks, each with its own
-sequence; the worst rank counts. Peaks are recorded at every moment of the step, so that an error in one part of the plan is visible.
+`32k`, `64k` and `128k`: all 28 layers, weights in bf16, forward and backward, with vision tower and connector; one sequence of visual
+tokens and 2048 text tokens, which have the labels. Policies run in turn: `recompute`, `offload`, `selective` with what fits the free
+memory, and `groups`, which is `recompute` with the vision tower run again for 8 tiles at a time. `optimizer` and `frozen`: the trainer's
+configuration, which is FSDP2 on one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the same with all 28 layers over
+several ranks, each with its own sequence; the worst rank counts. Peaks are recorded at every moment of the step, so that an error in one
+part of the plan is visible.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import gc
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,18 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where
 from benchmarks.cuda import ceilings
 from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report, write
-from eagle_kernels import MemoryPlan, OffloadEngine, Training, plan_memory
+from eagle_kernels import Kept, MemoryPlan, OffloadEngine, Training, fill_memory, plan_memory
+from eagle_kernels.memory.kept import Filled
 from eagle_model import EagleForConditionalGeneration, PackedBatch, preset
+from eagle_model.flops import forward_flops
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import ParallelConfig, StageConfig
 from eagle_train.distributed.sharding import shard_model
 from eagle_train.distributed.world import start_world
+from eagle_train.planning.gpus import largest_plan
 from eagle_train.training.optim import make_optimizer, set_trainable
+from eagle_train.training.selection import GROUP
+from eagle_train.training.speed import peak_flops
 
 GIB = 1 << 30
 TEXT = 2048
@@ -41,6 +49,7 @@ METRICS = {
     "ms": Metric("ms", "lower"),
     "tokens_per_s": Metric("", "higher"),
     "over_recompute": Metric("", "none"),
+    "mfu": Metric("", "higher"),
     "peak_gib": Metric("GiB", "lower"),
     "planned_gib": Metric("GiB", "none"),
     "plan_error": Metric("", "none"),
@@ -158,6 +167,7 @@ def run(
     order: list[str],
     plans: dict[str, MemoryPlan],
     optimizer: torch.optim.Optimizer | None = None,
+    chosen: Filled | None = None,
 ) -> None:
     """Steps with the policies in `order`; one case per policy, with its fastest step and the peaks of its last one."""
     config = model.config
@@ -169,7 +179,7 @@ def run(
     peaks: dict[str, dict[str, int]] = {}
     losses: dict[str, float] = {}
     for policy in order:
-        model.set_activation_checkpointing(policy, engine if policy == "offload" else None)
+        set_policy(model, policy, engine, chosen)
         moments.peaks, moments.current = {}, None
         ms, losses[policy] = step(model, moments, inputs, optimizer)
         ms, peak = worst(ms, moments.peaks)
@@ -184,14 +194,34 @@ def run(
             "ms": ms, "tokens_per_s": tokens / ms * 1e3, "peak_gib": peak / GIB, "planned_gib": plan.gpu / GIB,
             "plan_error": plan.gpu / peak - 1, "host_gib": plan.host / GIB, "loss": losses[policy],
         }  # fmt: skip
+        if (peak_rate := peak_flops(torch.device("cuda"), "bfloat16")) is not None:
+            metrics["mfu"] = model_flops(config, tokens) / (ms * 1e-3) / peak_rate
         if "recompute" in times:
             metrics["over_recompute"] = ms / min(times["recompute"]) - 1
         details = {
+            "kept": str(chosen[:2]) if policy == "selective" and chosen is not None else None,
             "tokens": tokens, "layers": config.text_config.num_hidden_layers, "all_ms": times[policy], "planned_moment": plan.moment,
             "peaks_gib": {moment: size / GIB for moment, size in peaks[policy].items()},
             "planned_moments_gib": {moment: sum(parts.values()) / GIB for moment, parts in plan.moments.items()},
         }  # fmt: skip
         result.add(f"{name}, {tokens} tokens, {details['layers']} layers, {policy}", details=details, **metrics)
+
+
+def set_policy(model: Any, policy: str, engine: OffloadEngine | None, chosen: Filled | None) -> None:
+    if policy == "groups":
+        model.set_activation_checkpointing("selective", kept=Kept(), vision_group=GROUP)
+    elif policy == "selective" and chosen is not None:
+        model.set_activation_checkpointing(policy, kept=chosen.kept, vision_kept=chosen.vision_kept)
+    else:
+        model.set_activation_checkpointing(policy, engine if policy == "offload" else None)
+
+
+def model_flops(config: Any, tokens: int) -> float:
+    """FLOPs of forward and backward, without recomputation."""
+    flops = forward_flops(config)
+    assert flops is not None
+    tiles = (tokens - TEXT) // config.tokens_per_tile
+    return 3 * (flops.token * tokens + flops.pair * tokens * (tokens + 1) / 2 + flops.label * TEXT + (flops.tile + flops.connector) * tiles)
 
 
 def make(layers: int, dtype: torch.dtype) -> Any:
@@ -212,11 +242,19 @@ def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int) 
     for name, tokens, order in cases:
         vision = vision_shape(model.config, tokens - TEXT)
         shape = decoder_shape(model.config)
-        plans = {
-            policy: plan_memory(shape, tokens, vision=vision, labelled=TEXT, offload=policy == "offload")
-            for policy in ("recompute", "offload")
-        }
-        run(result, name, model, moments, tokens, order, plans)
+        plan = partial(plan_memory, shape, tokens, vision=vision, labelled=TEXT)
+        room = largest_plan((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB) * GIB
+        chosen = fill_memory(
+            lambda kept, vision_kept, plan=plan: plan(kept=kept, vision_kept=vision_kept),
+            room,
+            layers=shape.layers,
+            vision_layers=vision.depth,
+        )
+        log(f"{name}: selective keeps {chosen[:2]}, planned {chosen.plan.gpu / GIB:.1f} of {room / GIB:.1f} GiB")
+        plans = {"recompute": plan(), "offload": plan(offload=True), "selective": chosen.plan}
+        plans["groups"] = plan(vision_kept=Kept.all(vision.depth), vision_group=GROUP)
+        order = [policy for policy in order if plans[policy].gpu <= room]
+        run(result, name, model, moments, tokens, order, plans, chosen=chosen)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -228,7 +266,7 @@ def trained(result: Result, name: str, tokens: int, layers: int, frozen: bool, o
     model = make(layers, torch.float32)
     config = model.config
     stage = StageConfig(name=name, max_tokens=tokens, train=["connector", "language"] if frozen else ["vision", "connector", "language"])
-    set_trainable(model, stage.train)
+    set_trainable(model, stage.modes)
     model = shard_model(model, world, parallel)
     optimizer = make_optimizer(model, stage)
     shape, vision = decoder_shape(config), vision_shape(config, tokens - TEXT)
@@ -244,10 +282,10 @@ def trained(result: Result, name: str, tokens: int, layers: int, frozen: bool, o
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=["32k", "128k", "optimizer", "frozen"], metavar="CASE")
+    parser.add_argument("--only", nargs="*", default=["32k", "64k", "128k", "optimizer", "frozen"], metavar="CASE")
     add_out(parser)
     options = parser.parse_args()
-    if unknown := set(options.only) - {"32k", "128k", "optimizer", "frozen", "shards"}:
+    if unknown := set(options.only) - {"32k", "64k", "128k", "optimizer", "frozen", "shards"}:
         parser.error(f"unknown cases {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         parser.error("no CUDA device is available")
@@ -258,9 +296,9 @@ def main() -> None:
     if ranks == 1:
         result.ceilings = ceilings()
         torch.cuda.empty_cache()
-    both = ["recompute", "offload"]
+    each = ["recompute", "selective", "groups", "offload"]
     # The first step of a length compiles and fills the allocator; the fastest of each policy counts.
-    cases = [("32k", 32768, [*both, *both, *both]), ("128k", 131072, ["offload", *both, "recompute"])]
+    cases = [("32k", 32768, each * 3), ("64k", 65536, each * 2), ("128k", 131072, [*each, *each])]
     cases = [case for case in cases if case[0] in options.only]
     if cases:
         plain(result, cases, 28)

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from eagle_cp import Layout, exchange_tiles
-from eagle_kernels import OffloadEngine, offload_checkpoint
+from eagle_kernels import Kept, OffloadEngine, offload_checkpoint
 from eagle_model.batch import PackedBatch
 from eagle_model.checkpoint import HEAD, finish_folder, lacks_head
 from eagle_model.configuration import EagleConfig
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 #: Names of attention kernels that transformers runs the vision tower with; None means its choice.
 VISION_KERNELS = (None, "sdpa", "eager")
+#: Modes of activation checkpointing.
+MODES = ("keep", "recompute", "selective", "offload")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -51,7 +53,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012
-    _no_split_modules = ["DecoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["DecoderLayer", "VisionLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = False
     supports_gradient_checkpointing = True
@@ -163,24 +165,55 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"{self.tokens_per_tile} tokens give {features}; the prompt and the tiles must come from the same processor settings"
             )
 
-    def set_activation_checkpointing(self, mode: str, engine: OffloadEngine | None = None) -> None:
+    def set_activation_checkpointing(
+        self,
+        mode: str,
+        engine: OffloadEngine | None = None,
+        *,
+        kept: Kept | None = None,
+        vision_kept: Kept | None = None,
+        vision_group: int | None = None,
+    ) -> None:
         """What backward finds of the activations of a layer.
 
-        `keep`: all of them. `recompute`: every layer is recomputed from its input. `offload`: the same, and the inputs of decoder layers
-        are in host memory until then (by `engine`; without one they stay on their devices). Call it after adapters with dropout were added:
-        recomputation restores the random state only if something in the model draws random numbers. Raises ValueError for another mode,
-        and for `offload` with dropout.
+        `keep`: all of them. `recompute`: its input. `selective`: its input, and what `kept` says of the decoder's layers and `vision_kept`
+        of the vision tower's (default: all that selective activation checkpointing can keep); with `vision_group` the tower keeps pixels
+        alone, and backward runs it again for so many tiles at a time, which keep that (not where ranks share sharded parameters and have
+        different numbers of tiles). `offload`: its input, which for layers of the
+        decoder is in host memory until then (by `engine`; without one inputs stay on their devices). The gradients of all are the same.
+        Call it before forward, as often as wanted, and after adapters with dropout were added: `recompute` repeats random numbers where a
+        module draws them. Raises ValueError for another mode, and for `selective` and `offload` with dropout.
         """
-        if mode not in ("keep", "recompute", "offload"):
-            raise ValueError(f"activation checkpointing mode {mode!r}; it must be 'keep', 'recompute' or 'offload'")
+        if mode not in MODES:
+            raise ValueError(f"activation checkpointing mode {mode!r}; it must be one of {', '.join(map(repr, MODES))}")
         dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in self.modules())
-        if dropout and mode == "offload":
+        if dropout and mode in ("selective", "offload"):
             raise ValueError(
-                "activation checkpointing mode 'offload' does not restore the random state that dropout needs; set the dropout of the "
+                f"activation checkpointing mode {mode!r} does not restore the random state that dropout needs; set the dropout of the "
                 "adapters to 0 or use 'recompute'"
             )
-        recompute = None if mode == "keep" else partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
-        self._set_checkpoints(recompute, partial(offload_checkpoint, engine=engine) if mode == "offload" else recompute)
+        self.vision_model.vision_model.group = vision_group if mode == "selective" else None
+        whole = partial(checkpoint, use_reentrant=False, preserve_rng_state=True) if dropout and mode == "recompute" else None
+        self._set_checkpoints(whole, partial(offload_checkpoint, engine=engine) if mode == "offload" else whole)
+        tower, layers = self._tower_layers(), list(self.language_model.model.layers)
+        nothing = Kept()
+        if mode == "selective":
+            self._keep(tower, Kept.all(len(tower)) if vision_kept is None else vision_kept)
+            self._keep(layers, Kept.all(len(layers)) if kept is None else kept)
+        else:
+            self._keep(tower, nothing if mode in ("recompute", "offload") and not dropout else None)
+            self._keep(layers, nothing if mode == "recompute" and not dropout else None)
+        self.gradient_checkpointing = mode != "keep"
+
+    def _tower_layers(self) -> list[nn.Module]:
+        """The layers of the vision tower that run."""
+        tower = self.vision_model.vision_model
+        return list(tower.encoder.layers[: tower.depth])
+
+    @staticmethod
+    def _keep(layers: list[nn.Module], kept: Kept | None) -> None:
+        for index, layer in enumerate(layers):
+            layer.kept = None if kept is None else kept.level(index, len(layers))  # type: ignore[assignment]
 
     def _set_checkpoints(self, vision: Callable[..., Tensor] | None, decoder: Callable[..., Tensor] | None, every: int = 1) -> None:
         """Let the layers of the vision tower and of the decoder (every `every`-th) run through these functions."""
@@ -199,6 +232,9 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         adapters whose layer's input needs no gradient, where the reentrant kind gives none.
         """
         recompute = partial(gradient_checkpointing_func, use_reentrant=False) if enable else None
+        self.vision_model.vision_model.group = None
+        for layers in (self._tower_layers(), list(self.language_model.model.layers)):
+            self._keep(layers, None)
         self._set_checkpoints(recompute, recompute, every_n_layers)
 
     # ---- forward -----------------------------------------------------------------------------------------------------------------

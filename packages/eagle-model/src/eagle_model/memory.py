@@ -41,4 +41,6 @@ def vision_shape(config: EagleConfig, tokens: int, *, training: Training = FULL,
         patch_values=3 * vision.patch_size**2,
         training=training,
         connector=connector,
+        heads=vision.num_attention_heads,
+        used=vision.num_hidden_layers + 1 + config.select_layer if config.select_layer < 0 else config.select_layer,
     )

@@ -9,6 +9,7 @@ inputs are released and gradients are allocated, so both the first and the last 
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from eagle_kernels.memory.kept import ATTENTION, MLP, NOTHING, PROJECTIONS, Kept
 from eagle_kernels.memory.shapes import DecoderShape, Training, VisionShape
 from eagle_kernels.ops.linear_cross_entropy import chunk_rows
 
@@ -73,6 +74,10 @@ def plan_memory(
     mlp_rows: int | None = None,
     labelled: int | None = None,
     shards: int = 1,
+    kept: Kept | None = None,
+    vision_kept: Kept | None = None,
+    vision_group: int | None = None,
+    exchanged: bool = False,
 ) -> MemoryPlan:
     """Peak GPU and host memory of forward, backward and optimizer step over `tokens` tokens on one rank, with activation checkpointing.
 
@@ -87,6 +92,9 @@ def plan_memory(
     offload: the stored inputs of decoder layers are in host memory, except those of `gpu_states` layers. keep_attention: attention outputs
     and LSE are stored too. mlp_rows: `rows` of `swiglu_mlp`. labelled: number of rows with a label (default: all).
     shards: number of FSDP ranks over which weights, gradients and optimizer states are divided.
+    kept, vision_kept: what decoder layers and those of the tower keep in addition to their inputs (default: nothing); not with offload.
+    vision_group: backward runs the tower again for so many tiles at a time, which keep vision_kept. exchanged: attention runs through
+    Ulysses, which keeps more.
 
     Counts what torch allocates, without the CUDA context (0.5 GiB) and libraries' workspaces. Measured accuracy: see the README.
     Raises ValueError for sizes below 1; gradient_bytes, optimizer_bytes, kept_bytes, labelled, gpu_states, ranks
@@ -99,10 +107,14 @@ def plan_memory(
         kept_bytes=kept_bytes,
     )  # fmt: skip
     act, heads, layers = activation_bytes, decoder.heads * decoder.head_dim, decoder.layers
+    kept, vision_kept = kept or Kept(), vision_kept or Kept()
+    if offload and (kept.attention or vision_kept.attention):
+        raise ValueError("plan_memory: kept activations and offload do not go together; use gpu_states and keep_attention")
     qkv = (decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim
     state = tokens * decoder.hidden * act
     lse = 4 * tokens * decoder.heads
-    kept = state + (tokens * heads * act + lse if keep_attention else 0)
+    levels = [kept.level(index, layers) for index in range(layers)]
+    stored = [decoder.kept(max(level, ATTENTION if keep_attention else NOTHING), tokens, act, exchanged=exchanged) for level in levels]
 
     layer, head = decoder.layer, decoder.vocab * decoder.hidden
     learned_head = head if decoder.rest.trained else 0
@@ -118,26 +130,28 @@ def plan_memory(
         return parameters * gradient_bytes // shards
 
     # `root`, the parameters outside of layers, is one unit of FSDP. It is gathered from the first forward to the last backward.
-    stored = {
+    always = {
         # FSDP does not shard what is in 4 bits.
         "weights": total.plain * weight_bytes // shards + total.quantized_bytes,
         "optimizer": total.trained * optimizer_bytes // shards,
         "kept": kept_bytes,
     }
-    static = stored | {
+    static = always | {
         # The current layer and the next one; with several ranks also the buffer that receives the next one.
         "whole weights": copies * (root.plain + (2 if shards == 1 else 3) * layer.plain),
     }
     # The reduction's float32 input of a layer is freed at the end of the next layer's backward.
     reduction = {"gradients in reduction": layer.trained * gradient_bytes if copies else 0}
-    images = vision.kept(decoder.hidden, act) if vision is not None else {}
+    images = vision.kept(decoder.hidden, act, vision_kept, grouped=vision_group is not None) if vision is not None else {}
 
     # Stored inputs are on the host, except those of the current layer, of its neighbour, and of the first `gpu_states` layers.
     on_gpu = min(gpu_states, layers) if offload else layers
-    host = (layers - 1 - min(gpu_states, layers - 1)) * kept if offload else 0
+    host = (layers - 1 - min(gpu_states, layers - 1)) * stored[0] if offload else 0
 
     def checkpoints(below: int) -> int:
-        return (min(on_gpu, below) + (min(2, below - min(on_gpu, below)) if offload else 0)) * kept
+        if offload:
+            return (min(on_gpu, below) + min(2, below - min(on_gpu, below))) * stored[0]
+        return sum(stored[:below])
 
     # The loss: final states, their norm and its gradient, one chunk of logits, the head's gradient in float32.
     chunk = chunk_rows(labelled, decoder.vocab, act)
@@ -151,8 +165,17 @@ def plan_memory(
     }
     handover = loss | {"logits": 0, "head gradient in the weight's dtype": learned_head * loose_bytes if loose_bytes != 4 else 0}
 
-    # Backward of a layer: its input, both norms' outputs, q, k, v, attention output, LSE and the residual are recomputed and stored.
-    rebuilt = 3 * state + tokens * (qkv + heads) * act + lse
+    # Backward of a layer rebuilds what it does not keep. Its MLP needs the second norm's output and the residual; if attention is rebuilt
+    # for that, also all before it: the first norm's output, q, k, v, attention output and LSE. Its attention needs the latter.
+    everything = 3 * state + tokens * (qkv + heads) * act + lse
+
+    def rebuilt(level: int, name: str) -> int:
+        if level == NOTHING:
+            return everything
+        if name == "MLP":
+            return 2 * state
+        return state + tokens * qkv * act if level < PROJECTIONS else tokens * (heads + decoder.kv_heads * decoder.head_dim) * act
+
     rows = tokens if mlp_rows is None else min(tokens, mlp_rows)
     block = rows * decoder.intermediate * act
     weights_of_mlp = 3 * decoder.hidden * decoder.intermediate if decoder.training.mode == "full" else 0
@@ -160,10 +183,12 @@ def plan_memory(
     # Six of [rows, I]: gate, up, their gradients, the activation and its gradient (freed before the weight gradients are computed).
     mlp = max(6 * block, 5 * block + weights_of_mlp * loose_bytes) if whole else 6 * block + weights_of_mlp * (4 + loose_bytes)
     mlp += 2 * state
+    # Gate and up are not rebuilt where they are kept.
+    mlp_kept = max(4 * block, 3 * block + weights_of_mlp * loose_bytes) + 2 * state
     attention = 3 * state + tokens * (qkv + 2 * heads) * act + 4 * tokens * heads
     if decoder.training.quantized:
         # One weight at a time is computed from its codes.
-        mlp += decoder.hidden * decoder.intermediate * act
+        mlp, mlp_kept = (live + decoder.hidden * decoder.intermediate * act for live in (mlp, mlp_kept))
         attention += decoder.hidden * heads * act
     # Gradients of the head and the final norm, which FSDP reduces with the rest of their unit.
     last = head + decoder.hidden if learned_head else 0
@@ -178,8 +203,9 @@ def plan_memory(
         return {"gradients": at_rest(done + last)}
 
     moments = {"the loss": loss, "the head's backward": handover}
-    for index in {0, layers - 1}:
-        for name, live in (("MLP", mlp), ("attention", attention)):
+    for index in sorted(kept.borders(layers)):
+        level = levels[index]
+        for name, live in (("MLP", mlp_kept if level == MLP else mlp), ("attention", attention)):
             made = layer.trained * loose_bytes if name == "attention" and (copies or not gradients_kept) else 0
             moments[f"backward of layer {index}, {name}"] = (
                 static
@@ -189,7 +215,7 @@ def plan_memory(
                     "gradients of the layer": made,
                     "checkpoints": checkpoints(index + 1),
                     **images,
-                    "rebuilt layer": rebuilt,
+                    "rebuilt layer": rebuilt(level, name),
                     "live": live,
                 }
             )
@@ -200,22 +226,33 @@ def plan_memory(
         | {**images, "live": 2 * state + (learned_head * loose_bytes if not decoder.tied or gradients_kept or copies else 0)}
     )
     if vision is not None and vision.learns:
-        patch_states, inner = vision.patches * vision.width * act, vision.patches * vision.intermediate * act
+        at_once = vision.group(vision_group)
+        patch_states, inner = at_once.patches * vision.width * act, at_once.patches * vision.intermediate * act
         done = gradients_below(-1)
         done["gradients"] = max(done["gradients"], at_rest(total.trained - (root.trained if copies else 0)))
         if copies:
             done["gradients of the rest"] = root.trained * copies
-        # Recomputed: both norms' outputs, q, k, v, attention output, residual; then the gradient and the residual's gradient.
+        # Recomputed: both norms' outputs, q, k, v, attention output, residual; then the gradient and the residual's gradient. Where
+        # attention is kept, the MLP is done before q, k, v are computed.
+        level = vision_kept.level(vision.depth - 1, vision.depth)
+        again: dict[str, int] = {}
+        if vision_group is not None:  # what the group keeps, and the gradient of the tower's output for all tiles
+            stored_again = at_once.kept(decoder.hidden, act, vision_kept)
+            again["a group of tiles"] = stored_again["vision checkpoints"] + stored_again["pixels"]
+            again["gradient of the tower's output"] = vision.patches * vision.width * act
+        live = 9 * patch_states + 3 * inner
+        if level >= ATTENTION:
+            live = max(9 * patch_states, 4 * patch_states + (2 if level == MLP else 3) * inner)
         moments["the vision tower's backward"] = (
-            static | done | {name: size for name, size in images.items() if name != "connector"} | {"live": 9 * patch_states + 3 * inner}
+            static | done | {name: size for name, size in images.items() if name != "connector"} | again | {"live": live}
         )
     if copies:
         # The last unit is reduced from the copies' dtype to a whole input and a sharded output of the gradients' dtype.
-        moments["the last reduction"] = stored | {
+        moments["the last reduction"] = always | {
             "gradients": at_rest(total.trained) if gradients_kept else at_rest(total.trained - root.trained),
             "gradients in reduction": root.trained * (gradient_bytes + max(copies, gradient_bytes // shards)),
         }
     if not gradients_kept:
-        moments["the optimizer's step"] = stored | {"gradients": at_rest(total.trained)}
+        moments["the optimizer's step"] = always | {"gradients": at_rest(total.trained)}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return MemoryPlan(gpu=sum(moments[moment].values()), host=host, moment=moment, parts=moments[moment], moments=moments)

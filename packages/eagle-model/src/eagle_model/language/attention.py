@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from eagle_cp import Layout, attention
 from eagle_kernels import rms_norm, rope
 from eagle_model.language.spec import DecoderSpec
+from eagle_model.pieces import WHOLE, Pieces
 
 
 @dataclass
@@ -34,6 +35,11 @@ class AttentionInputs:
     mask: Tensor | None = None
     shape: tuple[int, int] = (1, 0)
     backend: str | None = None
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether attention exchanges queries, keys and values between ranks (Ulysses)."""
+        return self.mask is None and self.layout is not None and self.layout.mesh.ulysses.size > 1
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionInputs":
         """The same with tensors on `device`. accelerate calls it where a model is split over devices (`device_map`)."""
@@ -74,16 +80,24 @@ class Attention(nn.Module):
         self.q_norm = Norm(self.width, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = Norm(self.width, spec.norm_eps) if spec.qk_norm else None
 
-    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, pieces: Pieces = WHOLE) -> Tensor:
         """x: [T, H] -> [T, H]."""
-        tokens = x.shape[0]
-        q = self.q_proj(x).view(tokens, self.heads, self.width)
-        k = self.k_proj(x).view(tokens, self.kv_heads, self.width)
-        v = self.v_proj(x).view(tokens, self.kv_heads, self.width)
+        q, k, v = pieces.queries(self._project, x)
+        q, k = pieces.rotate(self._rotate, q, k, inputs)
+        return pieces.output(self.o_proj, pieces.attention(self._attend, q, k, v, inputs))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [T, H] -> q [T, Hq, D], k and v [T, Hk, D]."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return tuple(one.view(x.shape[0], -1, self.width) for one in (q, k, v))  # type: ignore[return-value]
+
+    def _rotate(self, q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotated:
-            q, k = rope(q, k, inputs.positions, inputs.inv_freq)
+        return rope(q, k, inputs.positions, inputs.inv_freq) if self.rotated else (q, k)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
+        """-> [T, Hq * D]."""
         if inputs.mask is None:
             if inputs.cache is not None:
                 inputs.cache.update(self._pad(k, inputs), self._pad(v, inputs), self.index)
@@ -96,7 +110,7 @@ class Attention(nn.Module):
                 self._pad(q, inputs), keys, values, attn_mask=inputs.mask, scale=self.scale, enable_gqa=self.heads != self.kv_heads
             )
             out = padded.transpose(1, 2).flatten(0, 1)[inputs.rows]
-        return self.o_proj(out.reshape(tokens, self.heads * self.width))
+        return out.reshape(out.shape[0], self.heads * self.width)
 
     @staticmethod
     def _pad(x: Tensor, inputs: AttentionInputs) -> Tensor:

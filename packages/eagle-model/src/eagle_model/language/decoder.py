@@ -10,20 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from eagle_kernels import add_rms_norm
+from eagle_kernels import Recompute, add_rms_norm
 from eagle_model.fused import is_plain
 from eagle_model.language.attention import Attention, AttentionInputs, Norm
 from eagle_model.language.head import Head
 from eagle_model.language.mlp import GatedMLP
 from eagle_model.language.rope import inverse_frequencies
 from eagle_model.language.spec import DecoderSpec, decoder_spec
+from eagle_model.pieces import WHOLE, Pieces
 
 
 class DecoderLayer(nn.Module):
     """Attention and MLP with their residuals: [T, H] -> [T, H].
 
-    `checkpoint` (a function like `torch.utils.checkpoint.checkpoint`) recomputes the layer in backward. It is called inside `forward`, so
-    that wrappers of the module (FSDP) see one forward.
+    `checkpoint` (a function like `torch.utils.checkpoint.checkpoint`) recomputes the layer in backward. `kept`, a level of
+    `eagle_kernels.memory`, recomputes the pieces that this level does not keep. Both act inside `forward`, so that wrappers of the module
+    (FSDP) see one forward.
     """
 
     def __init__(self, spec: DecoderSpec, index: int, scale_factor: float) -> None:
@@ -33,21 +35,30 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = Norm(spec.hidden_size, spec.norm_eps)
         self.post_attention_layernorm = Norm(spec.hidden_size, spec.norm_eps)
         self.checkpoint: Callable[..., Tensor] | None = None
+        self.kept: int | None = None
 
     def forward(self, hidden: Tensor, inputs: AttentionInputs) -> Tensor:
-        if self.checkpoint is not None and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return self.body(hidden, inputs)
+        if self.checkpoint is not None:
             return self.checkpoint(self.body, hidden, inputs)
-        return self.body(hidden, inputs)
+        if self.kept is None:
+            return self.body(hidden, inputs)
+        with Recompute() as again:
+            return self.body(hidden, inputs, Pieces(again, self.kept, exchanged=inputs.exchanged))
 
-    def body(self, hidden: Tensor, inputs: AttentionInputs) -> Tensor:
-        mixed = self.self_attn(self.input_layernorm(hidden), inputs)
+    def body(self, hidden: Tensor, inputs: AttentionInputs, pieces: Pieces = WHOLE) -> Tensor:
+        mixed = self.self_attn(pieces.cheap(self.input_layernorm, hidden), inputs, pieces)
+        normed, hidden = pieces.cheap(self._add_norm, hidden, mixed)
+        return hidden + self.mlp(normed, pieces)
+
+    def _add_norm(self, hidden: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """The second norm of the sum, and the sum."""
         norm = self.post_attention_layernorm
         if is_plain(norm, Norm):
-            normed, hidden = add_rms_norm(hidden, mixed, norm.weight, norm.eps)
-        else:
-            hidden = hidden + mixed
-            normed = norm(hidden)
-        return hidden + self.mlp(normed)
+            return add_rms_norm(hidden, mixed, norm.weight, norm.eps)
+        hidden = hidden + mixed
+        return norm(hidden), hidden
 
 
 class Decoder(nn.Module):

@@ -3,8 +3,10 @@
 from torch import Tensor, nn
 
 from eagle_kernels import swiglu, swiglu_mlp
+from eagle_kernels.dispatch import use_triton
 from eagle_model.fused import is_plain_linear
 from eagle_model.language.spec import DecoderSpec
+from eagle_model.pieces import WHOLE, Pieces
 
 
 class GatedMLP(nn.Module):
@@ -16,8 +18,13 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
         self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pieces: Pieces = WHOLE) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if is_plain_linear(gate) and is_plain_linear(up) and is_plain_linear(down) and gate.bias is None:
-            return swiglu_mlp(x, gate.weight, up.weight, down.weight)
-        return down(swiglu(gate(x), up(x)))
+        plain = is_plain_linear(gate) and is_plain_linear(up) and is_plain_linear(down) and gate.bias is None
+        # The torch implementation of the fused operator keeps its intermediate results; in pieces it does not.
+        if plain and (pieces is WHOLE or use_triton(x)):
+            return swiglu_mlp(x, gate.weight, up.weight, down.weight, recompute=not pieces.keeps_gate)
+        return down(pieces.cheap(swiglu, *pieces.mlp(self._gate_and_up, x)))
+
+    def _gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate_proj(x), self.up_proj(x)

@@ -4,14 +4,17 @@ Shapes: N tiles of s x s pixels, P patches of p x p pixels a tile, d vision widt
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings, eager_attention_forward
 
+from eagle_kernels import Recompute
 from eagle_model.fused import is_plain
+from eagle_model.pieces import Pieces
 
 
 def patches_of(pixels: Tensor, side: int) -> Tensor:
@@ -34,12 +37,52 @@ def normalised(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0) if pixels.dtype == torch.uint8 else pixels
 
 
+class VisionLayer(SiglipEncoderLayer):
+    """SigLIP's layer. `kept`, a level of `eagle_kernels.memory`, recomputes in backward the pieces that this level does not keep."""
+
+    kept: int | None = None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self.kept is None or attention_mask is not None or not torch.is_grad_enabled():
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[arg-type]
+        with Recompute() as again:
+            return self._in_pieces(hidden_states, Pieces(again, self.kept))
+
+    def _in_pieces(self, hidden: Tensor, pieces: Pieces) -> Tensor:
+        """hidden: [N, P, d] -> [N, P, d]; the same operations as SigLIP's."""
+        mlp = self.mlp
+        q, k, v = pieces.queries(self._project, pieces.cheap(self.layer_norm1, hidden))
+        mixed = pieces.output(self.self_attn.out_proj, pieces.attention(self._attend, q, k, v))
+        normed, hidden = pieces.cheap(self._add_norm, hidden, mixed)
+        return hidden + mlp.fc2(pieces.cheap(mlp.activation_fn, pieces.mlp(mlp.fc1, normed)))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [N, P, d] -> q, k, v [N, heads, P, d / heads]."""
+        attention = self.self_attn
+        projected = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        return tuple(one.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for one in projected)  # type: ignore[return-value]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """-> [N, P, d]."""
+        attention = self.self_attn
+        if attention.config._attn_implementation == "eager":
+            out, _ = eager_attention_forward(attention, q, k, v, None, scaling=attention.scale)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, scale=attention.scale).transpose(1, 2)
+        return out.flatten(2)
+
+    def _add_norm(self, hidden: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """The second norm of the sum, and the sum."""
+        hidden = hidden + mixed
+        return self.layer_norm2(hidden), hidden
+
+
 class Encoder(nn.Module):
     """The layers, under the names of SigLIP's weights."""
 
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
 
 
 class VisionTower(nn.Module):
@@ -66,12 +109,21 @@ class VisionTower(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.checkpoint: Callable[..., Tensor] | None = None
         self.checkpoint_every = 1
+        #: Tiles of a group: backward runs the tower again for one group after the other, from the pixels. None: by layers.
+        self.group: int | None = None
         for module in self.encoder.modules():
             if isinstance(module, nn.Linear):
                 module.xavier = True  # type: ignore[assignment] # SigLIP's initialisation of random weights
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: uint8 [N, s, s, 3] or normalised float [N, 3, s, s] -> [N, P, d]."""
+        if self.group is None or not torch.is_grad_enabled():
+            return self._run(pixels)
+        with Recompute() as again:
+            groups = [again(self._run, part) for part in pixels.split(self.group)]
+        return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+    def _run(self, pixels: Tensor) -> Tensor:
         hidden = self.embed(pixels)
         recompute = self.checkpoint if torch.is_grad_enabled() else None
         for index, layer in enumerate(self.encoder.layers[: self.depth]):

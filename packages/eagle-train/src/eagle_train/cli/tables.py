@@ -128,7 +128,8 @@ def resources_text(needed: Resources) -> str:
         lines.append(f"memory ({where}): not computed for activations: keep; the other values of model.activations are")
     else:
         gpu, host = needed.memory.gpu / 2**30, needed.memory.host / 2**30
-        lines.append(f"memory per GPU ({where}): {gpu:.1f} GiB, peak in {needed.memory.moment}")
+        least = "at least " if needed.activations == "selective" else ""
+        lines.append(f"memory per GPU ({where}): {least}{gpu:.1f} GiB, peak in {needed.memory.moment}")
         lines.append("  without the CUDA context (0.5 GiB) and fragmentation; for the longest pack")
         if needed.memory.host:
             lines.append(f"host memory per GPU: {host:.1f} GiB")
@@ -162,6 +163,7 @@ def prediction_text(stages: Sequence[StagePrediction], gpus: int, rate: Rate) ->
             "  trained: parameters with gradients and optimizer states, of all GPUs together",
             f"  time: of training alone, at {rate.flops / 1e12:.3g} TFLOP/s per GPU ({rate.source}); {total:.3g} GPU hours in all",
             "  waiting: share of the time that data groups wait for one another; by tokens: if packs were balanced by tokens alone",
+            *(f"  {stage.name}: {stage.kept}" for stage in stages if stage.kept),
         ]
     )
 

@@ -87,11 +87,19 @@ class ModelConfig(Section):
     attention: str = Field(
         default="auto", description="Attention backend of eagle_cp by name; auto takes the fastest one that is installed."
     )
-    activations: Literal["auto", "keep", "recompute", "offload"] = Field(
+    activations: Literal["auto", "keep", "recompute", "selective", "offload"] = Field(
         json_schema_extra=FREE,
         default="auto",
-        description="Activation checkpointing. keep: all activations stay; recompute: each layer from its input; offload: each layer from "
-        "its input, which waits in host memory; auto: recompute on a GPU, keep on a CPU.",
+        description="Activation checkpointing. keep: all activations stay; recompute: each layer from its input; selective: each layer "
+        "from its input and from what else fits the GPU (attention first, then projections, then the MLP); offload: each layer from its "
+        "input, which waits in host memory; auto: selective on a GPU, keep on a CPU. Gradients are the same.",
+    )
+    gpu_memory: float | None = Field(
+        json_schema_extra=FREE,
+        default=None,
+        gt=0,
+        description="GiB of each GPU that a step may be planned to need; selective keeps less to stay below. null: what is free when the "
+        "run starts, less 8 % and 0.5 GiB.",
     )
 
     @model_validator(mode="after")

@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+CONTEXT_GIB = 0.5
+"""Memory of the CUDA context and of libraries' workspaces, which plans leave out."""
+FRAGMENTATION = 1.08
+"""Reserved over allocated memory, at least: what does not fit with this factor is refused, and not kept."""
+
 
 class Gpu(NamedTuple):
     """name: of the model. tflops: dense bf16 with float32 sums, in 10^12 FLOP/s. gib: memory that a program can allocate, in GiB."""
@@ -48,3 +53,8 @@ def find_gpu(name: str) -> Gpu | None:
         if all(part in words for part in gpu.name.upper().split()):
             return gpu
     return None
+
+
+def largest_plan(gib: float) -> float:
+    """The largest plan, in GiB, that runs on a GPU of which `gib` GiB are free."""
+    return (gib - CONTEXT_GIB) / FRAGMENTATION

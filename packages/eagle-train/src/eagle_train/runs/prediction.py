@@ -7,12 +7,13 @@ Time is FLOPs over a rate: that of the steps which the run has already made, els
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from eagle_train.config import Config, ConfigError
+from eagle_train.config import Config, ConfigError, StageConfig
 from eagle_train.planning.costs import group_seconds
-from eagle_train.planning.gpus import GPUS, Gpu, find_gpu
+from eagle_train.planning.gpus import CONTEXT_GIB, FRAGMENTATION, GPUS, Gpu, find_gpu, largest_plan
 from eagle_train.training.metrics import Metrics
 
 from .ready import Ready
@@ -20,10 +21,6 @@ from .resources import for_gpus
 
 ASSUMED_MFU = 0.4
 """Share of the peak before a step was measured. On four H200 the 8B model with recompute reached 0.39 at 32K and 0.42 at 128K."""
-CONTEXT_GIB = 0.5
-"""Memory of the CUDA context, which plans leave out."""
-FRAGMENTATION = 1.08
-"""Reserved over allocated memory, at least: what does not fit with this factor is refused."""
 GIB = 1 << 30
 
 
@@ -39,7 +36,7 @@ class Rate:
 class StagePrediction:
     """A stage. trained: parameters that it trains. gib: memory of each GPU, None where it is not modelled (`keep`); host_gib: of its host
     for each GPU. seconds: of a step. before, after: share of time that data groups wait for one another, if packs were balanced by
-    tokens, and as they are."""
+    tokens, and as they are. kept: what `selective` keeps, in words."""
 
     name: str
     steps: int
@@ -49,6 +46,7 @@ class StagePrediction:
     seconds: float
     before: float
     after: float
+    kept: str | None = None
 
     def gpu_hours(self, gpus: int) -> float:
         return self.steps * self.seconds * gpus / 3600
@@ -88,11 +86,14 @@ class Prediction:
 def predict(ready: Ready, gpus: int, gpu: Gpu) -> Prediction:
     """At the rate that the run was measured at, else at an assumed one. Raises as `predict_stages`."""
     rate = measured_rate(ready.config) or assumed_rate(gpu)
-    return Prediction(gpus, rate, predict_stages(ready, gpus, rate))
+    return Prediction(gpus, rate, predict_stages(ready, gpus, rate, gpu))
 
 
-def predict_stages(ready: Ready, gpus: int, rate: Rate) -> list[StagePrediction]:
-    """Every stage on `gpus` GPUs, one rank each. Raises ConfigError and ValueError for GPUs that the groups or packs can't be shared by."""
+def predict_stages(ready: Ready, gpus: int, rate: Rate, gpu: Gpu | None = None) -> list[StagePrediction]:
+    """Every stage on `gpus` GPUs, one rank each; `selective` fills the memory of `gpu` (None: it keeps nothing).
+
+    Raises ConfigError and ValueError for GPUs that the groups or packs can't be shared by.
+    """
     from eagle_train.training.model import grown_config
     from eagle_train.training.step_memory import stage_plans, trained_parameters
 
@@ -105,7 +106,9 @@ def predict_stages(ready: Ready, gpus: int, rate: Rate) -> list[StagePrediction]
         plan, groups = schedule.plan(0), gpus // group
         assert schedule.costs is not None
         after = plan.spread(groups)
-        memory = plans.get(schedule.stage.name)
+        memory, kept = plans.get(schedule.stage.name), None
+        if gpu is not None and config.model.activations == "selective":
+            memory, kept = _selected(config, described, gpus, schedule.stage, gpu)
         seconds = group_seconds(plan.pack_costs(), schedule.stage.packs_per_step, groups, rate.flops * group)
         stages.append(
             StagePrediction(
@@ -117,9 +120,19 @@ def predict_stages(ready: Ready, gpus: int, rate: Rate) -> list[StagePrediction]
                 float(seconds.mean()) if len(seconds) else 0.0,
                 schedule.by_tokens().spread(groups, schedule.costs),
                 after,
+                kept,
             )
         )
     return stages
+
+
+def _selected(config: Config, described: Any, gpus: int, stage: StageConfig, gpu: Gpu) -> tuple[Any, str]:
+    """The memory plan of a stage with what `selective` keeps on an empty GPU, and what that is."""
+    from eagle_train.training.selection import select
+
+    room = min(largest_plan(gpu.gib), config.model.gpu_memory or gpu.gib)
+    chosen = select(config, stage, described, gpus, room * GIB)
+    return chosen.plan, chosen.text
 
 
 def needed_gib(gib: float) -> float:

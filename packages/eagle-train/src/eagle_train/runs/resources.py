@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resources:
-    """parameters: of the model. memory: of one rank, from `eagle_kernels.plan_memory`; None where it is not modelled (`keep`).
+    """parameters: of the model. memory: of one rank, from `eagle_kernels.plan_memory`; None where it is not modelled (`keep`), and
+    the least with `selective`.
 
     gpus, dtype, activations, tokens: what the plan of memory assumes; tokens of a pack are those of one rank of a context group.
     """

@@ -18,13 +18,13 @@ from eagle_train.distributed.world import World
 
 from .step_memory import stage_plans
 
-Mode = Literal["keep", "recompute", "offload"]
+Mode = Literal["keep", "recompute", "selective", "offload"]
 
 
 def activation_mode(config: Config, device: torch.device) -> Mode:
-    """`model.activations`; auto recomputes on a GPU, where packs are long, and keeps everything on a CPU."""
+    """`model.activations`; auto is selective on a GPU, where packs are long, and keeps everything on a CPU."""
     if config.model.activations == "auto":
-        return "recompute" if device.type == "cuda" else "keep"
+        return "selective" if device.type == "cuda" else "keep"
     return config.model.activations
 
 
@@ -52,7 +52,6 @@ def make_engine(config: Config, described: Any, world: World, *, available: int 
                 f"model.activations is offload: the inputs of {layers - 1} layers at {longest} tokens take {need / GIB:.2f} GiB of host "
                 f"memory per rank, {ranks * need / GIB:.2f} GiB for the {ranks} on the host of rank {rank}, which can spare "
                 f"{spare / GIB:.2f} GiB; share packs over more ranks (parallel.ulysses, parallel.all_gather), "
-                "lower stages.*.max_tokens, or "
-                "choose recompute"
+                "lower stages.*.max_tokens, or choose recompute"
             )
     return OffloadEngine(need, device=world.device, host_available=need)

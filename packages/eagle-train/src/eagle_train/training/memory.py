@@ -25,6 +25,7 @@ from eagle_train.loading.pack import LoadedPack
 
 from .activations import activation_mode
 from .optim import OPTIMIZERS
+from .selection import Selection
 from .step_memory import planned, stage_plans
 
 SMALLEST = 1024
@@ -88,7 +89,8 @@ _Changed = Iterator[tuple[str, Config, int]]
 
 
 def _activations(config: Config, ranks: int) -> _Changed:
-    for mode in {"keep": ("recompute", "offload"), "recompute": ("offload",)}.get(config.model.activations, ()):
+    modes = {"keep": ("recompute", "offload"), "recompute": ("offload",), "selective": ("offload",)}
+    for mode in modes.get(config.model.activations, ()):
         yield f"model.activations: {mode}", _with(config, activations=mode), ranks
 
 
@@ -168,8 +170,8 @@ def check_memory(
 ) -> MemoryPlan | None:
     """Raises ConfigError, on every rank, when the longest pack of the run cannot fit on the fullest of its GPUs; a collective.
 
-    Returns the plan; None without a GPU. A plan is a lower bound with `model.activations: keep`, and always without the CUDA context and
-    libraries' workspaces: what it refuses cannot work.
+    Returns the plan; None without a GPU. A plan is a lower bound with `model.activations: keep`, is that of the least with `selective`, and
+    is always without the CUDA context and libraries' workspaces: what it refuses cannot work.
     """
     seen = world.gather(look(world.device))
     found = [(one.free, rank, one.total) for rank, one in enumerate(seen) if one is not None]
@@ -215,18 +217,27 @@ def check_host_memory(config: Config, trained: int, total: int, world: World, *,
 
 @contextmanager
 def explained(
-    config: Config, described: Any, world: World, *, stage: StageConfig, step: int, doing: str, pack: LoadedPack | None = None
+    config: Config,
+    described: Any,
+    world: World,
+    *,
+    stage: StageConfig,
+    step: int,
+    doing: str,
+    pack: LoadedPack | None = None,
+    selection: Selection | None = None,
 ) -> Iterator[None]:
     """Turns an out-of-memory error inside into OutOfMemory: which stage, step and pack, the plan, and the smallest change that helps.
 
-    doing: what the step does, for the message. The plan was too low if it comes to this: changes are judged by the plan times the factor
-    by which it was.
+    doing: what the step does, for the message. selection: what `selective` keeps. The plan was too low if it comes to this: changes are
+    judged by the plan times the factor by which it was.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         config = resolved(config, world.device)
-        plan, now = planned(config, described, world.size), usage(world.device)
+        least, now = planned(config, described, world.size), usage(world.device)
+        plan = selection.plan if selection is not None else least
         text = f"stage {stage.name} step {step}: out of GPU memory on rank {world.rank} in {doing}"
         if pack is not None:
             ids = ", ".join(f"{source}:{line}" for source, line in pack.sample_ids[:5])
@@ -240,7 +251,9 @@ def explained(
         room = now.free / factor if now is not None else plan.gpu * 0.9
         helps = smallest_change(config, described, world.size, room)
         if config.model.activations == "keep":  # what is kept is not in the plan
-            helps = "The smallest change that helps: model.activations: recompute"
+            helps = "The smallest change that helps: model.activations: selective"
+        elif least.gpu < plan.gpu and least.gpu <= (lower := min(room, plan.gpu / factor, plan.gpu * 0.95)):
+            helps = f"The smallest change that helps: model.gpu_memory: {lower / GIB:.1f} (activations: selective then keeps less)"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OutOfMemory(
             f"{text}. {helps}. The same command continues from the newest checkpoint "

@@ -10,7 +10,7 @@ from typing import Any
 
 from eagle_train.data.atomic import naming
 
-TIMED = ("seconds", "tokens_per_second", "tiles_per_second", "data_wait", "eta", "tflops", "mfu", "memory", "memory_peak")
+TIMED = ("seconds", "tokens_per_second", "tiles_per_second", "data_wait", "eta", "tflops", "mfu", "memory", "memory_peak", "memory_planned")
 """Fields that depend on the machine; all others are equal when the same run is repeated."""
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from eagle_cp.planner import WHOLE_ROWS
-from eagle_kernels import DecoderShape, MemoryPlan, Training, VisionShape, plan_memory
+from eagle_kernels import DecoderShape, Kept, MemoryPlan, Training, VisionShape, plan_memory
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, StageConfig
 from eagle_train.config.model import Part
@@ -21,9 +21,8 @@ def rank_tokens(config: Config, stage: StageConfig) -> int:
 
 
 def stage_plans(config: Config, described: Any, ranks: int) -> dict[str, MemoryPlan]:
-    """What a step over the longest pack of each stage needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`)."""
-    average = averaged_parameters(config, described) if config.model.ema is not None else 0
-    return {stage.name: _stage_plan(config, stage, described, ranks, average) for stage in config.stages}
+    """`stage_plan` of every stage, by name."""
+    return {stage.name: stage_plan(config, stage, described, ranks) for stage in config.stages}
 
 
 def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
@@ -64,7 +63,21 @@ def averaged_parameters(config: Config, described: Any) -> int:
     return sum(trained.values())
 
 
-def _stage_plan(config: Config, stage: StageConfig, described: Any, ranks: int, average: int) -> MemoryPlan:
+def stage_plan(
+    config: Config,
+    stage: StageConfig,
+    described: Any,
+    ranks: int,
+    *,
+    kept: Kept | None = None,
+    vision_kept: Kept | None = None,
+    vision_group: int | None = None,
+) -> MemoryPlan:
+    """What a step over the longest pack of a stage needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`).
+
+    kept, vision_kept, vision_group: what decoder and vision tower keep with `selective` (default: inputs of layers alone).
+    """
+    average = averaged_parameters(config, described) if config.model.ema is not None else 0
     low = config.parallel.dtype == "bfloat16"
     shards = max(1, ranks // config.parallel.replicate) if config.parallel.fsdp else 1
     decoder, tower = shapes(config, stage, described)
@@ -79,5 +92,9 @@ def _stage_plan(config: Config, stage: StageConfig, described: Any, ranks: int, 
         compute_bytes=(2 if low else 4) if ranks > 1 or low else None,
         activation_bytes=2 if low else 4,
         offload=config.model.activations == "offload",
+        kept=kept,
+        vision_kept=vision_kept,
+        vision_group=vision_group,
+        exchanged=config.parallel.ulysses > 1 or config.parallel.context == "auto",
         shards=shards,
     )

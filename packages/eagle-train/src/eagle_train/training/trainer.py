@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from eagle_cp.watchdog import Watchdog
 from eagle_kernels import OffloadEngine
 from eagle_model.prompt import CachedEncoder
-from eagle_train.config import Config, ConfigError
+from eagle_train.config import Config, ConfigError, StageConfig
 from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.data.measure import media_limits
 from eagle_train.distributed.agreement import Totals, agree
@@ -43,11 +43,12 @@ from .activations import activation_mode, make_engine
 from .build import empty_model, fill_model
 from .ema import MovingAverage
 from .heartbeat import Heartbeat
-from .memory import check_host_memory, check_memory, explained
+from .memory import check_host_memory, check_memory, explained, usage
 from .metrics import Metrics
 from .model import attention_backend, model_config, tokenizer_folder
 from .optim import make_optimizer, set_learning_rates, set_trainable
 from .saving import Saver
+from .selection import Selection, Selector
 from .source_losses import SourceLosses, by_source
 from .speed import memory, peak_flops
 from .stop import Interrupted, StopSignals, what_is_saved
@@ -109,6 +110,9 @@ class Trainer:
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
         if world.device.type == "cuda":
             check_memory(config, model_config(config, tokenizer), world)
+        #: What `model.activations: selective` keeps, chosen for every stage; None with other values.
+        self._selector = Selector(config, world, usage) if activation_mode(config, world.device) == "selective" else None
+        self.selection: Selection | None = None
         #: Host memory of `model.activations: offload`, made once and used by every model of the run.
         self.engine: OffloadEngine | None = None
         #: Its processes start, and read the first packs, while the model is made and filled.
@@ -227,6 +231,7 @@ class Trainer:
             self.model = self._new_model(stage.modes, weights=False)
             checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
         set_trainable(self.model, stage.modes)
+        self._select(stage)
         optimizer = make_optimizer(self.model, stage)
         if resumed is not None:
             self._load(resumed, optimizer)
@@ -272,6 +277,17 @@ class Trainer:
                 except Interrupted as stop:  # the same command repeats the evaluation
                     self._save_and_stop(number, step + 1, optimizer, stop.signum)
                 begin = time.monotonic()
+
+    def _select(self, stage: StageConfig) -> None:
+        """Choose what backward finds of the activations of a stage."""
+        if self._selector is None:
+            return
+        model: Any = self.model
+        self.selection = chosen = self._selector.select(stage, model.config)
+        options = {"kept": chosen.kept, "vision_kept": chosen.vision_kept, "vision_group": chosen.vision_group}
+        model.set_activation_checkpointing("selective", **options)
+        if self.world.is_main:
+            logger.info("stage %s: %s", stage.name, chosen.text)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------------------
 
@@ -395,7 +411,9 @@ class Trainer:
                 self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
             doing = f"forward/backward of pack {place + 1} of {micro}"
             self.beat.at(doing)
-            with explained(self.config, self.model.config, world, stage=stage, step=step + 1, doing=doing, pack=pack):
+            with explained(
+                self.config, self.model.config, world, stage=stage, step=step + 1, doing=doing, pack=pack, selection=self.selection
+            ):
                 loss += self._forward_backward(replace(pack, batch=replace(pack.batch, denominator=denominator)), sources)
             if world.context.rank == 0:
                 self.ledger.extend(replace(entry, step=total_step) for entry in pack.failed)
@@ -405,7 +423,8 @@ class Trainer:
         limit = stage.grad_clip if stage.grad_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(learning, limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
-        with explained(self.config, self.model.config, world, stage=stage, step=step + 1, doing="the optimizer's step"):
+        doing = "the optimizer's step"
+        with explained(self.config, self.model.config, world, stage=stage, step=step + 1, doing=doing, selection=self.selection):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -472,6 +491,8 @@ class Trainer:
         """What a rank does with its device, at `rate` FLOP/s."""
         now, most = memory(self.world.device)
         use: dict[str, Any] = {"tflops": rate / 1e12, "memory": now, "memory_peak": most}
+        if self.selection is not None:
+            use["memory_planned"] = self.selection.plan.gpu
         return use if self._peak is None else use | {"mfu": rate / self._peak}
 
     def _left(self, record: dict[str, Any]) -> float:

@@ -58,16 +58,23 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _SwiGLUMLP(torch.autograd.Function):
-    """Stores x, gate and up (rows None), or only x and recomputes gate and up (a block of rows at a time); never the activation."""
+    """Stores x, gate and up, or (recompute, or rows) only x and computes gate and up again; never the activation."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, rows: int | None, dtypes: tuple[torch.dtype, ...]
+        ctx: Any,
+        x: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        rows: int | None,
+        recompute: bool,
+        dtypes: tuple[torch.dtype, ...],
     ) -> Tensor:
         ctx.rows, ctx.dtypes = rows, dtypes
         if rows is None:
             gate, up = x @ w_gate.t(), x @ w_up.t()
-            ctx.save_for_backward(x, w_gate, w_up, w_down, gate, up)
+            ctx.save_for_backward(x, w_gate, w_up, w_down, *(() if recompute else (gate, up)))
             return torch.ops.eagle_kernels.swiglu_forward(gate, up) @ w_down.t()
         ctx.save_for_backward(x, w_gate, w_up, w_down)
         out = torch.empty_like(x)
@@ -106,7 +113,7 @@ class _SwiGLUMLP(torch.autograd.Function):
                         dtype = ctx.dtypes[slot] if rows >= x.shape[0] else wide
                         total = sums[slot] = torch.empty((left.shape[1], right.shape[1]), dtype=dtype, device=x.device)
                     accumulate_(total, left.t(), right, first)
-        return (dx, *(s.to(dtype) if s is not None else None for s, dtype in zip(sums, ctx.dtypes)), None, None)
+        return (dx, *(s.to(dtype) if s is not None else None for s, dtype in zip(sums, ctx.dtypes)), None, None, None)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -122,13 +129,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return reference.swiglu(gate, up)
 
 
-def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows: int | None = None) -> Tensor:
+def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows: int | None = None, recompute: bool = False) -> Tensor:
     """`swiglu(x w_gate^T, x w_up^T) w_down^T`. x: [..., H], w_gate and w_up: [I, H], w_down: [H, I] (as in `nn.Linear`) -> [..., H].
 
     rows: process this many rows at a time, forward and backward; backward then recomputes gate and up from x. Memory beyond x, the output
     and the weight gradients is about `6 * rows * I` elements for any number of rows, at the cost of two more matmuls in backward. Weight
     gradients of the blocks are added in float32. None: all rows at once, and gate and up are stored. The torch implementation always
     processes all rows at once.
+    recompute: backward computes gate and up again from x, all rows at once, and not the projection by w_down. The torch implementation
+    stores its intermediate results anyway.
     Raises ValueError or TypeError for shapes, dtypes or devices that do not match.
     """
     dtypes = tuple(gradient_dtype(weight) for weight in (w_gate, w_up, w_down))
@@ -136,10 +145,10 @@ def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows:
         lower = torch.get_autocast_dtype(x.device.type)
         x, w_gate, w_up, w_down = (tensor.to(lower) for tensor in (x, w_gate, w_up, w_down))
         with torch.autocast(x.device.type, enabled=False):
-            return swiglu_mlp(x, w_gate, w_up, w_down, rows=rows)
+            return swiglu_mlp(x, w_gate, w_up, w_down, rows=rows, recompute=recompute)
     _check_mlp(x, w_gate, w_up, w_down, rows)
     w_gate, w_up, w_down = (gathered(weight) for weight in (w_gate, w_up, w_down))
     if not use_triton(x):
         return reference.swiglu_mlp(x, w_gate, w_up, w_down)
-    out = _SwiGLUMLP.apply(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down, rows, dtypes)
+    out = _SwiGLUMLP.apply(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down, rows, recompute, dtypes)
     return out.view(x.shape)
