@@ -71,6 +71,28 @@ def test_scores_count_what_has_no_answer_as_wrong():
     assert result.by_source()["b"].accuracy == 0.0
 
 
+def test_only_what_stands_behind_the_reasons_is_compared(colour_run, tmp_path, write_jsonl, monkeypatch):
+    """Of generated answers, of expected ones, and of the training answers that the text-only baseline counts."""
+
+    def row(number, answer):
+        talk = [{"from": "human", "value": "<image>is it red?"}, {"from": "gpt", "value": answer}]
+        return {"image": f"{number}.png", "conversations": talk}
+
+    write_jsonl(tmp_path / "train.jsonl", [row(0, "it is red, so yes"), row(1, "it is green, so no"), row(2, "it is blue, so no")])
+    write_jsonl(tmp_path / "held_out.jsonl", [row(0, "it is red, so yes"), row(1, "no")])
+    data = {"sources": {"t": {"annotation": "train.jsonl"}}, "eval_sources": {"h": {"annotation": "held_out.jsonl"}}, "workers": 1}
+    config = colour_run(data=data, eval={"answer_after": "so ", "loss": False})
+    shortest_first = ["so it is blue, so no", "it is red, so yes"]
+    monkeypatch.setattr("eagle_train.evaluation.evaluate.generate", lambda *_, **__: shortest_first)
+    world = start_world(config.parallel, "cpu")
+    ready = get_ready(config)
+    done = Evaluator(ready, world).evaluate(torch.nn.Linear(1, 1), 1)
+    assert [(one.reasons, one.given, one.expected, one.text_only, one.right) for one in done.answers] == [
+        ("it is red, so ", "yes", "yes", "no", True),
+        ("so it is blue, so ", "no", "no", "no", True),
+    ]
+
+
 @pytest.fixture
 def tiny_folder(tmp_path, tokenizer):
     """A released model with random weights."""

@@ -7,7 +7,7 @@ import pytest
 
 from eagle_train.evaluation.metrics import Answer, score_of
 from eagle_train.evaluation.options import Options, chosen, options_of, rephrased
-from eagle_train.evaluation.scoring import METRICS, anls, choice, contains, exact, f1, numeric, temporal_iou
+from eagle_train.evaluation.scoring import METRICS, anls, choice, contains, exact, f1, final_answer, numeric, temporal_iou
 
 QUESTION = "<video>What is shown?\nA. a red circle\nB. a dog\nC. nothing"
 
@@ -25,6 +25,19 @@ def test_values_lie_in_0_to_1_and_an_answer_equals_itself(name):
     itself = {"choice": "B", "temporal_iou": "3 to 5.5 s"}.get(name, "12 red dogs")
     assert METRICS[name](itself, itself, "") == 1
     assert METRICS[name]("", itself, "") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "marker", "parts"),
+    [
+        ("it is red, so no", "so ", ("it is red, so ", "no")),
+        ("so so, so no", "so ", ("so so, so ", "no")),
+        ("no", "so ", ("", "no")),
+        ("it is red, so no", None, ("", "it is red, so no")),
+    ],
+)
+def test_an_answer_stands_behind_its_reasons(text, marker, parts):
+    assert final_answer(text, marker) == parts
 
 
 def test_exact_and_contains():

@@ -26,6 +26,12 @@ class EvalConfig(Section):
     limit: int | None = Field(default=None, ge=1, description="Rows used, the first ones of each source; null: all.")
     batch_size: int = Field(default=16, ge=1, description="Questions of one batch.")
     max_new_tokens: int = Field(default=32, ge=1, description="Longest answer in tokens.")
+    answer_after: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What stands before the answer when answers begin with reasons, for example 'so ' in 'it is red, so no': only the text "
+        "after its last occurrence is compared, of generated, expected and training answers. null: all of it.",
+    )
     metrics: dict[str, MetricName] = Field(
         default_factory=dict,
         description="Metric of each held-out source; others: exact. exact, contains, anls, numeric, temporal_iou and f1 compare the "

@@ -33,7 +33,7 @@ from eagle_train.planning.visual import plan_visual, sample_plan
 from .generate import generate
 from .metrics import Answer, Evaluation, SourceLoss
 from .options import options_of, rephrased
-from .scoring import TEXT_METRIC
+from .scoring import TEXT_METRIC, final_answer
 from .teacher_forced import Scores, TurnScore, Variant, last_answer, score_variants
 from .text_only import last_question
 
@@ -151,12 +151,14 @@ def answer_rows(
                 texts = [""] * len(questions)
             given = iter(texts)
             for question in questions:
+                reasons, answer = final_answer(next(given) if question.generates else "", config.eval.answer_after)
                 answers[question.row] = Answer(
                     question.address.source,
                     question.address.line,
                     question.text,
                     question.expected,
-                    next(given) if question.generates else "",
+                    answer,
+                    reasons=reasons,
                     problem=question.problem,
                     medium=question.medium,
                     metric=metrics[question.row],
@@ -231,7 +233,7 @@ class _Reader:
     ) -> None:
         self.facts, self.plans, self.metrics, self.spec = facts, plans, metrics, spec
         self.encoder = CachedEncoder(tokenizer)
-        self.limits = media_limits(config.data.limits)
+        self.limits, self.marker = media_limits(config.data.limits), config.eval.answer_after
 
     def read(self, rows: Sequence[int]) -> list[Question]:
         return [self._read(row) for row in rows]
@@ -246,7 +248,9 @@ class _Reader:
         prompt = replace(sample, messages=sample.messages[:last])
         media = [*sample.images, *sample.videos]
         question = question._replace(
-            text=last_question(prompt.messages), expected=sample.messages[last]["content"], medium=_name(media[0]) if media else ""
+            text=last_question(prompt.messages),
+            expected=final_answer(sample.messages[last]["content"], self.marker)[1],
+            medium=_name(media[0]) if media else "",
         )
         if self.plans.status[row] != 0:
             return question._replace(problem=self.plans.reasons[self.plans.status[row]])

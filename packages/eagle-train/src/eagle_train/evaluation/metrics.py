@@ -16,8 +16,9 @@ from .scoring import value_of
 class Answer(NamedTuple):
     """One question with the model's answer, the expected one, and that of the text-only baseline; `problem`: why there is no answer.
 
-    medium: the first image, video or document of the row, for clustered intervals; rows without media: the row. metric: a name of
-    `eval.metrics`. value, text_only_value: 0 ... 1 as computed by a metric that does not only compare texts, else None.
+    reasons: what the model wrote before the answer (`eval.answer_after`). medium: the first image, video or document of the row, for
+    clustered intervals; rows without media: the row. metric: a name of `eval.metrics`. value, text_only_value: 0 ... 1 as computed by a
+    metric that does not only compare texts, else None.
     """
 
     source: str
@@ -31,6 +32,7 @@ class Answer(NamedTuple):
     metric: str = "exact"
     value: float | None = None
     text_only_value: float | None = None
+    reasons: str = ""
 
     @property
     def score(self) -> float:

@@ -23,6 +23,12 @@ ANLS_THRESHOLD = 0.5
 """Normalised edit distance from which an answer has the value 0 (Biten et al., 2019, Eq. 1)."""
 
 
+def final_answer(text: str, marker: str | None) -> tuple[str, str]:
+    """Reasons and answer of a text: split behind the last `marker`; without one all of it is the answer."""
+    before, found, after = text.rpartition(marker) if marker is not None else ("", "", text)
+    return before + found, after
+
+
 def exact(given: str, expected: str, question: str = "") -> float:
     """1 when the texts are equal after lower-casing and removing outer punctuation and repeated spaces."""
     return float(normalised(given) == normalised(expected))

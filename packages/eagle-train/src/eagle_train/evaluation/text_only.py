@@ -16,6 +16,7 @@ from eagle_train.data.sample import load_sample
 from eagle_train.distributed.world import World
 
 from .metrics import Evaluation
+from .scoring import final_answer
 
 _PLACEHOLDER = re.compile(r"\s*<(?:image|video|document)(?:-\d+)?>\s*")
 
@@ -54,10 +55,13 @@ class Frequencies(NamedTuple):
 
 
 class TextOnlyBaseline:
-    """The baseline of a run. The training rows are read once, by the main rank, for the questions that are evaluated first."""
+    """The baseline of a run. The training rows are read once, by the main rank, for the questions that are evaluated first.
 
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+    answer_after: what stands before the answer in training answers with reasons (`eval.answer_after`).
+    """
+
+    def __init__(self, facts: Facts, answer_after: str | None = None) -> None:
+        self.facts, self.answer_after = facts, answer_after
         self._known: set[str] = set()
         self._frequencies: Frequencies | None = None
 
@@ -69,7 +73,9 @@ class TextOnlyBaseline:
         questions = {answer.question for answer in evaluation.answers}
         if self._frequencies is None or not questions <= self._known:
             self._known |= questions
-            self._frequencies = Frequencies.count(training_pairs(self.facts), self._known)
+            self._frequencies = Frequencies.count(
+                ((question, final_answer(text, self.answer_after)[1]) for question, text in training_pairs(self.facts)), self._known
+            )
         frequencies = self._frequencies
         return replace(
             evaluation, answers=tuple(answer._replace(text_only=frequencies.answer(answer.question)) for answer in evaluation.answers)

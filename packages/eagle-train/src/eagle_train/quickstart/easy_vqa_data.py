@@ -81,12 +81,26 @@ def states_answer(turn: Turn) -> bool:
 
 def is_yes_or_no(turn: Turn) -> bool:
     """Whether it is a yes/no question."""
-    return turn.answer in ("yes", "no")
+    return turn.answer.rpartition(" ")[2] in ("yes", "no")
 
 
 def is_negated(turn: Turn) -> bool:
     """Whether the question is negated ("is there not a circle?", with no before the noun)."""
     return not {"not", "no"}.isdisjoint(turn.question.split())
+
+
+def stated(turn: Turn, text: str | None) -> Turn:
+    """The turn whose yes/no answer begins with its reasons, `it is red instead, so no`; other answers stay.
+
+    What is seen, whether it is what the question names, and the conclusion are tokens one after the other. Each is easy to learn; a bare
+    yes or no was not learned at all in the quickstart's time.
+    """
+    if not is_yes_or_no(turn) or text is None:
+        return turn
+    _, colour, shape = text.split()
+    seen = shape if about_shape(turn) else colour
+    matches = seen in turn.question.replace("?", "").split()
+    return Turn(turn.question, f"{'a' if seen == shape else 'it is'} {seen} {'as asked' if matches else 'instead'}, so {turn.answer}")
 
 
 def usual_answers(split: Split) -> dict[str, str]:
@@ -163,6 +177,8 @@ def question_rows(split: Split, database: str, positions: int, rng: np.random.Ge
     """All training questions, once each."""
     rows = []
     for number, turns in split.turns.items():
+        text = description(turns)
+        turns = [stated(turn, text) for turn in turns if text or not is_yes_or_no(turn)]
         for index, row in enumerate(pair_turns(turns, rng)):
             rows.append(image_row(number, (number + index) % positions, row, database))
     return rows
@@ -191,7 +207,7 @@ def comparison_rows(
                     guessable += 1
                     if guessable > 2:
                         continue
-                chosen.append(turn)
+                chosen.append(stated(turn, text))
             rows.append(image_row(number, position, chosen, database))
     return rows
 

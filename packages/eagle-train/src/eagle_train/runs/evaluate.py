@@ -29,7 +29,7 @@ class Evaluator:
             raise ConfigError("the run has no held-out sources: name them in data.eval_sources or data.eval_recipe")
         check_metrics(ready.config, ready.eval_facts)
         self.ready, self.world, self.facts = ready, world, ready.eval_facts
-        self.baseline = TextOnlyBaseline(ready.facts)
+        self.baseline = TextOnlyBaseline(ready.facts, ready.config.eval.answer_after)
         self.judge = make_judge(ready.config)
         self._last: tuple[object, Evaluation] | None = None
 
