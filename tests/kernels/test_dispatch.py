@@ -44,8 +44,8 @@ def test_unknown_operator_and_implementation():
 def test_public_names():
     assert set(eagle_kernels.__all__) == {
         "DecoderShape", "Kept", "LinearCrossEntropy", "LinearCrossEntropyResult", "MemoryPlan", "OffloadEngine", "RMSNorm", "Recompute",
-        "SwiGLUMLP", "Training", "VisionShape", "add_rms_norm", "apply_to", "fill_memory", "gelu_linear", "implementation", "linear_cross_entropy",
-        "offload_checkpoint",
+        "SwiGLUMLP", "Training", "VisionShape", "add_rms_norm", "apply_to", "fill_memory", "gelu_linear", "implementation",
+        "linear_cross_entropy", "offload_checkpoint",
         "plan_memory", "reference", "rms_norm", "rope", "swiglu", "swiglu_mlp", "use_implementation",
     }  # fmt: skip
     assert all(hasattr(eagle_kernels, name) for name in eagle_kernels.__all__)
