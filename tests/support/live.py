@@ -1,0 +1,33 @@
+"""Bytes of tensors that are alive, counted at every operation: what a memory planner predicts, measured without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts storages that operations inside have made. `now`: bytes that are alive; `peak`: the most after any operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        for one in tree_leaves(result):
+            if isinstance(one, torch.Tensor) and (storage := one.untyped_storage())._cdata not in given:
+                self._seen.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, self.now)
+        return result
+
+    @property
+    def now(self) -> int:
+        self._seen = {key: (ref, size) for key, (ref, size) in self._seen.items() if not ref.expired()}
+        return sum(size for _, size in self._seen.values())
