@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from eagle_kernels import Training
+from eagle_kernels import Training, plan_memory
 from eagle_model import EagleConfig, EagleForConditionalGeneration, preset
 from eagle_model.layers import linear_layers
 from eagle_model.lora import add_lora, is_adapter
 from eagle_model.memory import decoder_shape, vision_shape
+from tests.support.live import LiveBytes
+from tests.support.models import tiny_model
+from tests.support.packs import make_pack
 
 
 def smollm3() -> EagleConfig:
@@ -63,3 +66,31 @@ def test_adapters_are_those_that_the_model_gets(targets):
             add_lora(model, part, rank=4, alpha=8.0, targets=own)
         adapters = sum(p.numel() for name, p in model.parts()[part].named_parameters() if is_adapter(name))
         assert counted.trained == adapters > 0
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "frozen"])
+def test_the_peak_of_a_step_is_the_planned_one(mode):
+    """Forward and backward in float32 on the CPU with a checkpoint in every layer. Its operators are plain torch: the tolerance is 8 %."""
+    torch.manual_seed(0)
+    tokens, sizes = 1024, {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 2000}
+    model = tiny_model(text_config=sizes | {"num_attention_heads": 4, "num_key_value_heads": 2})
+    if mode == "lora":
+        add_lora(model, "language", rank=16, alpha=32.0)
+    language, connector = Training(mode, rank=16 if mode == "lora" else 0), Training("full" if mode == "frozen" else "frozen")
+    owners = {id(parameter): part for part, module in model.parts().items() for parameter in module.parameters()}
+    trained = {"vision": "frozen", "connector": connector.mode, "language": mode}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[owners[id(parameter)]] == ("lora" if is_adapter(name) else "full"))
+    model.set_activation_checkpointing("recompute", None)
+    config = model.config
+    tiles = tokens // 2 // config.tokens_per_tile
+    ids = torch.randint(101, 2000, (tokens,))
+    ids[: tiles * config.tokens_per_tile] = 100
+    images = torch.zeros(tiles, config.tile_size, config.tile_size, 3, dtype=torch.uint8)
+    pack = make_pack(ids, (tokens,), tiles=images, targets=ids.clamp(min=101), token_weights=torch.ones(tokens), denominator=float(tokens))
+    there = sum(tensor.nbytes for tensor in (*model.parameters(), images))
+    with LiveBytes() as live:
+        model(pack).loss.backward()
+    tower = vision_shape(config, tokens // 2, training=Training("frozen"), connector=connector)
+    plan = plan_memory(decoder_shape(config, language), tokens, vision=tower, weight_bytes=4, gradient_bytes=4, activation_bytes=4)
+    assert plan.gpu == pytest.approx(there + live.peak, rel=0.08)

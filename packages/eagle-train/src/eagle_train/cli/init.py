@@ -51,7 +51,9 @@ def init(
 
 def _to_fill_in(vision: str | None) -> str:
     """The keys that have no value which works everywhere."""
-    return "set data.recipe to your recipe" if vision else "set model.tokenizer (eagle tokenizer trains one) and data.recipe to your files"
+    if vision is not None:
+        return "fill in data: a recipe, or sources in its place"
+    return "set model.tokenizer (eagle tokenizer trains one) and data.recipe to your files"
 
 
 def _write_example(folder: Path, force: bool) -> None:
