@@ -10,6 +10,7 @@ from PIL import Image
 
 from eagle_sampling import probe, read_frames
 from eagle_train.config import parse_config
+from eagle_train.evaluation.scoring import final_answer
 from eagle_train.quickstart.build import MODEL, Size, build, configuration
 from eagle_train.quickstart.easy_vqa_data import (
     COLOURS,
@@ -78,11 +79,17 @@ def test_comparisons_ask_what_cannot_be_guessed_and_leave_the_blind_answers_as_t
     for row in plain + rows:
         texts = [turn["value"] for turn in row["conversations"]]
         assert texts[1].startswith("a ")
-        for question, answer in zip(texts[2::2], texts[3::2]):
+        for question, reasoned in zip(texts[2::2], texts[3::2]):
+            reasons, answer = final_answer(reasoned, "so ")
+            named, (found,) = (
+                {word for word in text.replace("?", "").split() if word in (*SHAPES, *COLOURS)} for text in (question, reasons)
+            )
+            assert found in texts[1].split()
+            assert (found in named) == ("as asked" in reasons) == ((answer == "yes") != is_negated(Turn(question, "")))
             counted[question][answer] += 1
             unusual += answer != usual[question]
     questions = sum(len(row["conversations"]) // 2 - 1 for row in plain + rows)
-    assert 0.25 < unusual / questions < 0.5
+    assert 0.4 < unusual / questions < 0.6
     assert {question: answers.most_common(1)[0][0] for question, answers in counted.items()} == usual
 
 

@@ -16,7 +16,7 @@ import yaml
 from .easy_vqa_data import Split, Turn, comparison_rows, description_rows, load_split, question_rows, test_rows, write_images, write_rows
 from .videos import make_clips, turns_about, video_row
 
-VERSION = 8
+VERSION = 10
 
 
 MODEL = {

@@ -56,14 +56,25 @@ def load_split(name: str) -> Split:
     return Split(dict(paths), dict(turns))
 
 
+class Seen(NamedTuple):
+    """What the questions of an image state, or None; they never contradict each other."""
+
+    colour: str | None
+    shape: str | None
+
+
+def seen(turns: Iterable[Turn]) -> Seen:
+    """Colour and shape of an image."""
+    known = {word for turn in turns if not is_yes_or_no(turn) for word in f"{turn.question} {turn.answer}".replace("?", " ").split()}
+    return Seen(*(next((name for name in names if name in known), None) for names in (COLOURS, SHAPES)))
+
+
 def description(turns: Iterable[Turn]) -> str | None:
-    """`a red circle`, when the questions of an image state both; they never contradict each other.
+    """`a red circle`, when the questions of an image state both.
 
     The article is there for the tokens: behind it, words have those that they have in questions, and can be compared as they are.
     """
-    known = {word for turn in turns if not is_yes_or_no(turn) for word in f"{turn.question} {turn.answer}".replace("?", " ").split()}
-    colour = next((name for name in COLOURS if name in known), None)
-    shape = next((name for name in SHAPES if name in known), None)
+    colour, shape = seen(turns)
     return f"a {colour} {shape}" if colour and shape else None
 
 
@@ -89,18 +100,23 @@ def is_negated(turn: Turn) -> bool:
     return not {"not", "no"}.isdisjoint(turn.question.split())
 
 
-def stated(turn: Turn, text: str | None) -> Turn:
-    """The turn whose yes/no answer begins with its reasons, `it is red instead, so no`; other answers stay.
+def stated(turn: Turn, image: Seen) -> Turn | None:
+    """The turn whose yes/no answer begins with its reasons, `it is red instead, so no`; other answers stay. None: the image's is not known.
 
     What is seen, whether it is what the question names, and the conclusion are tokens one after the other. Each is easy to learn; a bare
     yes or no was not learned at all in the quickstart's time.
     """
-    if not is_yes_or_no(turn) or text is None:
+    if not is_yes_or_no(turn):
         return turn
-    _, colour, shape = text.split()
-    seen = shape if about_shape(turn) else colour
-    matches = seen in turn.question.replace("?", "").split()
-    return Turn(turn.question, f"{'a' if seen == shape else 'it is'} {seen} {'as asked' if matches else 'instead'}, so {turn.answer}")
+    found, article = (image.shape, "a") if about_shape(turn) else (image.colour, "it is")
+    matches = found in turn.question.replace("?", "").split()
+    return Turn(turn.question, f"{article} {found} {'as asked' if matches else 'instead'}, so {turn.answer}") if found else None
+
+
+def about_colour(turn: Turn, colour: str) -> Turn:
+    """A yes/no question about another colour, made one about the image's own: the other answer is right."""
+    named = next(name for name in COLOURS if name in turn.question.split())
+    return Turn(turn.question.replace(named, colour), "no" if turn.answer == "yes" else "yes")
 
 
 def usual_answers(split: Split) -> dict[str, str]:
@@ -174,11 +190,11 @@ def description_rows(split: Split, database: str, positions: int) -> list[dict[s
 
 
 def question_rows(split: Split, database: str, positions: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """All training questions, once each."""
+    """All training questions, once each, but for the yes/no questions on what the others do not state."""
     rows = []
     for number, turns in split.turns.items():
-        text = description(turns)
-        turns = [stated(turn, text) for turn in turns if text or not is_yes_or_no(turn)]
+        image = seen(turns)
+        turns = [answered for turn in turns if (answered := stated(turn, image)) is not None]
         for index, row in enumerate(pair_turns(turns, rng)):
             rows.append(image_row(number, (number + index) % positions, row, database))
     return rows
@@ -187,8 +203,10 @@ def question_rows(split: Split, database: str, positions: int, rng: np.random.Ge
 def comparison_rows(
     split: Split, database: str, positions: Iterable[int], rng: np.random.Generator, *, negated: bool
 ) -> list[dict[str, Any]]:
-    """A description, then yes/no questions: those that can't be guessed, two on colours that can, and all on shapes.
+    """A description, then yes/no questions: all on shapes, at most two that name another colour, and at least one that names the image's.
 
+    Only one colour question in eight names it, and it takes many to learn the comparison of every colour; so where an image has none, one
+    is made of a question about another colour.
     Without `negated` there is no "is there not a circle?" among them: with it the answer is the comparison turned round or not, of which
     neither half shows before the other is known.
     """
@@ -196,19 +214,18 @@ def comparison_rows(
     rows = []
     for position in positions:
         for number, turns in split.turns.items():
-            text = description(turns)
-            if text is None:
+            image, text = seen(turns), description(turns)
+            if text is None or image.colour is None:
                 continue
-            chosen, guessable = [Turn(DESCRIBE, text)], 0
-            for turn in (turns[index] for index in rng.permutation(len(turns))):
-                if not is_yes_or_no(turn) or (is_negated(turn) and not negated):
-                    continue
-                if turn.answer == usual[turn.question] and not about_shape(turn):
-                    guessable += 1
-                    if guessable > 2:
-                        continue
-                chosen.append(stated(turn, text))
-            rows.append(image_row(number, position, chosen, database))
+            mixed = [turns[index] for index in rng.permutation(len(turns))]
+            asked = [turn for turn in mixed if is_yes_or_no(turn) and (negated or not is_negated(turn))]
+            guessable = [turn for turn in asked if turn.answer == usual[turn.question] and not about_shape(turn)]
+            chosen = [turn for turn in asked if turn not in guessable]
+            if guessable and all(map(about_shape, chosen)):
+                guessable[0] = about_colour(guessable[0], image.colour)
+            chosen = [answered for turn in chosen + guessable[:2] if (answered := stated(turn, image)) is not None]
+            order = rng.permutation(len(chosen))
+            rows.append(image_row(number, position, [Turn(DESCRIBE, text), *(chosen[index] for index in order)], database))
     return rows
 
 
