@@ -2,8 +2,8 @@
 
 Training rows hold up to two turns about one image, one on its shape and one on its colour, in an order in which the first question
 doesn't give the second answer away. Turning and mirroring an image changes none of its answers, so rows show it in different positions.
-A third kind of row describes the image and then has yes/no questions about it. What they compare is there as text, so that comparing
-can be learned before vision, which does not always succeed in these few minutes: seven of eight answers about colours can be guessed.
+Yes/no answers begin with their reasons (`it is red instead, so no`). Other rows describe an image, in words alone or next to the image, and
+then have yes/no questions about it, so that comparing is learned from many examples: seven of eight answers about colours can be guessed.
 Held-out rows are the package's own test questions, one each, on the images as they are.
 """
 
@@ -200,32 +200,43 @@ def question_rows(split: Split, database: str, positions: int, rng: np.random.Ge
     return rows
 
 
-def comparison_rows(
-    split: Split, database: str, positions: Iterable[int], rng: np.random.Generator, *, negated: bool
-) -> list[dict[str, Any]]:
-    """A description, then yes/no questions: all on shapes, at most two that name another colour, and at least one that names the image's.
+def comparisons(turns: Sequence[Turn], usual: dict[str, str], rng: np.random.Generator) -> list[Turn]:
+    """Yes/no questions of an image with reasons: all on its shape, at most two that name another colour, at least one that names its own.
 
-    Only one colour question in eight names it, and it takes many to learn the comparison of every colour; so where an image has none, one
-    is made of a question about another colour.
-    Without `negated` there is no "is there not a circle?" among them: with it the answer is the comparison turned round or not, of which
-    neither half shows before the other is known.
+    Only one colour question in eight names the image's, and comparing takes many; where there is none, one is made of a question about
+    another colour.
     """
+    image = seen(turns)
+    mixed = [turns[index] for index in rng.permutation(len(turns)) if is_yes_or_no(turns[index])]
+    guessable = [turn for turn in mixed if turn.answer == usual[turn.question] and not about_shape(turn)]
+    chosen = [turn for turn in mixed if turn not in guessable]
+    if guessable and all(map(about_shape, chosen)) and image.colour is not None:
+        guessable[0] = about_colour(guessable[0], image.colour)
+    chosen = [answered for turn in chosen + guessable[:2] if (answered := stated(turn, image)) is not None]
+    return [chosen[index] for index in rng.permutation(len(chosen))]
+
+
+def comparison_rows(split: Split, database: str, positions: Iterable[int], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """A description of an image, then its `comparisons`."""
     usual = usual_answers(split)
     rows = []
     for position in positions:
         for number, turns in split.turns.items():
-            image, text = seen(turns), description(turns)
-            if text is None or image.colour is None:
-                continue
-            mixed = [turns[index] for index in rng.permutation(len(turns))]
-            asked = [turn for turn in mixed if is_yes_or_no(turn) and (negated or not is_negated(turn))]
-            guessable = [turn for turn in asked if turn.answer == usual[turn.question] and not about_shape(turn)]
-            chosen = [turn for turn in asked if turn not in guessable]
-            if guessable and all(map(about_shape, chosen)):
-                guessable[0] = about_colour(guessable[0], image.colour)
-            chosen = [answered for turn in chosen + guessable[:2] if (answered := stated(turn, image)) is not None]
-            order = rng.permutation(len(chosen))
-            rows.append(image_row(number, position, [Turn(DESCRIBE, text), *(chosen[index] for index in order)], database))
+            if (text := description(turns)) is not None:
+                rows.append(image_row(number, position, [Turn(DESCRIBE, text), *comparisons(turns, usual, rng)], database))
+    return rows
+
+
+def sentence_rows(split: Split, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """The same without images: the description stands in front of the first question.
+
+    Comparing is a matter of language. Of such rows it is learned in a few hundred steps, before vision, for which there is time then.
+    """
+    usual = usual_answers(split)
+    rows = []
+    for turns in split.turns.values():
+        if (text := description(turns)) is not None and (asked := comparisons(turns, usual, rng)):
+            rows.append({"conversations": conversation(asked, f"{text}. ")})
     return rows
 
 
