@@ -190,7 +190,7 @@ def description_rows(split: Split, database: str, positions: int) -> list[dict[s
 
 
 def question_rows(split: Split, database: str, positions: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """All training questions, once each, but for the yes/no questions on what the others do not state."""
+    """All training questions, once each, except the yes/no questions on what the others do not state."""
     rows = []
     for number, turns in split.turns.items():
         image = seen(turns)
