@@ -49,6 +49,9 @@ if __name__ == "__main__":
         world.patient = None
         gc.collect()
         raise
-    trained.final_evaluation()
-    print(trained.trainer.failed_evaluations)
-    trained.check_evaluations()
+    try:
+        trained.final_evaluation()
+        print(trained.trainer.failed_evaluations)
+        trained.check_evaluations()
+    finally:  # as the command does: threads of groups that are still there when the interpreter is gone can end the process with SIGABRT
+        dist.destroy_process_group()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import datetime
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +32,9 @@ TIMEOUT = datetime.timedelta(minutes=30)
 """How long a collective may wait: a rank may be reading a long video meanwhile."""
 PATIENCE = datetime.timedelta(days=7)
 """How long ranks wait for work of the main rank: it may be measuring a hundred million rows."""
+
+SETTLE = 0.25
+"""Seconds before a rank's interpreter ends (`_settle`)."""
 
 T = TypeVar("T")
 
@@ -187,6 +192,15 @@ class World:
             self.owns_group = False
 
 
+def _settle() -> None:
+    """Before the interpreter ends: gloo's threads drop the tensors of the last collective a moment after it is complete.
+
+    With torch 2.11 runs on a loaded machine ended with SIGABRT now and then, after everything was done: a thread that needs the
+    interpreter while it ends can't have it.
+    """
+    time.sleep(SETTLE)
+
+
 def device_kind(device: str | None) -> str:
     """`cpu` or `cuda`: the requested one, or a GPU when there is one. Raises ConfigError for another name, or without a GPU."""
     if device is None:
@@ -247,6 +261,8 @@ def start_world(config: ParallelConfig, device: str | None = None) -> World:
             device_id = here if kind == "cuda" else None
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
             store = dist.PrefixStore("eagle", store)
+            atexit.unregister(_settle)
+            atexit.register(_settle)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         owns = True
