@@ -64,8 +64,42 @@ def _ends(name: str, end: str) -> bool:
     return f".{name}".endswith(f".{end}")
 
 
+class _Stack:
+    """Layers of one kind and the parameters around them, by how the part is trained."""
+
+    layers: int
+    training: Training
+
+    @property
+    def linears(self) -> Linears:
+        raise NotImplementedError
+
+    @property
+    def layer_parameters(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def layer(self) -> Parameters:
+        """One layer."""
+        return self.training.of(self.layer_parameters, self.linears)
+
+    @property
+    def rest(self) -> Parameters:
+        """Parameters outside of layers (embeddings, head, last norm), which have no adapters and keep their precision."""
+        return self.training.of(self.parameters - self.layers * self.layer_parameters, {})
+
+    @property
+    def total(self) -> Parameters:
+        """The whole part."""
+        return self.layer * self.layers + self.rest
+
+
 @dataclass(frozen=True)
-class DecoderShape:
+class DecoderShape(_Stack):
     """Sizes of a decoder like Llama or Qwen. tied: the head shares the embedding's weight.
 
     vectors: elements of the biases and QK-norms of a layer; None: biases of q, k and v, as in Qwen2. training: how the decoder is trained.
@@ -95,21 +129,6 @@ class DecoderShape:
             "mlp.up_proj": (self.hidden, self.intermediate),
             "mlp.down_proj": (self.intermediate, self.hidden),
         }
-
-    @property
-    def layer(self) -> Parameters:
-        """One decoder layer."""
-        return self.training.of(self.layer_parameters, self.linears)
-
-    @property
-    def rest(self) -> Parameters:
-        """Embedding, head and final norm, which have no adapters and keep their precision."""
-        return self.training.of(self.parameters - self.layers * self.layer_parameters, {})
-
-    @property
-    def total(self) -> Parameters:
-        """The whole decoder."""
-        return self.layer * self.layers + self.rest
 
     @property
     def layer_parameters(self) -> int:
@@ -146,7 +165,7 @@ class DecoderShape:
 
 
 @dataclass(frozen=True)
-class VisionShape:
+class VisionShape(_Stack):
     """Sizes of a vision tower like SigLIP, of the connector behind it, and of their input in one step.
 
     patches: patches of all tiles together; merge: patches that the connector (LayerNorm, Linear, GELU, Linear) makes one visual token of;
@@ -173,21 +192,6 @@ class VisionShape:
         square, wide = (self.width, self.width), (self.width, self.intermediate)
         attention = {f"self_attn.{name}": square for name in ("k_proj", "v_proj", "q_proj", "out_proj")}
         return attention | {"mlp.fc1": wide, "mlp.fc2": wide[::-1]}
-
-    @property
-    def layer(self) -> Parameters:
-        """One layer of the tower."""
-        return self.training.of(self.layer_parameters, self.linears)
-
-    @property
-    def rest(self) -> Parameters:
-        """Embeddings and the last norm of the tower."""
-        return self.training.of(self.parameters - self.layers * self.layer_parameters, {})
-
-    @property
-    def total(self) -> Parameters:
-        """The whole tower."""
-        return self.layer * self.layers + self.rest
 
     def connector_linears(self, hidden: int) -> Linears:
         """Linear layers of the connector to a decoder of width `hidden`, by their whole names."""
