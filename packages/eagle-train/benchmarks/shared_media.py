@@ -5,7 +5,7 @@ train the same rows for the same number of optimizer steps. Separate samples and
 has about as many tokens per step as separate samples, so more rows. Held-out images are asked what is shown, and questions with one word as
 the answer.
 
-    python packages/eagle-train/benchmarks/shared_media.py [--images 1500] [--steps 900] [--seeds 0 1 2] [--out FILE.json]
+    python packages/eagle-train/benchmarks/shared_media.py [--images 1500] [--steps 900] [--seeds 0 1 2] [--device cpu] [--out FILE.json]
 
 Losses are comparable between arms; times only when nothing else runs.
 """
@@ -90,18 +90,14 @@ def configuration(folder: Path, name: str, share_media: bool, steps: int, packs_
     return parse_config(content, base=folder)
 
 
-def arm(folder: Path, name: str, steps: int, seed: int) -> dict[str, float]:
-    """Train one model and evaluate it; the metrics."""
+def arm(folder: Path, name: str, steps: int, seed: int, device: str, more_rows: float = 1.0) -> dict[str, float]:
+    """Train one model and evaluate it; the metrics. more_rows: factor of `ROWS_PER_STEP`."""
     share_media = name != "separate samples"
     name = f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     plan = get_ready(configuration(folder, f"{name}-plan", share_media, 1, 1, seed)).schedules[0].plan(0)
-    separate = get_ready(configuration(folder, f"{name}-plan-separate", False, 1, 1, seed)).schedules[0].plan(0)
-    packs_per_step = max(1, round(ROWS_PER_STEP * plan.packs / len(plan.pack_rows)))
-    if "same-tokens" in name:
-        before, after = separate.summary(), plan.summary()
-        packs_per_step = max(1, round(ROWS_PER_STEP * before.tokens / before.samples * after.packs / after.tokens))
+    packs_per_step = max(1, round(more_rows * ROWS_PER_STEP * plan.packs / len(plan.pack_rows)))
     config = configuration(folder, name, share_media, steps, packs_per_step, seed)
-    world = start_world(config.parallel, "cpu")
+    world = start_world(config.parallel, device)
     begin = time.monotonic()
     trained = train(get_ready(config), world)
     seconds = time.monotonic() - begin
@@ -126,16 +122,21 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     add_out(parser)
     options = parser.parse_args()
-    settings = {"images": options.images, "steps": options.steps, "max_tokens": MAX_TOKENS, "threads": torch.get_num_threads()}
-    result = Result("eagle-train/shared_media", environment(("torch", "transformers"), gpus=0), METRICS, settings=settings)
+    settings: dict[str, Any] = {"images": options.images, "steps": options.steps, "max_tokens": MAX_TOKENS, "device": options.device}
+    settings["threads"] = torch.get_num_threads()
+    gpus = int(options.device == "cuda")
+    result = Result("eagle-train/shared_media", environment(("torch", "transformers"), gpus=gpus), METRICS, settings=settings)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result.settings["rows"] = build(folder, options.images, np.random.default_rng(0))
         for seed in options.seeds:
+            tokens: list[float] = []  # per row
             for name in ("separate samples", "shared media, same rows", "shared media, same tokens"):
-                metrics = arm(folder, name, options.steps, seed)
+                metrics = arm(folder, name, options.steps, seed, options.device, tokens[0] / tokens[1] if len(tokens) == 2 else 1.0)
+                tokens.append(metrics["tokens_per_row"])
                 print(f"seed {seed}", name, metrics, flush=True)
                 result.add(f"seed {seed}", name, **metrics)
                 if options.out is not None:

@@ -6,7 +6,7 @@ Both keep float32 moments under torch's names (`step`, `exp_avg`, `exp_avg_sq`),
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,25 @@ from eagle_model.weights import local_rows
 from .rounding import key_of, round_into
 
 
+def _clone(parameter: nn.Parameter, name: str, value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def load_without_casts(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], kept: Callable[[nn.Parameter, str, Any], Any] = _clone
+) -> None:
+    """torch's `Optimizer.load_state_dict`, which would cast states to the dtype of their parameters.
+
+    kept(parameter, name, value): what is kept of a value of a parameter's state; default: a copy.
+    """
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.optim.Optimizer.load_state_dict(optimizer, {"state": {}, "param_groups": state_dict["param_groups"]})
+    for number, parameter in zip(numbers, own, strict=True):
+        if number in state_dict["state"]:
+            optimizer.state[parameter] = {name: kept(parameter, name, value) for name, value in state_dict["state"][number].items()}
+
+
 class _Float32States(torch.optim.Optimizer):
     """An optimizer whose states stay in float32 and where they are when they are loaded; torch's would cast them to the parameters'."""
 
@@ -27,15 +46,10 @@ class _Float32States(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, without casts."""
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        own = [parameter for group in self.param_groups for parameter in group["params"]]
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for number, parameter in zip(numbers, own, strict=True):
-            if number in state_dict["state"]:
-                self.state[parameter] = {name: self._kept(parameter, name, value) for name, value in state_dict["state"][number].items()}
+        load_without_casts(self, state_dict, self._kept)
 
     def _kept(self, parameter: nn.Parameter, name: str, value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else value
+        return _clone(parameter, name, value)
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[parameter]

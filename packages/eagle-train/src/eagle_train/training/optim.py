@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from eagle_model.lora import is_adapter
 from eagle_train.config import ConfigError, PartConfig, StageConfig
 
 from .adamw import HostAdamW, RoundingAdamW
+from .adamw8bit import make_adamw8bit
 from .muon import Muon
 
 
@@ -25,14 +26,13 @@ def _adamw(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Opti
 
 
 def _adamw8bit(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
+    low = {"bf16_stochastic_round": True} if has_bfloat16_weights(groups) else {}
     try:
-        from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        return make_adamw8bit(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, **low)
     except ImportError as error:
         raise ConfigError(
             f"stages.{stage.name}.optimizer: adamw8bit needs torchao ({error}): pip install 'eagle-train[gpu]', or use adamw"
         ) from error
-    low = has_bfloat16_weights(groups)
-    return AdamW8bit(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, **({"bf16_stochastic_round": True} if low else {}))
 
 
 def _adamw_host(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
@@ -68,6 +68,12 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     "muon": OptimizerChoice(_muon, 4),
     "adafactor": OptimizerChoice(_adafactor, 0, sharded=False),
 }
+
+
+def check_optimizers(stages: Iterable[StageConfig]) -> None:
+    """Raises ConfigError when the package that an optimizer needs is missing: before the first stage, not when a later one begins."""
+    for stage in stages:
+        OPTIMIZERS[stage.optimizer].make([{"params": [nn.Parameter(torch.zeros(1))]}], stage)
 
 
 def set_trainable(model: nn.Module, modes: Mapping[Any, str]) -> int:

@@ -46,7 +46,7 @@ from .heartbeat import Heartbeat
 from .memory import check_host_memory, check_memory, explained, usage
 from .metrics import Metrics
 from .model import attention_backend, model_config, tokenizer_folder
-from .optim import make_optimizer, set_learning_rates, set_trainable
+from .optim import check_optimizers, make_optimizer, set_learning_rates, set_trainable
 from .saving import Saver
 from .selection import Selection, Selector
 from .source_losses import SourceLosses, by_source
@@ -108,6 +108,7 @@ class Trainer:
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
+        check_optimizers(config.stages)
         if world.device.type == "cuda":
             check_memory(config, model_config(config, tokenizer), world)
         #: What `model.activations: selective` keeps, chosen for every stage; None with other values.
