@@ -1,4 +1,4 @@
-"""`generate` of the 8B model beside transformers' own InternVL of the same shapes: long prompts, first token, tokens a second, memory.
+"""`generate` of the 8B model next to transformers' own InternVL of the same shapes: long prompts, first token, tokens a second, memory.
 
     python packages/eagle-model/benchmarks/generation.py [--only CASE ...] [--steps STEP ...] [--until SECONDS] [--out FILE.json] [--small]
 
@@ -242,10 +242,8 @@ def compare(result: Result) -> None:
 
 def stages(names: Iterable[str], works: list[Workload]) -> list[tuple[str, list[Workload]]]:
     """Contenders with what they run, one model after the other. Compiling takes longest and comes last."""
-    compiled = [work for work in works if work.step == "compiled"]
-    early = [work for work in works if work.step != "compiled"]
-    found = [(name, [work for work in early if work.step == "plain" or name == "ours"]) for name in names]
-    return found + [(name, compiled) for name in names]
+    plain = [(name, [work for work in works if work.step == "plain"]) for name in names]
+    return plain + [(name, [work for work in works if work.step == "compiled" or (work.step, name) == ("graph", "ours")]) for name in names]
 
 
 def run_all(
