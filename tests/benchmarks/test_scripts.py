@@ -31,13 +31,14 @@ def test_imports_exist(path):
 
 
 def test_there_are_scripts_of_every_package():
-    assert {path.parts[-3] for path in SCRIPTS} == {f"eagle-{name}" for name in ("cp", "kernels", "sampling", "tiling", "train")}
+    assert {path.parts[-3] for path in SCRIPTS} == {f"eagle-{name}" for name in ("cp", "kernels", "model", "sampling", "tiling", "train")}
 
 
 @pytest.mark.parametrize(
     ("script", "options", "case"),
     [
         ("eagle-tiling/benchmarks/grid.py", ["--sizes", "2000"], "select_grids, max_tiles 12"),
+        ("eagle-model/benchmarks/generation.py", ["--small", "--only", "131k", "2k-16", "--steps", "plain", "graph"], "131k"),
         ("eagle-sampling/benchmarks/budget.py", ["--rows", "2000"], "plan_many, ads, L_max 32768"),
         ("eagle-train/benchmarks/planning.py", ["1000"], "visual plan, 32768 tokens"),
     ],

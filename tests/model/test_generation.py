@@ -121,6 +121,43 @@ def test_a_prompt_with_media_in_chunks(chat, chunk, options):
     assert len(tokens) == -(-batch["input_ids"].shape[1] // chunk) + 7
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
+def test_a_prompt_without_padding_in_chunks_has_no_mask(chat, options, monkeypatch):
+    """No mask of queries by keys is made for a chunk; the last chunk has one token."""
+    model, processor = chat
+    inputs = processor(text="<image-1> has <video-1>?", images=[random_image(4)], videos=talks()["video"][2])
+    length = inputs["input_ids"].shape[1]
+    expected = answer(model, inputs, use_cache=False)
+    masks = []
+    hook = model.language_model.model.layers[0].register_forward_pre_hook(lambda _, given: masks.append(given[1].mask))
+    for size in (7, length - 1, length):
+        assert torch.equal(answer(model, inputs, prefill_chunk_size=size, **options), expected)
+        chunks = -(-length // size)
+        assert masks[:chunks] == [None] * chunks
+        assert all(mask is None for mask in masks) or options
+        masks.clear()
+    hook.remove()
+
+
+def test_tiles_are_encoded_in_groups(chat, monkeypatch):
+    """Without gradients memory for the tower's activations does not grow with the number of tiles; with them one call sees all tiles."""
+    model, _ = chat
+    tiles = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8)
+    seen = []
+    hook = model.vision_model.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0]))
+    whole = model.encode_tiles(tiles)
+    assert whole.requires_grad
+    monkeypatch.setattr("eagle_model.eagle.ENCODED_TILES", 4)
+    model.encode_tiles(tiles)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_tiles(tiles), whole.detach(), atol=1e-5, rtol=1e-5)
+        model.encode_tiles(tiles[:0])
+        ids = torch.full((1, 9 * model.tokens_per_tile), model.config.image_token_index)
+        model(ids, pixel_values=tiles)
+    hook.remove()
+    assert seen == [9, 9, 4, 4, 1, 1, 4, 4, 1]
+
+
 def test_chunks_after_a_cache(chat):
     """The second turn of a conversation in chunks, its first turn being in the cache: only tiles of the new tokens are passed."""
     model, processor = chat

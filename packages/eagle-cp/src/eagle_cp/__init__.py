@@ -1,6 +1,7 @@
 """Context-parallel attention for packed sequences, exact in every gradient, on stock PyTorch."""
 
 from eagle_cp.attention import attention
+from eagle_cp.cached import cached_attention
 from eagle_cp.hugging_face import register_attention
 from eagle_cp.layout import Layout
 from eagle_cp.mesh import ContextMesh
@@ -13,6 +14,7 @@ __all__ = [
     "Layout",
     "TilePlan",
     "attention",
+    "cached_attention",
     "exchange_tiles",
     "explain",
     "plan_context",

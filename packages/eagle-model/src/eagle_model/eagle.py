@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -33,6 +34,7 @@ from eagle_model.language.head import Head, head_loss, token_scores
 from eagle_model.padded import CACHE_FIELD, Arrangement, Backbone, EagleOutput, arrange, cached_mask, refuse_unknown
 from eagle_model.prefill import prefill_in_chunks
 from eagle_model.prompt import IGNORE_INDEX
+from eagle_model.replay import ReplayedSteps
 from eagle_model.vision.connector import make_connector, pixel_shuffle
 from eagle_model.vision.siglip import VisionModel
 
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 VISION_KERNELS = (None, "sdpa", "eager")
 #: Modes of activation checkpointing.
 MODES = ("keep", "recompute", "selective", "offload")
+#: Tiles that the vision tower encodes at a time without gradients: 32768 patches of 448-pixel tiles, 0.6 GiB for their widest activation.
+ENCODED_TILES = 32
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -116,6 +120,21 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             tiles = tiles.new_zeros(1, *tiles.shape[1:])
         return self._connect(self.vision_model(tiles))[:real]
 
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
+        """`image_features`; without gradients in groups of `ENCODED_TILES` tiles, so that memory for activations does not grow with their
+        number. Not where parameters are sharded: ranks with different numbers of tiles would run the tower different numbers of times.
+        """
+        if torch.is_grad_enabled() or len(tiles) <= ENCODED_TILES or any(isinstance(p, DTensor) for p in self.vision_model.parameters()):
+            return self.image_features(tiles)
+        features: Tensor | None = None
+        for start in range(0, len(tiles), ENCODED_TILES):
+            part = self.image_features(tiles[start : start + ENCODED_TILES])
+            if features is None:
+                features = part.new_empty(len(tiles), *part.shape[1:])
+            features[start : start + len(part)] = part
+        assert features is not None
+        return features
+
     def get_image_features(self, pixel_values: Tensor, return_dict: bool | None = None) -> Any:
         """Features of tiles as transformers' vision-language models return them.
 
@@ -144,7 +163,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return hidden
         if visual_index is None:
             visual_index = (input_ids == self._image_token()).nonzero().squeeze(1)
-        return self._place(hidden, self.image_features(tiles).flatten(0, 1), visual_index)
+        return self._place(hidden, self.encode_tiles(tiles).flatten(0, 1), visual_index)
 
     def _image_token(self) -> int:
         if self.config.image_token_index is None:
@@ -319,8 +338,11 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             denominator = None
             if num_items_in_batch is not None:
                 denominator = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden.device).reshape(()).clamp_min(1)
-            rows = arrangement.rows.to(hidden.device)
-            loss = head_loss(head, hidden.flatten(0, 1)[rows], targets.to(hidden.device).flatten()[rows], denominator=denominator)
+            states, targets = hidden.flatten(0, 1), targets.to(hidden.device).flatten()
+            if arrangement.rows is not None:
+                rows = arrangement.rows.to(hidden.device)
+                states, targets = states[rows], targets[rows]
+            loss = head_loss(head, states, targets, denominator=denominator)
         if not isinstance(logits_to_keep, int):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
@@ -391,7 +413,9 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         arrangement = arrange(tokens, attention_mask, position_ids, cache)
         if use_cache and cache is None:
             cache = DynamicCache()
-        flat = tokens.flatten(0, 1)[arrangement.rows]
+        flat = tokens.flatten(0, 1)
+        if arrangement.rows is not None:
+            flat = flat[arrangement.rows]
         hidden = self.embed(flat, pixel_values) if inputs_embeds is None else self._fill_embeddings(flat, pixel_values)
         inputs = AttentionInputs(
             positions=arrangement.positions,
@@ -401,6 +425,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             rows=arrangement.rows,
             mask=arrangement.mask,
             shape=arrangement.shape,
+            keys=arrangement.keys,
         )
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
@@ -418,7 +443,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         token = torch.tensor(self._image_token(), device=embeddings.device)
         image = self.language_model.model.embed_tokens(token).to(embeddings.dtype)
         index = (embeddings == image).all(-1).nonzero().squeeze(1)
-        return self._place(embeddings, self.image_features(tiles).flatten(0, 1), index)
+        return self._place(embeddings, self.encode_tiles(tiles).flatten(0, 1), index)
 
     def _inv_freq(self, hidden: Tensor) -> Tensor:
         return self.language_model.model.inv_freq(hidden.device)
@@ -513,6 +538,14 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         return prefill_in_chunks(self, input_ids, tiles, size, model_kwargs.get("attention_mask"), cache)
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """As in transformers, which calls it for decode steps with a cache of fixed size. The backend `cudagraphs` replays the step as one
+        CUDA graph (`eagle_model.replay`) instead of compiling it.
+        """
+        if compile_config is not None and compile_config.backend == "cudagraphs":
+            return ReplayedSteps(self)
+        return super().get_compiled_call(compile_config)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any

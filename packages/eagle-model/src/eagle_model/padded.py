@@ -44,20 +44,25 @@ class EagleOutput(CausalLMOutputWithPast):
 
 @dataclass
 class Arrangement:
-    """Where the tokens of a padded batch stand. rows: [T], flat index into B * L. positions: int [T]. shape: (B, L).
+    """Where the tokens of a padded batch stand. rows: [T], flat index into B * L; None: all B * L in order. positions: int [T].
+    shape: (B, L).
 
-    Either layout (packed attention over the tokens of each row) or mask (bool [B, 1, L, K]: new tokens against a cache of K keys) is set.
+    With layout, attention is packed, over the tokens of each row. With mask (bool [B, 1, L, K]) new tokens see these of K cached keys.
+    With neither, the new tokens of every row are the last of its first `keys` cached keys, none of which is padding.
     """
 
-    rows: Tensor
+    rows: Tensor | None
     positions: Tensor
     shape: tuple[int, int]
     layout: Layout | None = None
     mask: Tensor | None = None
+    keys: int = 0
 
     def pad(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [B, L, H], zeros where the batch is padded."""
         batch, length = self.shape
+        if self.rows is None:
+            return hidden.view(batch, length, -1)
         padded = hidden.new_zeros(batch * length, hidden.shape[-1])
         return padded.index_copy(0, self.rows.to(hidden.device), hidden).view(batch, length, -1)
 
@@ -72,26 +77,32 @@ def arrange(tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor 
     if attention_mask is not None and attention_mask.ndim == 4:
         if position_ids is None:
             raise ValueError("an attention mask [B, 1, L, K] does not say where tokens stand; pass position_ids [B, L] with it")
-        rows = torch.arange(batch * length, device=attention_mask.device)
-        return Arrangement(rows, position_ids.expand(batch, length).flatten(), (batch, length), mask=attention_mask)
+        return Arrangement(None, position_ids.expand(batch, length).flatten(), (batch, length), mask=attention_mask)
     past = int(cache.get_seq_length()) if cache is not None else 0
-    if attention_mask is None:
-        attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
-    if attention_mask.shape != (batch, past + length):
+    if attention_mask is not None and attention_mask.shape != (batch, past + length):
         raise ValueError(
             f"attention_mask is {tuple(attention_mask.shape)}, expected {(batch, past + length)}: {past} cached and {length} new tokens"
         )
+    maskless = past > 0 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    # Waits for the device, as `generate` does after every token. Without a mask attention is several times faster.
+    if maskless and (attention_mask is None or bool(attention_mask.all())):
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=tokens.device)[None]
+        return Arrangement(None, position_ids.expand(batch, length).flatten(), (batch, length), keys=past + length)
+    if attention_mask is None:
+        attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
     seen = attention_mask.bool()
     if position_ids is None:
         position_ids = (seen.long().cumsum(1) - 1).clamp_min(0)[:, past:]
     counts = [] if past else seen.sum(1).tolist()
     if 0 in counts and cache is None:
         raise ValueError(f"row {counts.index(0)} of the batch has no token")
-    # After a cache all new tokens run, padding or not: then nothing has to be known on the host between two tokens of an answer. The
-    # first chunk of a prompt in chunks does the same, where the tokens of some row only begin in a later chunk.
+    # After a cache all new tokens run, padding or not, since few of them are padding. The first chunk of a prompt in chunks does the same,
+    # where the tokens of some row only begin in a later chunk.
     whole = past > 0 or 0 in counts
-    rows = torch.arange(batch * length, device=seen.device) if whole else seen.flatten().nonzero().squeeze(1)
-    arrangement = Arrangement(rows, position_ids.expand(batch, length).flatten()[rows], (batch, length))
+    rows = None if whole or sum(counts) == batch * length else seen.flatten().nonzero().squeeze(1)
+    positions = position_ids.expand(batch, length).flatten()
+    arrangement = Arrangement(rows, positions if rows is None else positions[rows], (batch, length))
     if whole:
         arrangement.mask = cached_mask(seen, length, cache)
     else:

@@ -32,7 +32,8 @@ def prefill_in_chunks(
     ids = input_ids[:, past:] if input_ids.shape[1] == attention_mask.shape[1] else input_ids
     visual = ids == model.config.image_token_index
     model.check_features(int(visual.sum()), tiles.shape[0] * model.tokens_per_tile)
-    features = torch.cat([model.image_features(part).flatten(0, 1) for part in tiles.split(max(size // model.tokens_per_tile, 1))])
+    features = _features(model, tiles, max(size // model.tokens_per_tile, 1))
+    padded = not bool(attention_mask.all())
     rows = visual.flatten().cumsum(0).view_as(visual) - 1  # which feature a visual token gets
     output: Any = None
     for start in range(0, ids.shape[1], size):
@@ -40,6 +41,18 @@ def prefill_in_chunks(
         hidden = model.get_input_embeddings()(ids[:, chunk])
         place = visual[:, chunk]
         hidden[place] = features[rows[:, chunk][place].to(features.device)].to(hidden)
-        seen = attention_mask[:, : past + min(start + size, ids.shape[1])]
+        seen = attention_mask[:, : past + min(start + size, ids.shape[1])] if padded else None
+        output = None  # the logits of the last chunk
         output = model(inputs_embeds=hidden, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True)
     return output
+
+
+def _features(model: "EagleForConditionalGeneration", tiles: Tensor, count: int) -> Tensor:
+    """Features [n, H] of all tiles, of which `count` are encoded at a time."""
+    features: Tensor | None = None
+    for start in range(0, len(tiles), count):
+        part = model.encode_tiles(tiles[start : start + count])
+        if features is None:
+            features = part.new_empty(len(tiles), *part.shape[1:])
+        features[start : start + len(part)] = part
+    return model.image_features(tiles).flatten(0, 1) if features is None else features.flatten(0, 1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from eagle_cp import Layout, attention
+from eagle_cp import Layout, attention, cached_attention
 from eagle_kernels import rms_norm, rope
 from eagle_model.language.spec import DecoderSpec
 from eagle_model.pieces import WHOLE, Pieces
@@ -23,7 +23,8 @@ class AttentionInputs:
 
     positions: int [T]. inv_freq: float32 [D/2]. layout: the pack, for packed attention.
     cache: keys and values of earlier tokens (a transformers `Cache`), or None. rows: [T], where each token stands in the padded batch
-    (flat index into B * L). mask: bool [B, 1, L, K], which keys each new token sees; None means packed attention. shape: (B, L).
+    (flat index into B * L); None: all B * L in order. mask: bool [B, 1, L, K], which keys each new token sees. shape: (B, L). With neither
+    layout nor mask, the tokens of each row are the last of its first `keys` keys in the cache, none of which is padding.
     backend: kernel of packed attention by its name in eagle-cp; None takes the fastest.
     """
 
@@ -35,6 +36,7 @@ class AttentionInputs:
     mask: Tensor | None = None
     shape: tuple[int, int] = (1, 0)
     backend: str | None = None
+    keys: int = 0
 
     @property
     def exchanged(self) -> bool:
@@ -98,19 +100,26 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
         """-> [T, Hq * D]."""
-        if inputs.mask is None:
+        if inputs.layout is not None and inputs.mask is None:
             if inputs.cache is not None:
                 inputs.cache.update(self._pad(k, inputs), self._pad(v, inputs), self.index)
-            assert inputs.layout is not None
             out = attention(q, k, v, inputs.layout, scale=self.scale, backend=inputs.backend)
+            return out.reshape(out.shape[0], self.heads * self.width)
+        assert inputs.cache is not None
+        keys, values = inputs.cache.update(self._pad(k, inputs), self._pad(v, inputs), self.index)
+        if inputs.mask is None:
+            batch, length = inputs.shape
+            new = q.view(batch, length, self.heads, self.width)
+            keys, values = (x[:, :, : inputs.keys].transpose(1, 2) for x in (keys, values))
+            out = cached_attention(new, keys, values, scale=self.scale, backend=inputs.backend)
         else:
-            assert inputs.cache is not None
-            keys, values = inputs.cache.update(self._pad(k, inputs), self._pad(v, inputs), self.index)
             padded = F.scaled_dot_product_attention(
                 self._pad(q, inputs), keys, values, attn_mask=inputs.mask, scale=self.scale, enable_gqa=self.heads != self.kv_heads
             )
-            out = padded.transpose(1, 2).flatten(0, 1)[inputs.rows]
-        return out.reshape(out.shape[0], self.heads * self.width)
+            out = padded.transpose(1, 2).flatten(0, 1)
+            if inputs.rows is not None:
+                out = out[inputs.rows]
+        return out.reshape(-1, self.heads * self.width)
 
     @staticmethod
     def _pad(x: Tensor, inputs: AttentionInputs) -> Tensor:

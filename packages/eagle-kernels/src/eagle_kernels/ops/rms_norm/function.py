@@ -97,6 +97,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     _check("rms_norm", x, weight)
     weight_dtype, weight = gradient_dtype(weight), gathered(weight)
     if use_triton(x) and 0 < x.shape[-1] <= MAX_WIDTH:
+        if not torch.is_grad_enabled():
+            return torch.ops.eagle_kernels.rms_norm_forward(x, None, weight, eps)[0]
         return _RMSNorm.apply(x, weight, eps, weight_dtype)
     return reference.rms_norm(x, weight, eps)
 
@@ -112,5 +114,8 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-6)
     _check("add_rms_norm", x, weight, residual)
     weight_dtype, weight = gradient_dtype(weight), gathered(weight)
     if use_triton(x) and 0 < x.shape[-1] <= MAX_WIDTH:
+        if not torch.is_grad_enabled():
+            y, total, _ = torch.ops.eagle_kernels.rms_norm_forward(x, residual, weight, eps)
+            return y, total
         return _AddRMSNorm.apply(residual, x, weight, eps, weight_dtype)
     return reference.add_rms_norm(residual, x, weight, eps)

@@ -76,6 +76,12 @@ class _RopeInPlace(torch.autograd.Function):
         return _Rope.backward(ctx, dq, dk)
 
 
+def _rotated(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    if not torch.is_grad_enabled():
+        return torch.ops.eagle_kernels.rope(q, k, positions, inv_freq, False)
+    return _Rope.apply(q, k, positions, inv_freq)
+
+
 def rope(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """Rotate pairs `(i, i + D/2)` of every head by `position * inv_freq[i]` (Su et al. 2021, in the "rotate_half" order of Llama and Qwen).
 
@@ -94,8 +100,8 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, *, inplace: 
     elif q.ndim == 3:
         if inplace and q.stride(-1) == k.stride(-1) == 1:
             return _RopeInPlace.apply(q, k, positions, inv_freq)
-        rotated = _Rope.apply(q, k, positions, inv_freq)
+        rotated = _rotated(q, k, positions, inv_freq)
     else:
-        flat = _Rope.apply(q.flatten(0, -3), k.flatten(0, -3), positions.flatten(), inv_freq)
+        flat = _rotated(q.flatten(0, -3), k.flatten(0, -3), positions.flatten(), inv_freq)
         rotated = flat[0].view(q.shape), flat[1].view(k.shape)
     return (q.copy_(rotated[0]), k.copy_(rotated[1])) if inplace else rotated

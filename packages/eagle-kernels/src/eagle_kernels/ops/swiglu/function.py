@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eagle_kernels import checks
@@ -125,7 +126,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     checks.floating("swiglu", gate=gate, up=up)
     checks.shape("swiglu", "up", up, tuple(gate.shape), "gate's")
     if use_triton(gate):
-        return _SwiGLU.apply(gate, up)
+        return torch.ops.eagle_kernels.swiglu_forward(gate, up) if not torch.is_grad_enabled() else _SwiGLU.apply(gate, up)
     return reference.swiglu(gate, up)
 
 
@@ -150,5 +151,7 @@ def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows:
     w_gate, w_up, w_down = (gathered(weight) for weight in (w_gate, w_up, w_down))
     if not use_triton(x):
         return reference.swiglu_mlp(x, w_gate, w_up, w_down)
+    if rows is None and not torch.is_grad_enabled():
+        return F.linear(torch.ops.eagle_kernels.swiglu_forward(F.linear(x, w_gate), F.linear(x, w_up)), w_down)
     out = _SwiGLUMLP.apply(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down, rows, recompute, dtypes)
     return out.view(x.shape)
