@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from eagle_train.evaluation.needle import build
 from eagle_train.evaluation.needle.build import Settings
+from eagle_train.evaluation.needle.cards import KINDS
 from eagle_train.evaluation.options import options_of
 
 FPS = 4
 SIDE = 64
 DEPTHS = tuple(round(depth, 3) for depth in np.linspace(0, 1, 21).tolist())
-FIRST, LAST, ORDER, STILL = (
+FIRST, SECOND, LAST, ORDER, STILL = (
     "What is on the first card?",
+    "What is on the second card?",
     "What is on the last card?",
     "What is on the cards?",
     "What is on the card?",
@@ -67,11 +70,25 @@ def read_clips(batch: Batch, root: Path) -> list[Clip]:
     return clips
 
 
+def card_rows(folder: Path, root: Path, count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Images of single cards, so that their colours and shapes are learned before they have to be found in videos."""
+    folder.mkdir(parents=True)
+    rows = []
+    for number in range(count):
+        needle = KINDS["still"](rng, SIDE, 1)
+        path = folder / f"{number}.jpg"
+        Image.fromarray(needle.clips[0][0]).save(path, quality=int(rng.integers(70, 96)))
+        turn = [{"from": "human", "value": f"<image>{STILL}"}, {"from": "gpt", "value": needle.options[0]}]
+        rows.append({"image": str(path.relative_to(root)), "conversations": turn})
+    return rows
+
+
 def turns(clip: Clip) -> list[tuple[str, str]]:
     """All questions about a clip; the last is the one that is evaluated."""
     if len(clip.scenes) == 1:
         return [(STILL, clip.scenes[0])]
-    return [(FIRST, clip.scenes[0]), (LAST, clip.scenes[-1]), (ORDER, ", ".join(clip.scenes))]
+    first, second, last = clip.scenes
+    return [(FIRST, first), (SECOND, second), (LAST, last), (ORDER, ", ".join(clip.scenes))]
 
 
 def row(clip: Clip | None, asked: Sequence[tuple[str, str]], before: str = "") -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Sources by experiment (JSONL files next to the folder of media):
 
-- video: `clips_F` (F frames, 16 to 512) for training; `still_F`, `order_F` are held out. Half of the long training videos show a card for
-  one frame, half for four; held-out ones for one.
+- video: `cards` (single images) and `clips_F` (F frames, 4 to 512) for training; `still_F`, `first_F` and `order_F` are held out. Half of
+  the long training videos show a card for one frame, half for four; held-out ones for one.
 - text: `notes` (a text with a code in it, then a video), once whole and once cut for a fixed number of frames; `code_*`, `card_*` held out.
 - images: `tile` (one tile), `large` (four aspects), once as they are and once in the size of InternVL's grid; `several` (many in a row).
 - answers: `short` and `long`, the same clips with a short and a long answer.
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from clips import ORDER, Batch, Clip, read_clips, row, test_row, training_row, turns, write_clips
+from clips import ORDER, Batch, Clip, card_rows, read_clips, row, test_row, training_row, turns, write_clips
 from digits import ASPECTS, COLOURS, TILE, Picture, draw, for_internvl, question, save, size_of
 from vocabulary import make_tokenizer
 
+SHORTEST = (4, 8)
 LENGTHS = (16, 32, 64, 128, 256, 512)
-"""Frames of videos."""
+"""Frames of videos; the shortest are for base models alone."""
 MAX_TILES = 12
 LARGE = 45.0
 """Area of a large image in tiles."""
@@ -50,24 +51,25 @@ WORDS = (
     "sleep",
 )
 CODE = "What is the code?"
-TEXT_STRATA = {"short_text": (20, 200), "long_text": (1100, 1400)}
+TEXT_STRATA = {"short_text": (20, 200), "long_text": (1200, 1700)}
 """Words of the held-out texts."""
 FIXED_FRAMES, FIXED_WORDS = 64, 1000
 """Of the arm with fixed frames: frames of a video, and words of text that fit next to them in 2K tokens."""
 
 
 class Amounts(NamedTuple):
-    """How much is made. clips: training videos of each kind at the lengths of `LENGTHS`. test: held-out questions of a source."""
+    """How much is made. clips: training videos of each kind by length. test: held-out questions of a source."""
 
-    clips: tuple[int, ...] = (1600, 1400, 800, 400, 200, 100)
+    clips: tuple[int, ...] = (2000, 2000, 1600, 1400, 800, 400, 200, 100)
+    cards: int = 3000
     notes: int = 1000
     tiles: int = 30_000
     pictures: int = 8000
     several: int = 2500
-    test: int = 96
+    test: int = 80
 
 
-SMALL = Amounts((12, 8, 4, 2, 2, 2), 8, 8, 8, 4, 2)
+SMALL = Amounts((8, 8, 12, 8, 4, 2, 2, 2), 200, 8, 8, 8, 4, 2)
 
 
 def make(root: Path, amounts: Amounts, processes: int) -> None:
@@ -86,7 +88,7 @@ def make(root: Path, amounts: Amounts, processes: int) -> None:
         for job in clips:
             job.result()
         drawn = {name: [one for job in jobs for one in job.result()] for name, jobs in pictures.items()}
-    rows = _video_rows(building, batches) | _image_rows(drawn, amounts)
+    rows = _video_rows(building, batches, amounts) | _image_rows(drawn, amounts)
     for name, content in rows.items():
         (building / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in content), encoding="utf-8")
     texts = [turn["value"] for content in rows.values() for one in content[:100] for turn in one["conversations"]]
@@ -107,35 +109,38 @@ def _batches(root: Path, amounts: Amounts) -> list[Batch]:
             folder = root / "clips" / f"{name}-{kind}-{frames}-{card}-{start}"
             batches.append(Batch(folder, kind, frames, card, min(size, count - start), len(batches)))
 
-    for frames, count in zip(LENGTHS, amounts.clips):
+    for frames, count in zip(SHORTEST + LENGTHS, amounts.clips):
         for kind in ("still", "order"):
             if frames < 128:
                 add("train", kind, frames, 1, count)
             else:
                 add("train", kind, frames, 1, count // 2)
                 add("train", kind, frames, 4, count - count // 2)
-    for frames in (32, 128, 512):
+    for frames in (32, 512):
         for kind in ("still", "order"):
             add("test", kind, frames, 1, amounts.test)
+    add("test", "order", 16, 1, amounts.test)
     add("notes", "still", 256, 4, amounts.notes // 2)
     add("notes", "still", 64, 1, amounts.notes - amounts.notes // 2)
-    add("noted", "still", 256, 4, amounts.test)
+    add("noted", "still", 256, 2, amounts.test)
     return batches
 
 
-def _video_rows(root: Path, batches: list[Batch]) -> dict[str, list[dict[str, Any]]]:
+def _video_rows(root: Path, batches: list[Batch], amounts: Amounts) -> dict[str, list[dict[str, Any]]]:
     rng = np.random.default_rng(1)
     clips: dict[tuple[str, str, int], list[Clip]] = {}
     for batch in batches:
         clips.setdefault((batch.folder.name.split("-")[0], batch.kind, batch.frames), []).extend(read_clips(batch, root))
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for frames in LENGTHS:
+    rows = {"cards": card_rows(root / "cards", root, amounts.cards, rng)}
+    for frames in SHORTEST + LENGTHS:
         rows[f"clips_{frames}"] = [training_row(clip, rng) for kind in ("still", "order") for clip in clips["train", kind, frames]]
     for (use, kind, frames), found in clips.items():
         if use == "test":
             rows[f"{kind}_{frames}"] = [test_row(clip) for clip in found]
+            if kind == "order":
+                rows[f"first_{frames}"] = [row(clip, turns(clip)[:1]) for clip in found[::2]]
     noted = [*clips["notes", "still", 256], *clips["notes", "still", 64]]
-    whole = [_note(clip, rng, (20, 1400)) for clip in noted]
+    whole = [_note(clip, rng, (20, 1700)) for clip in noted]
     rows["notes"] = [_note_row(note, rng) for note in whole]
     rows["notes_cut"] = [_note_row(_cut(note), rng) for note in whole]
     for stratum, words in TEXT_STRATA.items():
@@ -173,8 +178,8 @@ def _note_row(note: _Note, rng: np.random.Generator) -> dict[str, Any]:
 def _answer_rows(clips: dict[tuple[str, str, int], list[Clip]], rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
     """The same kind of clips with answers of one scene and of a long description, about ten times as many tokens."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    train = [clip for frames in (16, 32) for clip in clips["train", "order", frames]]
-    for use, found in (("", train), ("_test", clips["test", "order", 32])):
+    train = [clip for frames in (8, 16) for clip in clips["train", "order", frames]]
+    for use, found in (("", train), ("_test", clips["test", "order", 16])):
         rows["short" + use] = [row(clip, turns(clip)[:1]) for clip in found]
         rows["long" + use] = [row(clip, [(ORDER, described(clip))]) for clip in found]
     order = rng.permutation(len(train))

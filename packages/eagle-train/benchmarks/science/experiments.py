@@ -120,16 +120,18 @@ def all_runs(root: Path, seeds: tuple[int, ...], scale: float, dtype: str) -> li
 
 
 def _bases(root: Path, seed: int, steps: Any, dtype: str) -> list[Run]:
-    short = ("clips_16", "clips_32", "clips_64")
-    mixture = {"mixture": {"weights": {"clips_16": 3.0, "clips_32": 2.0, "clips_64": 1.0}}}
-    video = _config(root, 16, _same(*short), _same("still_32", "order_32"), [stage("base", 4096, steps(1500), **mixture)], dtype)
-    image = _config(root, 8, _same("tile"), _same(*(f"digits_{one}" for one in ASPECTS)), [stage("base", 4096, steps(2000))], dtype)
+    short = ("clips_4", "clips_8", "clips_16", "clips_32", "clips_64")
+    mixture = {"mixture": {"weights": {"clips_4": 1.0, "clips_8": 1.0, "clips_16": 2.0, "clips_32": 2.0, "clips_64": 1.0, "cards": 0.2}}}
+    flat = {"schedule": "constant", "sources": {"cards": 1.0}}
+    stages = [stage("cards", 4096, steps(100), **flat), stage("base", 4096, steps(1400), **mixture | {"warmup_ratio": 0.0})]
+    video = _config(root, 16, _same("cards", *short), _same("still_32", "order_32"), stages, dtype)
+    image = _config(root, 8, _same("tile"), _same(*(f"digits_{one}" for one in ASPECTS)), [stage("base", 8192, steps(1000))], dtype)
     return [Run("base", "video", seed, video), Run("base", "image", seed, image)]
 
 
 def _video(root: Path, seed: int, steps: Any, dtype: str) -> list[Run]:
     """More frames; progressive contexts against the longest alone; all lengths against long ones."""
-    held_out = _same("still_512", "order_512", "still_32", "order_32")
+    held_out = _same("still_512", "first_512", "order_512", "still_32", "order_32")
     contexts, count = (2048, 4096, 8192), steps(600)
     every = {"mixture": {"weights": _shared(LENGTHS)}}
     long = {"mixture": {"weights": _shared(LENGTHS[-2:])}}
@@ -161,7 +163,7 @@ def _tiles(root: Path, seed: int, steps: Any, dtype: str) -> list[Run]:
     """IAP against InternVL's rule; ads against ads-fill."""
     names = [f"digits_{aspect}" for aspect in ASPECTS]
     stages = [stage("s4096", 4096, steps(800))]
-    several = [stage("s640", 640, steps(700), 3)]
+    several = [stage("s640", 640, steps(500), 3)]
     internvl = {name: f"{name}_internvl" for name in names}
     fill = {"sampling": {"fps": 4.0, "strategy": "ads-fill"}}
     arms = {
@@ -176,8 +178,10 @@ def _tiles(root: Path, seed: int, steps: Any, dtype: str) -> list[Run]:
 def _weighting(root: Path, seed: int, steps: Any, dtype: str) -> list[Run]:
     """Short and long answers, as many rows of each, by three weightings of the loss; from random weights."""
     held_out = {"short": "short_test", "long": "long_test"}
-    arms = {
-        weighting: _config(root, 16, _same("short", "long"), held_out, [stage("s4096", 4096, steps(1200), loss_weighting=weighting)], dtype)
-        for weighting in ("token", "sample", "sqrt")
-    }
-    return [Run("weighting", arm, seed, config) for arm, config in arms.items()]
+    runs = []
+    for weighting in ("token", "sample", "sqrt"):
+        cards = stage("cards", 4096, steps(100), schedule="constant", sources={"cards": 1.0})
+        answers = stage("answers", 4096, steps(1100), warmup_ratio=0.0, sources={"short": 1.0, "long": 1.0}, loss_weighting=weighting)
+        config = _config(root, 16, _same("cards", "short", "long"), held_out, [cards, answers], dtype)
+        runs.append(Run("weighting", weighting, seed, config))
+    return runs

@@ -63,8 +63,10 @@ def _frames(content: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     groups = grouped(content)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, (source, title) in zip(axes, (("still_512", "one card"), ("order_512", "three cards in order"))):
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
+    for axis, (source, title) in zip(
+        axes, (("still_512", "one card"), ("first_512", "the first of three cards"), ("order_512", "three cards in order"))
+    ):
         arms = sorted({arm for experiment, arm, name, _ in groups if experiment == "video" and name == source})
         for number, arm in enumerate(arms):
             series = {key[3]: points for key, points in groups.items() if key[:3] == ("video", arm, source) and key[3]}

@@ -91,7 +91,7 @@ def chosen(options: Options) -> list[Run]:
         wanted = [run for run in runs if run.experiment in options.only]
         needed = {run.name for run in wanted} | {run.after for run in wanted}
         runs = [run for run in runs if run.name in needed]
-    return runs
+    return [run._replace(frames=run.frames[::5]) for run in runs] if options.small else runs
 
 
 def everything(options: Options) -> None:
