@@ -1,0 +1,69 @@
+"""One run in a process of its own: train, evaluate at every number of frames, write the result as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiments import Run
+
+
+def run_one(run: Run, folder: Path, device: str, begin: float) -> dict[str, Any]:
+    """Train and evaluate; the model is exported to `folder/NAME/model` when others start from it. begin: when the process started."""
+    import torch
+
+    from eagle_train.config import parse_config
+    from eagle_train.distributed.world import start_world
+    from eagle_train.runs.evaluate import Evaluator
+    from eagle_train.runs.export import export
+    from eagle_train.runs.ready import get_ready
+    from eagle_train.runs.sweep import sweep
+    from eagle_train.runs.train import train
+
+    torch.set_num_threads(1)
+    content = run.config | {"run": {"name": run.name, "dir": str(folder), "seed": run.seed, "log_every": 1}}
+    if run.after is not None:
+        start = {"path": str(folder / run.after / "model")}
+        content["model"] = {
+            key: value for key, value in content["model"].items() if key not in ("preset", "tokenizer", "overrides")
+        } | start
+    config = parse_config(content)
+    world = start_world(config.parallel, device)
+    ready = get_ready(config, world)
+    records: list[dict[str, Any]] = []
+    started = time.time()
+    # Evaluations within training would be of all sources at the end of every stage: one at the end is enough.
+    trained = train(replace(ready, eval_facts=None), world, on_record=records.append)
+    seconds = time.time() - started
+    trainer = trained.trainer
+    evaluator = Evaluator(ready, world)
+    points = sweep(lambda frames, _: evaluator.evaluate(trainer.model, trainer.total_steps, frames=frames), frames=run.frames)
+    evaluated = time.time() - started - seconds
+    if run.experiment == "base":
+        export(config, folder / run.name / "model", dtype="float32")
+    steps = [record for record in records if "loss" in record and "step" in record]
+    last = steps[-max(1, len(steps) // 20) :]
+    result = {
+        "experiment": run.experiment,
+        "arm": run.arm,
+        "seed": run.seed,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "steps": trainer.total_steps,
+        **{key: sum(record[key] for record in steps) for key in ("tokens", "tiles", "samples", "labels", "missing")},
+        "loss": sum(record["loss"] for record in last) / max(1, len(last)),
+        "seconds": {"start": round(started - begin, 1), "train": round(seconds, 1), "evaluate": round(evaluated, 1)},
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "points": [row for point in points for row in point.rows()],
+    }
+    world.close()
+    return result
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Written under another name first: the driver reads it while this process ends."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(result), encoding="utf-8")
+    temporary.rename(path)
