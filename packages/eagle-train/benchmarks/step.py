@@ -44,6 +44,7 @@ from eagle_train.training.speed import peak_flops
 
 GIB = 1 << 30
 TEXT = 2048
+POLICIES = ["recompute", "selective", "groups", "offload"]
 LIBRARIES = ("torch", "triton", "transformers", "flash-attn-4")
 METRICS = {
     "ms": Metric("ms", "lower"),
@@ -283,6 +284,8 @@ def trained(result: Result, name: str, tokens: int, layers: int, frozen: bool, o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=["32k", "64k", "128k", "optimizer", "frozen"], metavar="CASE")
+    parser.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES, help="of 32k, 64k and 128k")
+    parser.add_argument("--rounds", type=int, default=2, help="steps of every policy")
     add_out(parser)
     options = parser.parse_args()
     if unknown := set(options.only) - {"32k", "64k", "128k", "optimizer", "frozen", "shards"}:
@@ -296,9 +299,9 @@ def main() -> None:
     if ranks == 1:
         result.ceilings = ceilings()
         torch.cuda.empty_cache()
-    each = ["recompute", "selective", "groups", "offload"]
     # The first step of a length compiles and fills the allocator; the fastest of each policy counts.
-    cases = [("32k", 32768, each * 3), ("64k", 65536, each * 2), ("128k", 131072, [*each, *each])]
+    each = options.policies * options.rounds
+    cases = [("32k", 32768, each), ("64k", 65536, each), ("128k", 131072, each)]
     cases = [case for case in cases if case[0] in options.only]
     if cases:
         plain(result, cases, 28)
