@@ -237,7 +237,7 @@ def make(layers: int, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int) -> None:
+def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int, out: Path | None) -> None:
     model = make(layers, torch.bfloat16)
     moments = Moments(model)
     for name, tokens, order in cases:
@@ -256,6 +256,8 @@ def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int) 
         plans["groups"] = plan(vision_kept=Kept.all(vision.depth), vision_group=GROUP)
         order = [policy for policy in order if plans[policy].gpu <= room]
         run(result, name, model, moments, tokens, order, plans, chosen=chosen)
+        if out is not None:
+            write(result, out)  # a later case may run out of time or memory
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -304,7 +306,7 @@ def main() -> None:
     cases = [("32k", 32768, each), ("64k", 65536, each), ("128k", 131072, each)]
     cases = [case for case in cases if case[0] in options.only]
     if cases:
-        plain(result, cases, 28)
+        plain(result, cases, 28, options.out)
     for name, layers, frozen in (("optimizer", 12, False), ("frozen", 16, True), ("shards", 28, False)):
         if name in options.only:
             if main_rank and options.out is not None:
