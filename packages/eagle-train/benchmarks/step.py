@@ -1,14 +1,14 @@
 """A training step of the 8B model by what backward finds of its activations, and the accuracy of `plan_memory`.
 
-    python packages/eagle-train/benchmarks/step.py [--only CASE ...] [--out FILE.json]        (CASE: 32k, 64k, 128k, optimizer, frozen)
+    python packages/eagle-train/benchmarks/step.py [--only CASE ...] [--out FILE.json]
     python -m torch.distributed.run --standalone --nproc-per-node=4 packages/eagle-train/benchmarks/step.py --only shards
 
 `32k`, `64k` and `128k`: all 28 layers, weights in bf16, forward and backward, with vision tower and connector; one sequence of visual
 tokens and 2048 text tokens, which have the labels. Policies run in turn: `recompute`, `offload`, `selective` with what fits the free
 memory, and `groups`, which is `recompute` with the vision tower run again for 8 tiles at a time. `optimizer` and `frozen`: the trainer's
-configuration, which is FSDP2 on one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the same with all 28 layers over
-several ranks, each with its own sequence; the worst rank counts. Peaks are recorded at every moment of the step, so that an error in one
-part of the plan is visible.
+configuration, which is FSDP2 on one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the same with all 28 layers
+over several ranks, each with its own sequence; the worst rank counts. Peaks are recorded at every moment of the step, so that an error in
+one part of the plan is visible. `questions`: seven rows about a video of 512 frames as one tree, next to one row alone.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command does
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -52,10 +53,13 @@ METRICS = {
     "over_recompute": Metric("", "none"),
     "mfu": Metric("", "higher"),
     "peak_gib": Metric("GiB", "lower"),
+    "reserved_gib": Metric("GiB", "lower"),
     "planned_gib": Metric("GiB", "none"),
     "plan_error": Metric("", "none"),
     "host_gib": Metric("GiB", "none"),
     "loss": Metric("", "none"),
+    "rows_per_s": Metric("", "higher"),
+    "over_one_row": Metric("", "higher"),
 }
 
 
@@ -64,12 +68,14 @@ class Moments:
 
     def __init__(self, model: Any) -> None:
         self.peaks: dict[str, int] = {}
+        self.reserved = 0
         self.current: str | None = None
         self._watch(model)
 
     def mark(self, name: str | None) -> None:
         if self.current is not None:
             self.peaks[self.current] = max(self.peaks.get(self.current, 0), torch.cuda.max_memory_allocated())
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
         torch.cuda.reset_peak_memory_stats()
         self.current = name
 
@@ -139,6 +145,62 @@ def batch(config: Any, tokens: int) -> PackedBatch:
     )
 
 
+def questions(config: Any, tokens: int, branches: int = 7, each: int = 256) -> tuple[PackedBatch, PackedBatch]:
+    """Rows about one video of `tokens` visual tokens, `each` tokens of text each with labels: as one tree, and the first of them alone."""
+    size, vocab = config.tile_size, config.text_config.vocab_size
+    tiles = torch.randint(0, 256, (tokens // config.tokens_per_tile, size, size, 3), device="cuda", dtype=torch.uint8)
+
+    def pack(number: int) -> PackedBatch:
+        prefix, text = tokens, number * each
+        ids = torch.cat([torch.full((prefix,), config.image_token_index), torch.randint(0, 150000, (text,))]).cuda()
+        targets = torch.full((prefix + text,), -100)
+        targets[prefix:] = torch.randint(0, vocab, (text,))
+        targets[prefix::each] = -100  # the first token of a branch follows the prefix
+        positions = torch.cat([torch.arange(prefix), *[torch.arange(prefix, prefix + each)] * number])
+        kept = int((targets >= 0).sum())
+        tree = number > 1
+        return PackedBatch(
+            input_ids=ids,
+            targets=targets.cuda(),
+            position_ids=positions.cuda(),
+            token_weights=torch.ones(prefix + text, device="cuda"),
+            cu_seqlens=(0, *range(prefix, prefix + text + 1, each)) if tree else (0, prefix + text),
+            tiles=tiles,
+            visual_index=torch.arange(prefix, device="cuda"),
+            num_kept=kept,
+            label_weight=float(kept),
+            denominator=torch.tensor(float(kept), device="cuda"),
+            prefixes=(-1, *[0] * number) if tree else (),
+        )
+
+    return pack(branches), pack(1)
+
+
+def shared_media(result: Result, tokens: int, rounds: int, layers: int, branches: int = 7) -> None:
+    """Seven questions about one video in one step, next to a step of one question."""
+    model = make(layers, torch.bfloat16)
+    moments = Moments(model)
+    model.set_activation_checkpointing("recompute")
+    packs = dict(zip(("tree", "one row"), questions(model.config, tokens, branches), strict=True))
+    times: dict[str, list[float]] = {name: [] for name in packs}
+    peaks = {}
+    for pack in questions(model.config, 16 * model.config.tokens_per_tile, branches):
+        step(model, moments, pack, None)  # compiles
+    for name in list(packs) * rounds:
+        torch.cuda.empty_cache()
+        moments.peaks, moments.current = {}, None
+        ms, loss = step(model, moments, packs[name], None)
+        times[name].append(ms)
+        peaks[name] = max(moments.peaks.values())
+        log(f"questions, {name}: {ms:.0f} ms, loss {loss:.4f}, peak {peaks[name] / GIB:.2f} GiB")
+    rates = {name: (branches if name == "tree" else 1) / min(times[name]) * 1e3 for name in packs}
+    for name in packs:
+        more = {"over_one_row": rates[name] / rates["one row"]}
+        details = {"tokens": packs[name].input_ids.numel(), "all_ms": times[name]}
+        result.add(f"{branches} questions, {tokens} visual tokens, {name}", details=details, ms=min(times[name]), rows_per_s=rates[name],
+                   peak_gib=peaks[name] / GIB, **more)  # fmt: skip
+
+
 def step(model: Any, moments: Moments, inputs: PackedBatch, optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
     """(milliseconds, loss) of one step; the gradients are freed."""
     torch.cuda.synchronize()
@@ -178,22 +240,24 @@ def run(
     log(f"{name}: engine of {plans['offload'].host / GIB:.1f} GiB in {time.perf_counter() - begin:.1f} s")
     times: dict[str, list[float]] = {policy: [] for policy in order}
     peaks: dict[str, dict[str, int]] = {}
+    reserved: dict[str, int] = {}
     losses: dict[str, float] = {}
     for policy in order:
         set_policy(model, policy, engine, chosen)
-        moments.peaks, moments.current = {}, None
+        torch.cuda.empty_cache()
+        moments.peaks, moments.reserved, moments.current = {}, 0, None
         ms, losses[policy] = step(model, moments, inputs, optimizer)
         ms, peak = worst(ms, moments.peaks)
         times[policy].append(ms)
-        peaks[policy] = peak
+        peaks[policy], reserved[policy] = peak, moments.reserved
         log(f"{name} {policy}: {ms:.0f} ms, loss {losses[policy]:.4f}, peak {max(peak.values()) / GIB:.2f} GiB")
     for policy, plan in plans.items():
         if policy not in times:
             continue
         peak, ms = max(peaks[policy].values()), min(times[policy])
         metrics = {
-            "ms": ms, "tokens_per_s": tokens / ms * 1e3, "peak_gib": peak / GIB, "planned_gib": plan.gpu / GIB,
-            "plan_error": plan.gpu / peak - 1, "host_gib": plan.host / GIB, "loss": losses[policy],
+            "ms": ms, "tokens_per_s": tokens / ms * 1e3, "peak_gib": peak / GIB, "reserved_gib": reserved[policy] / GIB,
+            "planned_gib": plan.gpu / GIB, "plan_error": plan.gpu / peak - 1, "host_gib": plan.host / GIB, "loss": losses[policy],
         }  # fmt: skip
         if (peak_rate := peak_flops(torch.device("cuda"), "bfloat16")) is not None:
             metrics["mfu"] = model_flops(config, tokens) / (ms * 1e-3) / peak_rate
@@ -290,7 +354,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="steps of every policy")
     add_out(parser)
     options = parser.parse_args()
-    if unknown := set(options.only) - {"32k", "64k", "128k", "optimizer", "frozen", "shards"}:
+    if unknown := set(options.only) - {"32k", "64k", "128k", "optimizer", "frozen", "shards", "questions"}:
         parser.error(f"unknown cases {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         parser.error("no CUDA device is available")
@@ -307,6 +371,9 @@ def main() -> None:
     cases = [case for case in cases if case[0] in options.only]
     if cases:
         plain(result, cases, 28, options.out)
+    if "questions" in options.only:
+        shared_media(result, 131072, options.rounds, 28)
+        gc.collect()
     for name, layers, frozen in (("optimizer", 12, False), ("frozen", 16, True), ("shards", 28, False)):
         if name in options.only:
             if main_rank and options.out is not None:
