@@ -185,7 +185,7 @@ def generate(contender: Contender, work: Workload, inputs: dict[str, Tensor], ne
     if work.step != "plain":
         options["cache_implementation"] = "static"
     if work.step == "graph":
-        options["compile_config"] = CompileConfig(backend="cudagraphs", mode=None)
+        options["compile_config"] = CompileConfig(backend="cudagraphs")
     start = time.perf_counter()
     out = contender.model.generate(**inputs, do_sample=False, max_new_tokens=new, streamer=arrivals, **options)
     assert out.shape == (work.rows, inputs["input_ids"].shape[1] + new), out.shape
