@@ -60,15 +60,17 @@ class Walk:
         """Run a verb; its output. Raises RuntimeError with the end of it when the command fails."""
         begin = time.monotonic()
         command = [sys.executable, "-m", "eagle_train.cli", *arguments]
-        done = subprocess.run(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        (self.folder / f"{self.way}-{arguments[0]}.log").write_text(done.stdout)
-        if done.returncode:
-            raise RuntimeError(f"eagle {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout[-3000:]}")
+        with (self.folder / f"{self.way}-{arguments[0]}.log").open("w+") as log:
+            code = subprocess.run(command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT).returncode
+            log.seek(0)
+            output = log.read()
+        if code:
+            raise RuntimeError(f"eagle {' '.join(arguments)}: exit code {code}\n{output[-3000:]}")
         options = " ".join(
             argument for argument in arguments[1:] if argument.startswith("--") and argument not in ("--vision", "--language")
         )
         self.add(f"eagle {arguments[0]} {options}".strip(), seconds=time.monotonic() - begin)
-        return done.stdout
+        return output
 
     def add(self, name: str, *, details: dict[str, Any] | None = None, **metrics: float) -> None:
         self.result.add(f"{self.way}: {name}", details=details or {}, **metrics)

@@ -1,27 +1,63 @@
-"""AdamW with states of 8 bits, by torchao (block-wise quantisation, arXiv 2110.02861)."""
+"""AdamW with states of 8 bits in blocks of 256 (arXiv 2110.02861), stored as torchao's optimizers store them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from eagle_model.weights import local_rows
 
 from .adamw import load_without_casts
+from .rounding import key_of, round_into
 
 SMALLEST = 4096
 """Elements from which torchao keeps a state in 8 bits."""
 
 
-def make_adamw8bit(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """torchao's `AdamW8bit` with states that stand for float32, whatever the weights are. Raises ImportError without torchao.
+def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, str], **options: Any) -> torch.optim.Optimizer:
+    """torchao's `AdamW8bit` with another step, compiled once for all shapes (torchao compiles its own for every shape).
 
-    torchao gives a state the weights' dtype. In torchao 0.18 a view of a state is float32 all the same, so that sharded bfloat16 weights
-    (DTensor takes a view) fail in the first step; and the states of small parameters, which are not quantised, would be kept in bfloat16,
-    where `beta2` near 1 changes nothing.
+    - A mean square that became zero when it was quantised, next to a mean that did not, counts as the smallest number of its block. In a
+      step without gradient, as of an unseen token's embedding, the weight would else be changed by mean / eps: seen as 388 instead of
+      less than 0.03 in one of 262144 weights after two steps of a rate of 0.01.
+    - States stand for float32, whatever the weights are. In torchao 0.18 they take the weights' dtype and their views do not, so that
+      sharded bfloat16 weights (DTensor takes a view) fail in the first step; and the states of small parameters, which are not quantised,
+      would be kept in bfloat16, where `beta2` near 1 changes nothing.
+
+    names: of parameters in bfloat16, which give each its own random numbers on a CPU. Raises ImportError without torchao.
     """
     from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
+    from torchao.optim.quant_utils import _fp32_to_bf16_sr  # pyright: ignore[reportMissingImports]
+    from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_unsigned  # pyright: ignore[reportMissingImports]
+
+    smallest = sorted(get_qmap_unsigned())[1]
+
+    def flat(tensor: Tensor) -> Tensor:
+        """The same memory in one dimension, so that one compiled step serves all shapes; `data` is no view of other dimensions to it."""
+        if isinstance(tensor, OptimState8bit):
+            return OptimState8bit(flat(tensor.codes), tensor.scale, tensor.qmap, tensor.signed)
+        return tensor.view(-1).data
+
+    def update(
+        weights: Tensor, gradient: Tensor, step: Tensor, mean: Tensor, square: Tensor, block: int,
+        lr: Tensor, betas: tuple[float, float], decay: float, eps: float,
+    ) -> None:  # fmt: skip
+        """One step of [n] elements in float32 (arXiv 1711.05101, algorithm 2). block: elements of a block; 0: states in float32."""
+        gradient = gradient.float()
+        old_mean, old_square = mean.float(), square.float()
+        first, second = old_mean.lerp(gradient, 1 - betas[0]), old_square.lerp(gradient.square(), 1 - betas[1])
+        mean.copy_(first)
+        square.copy_(second)
+        if block:
+            blocks = second.view(-1, block)
+            least = torch.maximum(blocks, blocks.amax(1, keepdim=True) * smallest).view(-1)
+            second = torch.where((old_square == 0) & (old_mean != 0), least, second)
+        divisor = (second / (1 - betas[1] ** step)).sqrt() + eps
+        result = weights.float() * (1 - lr * decay) - lr * (first / (1 - betas[0] ** step)) / divisor
+        weights.copy_(_fp32_to_bf16_sr(result) if weights.dtype == torch.bfloat16 else result)
 
     class Float32States(AdamW8bit):
         @staticmethod
@@ -29,11 +65,45 @@ def make_adamw8bit(groups: list[dict[str, Any]], **options: Any) -> torch.optim.
             return OptimState8bit.zeros(p.shape, signed, block_size, p.device)
 
         def _new_buffer(self, p: Any, signed: bool) -> Tensor:
-            local = p.to_local() if hasattr(p, "to_local") else p
+            local = _local(p)
             whole = local.numel() < SMALLEST or local.numel() % self.block_size
             return super()._new_buffer(torch.empty_like(p, dtype=torch.float32) if whole else p, signed)
+
+        def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = self._new_buffer(parameter, True), self._new_buffer(parameter, False)
+            return state
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            loss = closure() if closure is not None else None
+            compiled = torch.compile(update, fullgraph=True, dynamic=True)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None or _local(parameter).numel() == 0:
+                        continue
+                    state = self._state_of(parameter)
+                    state["step"] += 1
+                    tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                    weights, gradient, mean, square = (flat(_local(tensor)) for tensor in tensors)
+                    on_cpu = weights.device.type == "cpu"
+                    whole = weights.float() if on_cpu else weights
+                    block = self.block_size if isinstance(square, OptimState8bit) else 0
+                    settings = group["lr"], group["betas"], group["weight_decay"], group["eps"]
+                    compiled(whole, gradient, state["step"], mean, square, block, *settings)
+                    if whole.dtype != weights.dtype:  # rounded in the way that repeats (`round_into`)
+                        first = local_rows(parameter.detach())[1] * (parameter[:1].numel() if parameter.ndim else 1)
+                        round_into(weights, whole, key_of(names[parameter], int(state["step"])), first)
+            return loss
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             load_without_casts(self, state_dict)
 
     return Float32States(groups, **options)
+
+
+def _local(tensor: Any) -> Tensor:
+    """The rank's rows of a DTensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -20,15 +20,18 @@ from .muon import Muon
 
 def _adamw(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
     if has_bfloat16_weights(groups):
-        names = {parameter: name for group in groups for parameter, name in zip(group["params"], group.pop("names"), strict=True)}
-        return RoundingAdamW(groups, names, lr=stage.lr, betas=stage.betas, eps=stage.eps)
+        return RoundingAdamW(groups, _take_names(groups), lr=stage.lr, betas=stage.betas, eps=stage.eps)
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, fused=True)
 
 
+def _take_names(groups: list[dict[str, Any]]) -> dict[nn.Parameter, str]:
+    """The names of parameters in bfloat16, which `make_optimizer` puts in the groups; no longer in them."""
+    return {parameter: name for group in groups for parameter, name in zip(group["params"], group.pop("names", []), strict=False)}
+
+
 def _adamw8bit(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
-    low = {"bf16_stochastic_round": True} if has_bfloat16_weights(groups) else {}
     try:
-        return make_adamw8bit(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, **low)
+        return make_adamw8bit(groups, _take_names(groups), lr=stage.lr, betas=stage.betas, eps=stage.eps)
     except ImportError as error:
         raise ConfigError(
             f"stages.{stage.name}.optimizer: adamw8bit needs torchao ({error}): pip install 'eagle-train[gpu]', or use adamw"
@@ -167,7 +170,7 @@ def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.Optimize
                 f"stages.{stage.name}.optimizer: {stage.optimizer} does not round weights stochastically, and rounded to the nearest "
                 f"bfloat16 small updates are lost; with model.weights: bfloat16 use {names}"
             )
-        if stage.optimizer == "adamw":
+        if stage.optimizer in ("adamw", "adamw8bit"):
             own = {parameter: name for name, parameter in model.named_parameters()}
             groups = [group | {"names": [own[parameter] for parameter in group["params"]]} for group in groups]
     return choice.make(groups, stage)
