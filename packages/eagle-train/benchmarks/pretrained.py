@@ -143,7 +143,7 @@ def configure(folder: Path, way: str, options: argparse.Namespace) -> str:
     if way == "full":
         content["model"]["weights"] = "bfloat16"
         content["stages"] = [
-            {"name": "warmup", **stage, "steps": 2, "train": ["connector"], "lr": 2.0e-4},
+            *([] if options.quick else [{"name": "warmup", **stage, "steps": 2, "train": ["connector"], "lr": 2.0e-4}]),
             {"name": "all", **stage, "optimizer": "adamw8bit" if find_spec("torchao") else "adamw", "lr": 2.0e-5},
         ]
     else:
@@ -187,12 +187,14 @@ def walk(folder: Path, way: str, result: Result, options: argparse.Namespace) ->
     commands = Walk(folder, result, way, options.out)
     name = configure(folder, way, options)
     gpus = ["--gpus", "1"] if torch.cuda.is_available() else []
-    commands.eagle("prepare", name)
-    print(commands.eagle("plan", name, *gpus)[-1500:])
+    if not options.quick:
+        commands.eagle("prepare", name)
+        print(commands.eagle("plan", name, *gpus)[-1500:])
     begin = time.monotonic()
     commands.eagle("train", name)
     commands.trained(way, begin)
-    print(commands.eagle("eval", f"runs/{way}")[-600:])
+    if not options.quick:
+        print(commands.eagle("eval", f"runs/{way}")[-600:])
     commands.eagle("export", f"runs/{way}", f"{way}-model")
     begin = time.monotonic()
     merged = logits(folder / f"{way}-model")
@@ -212,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--way", nargs="+", default=["full", "lora"], choices=["full", "lora"])
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="without warm-up of the connector, `plan` and `eval`; training evaluates")
     parser.add_argument("--folder", type=Path, help="where models and runs are written (default: a temporary folder); about 80 GB")
     parser.add_argument("--max-tokens", type=int, default=32768)
     parser.add_argument("--steps", type=int, default=8)

@@ -47,7 +47,7 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
     ) -> None:  # fmt: skip
         """One step of [n] elements in float32 (arXiv 1711.05101, algorithm 2). block: elements of a block; 0: states in float32."""
         gradient = gradient.float()
-        old_mean, old_square = mean.float(), square.float()
+        old_mean, old_square = (state.dequantize() if block else state for state in (mean, square))
         first, second = old_mean.lerp(gradient, 1 - betas[0]), old_square.lerp(gradient.square(), 1 - betas[1])
         mean.copy_(first)
         square.copy_(second)
