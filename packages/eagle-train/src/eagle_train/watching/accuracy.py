@@ -22,7 +22,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
             own = sorted((row for row in some if row["source"] == source), key=lambda row: row[key])
             at = np.log2([row[key] for row in own])
             mean, low, high = (np.array([row[name] for row in own]) for name in ("accuracy", "low", "high"))
-            axis.errorbar(at, mean, (mean - low, high - mean), fmt="o-", color=f"C{number}", capsize=3, label=source)
+            axis.errorbar(at, mean, (np.maximum(mean - low, 0), np.maximum(high - mean, 0)), fmt="o-", color=f"C{number}", capsize=3, label=source)
             axis.plot(at, [row["text_only"] for row in own], "--", color=f"C{number}", linewidth=0.8)
         values = sorted({row[key] for row in some})
         axis.set_xticks(np.log2(values), [str(value) for value in values])
