@@ -70,9 +70,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate every held-out row (the first `limit` of each source); every rank calls it and gets all answers.
 
-    sources: names of those that are evaluated; default: all. max_tokens: the budget of a sample; default: that of the last stage. progress: called on every rank after each of the same number of
-    rounds with (rows that this rank is done with, rows of this rank, "answered" or "scored"), first for answers, then for scores. Raises
-    EvaluationError on every rank when one of them fails, and RankError on that rank when it fails in the middle of a collective of a
+    sources: names of those that are evaluated; default: all. max_tokens: the budget of a sample; default: that of the last stage.
+    progress: called on every rank after each of the same number of rounds with (rows that this rank is done with, rows of this rank,
+    "answered" or "scored"), first for answers, then for scores. Raises EvaluationError on every rank when one of them fails, and RankError on that rank when it fails in the middle of a collective of a
     sharded model.
     """
     begin = time.monotonic()

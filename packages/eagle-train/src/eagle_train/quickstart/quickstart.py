@@ -24,7 +24,6 @@ from eagle_train.watching.trackers import open_trackers
 
 from .build import Size, build, configuration, write_configuration
 
-
 FRAMES = (1, 2, 4, 8)
 """Most frames of a video in the last table; the clips with a question about the order have five at most."""
 

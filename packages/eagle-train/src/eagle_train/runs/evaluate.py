@@ -46,7 +46,8 @@ class Evaluator:
     ) -> Evaluation:
         """The evaluation of the model after `step` steps of the run, on the first `limit` rows of each source; a collective of all ranks.
 
-        sources: names of those that are evaluated; default: all. frames: most frames of a video, in place of `sampling.max_frames`. max_tokens: budget of a sample; default: that of the last stage.
+        sources: names of those that are evaluated; default: all. frames: most frames of a video, in place of `sampling.max_frames`.
+        max_tokens: budget of a sample; default: that of the last stage.
         The same step and options again give the same evaluation, without generating anything. Raises EvaluationError.
         """
         asked = (step, limit, sources, frames, max_tokens)
