@@ -72,8 +72,8 @@ def evaluate(
 
     sources: names of those that are evaluated; default: all. max_tokens: the budget of a sample; default: that of the last stage.
     progress: called on every rank after each of the same number of rounds with (rows that this rank is done with, rows of this rank,
-    "answered" or "scored"), first for answers, then for scores. Raises EvaluationError on every rank when one of them fails, and RankError on that rank when it fails in the middle of a collective of a
-    sharded model.
+    "answered" or "scored"), first for answers, then for scores. Raises EvaluationError on every rank
+    when one of them fails, and RankError on that rank when it fails in the middle of a collective of a sharded model.
     """
     begin = time.monotonic()
     check_metrics(config, facts)
