@@ -63,9 +63,9 @@ class Size(NamedTuple):
 
     images: int | None = None
     positions: int = 4
-    train_clips: int = 2500
+    train_clips: int = 3000
     test_clips: int = 120
-    steps: tuple[int, int, int] = (850, 480, 200)
+    steps: tuple[int, int, int] = (800, 480, 200)
     tokens: tuple[int, int, int] = (1024, 2048, 4096)
     packs: tuple[int, int, int] = (1, 1, 1)
 
@@ -91,7 +91,7 @@ def _build(folder: Path, size: Size, rng: np.random.Generator) -> dict[str, int]
     train, test = (_first(load_split(name), size.images) for name in ("train", "test"))
     write_images(train, folder / "train.lmdb", size.positions)
     write_images(test, folder / "test.lmdb", 1)
-    clips = make_clips(train, folder / "videos" / "train", _scenes(size.train_clips, rng), rng)
+    clips = make_clips(train, folder / "videos" / "train", _scenes(size.train_clips, rng), rng, size.positions)
     held_out = make_clips(test, folder / "videos" / "test", _scenes(size.test_clips, rng), rng)
     rows: dict[str, list[dict[str, Any]]] = {
         "descriptions": description_rows(train, "train.lmdb", min(size.positions, DESCRIBED_POSITIONS)),
@@ -138,9 +138,9 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
     data = folder.name
     names = ("short", "middle", "long")
     sources = (
-        {"descriptions": 2.0, "sentences": 0.7},
-        {"comparisons": 0.3, "questions": 0.5, "videos": 2.0},
-        {"questions": 0.3, "videos": 2.0},
+        {"descriptions": 2.0, "sentences": 0.5},
+        {"comparisons": 0.2, "questions": 0.3, "videos": 1.7},
+        {"questions": 0.2, "videos": 1.7},
     )
     stages = []
     for index, name in enumerate(names):

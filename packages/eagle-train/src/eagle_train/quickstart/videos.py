@@ -14,7 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from .easy_vqa_data import Split, Turn, conversation, description
+from .easy_vqa_data import TURNS, Split, Turn, conversation, description
 
 FPS = 4
 """Frames a second of the files."""
@@ -49,8 +49,11 @@ def encode(path: Path, images: Sequence[Image.Image]) -> None:
         container.mux(stream.encode(None))
 
 
-def make_clips(split: Split, folder: Path, lengths: Sequence[int], rng: np.random.Generator) -> list[Clip]:
-    """One clip of each length (in scenes), of images drawn at random among those whose questions state what they show."""
+def make_clips(split: Split, folder: Path, lengths: Sequence[int], rng: np.random.Generator, positions: int = 1) -> list[Clip]:
+    """One clip of each length (in scenes), of images drawn at random among those whose questions state what they show.
+
+    positions: how many of `TURNS` an image is shown in, one of them at random.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     described = {number: text for number, turns in split.turns.items() if (text := description(turns))}
     numbers = np.array(sorted(described))
@@ -60,7 +63,8 @@ def make_clips(split: Split, folder: Path, lengths: Sequence[int], rng: np.rando
         images = []
         for number in chosen:
             with Image.open(split.paths[number]) as file:
-                images.append(file.convert("RGB"))
+                turn = TURNS[int(rng.integers(positions))]
+                images.append(file.convert("RGB") if turn is None else file.convert("RGB").transpose(turn))
         path = folder / f"{index:04d}.mp4"
         encode(path, images)
         clips.append(Clip(path, tuple(described[number] for number in chosen)))
