@@ -51,8 +51,9 @@ for 1000 steps, gets 0.93 of them right with this patch embedding and 0.78 with 
 
 
 DESCRIBED_POSITIONS = 2
-"""Positions of an image that are described. Shapes are learned after a plateau, which is shorter with fewer rows that come again: the loss of
-descriptions alone fell to 0.12 in 600 steps with all four positions, and to 0.05 with two. Questions and clips show the others later."""
+"""Positions of an image that are described. Shapes are learned after a plateau, which is shorter with fewer rows that come again: the
+loss of descriptions alone fell to 0.12 in 600 steps with all four positions, and to 0.05 with two. Questions and clips show the others
+later."""
 
 
 SOURCES = ("descriptions", "sentences", "comparisons", "questions", "videos")
