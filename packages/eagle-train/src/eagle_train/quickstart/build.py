@@ -25,7 +25,7 @@ from .easy_vqa_data import (
     write_images,
     write_rows,
 )
-from .videos import make_clips, turns_about, video_row
+from .videos import LONGEST_ORDER, make_clips, turns_about, video_row
 
 VERSION = 12
 
@@ -121,7 +121,7 @@ def _shuffled(turns: list[Turn], rng: np.random.Generator) -> list[Turn]:
 
 def _scenes(count: int, rng: np.random.Generator) -> list[int]:
     """Scenes of each clip: most are short, and every sixtieth is long enough to be thinned out in the middle stage."""
-    return [int(rng.integers(36, 44)) if index % 60 == 59 else int(rng.integers(2, 6)) for index in range(count)]
+    return [int(rng.integers(36, 44)) if index % 60 == 59 else int(rng.integers(2, LONGEST_ORDER + 1)) for index in range(count)]
 
 
 def _train_tokenizer(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -181,7 +181,7 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
         # a seventh of the time, and 14 000 tokens a second were seen; next to a worker about 12 000.
         "loader": {"workers": 0},
         # The validation loss of all held-out rows would be a second pass over 10 000 of them at the end.
-        "eval": {"limit": 60, "batch_size": 128, "max_new_tokens": 48, "loss": False, "answer_after": "so "},
+        "eval": {"limit": 60, "batch_size": 128, "max_new_tokens": 32, "loss": False, "answer_after": "so "},
     }
 
 

@@ -23,8 +23,8 @@ SIDE = 64
 AT_END = "what is shown at the end?"
 AT_START = "what is shown at the start?"
 IN_ORDER = "in what order?"
-LONGEST_ORDER = 9
-"""Longest clip, in scenes, with a question about the order: numbers of one digit."""
+LONGEST_ORDER = 5
+"""Longest clip, in scenes, with a question about the order: one wrong shape makes the whole answer wrong."""
 
 
 class Clip(NamedTuple):
