@@ -153,7 +153,7 @@ def results_text(run: Path, plot: Path, data: Path, result: Evaluation, took: st
             f"  every answer: {run / 'answers.jsonl'}",
             f"  the model as a checkpoint in Eagle 2.5's layout: {run / 'model'}",
             "Questions to it:",
-            f"  eagle chat {run} --video {video} 'what is shown at the end?'",
+            f"  eagle chat {run} --video {video} 'in what order?'",
             *([f"  eagle chat {run} --image {picture[0]} '{picture[1]}'"] if picture else []),
         ]
     )
