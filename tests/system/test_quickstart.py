@@ -1,13 +1,15 @@
 """The whole quickstart with less data: built, prepared, planned, trained in three stages, evaluated, exported, and continued."""
 
+import json
+
 import pytest
 import torch
 
 from eagle_model.eagle import EagleForConditionalGeneration
-from eagle_train.cli.tables import plan_table, score_table
+from eagle_train.cli.tables import frames_table, plan_table, score_table
 from eagle_train.config import ConfigError
 from eagle_train.quickstart.build import Size
-from eagle_train.quickstart.quickstart import run_quickstart
+from eagle_train.quickstart.quickstart import FRAMES, Tables, run_quickstart
 from eagle_train.runs.folder import remove_run
 from eagle_train.training.checkpoint import whole
 from eagle_train.training.metrics import Metrics
@@ -40,12 +42,13 @@ class Recorder:
 def test_quickstart_in_small(tmp_path):
     torch.set_num_threads(1)
     output = Recorder()
-    options = {"size": SIZE, "overrides": ["loader.workers=0", "data.workers=1"], "tables": (plan_table, score_table)}
+    options = {"size": SIZE, "overrides": ["loader.workers=0", "data.workers=1"], "tables": Tables(plan_table, score_table, frames_table)}
     result = run_quickstart(tmp_path, output, **options)
     text = "\n".join(output.messages)
     run = tmp_path / "quickstart"
     assert f"Run folder: {run}" in text
     assert "eagle chat" in text
+    assert "right with at most" in text
     scores = result.by_source()
     assert set(scores) == {"test_questions", "test_videos"}
     assert scores["test_questions"].questions > 300
@@ -55,8 +58,14 @@ def test_quickstart_in_small(tmp_path):
     steps = [record for record in Metrics(run / "metrics.jsonl") if record["kind"] == "step"]
     assert sum(record["missing"] for record in steps) == 0
     assert {record["stage"] for record in steps} == {"short", "middle", "long"}
-    for name in ("plot.png", "answers.jsonl", "config.yaml", "model/config.json", "model/model.safetensors", "model/tokenizer.json"):
+    for name in ("plot.png", "answers.jsonl", "frames/sweep.png", "config.yaml"):
         assert (run / name).is_file(), name
+    for name in ("model/config.json", "model/model.safetensors", "model/tokenizer.json"):
+        assert (run / name).is_file(), name
+    swept = [json.loads(line) for line in (run / "frames" / "sweep.jsonl").read_text().splitlines()]
+    assert [(row["frames"], row["source"], row["questions"]) for row in swept] == [
+        (most, "test_videos", scores["test_videos"].questions) for most in FRAMES
+    ]
     assert EagleForConditionalGeneration.from_pretrained(run / "model").num_parameters() > 100_000
 
     # The same command again has nothing left to train, and gives the same answers.

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eagle_train.evaluation.intervals import clustered_interval
 
@@ -47,3 +49,10 @@ def test_intervals_cover_the_truth(share, mean):
         low, high = clustered_interval(values.tolist(), clusters.tolist())
         covered += low <= mean <= high
     assert covered >= 0.92 * 400
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([0.0, 1.0]))
+def test_the_interval_contains_a_mean_at_the_end_of_the_scale(values, groups, value):
+    """Exactly: a bound a rounding error beyond it was drawn as an error bar of negative length."""
+    low, high = clustered_interval([value] * values, [number % groups for number in range(values)])
+    assert low <= value <= high

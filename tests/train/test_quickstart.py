@@ -1,6 +1,7 @@
 """The quickstart's data: questions are all there, first questions don't give second answers away, videos show what rows state."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from eagle_sampling import probe, read_frames
+from eagle_sampling import choose_times, probe, read_frames, wanted_frames
 from eagle_train.config import parse_config
 from eagle_train.evaluation.scoring import final_answer
 from eagle_train.quickstart.build import MODEL, Size, build, configuration
@@ -26,7 +27,7 @@ from eagle_train.quickstart.easy_vqa_data import (
     states_answer,
     usual_answers,
 )
-from eagle_train.quickstart.videos import FPS, SECONDS_PER_SCENE, encode
+from eagle_train.quickstart.videos import FPS, FRAMES_PER_SCENE, IN_ORDER, LONGEST_ORDER, Clip, encode, turns_about
 
 TURNS = [
     Turn("what shape is in the image?", "circle"),
@@ -101,11 +102,28 @@ def test_videos_are_h264_and_show_their_scenes(tmp_path):
     encode(tmp_path / "a.mp4", [Image.new("RGB", (64, 64), colour) for colour in colours])
     info = probe(tmp_path / "a.mp4")
     assert info.codec == "h264"
-    assert info.frame_count == 3 * FPS * SECONDS_PER_SCENE
-    assert info.duration == pytest.approx(3 * SECONDS_PER_SCENE)
-    frames = read_frames(tmp_path / "a.mp4", [0.0, 1.25, 2.75], None)
+    assert info.frame_count == 3 * FRAMES_PER_SCENE
+    assert info.duration == pytest.approx(3 * FRAMES_PER_SCENE / FPS)
+    frames = read_frames(tmp_path / "a.mp4", [0.0, 0.75, 1.25], None)
     for pixels, colour in zip(frames.pixels, colours):
         assert np.abs(pixels.mean((0, 1)) - colour).max() < 12
+
+
+@given(st.integers(2, LONGEST_ORDER))
+def test_the_model_gets_every_scene_of_a_short_clip_once(scenes):
+    """And numbers of the answer about the order are those of the frames in the prompt."""
+    sampling = parse_config(configuration(Path("quickstart-data"), Size())).sampling
+    count = wanted_frames(scenes * FRAMES_PER_SCENE / FPS, sampling.fps, sampling.max_frames, min_frames=sampling.min_frames)
+    times = choose_times(np.arange(scenes * FRAMES_PER_SCENE) / FPS, count, placement=sampling.placement)
+    assert [int(time * FPS) // FRAMES_PER_SCENE for time in times] == list(range(scenes))
+    texts = [f"a {COLOURS[number % 8]} {SHAPES[number % 3]}" for number in range(scenes)]
+    (answer,) = (turn.answer for turn in turns_about(Clip(Path("clip.mp4"), tuple(texts))) if turn.question == IN_ORDER)
+    assert answer.split(", ") == [f"{number} {text[2:]}" for number, text in enumerate(texts, 1)]
+
+
+def test_long_clips_have_no_question_about_the_order():
+    turns = turns_about(Clip(Path("clip.mp4"), ("a red circle",) * (LONGEST_ORDER + 1)))
+    assert {turn.answer for turn in turns} == {"a red circle"}
 
 
 def test_an_interrupted_build_is_made_anew_and_a_whole_one_is_found(tmp_path):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from eagle_train.runs.prediction import Rate, StagePrediction
     from eagle_train.runs.ready import Ready
     from eagle_train.runs.resources import Resources
+    from eagle_train.runs.sweep import Point
     from eagle_train.training.trainer import Trainer
 
 
@@ -247,6 +248,16 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], *, baseline: bool = True) -> 
                 f"{row['loss']:.4f}" if "loss" in row else "-",
             )
         )
+    return table(lines)
+
+
+def frames_table(points: Sequence[Point]) -> str:
+    """A line per question text, a column per number of frames that a video has at most; the text-only baseline is that of the last."""
+    questions = sorted({answer.question for point in points for answer in point.evaluation.answers})
+    lines = [("right with at most", "count", *(counted(point.frames or 0, "frame") for point in points), "text-only")]
+    for question in questions:
+        scores = [point.evaluation.score(lambda answer, question=question: answer.question == question) for point in points]
+        lines.append((question, str(scores[-1].questions), *(f"{s.accuracy:.3f}" for s in scores), f"{scores[-1].text_only:.3f}"))
     return table(lines)
 
 

@@ -96,12 +96,12 @@ def _launch(path: str, overrides: list[str] | None, device: str | None, nproc: i
 
 
 def _quickstart(folder: Path | None, fresh: bool, overrides: list[str] | None, device: str | None, stop: StopSignals) -> None:
-    from eagle_train.quickstart.quickstart import run_quickstart
+    from eagle_train.quickstart.quickstart import Tables, run_quickstart
 
     from .progress import Printer
-    from .tables import plan_table, score_table
+    from .tables import frames_table, plan_table, score_table
 
-    tables = (plan_table, score_table)
+    tables = Tables(plan_table, score_table, frames_table)
     run_quickstart(folder or Path("runs"), Printer(), overrides=overrides or (), fresh=fresh, device=device, tables=tables, stop=stop)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -64,21 +64,23 @@ def evaluate(
     spec: VisualSpec,
     *,
     limit: int | None = None,
+    sources: Collection[str] | None = None,
     max_tokens: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Evaluation:
     """Evaluate every held-out row (the first `limit` of each source); every rank calls it and gets all answers.
 
-    max_tokens: the budget of a sample; default: that of the last stage. progress: called on every rank after each of the same number of
-    rounds with (rows that this rank is done with, rows of this rank, "answered" or "scored"), first for answers, then for scores. Raises
-    EvaluationError on every rank when one of them fails, and RankError on that rank when it fails in the middle of a collective of a
-    sharded model.
+    sources: names of those that are evaluated; default: all. max_tokens: the budget of a sample; default: that of the last stage.
+    progress: called on every rank after each of the same number of rounds with (rows that this rank is done with, rows of this rank,
+    "answered" or "scored"), first for answers, then for scores. Raises EvaluationError on every rank
+    when one of them fails, and RankError on that rank when it fails in the middle of a collective of a sharded model.
     """
     begin = time.monotonic()
     check_metrics(config, facts)
     max_tokens = max_tokens or config.stages[-1].max_tokens
     plans = plan_visual(facts, max_tokens, spec)
-    rows = [row for s in facts.sources for row in range(s.first, s.first + (s.rows if limit is None else min(s.rows, limit)))]
+    chosen = [source for source in facts.sources if sources is None or source.name in sources]
+    rows = [row for s in chosen for row in range(s.first, s.first + (s.rows if limit is None else min(s.rows, limit)))]
     metrics = {row: config.eval.metrics.get(facts.source_of(row).name, "exact") for row in rows}
     answers = answer_rows(model, tokenizer, facts, plans, rows, metrics, config, world, spec, progress=progress)
     score = partial(

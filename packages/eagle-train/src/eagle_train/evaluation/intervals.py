@@ -34,4 +34,5 @@ def clustered_interval(values: Sequence[float], clusters: Sequence[Hashable], z:
         effective = n / max(1.0, variance / (spread / n))
     centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z / (1 + z * z / effective) * math.sqrt(spread / effective + z * z / (4 * effective**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # With a mean of 0 or 1, rounding would put the bound a little beyond it.
+    return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))

@@ -25,13 +25,13 @@ from .easy_vqa_data import (
     write_images,
     write_rows,
 )
-from .videos import make_clips, turns_about, video_row
+from .videos import LONGEST_ORDER, make_clips, turns_about, video_row
 
-VERSION = 11
+VERSION = 12
 
 
 MODEL = {
-    "vision_config": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "vision_config": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4},
     "text_config": {
         "hidden_size": 64,
         "intermediate_size": 160,
@@ -40,11 +40,20 @@ MODEL = {
         "num_key_value_heads": 2,
         "initializer_range": 0.12,
     },
+    "downsample_ratio": 0.25,
     "patch_initializer_range": 0.25,
 }
-"""0.3 M parameters, small enough for two cores. The usual initializer_range of 0.02 is made for
+"""0.4 M parameters, small enough for two cores. The usual initializer_range of 0.02 is made for
 widths in the thousands; with it this model did not learn the shapes in 1000 steps, with about 1 / sqrt(width) it does in 600.
-The tower alone, trained on shapes for 1000 steps, gets 0.93 of them right with this patch embedding and 0.78 with a third of it."""
+With three vision layers the loss of descriptions had reached 0.13 after 800 steps, with four 0.09, and with five or six the same. A tile
+is 4 tokens instead of 16, which is learned as fast, and leaves room for more frames. The tower alone, of three layers, trained on shapes
+for 1000 steps, gets 0.93 of them right with this patch embedding and 0.78 with a third of it."""
+
+
+DESCRIBED_POSITIONS = 2
+"""Positions of an image that are described. Shapes are learned after a plateau, which is shorter with fewer rows that come again: the
+loss of descriptions alone fell to 0.12 in 600 steps with all four positions, and to 0.05 with two. Questions and clips show the others
+later."""
 
 
 SOURCES = ("descriptions", "sentences", "comparisons", "questions", "videos")
@@ -55,9 +64,9 @@ class Size(NamedTuple):
 
     images: int | None = None
     positions: int = 4
-    train_clips: int = 1000
-    test_clips: int = 60
-    steps: tuple[int, int, int] = (1400, 560, 280)
+    train_clips: int = 3000
+    test_clips: int = 120
+    steps: tuple[int, int, int] = (800, 480, 200)
     tokens: tuple[int, int, int] = (1024, 2048, 4096)
     packs: tuple[int, int, int] = (1, 1, 1)
 
@@ -83,10 +92,10 @@ def _build(folder: Path, size: Size, rng: np.random.Generator) -> dict[str, int]
     train, test = (_first(load_split(name), size.images) for name in ("train", "test"))
     write_images(train, folder / "train.lmdb", size.positions)
     write_images(test, folder / "test.lmdb", 1)
-    clips = make_clips(train, folder / "videos" / "train", _lengths(size.train_clips, rng), rng)
-    held_out = make_clips(test, folder / "videos" / "test", _lengths(size.test_clips, rng), rng)
+    clips = make_clips(train, folder / "videos" / "train", _scenes(size.train_clips, rng), rng, size.positions)
+    held_out = make_clips(test, folder / "videos" / "test", _scenes(size.test_clips, rng), rng)
     rows: dict[str, list[dict[str, Any]]] = {
-        "descriptions": description_rows(train, "train.lmdb", size.positions),
+        "descriptions": description_rows(train, "train.lmdb", min(size.positions, DESCRIBED_POSITIONS)),
         "sentences": sentence_rows(train, rng),
         "comparisons": comparison_rows(train, "train.lmdb", range(0, size.positions, 2), rng),
         "questions": question_rows(train, "train.lmdb", size.positions, rng),
@@ -110,9 +119,9 @@ def _shuffled(turns: list[Turn], rng: np.random.Generator) -> list[Turn]:
     return [turns[index] for index in rng.permutation(len(turns))]
 
 
-def _lengths(count: int, rng: np.random.Generator) -> list[int]:
-    """Scenes of each clip: most are short, and every thirtieth is long enough to be thinned out in the middle stage."""
-    return [int(rng.integers(36, 44)) if index % 30 == 29 else int(rng.integers(2, 6)) for index in range(count)]
+def _scenes(count: int, rng: np.random.Generator) -> list[int]:
+    """Scenes of each clip: most are short, and every sixtieth is long enough to be thinned out in the middle stage."""
+    return [int(rng.integers(36, 44)) if index % 60 == 59 else int(rng.integers(2, LONGEST_ORDER + 1)) for index in range(count)]
 
 
 def _train_tokenizer(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -130,9 +139,9 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
     data = folder.name
     names = ("short", "middle", "long")
     sources = (
-        {"descriptions": 1.0, "sentences": 1.0},
-        {"comparisons": 0.3, "questions": 1.0, "videos": 1.5},
-        {"questions": 1.0, "videos": 3.0},
+        {"descriptions": 2.0, "sentences": 0.5},
+        {"comparisons": 0.2, "questions": 0.3, "videos": 1.7},
+        {"questions": 0.2, "videos": 1.7},
     )
     stages = []
     for index, name in enumerate(names):
@@ -145,11 +154,11 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
                 "sources": sources[index],
                 "loss_weighting": "token",
                 "optimizer": "muon",
-                "lr": 3.0e-3,
+                "lr": 2.0e-3 if index == 0 else 3.0e-3,
                 "schedule": "cosine" if index == 2 else "constant",
                 "final_lr_ratio": 0.02 if index == 2 else 0.0,
                 "warmup_ratio": 0.05 if index == 0 else 0.0,
-                "betas": [0.9, 0.95],
+                "betas": [0.9, 0.99],
             }
         )
     return {
@@ -164,6 +173,7 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
             "eval_sources": {name: {"annotation": f"{data}/{name}.jsonl"} for name in ("test_questions", "test_videos")},
             "verify": "header",
         },
+        "sampling": {"min_frames": 1},
         "stages": stages,
         "checkpoint": {"every": 400, "keep": 1},
         "parallel": {"dtype": "float32"},
@@ -171,7 +181,7 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
         # a seventh of the time, and 14 000 tokens a second were seen; next to a worker about 12 000.
         "loader": {"workers": 0},
         # The validation loss of all held-out rows would be a second pass over 10 000 of them at the end.
-        "eval": {"limit": 60, "batch_size": 128, "max_new_tokens": 16, "loss": False, "answer_after": "so "},
+        "eval": {"limit": 60, "batch_size": 128, "max_new_tokens": 32, "loss": False, "answer_after": "so "},
     }
 
 

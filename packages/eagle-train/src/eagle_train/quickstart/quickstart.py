@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from eagle_train.config import load_config
 from eagle_train.distributed.world import device_kind, start_world
@@ -13,14 +13,27 @@ from eagle_train.evaluation.metrics import Answer, Evaluation
 from eagle_train.runs.export import export
 from eagle_train.runs.folder import remove_run
 from eagle_train.runs.ready import get_ready
+from eagle_train.runs.sweep import write_points
 from eagle_train.runs.train import train
 from eagle_train.training.metrics import Metrics
 from eagle_train.training.stop import StopSignals, what_is_saved
+from eagle_train.watching.accuracy import plot_sweep
 from eagle_train.watching.pictures import SamplePictures
 from eagle_train.watching.report import write_report
 from eagle_train.watching.trackers import open_trackers
 
 from .build import Size, build, configuration, write_configuration
+
+FRAMES = (1, 2, 4, 8)
+"""Most frames of a video in the last table; the clips with a question about the order have five at most."""
+
+
+class Tables(NamedTuple):
+    """How results are shown as text: the plan of the stages, the scores, and those by number of frames (`eagle_train.cli.tables`)."""
+
+    plan: Callable[..., str]
+    scores: Callable[..., str]
+    frames: Callable[..., str]
 
 
 class Output(Protocol):
@@ -40,7 +53,7 @@ def run_quickstart(
     fresh: bool = False,
     size: Size | None = None,
     device: str | None = None,
-    tables: tuple[Callable[..., str], Callable[..., str]] | None = None,
+    tables: Tables | None = None,
     stop: StopSignals | None = None,
 ) -> Evaluation:
     """Run all steps, or continue an earlier call. Returns the answers to all held-out questions.
@@ -79,7 +92,7 @@ def run_quickstart(
 
         def started(trainer: Any) -> None:
             if tables is not None:
-                printer.message(tables[0](trainer.schedules))
+                printer.message(tables.plan(trainer.schedules))
             parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
             printer.message(
                 f"{clock()} training {parameters:,} parameters from random weights, {trainer.total_steps} steps, on {world.device.type}"
@@ -99,6 +112,7 @@ def run_quickstart(
         printer.message(f"{clock()} trained; evaluating all held-out questions")
         with printer.counting("questions") as counted:
             result = trained.final_evaluation(progress=counted)
+            points = trained.evaluations_by_frames(FRAMES, ["test_videos"], progress=counted)
         if world.is_main and result is not None:
             run = config.run.folder
             result.write(run / "answers.jsonl")
@@ -111,11 +125,12 @@ def run_quickstart(
                 }
             )
             if tables is not None:
-                printer.message(tables[1](result))
-            by_question = sorted({answer.question for answer in result.answers if "video" in answer.source})
-            for question in by_question:
-                score = result.score(lambda answer, question=question: answer.question == question)
-                printer.message(f"  video, {question!r}: {score.accuracy:.3f} of {score.questions} right, {score.text_only:.3f} text-only")
+                printer.message(tables.scores(result))
+            if points is not None:
+                _, rows = write_points(points, run / "frames")
+                plot_sweep([row for point in points for row in point.rows()], rows.with_suffix(".png"))
+                if tables is not None:
+                    printer.message(tables.frames(points))
             plot = write_report(run)
             export(config, run / "model", dtype="float32")
             printer.message(results_text(run, plot, data, result, clock()))
@@ -134,10 +149,11 @@ def results_text(run: Path, plot: Path, data: Path, result: Evaluation, took: st
         [
             f"{took} done. Run folder: {run}",
             f"  plot of loss and accuracy: {plot}",
+            f"  plot of accuracy by number of frames: {run / 'frames' / 'sweep.png'}",
             f"  every answer: {run / 'answers.jsonl'}",
             f"  the model as a checkpoint in Eagle 2.5's layout: {run / 'model'}",
             "Questions to it:",
-            f"  eagle chat {run} --video {video} 'what is shown at the end?'",
+            f"  eagle chat {run} --video {video} 'in what order?'",
             *([f"  eagle chat {run} --image {picture[0]} '{picture[1]}'"] if picture else []),
         ]
     )

@@ -1,4 +1,8 @@
-"""Videos for the quickstart: real H.264, one easy-VQA image after the other, a second each, and questions about their order."""
+"""Videos for the quickstart: real H.264, an easy-VQA image every half second, and questions about their order.
+
+At two frames a second the model gets each image once. Its answer about the order counts the images as the prompt counts the frames
+(`1 red circle, 2 teal triangle, 3 red square`), so that each can be found by its number.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,16 @@ import av
 import numpy as np
 from PIL import Image
 
-from .easy_vqa_data import Split, Turn, conversation, description
+from .easy_vqa_data import TURNS, Split, Turn, conversation, description
 
 FPS = 4
-SECONDS_PER_SCENE = 1
+"""Frames a second of the files."""
+FRAMES_PER_SCENE = 2
 SIDE = 64
 AT_END = "what is shown at the end?"
 AT_START = "what is shown at the start?"
 IN_ORDER = "in what order?"
-LONGEST_ORDER = 3
+LONGEST_ORDER = 5
 """Longest clip, in scenes, with a question about the order: one wrong shape makes the whole answer wrong."""
 
 
@@ -30,7 +35,7 @@ class Clip(NamedTuple):
 
 
 def encode(path: Path, images: Sequence[Image.Image]) -> None:
-    """Each image for `SECONDS_PER_SCENE` second, `FPS` frames a second, H.264 in MP4."""
+    """Each image for `FRAMES_PER_SCENE` frames, `FPS` a second, H.264 in MP4."""
     with av.open(str(path), "w") as container:
         # Nearly lossless, since the questions are about colours.
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "12", "g": str(FPS * 4)})
@@ -38,14 +43,17 @@ def encode(path: Path, images: Sequence[Image.Image]) -> None:
         stream.pix_fmt = "yuv420p"
         for image in images:
             frame = av.VideoFrame.from_image(image)
-            for _ in range(FPS * SECONDS_PER_SCENE):
+            for _ in range(FRAMES_PER_SCENE):
                 frame.pts = None
                 container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
-def make_clips(split: Split, folder: Path, lengths: Sequence[int], rng: np.random.Generator) -> list[Clip]:
-    """One clip of each length (in scenes), of images drawn at random among those whose questions state what they show."""
+def make_clips(split: Split, folder: Path, lengths: Sequence[int], rng: np.random.Generator, positions: int = 1) -> list[Clip]:
+    """One clip of each length (in scenes), of images drawn at random among those whose questions state what they show.
+
+    positions: how many of `TURNS` an image is shown in, one of them at random.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     described = {number: text for number, turns in split.turns.items() if (text := description(turns))}
     numbers = np.array(sorted(described))
@@ -55,18 +63,24 @@ def make_clips(split: Split, folder: Path, lengths: Sequence[int], rng: np.rando
         images = []
         for number in chosen:
             with Image.open(split.paths[number]) as file:
-                images.append(file.convert("RGB"))
+                turn = TURNS[int(rng.integers(positions))]
+                images.append(file.convert("RGB") if turn is None else file.convert("RGB").transpose(turn))
         path = folder / f"{index:04d}.mp4"
         encode(path, images)
         clips.append(Clip(path, tuple(described[number] for number in chosen)))
     return clips
 
 
+def in_order(scenes: Sequence[str]) -> str:
+    """The answer about the order."""
+    return ", ".join(f"{number} {scene.removeprefix('a ')}" for number, scene in enumerate(scenes, 1))
+
+
 def turns_about(clip: Clip) -> list[Turn]:
     """The questions of a clip."""
     turns = [Turn(AT_END, clip.scenes[-1]), Turn(AT_START, clip.scenes[0])]
     if len(clip.scenes) <= LONGEST_ORDER:
-        turns.append(Turn(IN_ORDER, ", ".join(clip.scenes)))
+        turns.append(Turn(IN_ORDER, in_order(clip.scenes)))
     return turns
 
 

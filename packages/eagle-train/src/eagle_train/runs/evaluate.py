@@ -39,23 +39,34 @@ class Evaluator:
         step: int,
         *,
         limit: int | None = None,
+        sources: Sequence[str] | None = None,
         frames: int | None = None,
         max_tokens: int | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> Evaluation:
         """The evaluation of the model after `step` steps of the run, on the first `limit` rows of each source; a collective of all ranks.
 
-        frames: most frames of a video, in place of `sampling.max_frames`. max_tokens: budget of a sample; default: that of the last stage.
+        sources: names of those that are evaluated; default: all. frames: most frames of a video, in place of `sampling.max_frames`.
+        max_tokens: budget of a sample; default: that of the last stage.
         The same step and options again give the same evaluation, without generating anything. Raises EvaluationError.
         """
-        asked = (step, limit, frames, max_tokens)
+        asked = (step, limit, sources, frames, max_tokens)
         if self._last is not None and self._last[0] == asked:
             return self._last[1]
         model.eval()
         ready = self.ready
         spec = with_frames(ready.spec, frames)
         done = evaluate(
-            model, ready.tokenizer, self.facts, ready.config, self.world, spec, limit=limit, max_tokens=max_tokens, progress=progress
+            model,
+            ready.tokenizer,
+            self.facts,
+            ready.config,
+            self.world,
+            spec,
+            limit=limit,
+            sources=sources,
+            max_tokens=max_tokens,
+            progress=progress,
         )
         done = judged(self.baseline.fill(done, self.world), self.judge, self.world)
         self._last = asked, done

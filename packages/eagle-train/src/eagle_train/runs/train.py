@@ -26,6 +26,7 @@ from .evaluate import Evaluator
 from .folder import claim_folder, resolve_dtype
 from .lock import locked
 from .ready import Ready
+from .sweep import Point, sweep
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,22 @@ class Trained:
             return None
         trainer, last = self.trainer, self.trainer.total_steps
         return trainer.attempt("final", last, lambda: evaluator.evaluate(trainer.model, last, limit=limit, progress=progress))
+
+    def evaluations_by_frames(
+        self, frames: Sequence[int], sources: Sequence[str], *, progress: Callable[[int, int, str], None] | None = None
+    ) -> list[Point] | None:
+        """The trained model on `sources`, once for every number of frames that a video has at most.
+
+        None as of `final_evaluation`; a collective of all ranks.
+        """
+        if (evaluator := self.evaluator) is None:
+            return None
+        trainer, last = self.trainer, self.trainer.total_steps
+
+        def at(most: int | None, max_tokens: int | None) -> Evaluation:
+            return evaluator.evaluate(trainer.model, last, sources=sources, frames=most, max_tokens=max_tokens, progress=progress)
+
+        return trainer.attempt("frames", last, lambda: sweep(at, frames=frames))
 
     def check_evaluations(self) -> None:
         """Raises EvaluationError, naming each, when evaluations failed."""
