@@ -84,7 +84,7 @@ def arrange(tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor 
             f"attention_mask is {tuple(attention_mask.shape)}, expected {(batch, past + length)}: {past} cached and {length} new tokens"
         )
     maskless = past > 0 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    # Waits for the device, as `generate` does after every token. Without a mask attention is several times faster.
+    # Waits for the device, as `generate` does after every token. Masks exclude the flash kernels.
     if maskless and (attention_mask is None or bool(attention_mask.all())):
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=tokens.device)[None]

@@ -99,7 +99,7 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
             return loss
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            load_without_casts(self, state_dict)
+            load_without_casts(self, state_dict, lambda _, name, value: value)  # torchao's states have no `clone`
 
     return Float32States(groups, **options)
 
