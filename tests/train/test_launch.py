@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from eagle_train.cli import launch, threads
+from eagle_train.cli.allocator import grow_segments
 from eagle_train.cli.ranks import ending
 from eagle_train.config import ConfigError
 
@@ -140,3 +141,13 @@ def test_processes_share_the_cores(monkeypatch):
         environment = dict(given)
         threads.share_cores(processes, environment)
         assert environment == {"OMP_NUM_THREADS": expected}
+
+
+def test_segments_of_gpu_memory_grow_unless_torch_is_told_otherwise():
+    environment = {}
+    grow_segments(environment)
+    assert environment == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        environment = {name: "max_split_size_mb:512"}
+        grow_segments(environment)
+        assert environment == {name: "max_split_size_mb:512"}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from eagle_train.config import ConfigError, StageConfig
-from eagle_train.training.optim import OPTIMIZERS, learning_rate, make_optimizer, set_learning_rates, set_trainable
+from eagle_train.training.optim import OPTIMIZERS, check_optimizers, learning_rate, make_optimizer, set_learning_rates, set_trainable
 
 
 def stage(**fields):
@@ -178,6 +178,15 @@ def test_adamw8bit():
     optimizer.step()
     moved = (before - model.mlp1[1].weight.detach() - before * 5e-3 * one.weight_decay).mean()
     assert moved == pytest.approx(5e-3, rel=0.05)
+
+
+def test_what_a_later_stage_needs_is_looked_for_before_the_first(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    check_optimizers([stage(optimizer="muon"), stage()])
+    with pytest.raises(ConfigError, match=r"stages.s.optimizer: adamw8bit needs torchao"):
+        check_optimizers([stage(), stage(optimizer="adamw8bit")])
 
 
 def test_a_missing_package_is_named(monkeypatch):

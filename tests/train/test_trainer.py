@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from eagle_train.config import ConfigError
 from eagle_train.data.ledger import Ledger
-from eagle_train.distributed.world import start_world
+from eagle_train.distributed.world import alone, start_world
 from eagle_train.errors import EvaluationError
 from eagle_train.runs.folder import claim_folder, open_run
 from eagle_train.runs.lock import locked
@@ -322,3 +323,13 @@ def test_an_evaluation_that_fails_does_not_end_the_run(colour_run, everything):
     # The same command again finds everything trained, and does not repeat what failed.
     assert Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=score).train() is None
     assert sum(record["kind"] == "eval_failed" for record in trainers[1].metrics) == len(failed)
+
+
+def test_packs_that_the_groups_of_ranks_cannot_share(colour_run):
+    """Two groups and a step of one pack: an error before the model is made, not a step without packs."""
+    config = colour_run()
+    config = config.replaced(stages=[stage.replaced(packs_per_step=1) for stage in config.stages])
+    with pytest.raises(
+        ConfigError, match=r"packs_per_step is 1, which 2 data-parallel groups can't share evenly; set it to 2, or train on"
+    ):
+        train(get_ready(config), replace(alone("cpu"), data=2))

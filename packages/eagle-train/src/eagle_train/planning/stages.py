@@ -135,21 +135,11 @@ class StagePlan:
 
         Raises ValueError when the packs of a step can't be shared evenly, naming the numbers that can.
         """
-        self._check_groups(ranks)
+        check_groups(self.stage, ranks)
         per_step = self.stage.packs_per_step
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} is not in 0 ... {self.steps - 1} of epoch {self.epoch}")
         return range(step * per_step + rank, (step + 1) * per_step, ranks)
-
-    def _check_groups(self, ranks: int) -> None:
-        per_step = self.stage.packs_per_step
-        if per_step % ranks:
-            lower, upper = per_step // ranks * ranks, -(-per_step // ranks) * ranks
-            near = f"{lower} or {upper}" if lower else f"{upper}"
-            raise ValueError(
-                f"stage {self.stage.name}: packs_per_step is {per_step}, which {ranks} data-parallel groups can't share evenly; "
-                f"set it to {near}"
-            )
 
     def samples(self, pack: int) -> list[Planned]:
         """All samples of a pack, in order (none, where an epoch ran out of samples for its last step)."""
@@ -241,7 +231,7 @@ class StagePlan:
 
     def spread(self, groups: int, costs: CostModel | None = None) -> float:
         """`costs.spread` over data groups. Raises ValueError when the packs of a step can't be shared evenly."""
-        self._check_groups(groups)
+        check_groups(self.stage, groups)
         return spread(self.pack_costs(costs), self.stage.packs_per_step, groups)
 
     def _cost_spread(self) -> float:
@@ -362,6 +352,17 @@ def pack_costs(weights: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Cost of each pack, float64 [P], for the costs of its samples in pack order."""
     total = np.concatenate([[0.0], np.cumsum(weights)])
     return total[offsets[1:]] - total[offsets[:-1]]
+
+
+def check_groups(stage: StageConfig, groups: int) -> None:
+    """Raises ValueError when the packs of a step can't be shared evenly by `groups` data-parallel groups, naming the numbers that can."""
+    per_step = stage.packs_per_step
+    if per_step % groups:
+        lower, upper = per_step // groups * groups, -(-per_step // groups) * groups
+        near = f"{lower} or {upper}" if lower else f"{upper}"
+        raise ValueError(
+            f"stage {stage.name}: packs_per_step is {per_step}, which {groups} data-parallel groups can't share evenly; set it to {near}"
+        )
 
 
 def whole_steps(packs: Packs, lengths: np.ndarray, weights: np.ndarray, packs_per_step: int) -> Packs:

@@ -35,8 +35,8 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
 
     smallest = sorted(get_qmap_unsigned())[1]
 
-    def flat(tensor: Tensor) -> Tensor:
-        """The same memory in one dimension, so that one compiled step serves all shapes; `data` is no view of other dimensions to it."""
+    def flat(tensor: Any) -> Tensor:
+        """The same memory in one dimension, so that one compiled step serves all shapes; by `data`, because views carry their shapes."""
         if isinstance(tensor, OptimState8bit):
             return OptimState8bit(flat(tensor.codes), tensor.scale, tensor.qmap, tensor.signed)
         return tensor.view(-1).data

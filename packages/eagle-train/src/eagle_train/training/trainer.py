@@ -36,7 +36,7 @@ from eagle_train.loading.loader import Loader, Reading, read
 from eagle_train.loading.pack import LoadedPack, Share
 from eagle_train.loading.tasks import Tasks
 from eagle_train.planning.identity import check_same, identify
-from eagle_train.planning.stages import StageSchedule
+from eagle_train.planning.stages import StageSchedule, check_groups
 
 from . import checkpoint, heartbeat
 from .activations import activation_mode, make_engine
@@ -109,6 +109,11 @@ class Trainer:
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
         check_optimizers(config.stages)
+        for stage in config.stages:
+            try:
+                check_groups(stage, world.data)
+            except ValueError as error:
+                raise ConfigError(f"{error}, or train on fewer processes (--nproc)") from error
         if world.device.type == "cuda":
             check_memory(config, model_config(config, tokenizer), world)
         #: What `model.activations: selective` keeps, chosen for every stage; None with other values.
