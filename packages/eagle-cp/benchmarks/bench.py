@@ -163,6 +163,8 @@ def measure_trees(args, result: Result, meshes: dict, world: int) -> None:
                     result.absent.append(Absent(name, contender, found))
                 else:
                     result.add(name, contender, **found)
+                if dist.get_rank() == 0 and args.out is not None:
+                    write(result, args.out)  # a later pack may run out of time
 
 
 def ceilings(world: int) -> dict:
