@@ -26,7 +26,8 @@ def _adamw(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Opti
 
 def _take_names(groups: list[dict[str, Any]]) -> dict[nn.Parameter, str]:
     """The names of parameters in bfloat16, which `make_optimizer` puts in the groups; no longer in them."""
-    return {parameter: name for group in groups for parameter, name in zip(group["params"], group.pop("names", []), strict=False)}
+    named = [(group["params"], group.pop("names")) for group in groups if "names" in group]
+    return {parameter: name for parameters, names in named for parameter, name in zip(parameters, names, strict=True)}
 
 
 def _adamw8bit(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
