@@ -177,6 +177,50 @@ def test_groups_of_tiles(group, vision_kept):
     assert less >= by_layers["vision checkpoints"] - joined
 
 
+def groups_in_bfloat16():
+    """Errors of the tower's gradients with FSDP2 in bfloat16 against float64, by tiles of a group (0: none; each: a reduction each)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    tiles, found, exact = 24, {}, None
+    ids = torch.cat([torch.full((4 * tiles,), 100), torch.arange(30)])
+    pixels = torch.randint(0, 256, (tiles, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = make_pack(ids, tiles=pixels, targets=ids.roll(-1).clamp(max=99), denominator=50.0)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for group in (None, 0, 1, "each"):
+        torch.manual_seed(0)
+        model = make().bfloat16()
+        if group is None:
+            model = model.double()
+        else:
+            for block in model.blocks():
+                fully_shard(block, mp_policy=policy)
+            fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+        model.set_activation_checkpointing(
+            "selective", kept=Kept(), vision_kept=Kept(), vision_group=1 if group == "each" else group or None
+        )
+        if group == "each":  # a control: the gradients of every group are reduced and added to the parameters' dtype
+            tower = model.vision_model.vision_model
+            tower._run_group = lambda pixels, first, tower=tower: tower._run(pixels)
+        for _ in range(2):  # the second step finds gradients and flags as the first one left them
+            model(batch).loss.backward()
+        whole = {
+            name: (one.grad.full_tensor() if hasattr(one.grad, "full_tensor") else one.grad).double()
+            for name, one in model.named_parameters()
+            if one.grad is not None and "encoder" in name and not name.endswith("k_proj.bias")  # which is zero
+        }
+        exact = exact or whole
+        found[group] = {name: ((grad - exact[name]).norm() / exact[name].norm()).item() for name, grad in whole.items()}
+    return found
+
+
+def test_groups_add_up_in_the_dtype_of_the_reduction():
+    (found,) = run_on_ranks(1, groups_in_bfloat16)
+    assert found[0].keys() == found[1].keys() == found[None].keys()
+    mean = {group: sum(errors.values()) / len(errors) for group, errors in found.items()}
+    assert mean[1] < mean[0], mean
+    assert mean[1] < 0.95 * mean["each"], mean
+
+
 class Counted(TorchDispatchMode):
     """Calls of matrix products and attention kernels."""
 
@@ -314,6 +358,19 @@ def check_fused():
         plan = plan_memory(decoder, tokens, weight_bytes=4, gradient_bytes=4, activation_bytes=4, kept=kept, labelled=labels)
         assert plan.gpu == pytest.approx(live.peak + weights, rel=0.05), (kept, plan)
     assert [alive - found[0][0] for alive, _ in found] == [planned - found[0][1] for _, planned in found]
+    peaks = {}
+    for rows in (None, 192):  # the MLPs on blocks of tokens: the same gradients but for the order of sums, in less memory
+        model.zero_grad(set_to_none=True)
+        model.set_activation_checkpointing("selective", kept=Kept(1), mlp_rows=rows)
+        with use_implementation("triton"), LiveBytes() as live:
+            model(batch).loss.backward()
+        peaks[rows] = live.peak
+        for name, gradient in expected[1].items():
+            torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
+    # Of [384, 192] float32, half of six; the interpreter holds the arguments of its last launch.
+    assert peaks[192] <= peaks[None] - 3 * 192 * 192 * 4
+    model.set_activation_checkpointing("recompute")
+    assert model.language_model.model.layers[0].mlp.rows is None
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_kernels import DecoderShape, Kept, VisionShape, fill_memory, plan_memory
+from eagle_kernels import DecoderShape, Kept, Training, VisionShape, fill_memory, plan_memory
 from eagle_kernels.offload import GIB
 from eagle_train.config import dump_config
 from eagle_train.distributed.world import World, alone
@@ -115,7 +115,7 @@ def test_short_stages_keep_more(large):
         assert chosen.plan.gpu <= chosen.room == largest_plan(139) * GIB
     for stage, chosen in zip(config.stages, (short, long)):
         alone_ = config.replaced(stages=[stage])
-        assert chosen.plan == stage_plan(alone_, alone_.stages[0], described, 1, kept=chosen.kept, vision_kept=chosen.vision_kept)
+        assert chosen.plan == stage_plan(alone_, alone_.stages[0], described, 1, **chosen.options)
     assert f"decoder: attention 28, projections 28, mlp {short.kept.mlp} of 28 layers" in short.text
     assert f"planned {short.plan.gpu / GIB:.1f} of {short.room / GIB:.1f} GiB" in short.text
 
@@ -146,18 +146,59 @@ def test_the_fullest_gpu_and_the_limit_decide(large):
 
 
 def test_groups_of_tiles_leave_the_decoder_more(large):
-    """Float32 weights on one rank; elsewhere gradients of the tower would be other sums, or sums in bfloat16."""
-    config, described = large(weights="float32")
-    least = planned(config, described, 1).gpu
-    few = select(config, config.stages[0], described, 1, least - 2 * GIB)
-    assert few.vision_group == 8
-    assert few.plan == stage_plan(config, config.stages[0], described, 1, kept=few.kept, vision_kept=few.vision_kept, vision_group=8)
-    assert few.plan.gpu <= least - 2 * GIB
-    assert "vision tower: pixels, run again for 8 tiles at a time" in few.text
-    assert select(config, config.stages[0], described, 1, 400 * GIB).vision_group is None
+    """On one rank: several would gather the tower for every group. Deterministic runs may not have other sums."""
+    for weights in ("float32", "bfloat16"):
+        config, described = large(weights=weights)
+        least = planned(config, described, 1).gpu
+        few = select(config, config.stages[0], described, 1, least - 2 * GIB)
+        assert few.vision_group in selection.GROUPS
+        assert few.plan == stage_plan(config, config.stages[0], described, 1, **few.options)
+        assert few.plan.gpu <= least - 2 * GIB
+        assert f"vision tower: pixels, run again for {few.vision_group} tiles at a time" in few.text
+        assert select(config, config.stages[0], described, 1, 400 * GIB).vision_group is None
+        fixed = config.replaced(run=config.run.replaced(deterministic=True))
+        for other, ranks in ((fixed, 1), (config, 2)):
+            assert select(other, other.stages[0], described, ranks, planned(other, described, ranks).gpu - 2 * GIB).vision_group is None
+
+
+def test_larger_groups_where_they_cost_nothing(large):
+    config, described = large(131072)
+    found = select(config, config.stages[0], described, 1, 100 * GIB)
+    assert found.vision_group == 32
+
+
+def test_mlps_in_blocks_of_tokens_leave_long_packs_more(large):
+    config, described = large(131072)
+    stage, room = config.stages[0], 128 * GIB
+    found = select(config, stage, described, 2, room)
+    assert (found.mlp_rows, found.vision_group) == (32768, None)
+    assert "MLPs on 32768 tokens at a time" in found.text
+    assert found.plan == stage_plan(config, stage, described, 2, **found.options)
+    assert found.plan.gpu <= room
+    whole = stage_plan(config, stage, described, 2, **(found.options | {"mlp_rows": None}))
+    assert whole.gpu > room
     fixed = config.replaced(run=config.run.replaced(deterministic=True))
-    for other, ranks in ((fixed, 1), (config, 2), (large()[0], 1)):
-        assert select(other, other.stages[0], described, ranks, planned(other, described, ranks).gpu - 2 * GIB).vision_group is None
+    for other in (fixed, large(32768)[0]):
+        assert select(other, other.stages[0], described, 2, room).mlp_rows is None
+
+
+@pytest.mark.parametrize(
+    ("change", "blocks"),
+    [
+        ({}, True),
+        ({"mlp_bias": True}, False),
+        ({"training": Training("lora", rank=8)}, False),
+        ({"training": Training("lora", rank=8, targets=("q_proj", "v_proj"))}, True),
+        ({"training": Training("full", rank=8, targets=("down_proj",))}, False),
+        ({"training": Training("frozen")}, True),
+        ({"training": Training("frozen", quantized=True)}, False),
+    ],
+)
+def test_blocks_only_where_the_fused_operator_runs(change, blocks):
+    shape = replace(QWEN, **change)
+    assert shape.mlp_in_blocks is blocks
+    whole, parts = (plan_memory(shape, 131072, mlp_rows=rows).gpu for rows in (None, 32768))
+    assert (parts < whole) is blocks
 
 
 def with_activations(colour_run, name, **model):
@@ -194,7 +235,7 @@ def test_a_limit_chooses_for_every_stage_and_the_run_is_the_same(colour_run, cap
 
 
 def test_a_run_with_groups_of_tiles(colour_run, monkeypatch):
-    monkeypatch.setattr(selection, "GROUP", 2)
+    monkeypatch.setattr(selection, "GROUPS", (2,))
     found = {}
     for mode in ("keep", "selective"):
         config = with_activations(colour_run, f"grouped-{mode}", activations=mode, gpu_memory=1e-6)

@@ -5,10 +5,11 @@
 
 `32k`, `64k` and `128k`: all 28 layers, weights in bf16, forward and backward, with vision tower and connector; one sequence of visual
 tokens and 2048 text tokens, which have the labels. Policies run in turn: `recompute`, `offload`, `selective` with what fits the free
-memory, and `groups`, which is `recompute` with the vision tower run again for 8 tiles at a time. `optimizer` and `frozen`: the trainer's
-configuration, which is FSDP2 on one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the same with all 28 layers
-over several ranks, each with its own sequence; the worst rank counts. Peaks are recorded at every moment of the step, so that an error in
-one part of the plan is visible. `questions`: seven rows about a video of 512 frames as one tree, next to one row alone.
+memory, and `lean`, which is `selective` with a plan of 40, 48 or 62 GiB at 32K, 64K or 128K (`model.gpu_memory`). `optimizer` and
+`frozen`: the trainer's configuration, which is FSDP2 on one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the
+same with all 28 layers over several ranks, each with its own sequence; the worst rank counts. Peaks are recorded at every moment of the
+step, so that an error in one part of the plan is visible. `questions`: seven rows about a video of 512 frames as one tree, next to one
+row alone.
 """
 
 import argparse
@@ -30,8 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where
 from benchmarks.cuda import ceilings
 from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report, write
-from eagle_kernels import Kept, MemoryPlan, OffloadEngine, Training, fill_memory, plan_memory
-from eagle_kernels.memory.kept import Filled
+from eagle_kernels import MemoryPlan, OffloadEngine, Training, plan_memory
 from eagle_model import EagleForConditionalGeneration, PackedBatch, preset
 from eagle_model.flops import forward_flops
 from eagle_model.memory import decoder_shape, vision_shape
@@ -40,12 +40,14 @@ from eagle_train.distributed.sharding import shard_model
 from eagle_train.distributed.world import start_world
 from eagle_train.planning.gpus import largest_plan
 from eagle_train.training.optim import make_optimizer, set_trainable
-from eagle_train.training.selection import GROUP
+from eagle_train.training.selection import Selection, fill
 from eagle_train.training.speed import peak_flops
 
 GIB = 1 << 30
 TEXT = 2048
-POLICIES = ["recompute", "selective", "groups", "offload"]
+POLICIES = ["recompute", "selective", "lean", "offload"]
+LEAN = {32768: 40.0, 65536: 48.0, 131072: 62.0}
+"""GiB of a plan by tokens."""
 LIBRARIES = ("torch", "triton", "transformers", "flash-attn-4")
 METRICS = {
     "ms": Metric("ms", "lower"),
@@ -230,10 +232,10 @@ def run(
     order: list[str],
     plans: dict[str, MemoryPlan],
     optimizer: torch.optim.Optimizer | None = None,
-    chosen: Filled | None = None,
+    chosen: dict[str, Selection] | None = None,
 ) -> None:
     """Steps with the policies in `order`; one case per policy, with its fastest step and the peaks of its last one."""
-    config = model.config
+    config, chosen = model.config, chosen or {}
     inputs = batch(config, tokens)
     begin = time.perf_counter()
     engine = OffloadEngine(plans["offload"].host + (1 << 20)) if "offload" in order else None
@@ -243,7 +245,10 @@ def run(
     reserved: dict[str, int] = {}
     losses: dict[str, float] = {}
     for policy in order:
-        set_policy(model, policy, engine, chosen)
+        if policy in chosen:
+            model.set_activation_checkpointing("selective", **chosen[policy].options)
+        else:
+            model.set_activation_checkpointing(policy, engine if policy == "offload" else None)
         torch.cuda.empty_cache()
         moments.peaks, moments.reserved, moments.current = {}, 0, None
         ms, losses[policy] = step(model, moments, inputs, optimizer)
@@ -264,21 +269,12 @@ def run(
         if "recompute" in times:
             metrics["over_recompute"] = ms / min(times["recompute"]) - 1
         details = {
-            "kept": str(chosen[:2]) if policy == "selective" and chosen is not None else None,
+            "kept": chosen[policy].text if policy in chosen else None,
             "tokens": tokens, "layers": config.text_config.num_hidden_layers, "all_ms": times[policy], "planned_moment": plan.moment,
             "peaks_gib": {moment: size / GIB for moment, size in peaks[policy].items()},
             "planned_moments_gib": {moment: sum(parts.values()) / GIB for moment, parts in plan.moments.items()},
         }  # fmt: skip
         result.add(f"{name}, {tokens} tokens, {details['layers']} layers, {policy}", details=details, **metrics)
-
-
-def set_policy(model: Any, policy: str, engine: OffloadEngine | None, chosen: Filled | None) -> None:
-    if policy == "groups":
-        model.set_activation_checkpointing("selective", kept=Kept(), vision_group=GROUP)
-    elif policy == "selective" and chosen is not None:
-        model.set_activation_checkpointing(policy, kept=chosen.kept, vision_kept=chosen.vision_kept)
-    else:
-        model.set_activation_checkpointing(policy, engine if policy == "offload" else None)
 
 
 def model_flops(config: Any, tokens: int) -> float:
@@ -309,15 +305,11 @@ def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int, 
         shape = decoder_shape(model.config)
         plan = partial(plan_memory, shape, tokens, vision=vision, labelled=TEXT)
         room = largest_plan((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB) * GIB
-        chosen = fill_memory(
-            lambda kept, vision_kept, plan=plan: plan(kept=kept, vision_kept=vision_kept),
-            room,
-            layers=shape.layers,
-            vision_layers=vision.depth,
-        )
-        log(f"{name}: selective keeps {chosen[:2]}, planned {chosen.plan.gpu / GIB:.1f} of {room / GIB:.1f} GiB")
-        plans = {"recompute": plan(), "offload": plan(offload=True), "selective": chosen.plan}
-        plans["groups"] = plan(vision_kept=Kept.all(vision.depth), vision_group=GROUP)
+        limits = {"selective": room, "lean": LEAN[tokens] * GIB}
+        chosen = {policy: fill(plan, limit, shape, vision, tokens) for policy, limit in limits.items()}
+        for policy in chosen:
+            log(f"{name} {policy}: {chosen[policy].text}")
+        plans = {"recompute": plan(), "offload": plan(offload=True)} | {policy: found.plan for policy, found in chosen.items()}
         order = [policy for policy in order if plans[policy].gpu <= room]
         run(result, name, model, moments, tokens, order, plans, chosen=chosen)
         if out is not None:

@@ -192,13 +192,15 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         kept: Kept | None = None,
         vision_kept: Kept | None = None,
         vision_group: int | None = None,
+        mlp_rows: int | None = None,
     ) -> None:
         """What backward finds of the activations of a layer.
 
         `keep`: all of them. `recompute`: its input. `selective`: its input, and what `kept` says of the decoder's layers and `vision_kept`
         of the vision tower's (default: all that selective activation checkpointing can keep); with `vision_group` the tower keeps pixels
         alone, and backward runs it again for so many tiles at a time, which keep that (not where ranks share sharded parameters and have
-        different numbers of tiles). `offload`: its input, which for layers of the
+        different numbers of tiles), and with `mlp_rows` decoder layers that do not keep gate and up run their MLP on so many tokens at a
+        time (on a GPU; not with adapters, biases or weights in 4 bits). `offload`: its input, which for layers of the
         decoder is in host memory until then (by `engine`; without one inputs stay on their devices). The gradients of all are the same.
         Call it before forward, as often as wanted, and after adapters with dropout were added: `recompute` repeats random numbers where a
         module draws them. Raises ValueError for another mode, and for `selective` and `offload` with dropout.
@@ -212,6 +214,8 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "adapters to 0 or use 'recompute'"
             )
         self.vision_model.vision_model.group = vision_group if mode == "selective" else None
+        for layer in self.language_model.model.layers:
+            layer.mlp.rows = mlp_rows if mode == "selective" else None  # type: ignore[union-attr, assignment]
         whole = partial(checkpoint, use_reentrant=False, preserve_rng_state=True) if dropout and mode == "recompute" else None
         self._set_checkpoints(whole, partial(offload_checkpoint, engine=engine) if mode == "offload" else whole)
         tower, layers = self._tower_layers(), list(self.language_model.model.layers)

@@ -20,6 +20,7 @@ def decoder_shape(config: EagleConfig, training: Training = FULL) -> DecoderShap
         vocab=spec.vocab_size,
         tied=bool(config.tie_word_embeddings),
         vectors=spec.vectors,
+        mlp_bias=spec.mlp_bias,
         training=training,
     )
 

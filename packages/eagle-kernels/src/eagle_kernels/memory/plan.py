@@ -90,10 +90,12 @@ def plan_memory(
     activation_bytes: per element of an activation.
     gradients_kept: gradients exist before the step (accumulation); otherwise backward allocates them.
     offload: the stored inputs of decoder layers are in host memory, except those of `gpu_states` layers. keep_attention: attention outputs
-    and LSE are stored too. mlp_rows: `rows` of `swiglu_mlp`. labelled: number of rows with a label (default: all).
+    and LSE are stored too. mlp_rows: `rows` of `swiglu_mlp`, in layers that do not keep gate and up; without effect where
+    `decoder.mlp_in_blocks` is false. labelled: number of rows with a label (default: all).
     shards: number of FSDP ranks over which weights, gradients and optimizer states are divided.
     kept, vision_kept: what decoder layers and those of the tower keep in addition to their inputs (default: nothing); not with offload.
-    vision_group: backward runs the tower again for so many tiles at a time, which keep vision_kept. exchanged: attention runs through
+    vision_group: backward runs the tower again for so many tiles at a time, which keep vision_kept; with copies the gradients of its layers
+    add up in float32. exchanged: attention runs through
     Ulysses, which keeps more.
 
     Counts what torch allocates, without the CUDA context (0.5 GiB) and libraries' workspaces. Measured accuracy: see the README.
@@ -176,6 +178,7 @@ def plan_memory(
             return 2 * state
         return state + tokens * qkv * act if level < PROJECTIONS else tokens * (heads + decoder.kv_heads * decoder.head_dim) * act
 
+    mlp_rows = mlp_rows if decoder.mlp_in_blocks else None
     rows = tokens if mlp_rows is None else min(tokens, mlp_rows)
     block = rows * decoder.intermediate * act
     weights_of_mlp = 3 * decoder.hidden * decoder.intermediate if decoder.training.mode == "full" else 0
@@ -240,6 +243,8 @@ def plan_memory(
             stored_again = at_once.kept(decoder.hidden, act, vision_kept)
             again["a group of tiles"] = stored_again["vision checkpoints"] + stored_again["pixels"]
             again["gradient of the tower's output"] = vision.patches * vision.width * act
+            if copies:
+                again["float32 gradients of the tower"] = vision.total.trained * max(0, 4 - gradient_bytes)
         live = 9 * patch_states + 3 * inner
         if level >= ATTENTION:
             live = max(9 * patch_states, 4 * patch_states + (2 if level == MLP else 3) * inner)

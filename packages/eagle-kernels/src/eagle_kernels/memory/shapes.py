@@ -26,10 +26,13 @@ class Training:
     targets: tuple[str, ...] | None = None
     quantized: bool = False
 
+    def adapts(self, name: str) -> bool:
+        """Whether the linear layer of this name has an adapter."""
+        return self.rank > 0 and (self.targets is None or any(_ends(name, end) for end in self.targets))
+
     def of(self, parameters: int, linears: Linears) -> "Parameters":
         """Parameters of a module with `parameters` of its own, those of its `linears` included."""
-        chosen = [sizes for name, sizes in linears.items() if self.targets is None or any(_ends(name, end) for end in self.targets)]
-        adapters = self.rank * sum(map(sum, chosen))
+        adapters = self.rank * sum(sum(sizes) for name, sizes in linears.items() if self.adapts(name))
         kept = [wide * narrow for wide, narrow in linears.values()] if self.quantized else []
         return Parameters(
             plain=parameters - sum(kept) + adapters,
@@ -102,7 +105,8 @@ class _Stack:
 class DecoderShape(_Stack):
     """Sizes of a decoder like Llama or Qwen. tied: the head shares the embedding's weight.
 
-    vectors: elements of the biases and QK-norms of a layer; None: biases of q, k and v, as in Qwen2. training: how the decoder is trained.
+    vectors: elements of the biases and QK-norms of a layer; None: biases of q, k and v, as in Qwen2. mlp_bias: whether the linear layers
+    of the MLP have biases. training: how the decoder is trained.
     """
 
     hidden: int
@@ -114,6 +118,7 @@ class DecoderShape(_Stack):
     vocab: int
     tied: bool = False
     vectors: int | None = None
+    mlp_bias: bool = False
     training: Training = Training()
 
     @property
@@ -136,6 +141,12 @@ class DecoderShape(_Stack):
         biases = self.head_dim * (self.heads + 2 * self.kv_heads)
         linears = sum(inputs * outputs for inputs, outputs in self.linears.values())
         return linears + (biases if self.vectors is None else self.vectors) + 2 * self.hidden
+
+    @property
+    def mlp_in_blocks(self) -> bool:
+        """Whether the MLP is one `swiglu_mlp`, which can work on some rows at a time: without biases, adapters and weights in 4 bits."""
+        adapters = any(self.training.adapts(name) for name in self.linears if name.startswith("mlp."))
+        return not (self.mlp_bias or self.training.quantized or adapters)
 
     def kept(self, level: int, tokens: int, itemsize: int, *, exchanged: bool = False) -> int:
         """Bytes that one layer stores for backward at a level of `eagle_kernels.memory.kept`.

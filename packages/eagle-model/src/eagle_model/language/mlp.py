@@ -17,13 +17,16 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
         self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
         self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
+        #: Rows that the fused operator works on at a time where backward computes gate and up again; None: all.
+        self.rows: int | None = None
 
     def forward(self, x: Tensor, pieces: Pieces = WHOLE) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         plain = is_plain_linear(gate) and is_plain_linear(up) and is_plain_linear(down) and gate.bias is None
         # The torch implementation of the fused operator keeps its intermediate results; in pieces it does not.
         if plain and (pieces is WHOLE or use_triton(x)):
-            return swiglu_mlp(x, gate.weight, up.weight, down.weight, recompute=not pieces.keeps_gate)
+            blocks = self.rows if self.rows is not None and self.rows < x.shape[0] and not pieces.keeps_gate else None
+            return swiglu_mlp(x, gate.weight, up.weight, down.weight, rows=blocks, recompute=not pieces.keeps_gate)
         return down(pieces.cheap(swiglu, *pieces.mlp(self._gate_and_up, x)))
 
     def _gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:

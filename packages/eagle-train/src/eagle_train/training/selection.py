@@ -5,11 +5,13 @@ Chosen for every stage, from the plan of its longest pack, before its first step
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
-from eagle_kernels import Kept, MemoryPlan, fill_memory
+from eagle_kernels import DecoderShape, Kept, MemoryPlan, VisionShape, fill_memory
 from eagle_kernels.offload import GIB
 from eagle_train.config import Config, StageConfig
 from eagle_train.distributed.world import World
@@ -17,8 +19,12 @@ from eagle_train.planning.gpus import largest_plan
 
 from .step_memory import rank_tokens, shapes, stage_plan
 
-GROUP = 8
-"""Tiles of a group where the tower keeps pixels alone: 8192 patches of 14 x 14 pixels, enough rows for matrix products at full rate."""
+GROUPS = (32, 16, 8)
+"""Tiles of a group where the tower keeps pixels alone: the most that does not cost the decoder anything. 8 tiles have 8192 patches of
+14 x 14 pixels: enough rows for matrix products at full rate, but few for the time that Python takes to start them."""
+MLP_ROWS = 32768
+"""Tokens of a block where the decoder's MLPs work on blocks: its matrix products lose nothing, and adding up the weight gradients in
+float32 takes about 1 % of them."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Selection:
     """What decoder and vision tower keep, and the plan with it.
 
     vision_group: tiles for which backward runs the tower at a time, from their pixels; None: the tower keeps what `vision_kept` says.
+    mlp_rows: tokens that MLPs of decoder layers work on at a time where gate and up are not kept; None: all.
     room: bytes that the plan had to fit (None: no limit is known). layers, vision_layers: of both stacks; 0 for a frozen tower.
     """
 
@@ -36,36 +43,71 @@ class Selection:
     layers: int
     vision_layers: int
     vision_group: int | None = None
+    mlp_rows: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `set_activation_checkpointing("selective", ...)`."""
+        return {name: getattr(self, name) for name in ("kept", "vision_kept", "vision_group", "mlp_rows")}
 
     @property
     def text(self) -> str:
         """One line for people."""
+        blocks = f", MLPs on {self.mlp_rows} tokens at a time" if self.mlp_rows is not None else ""
         tower = "" if not self.vision_layers else f"; vision tower: {self.vision_kept.text(self.vision_layers)}"
         if self.vision_group is not None:
             tower = f"; vision tower: pixels, run again for {self.vision_group} tiles at a time"
         limit = f" of {self.room / GIB:.1f}" if self.room is not None else ""
-        return f"kept for backward: decoder: {self.kept.text(self.layers)}{tower}; planned {self.plan.gpu / GIB:.1f}{limit} GiB"
+        return f"kept for backward: decoder: {self.kept.text(self.layers)}{blocks}{tower}; planned {self.plan.gpu / GIB:.1f}{limit} GiB"
+
+
+class Planner(Protocol):
+    """The plan of a step with what decoder and tower keep (`stage_plan`, or `plan_memory` with its sizes)."""
+
+    def __call__(
+        self, *, kept: Kept | None = None, vision_kept: Kept | None = None, vision_group: int | None = None, mlp_rows: int | None = None
+    ) -> MemoryPlan: ...
 
 
 def select(config: Config, stage: StageConfig, described: Any, ranks: int, room: float | None) -> Selection:
-    """The most that a step over the longest pack of a stage can keep with a plan of `room` bytes; None: everything.
-
-    The tower may keep pixels alone, which leaves the decoder more, where less is computed again that way (`_may_group`).
-    """
+    """The most that a step over the longest pack of a stage can keep with a plan of `room` bytes; None: everything."""
     decoder, tower = shapes(config, stage, described)
-    layers, depth, tokens = decoder.layers, tower.depth if tower.learns else 0, rank_tokens(config, stage)
+    tokens = rank_tokens(config, stage)
+    # Neither on several ranks, which would gather the tower's sharded parameters for every group and have different numbers of groups.
+    # Nor with run.deterministic, where nothing that memory decides may change a bit: weight gradients are then other sums.
+    groups = GROUPS if ranks == 1 and not config.run.deterministic else ()
+    rows = MLP_ROWS if not config.run.deterministic else None
+    return fill(partial(stage_plan, config, stage, described, ranks), room, decoder, tower, tokens, groups=groups, mlp_rows=rows)
 
-    def chosen(group: int | None) -> Selection:
-        def plan(kept: Kept, vision_kept: Kept) -> MemoryPlan:
+
+def fill(
+    plan: Planner,
+    room: float | None,
+    decoder: DecoderShape,
+    tower: VisionShape,
+    tokens: int,
+    *,
+    groups: Sequence[int] = GROUPS,
+    mlp_rows: int | None = MLP_ROWS,
+) -> Selection:
+    """The most that a step over `tokens` tokens can keep with a plan of `room` bytes; None: everything.
+
+    The tower may keep pixels alone and run in one of `groups`, and MLPs may work on `mlp_rows` tokens at a time, which leave the decoder
+    more, where less is computed again that way.
+    """
+    layers, depth = decoder.layers, tower.depth if tower.learns else 0
+
+    def chosen(group: int | None, rows: int | None) -> Selection:
+        def planned(kept: Kept, vision_kept: Kept) -> MemoryPlan:
             vision_kept = vision_kept if group is None else Kept.all(depth)
-            return stage_plan(config, stage, described, ranks, kept=kept, vision_kept=vision_kept, vision_group=group)
+            return plan(kept=kept, vision_kept=vision_kept, vision_group=group, mlp_rows=rows)
 
         if room is None:
             kept, vision_kept = Kept.all(layers), Kept.all(depth)
-            most = plan(kept, vision_kept)
+            most = planned(kept, vision_kept)
         else:
-            kept, vision_kept, most = fill_memory(plan, room, layers=layers, vision_layers=0 if group else depth)
-        return Selection(kept, Kept.all(depth) if group else vision_kept, most, room, layers, depth, group)
+            kept, vision_kept, most = fill_memory(planned, room, layers=layers, vision_layers=0 if group else depth)
+        return Selection(kept, Kept.all(depth) if group else vision_kept, most, room, layers, depth, group, rows)
 
     def repeated(found: Selection) -> tuple[bool, int]:
         """What decides: the FLOPs that are computed again, or, where it does not fit, the memory."""
@@ -75,18 +117,14 @@ def select(config: Config, stage: StageConfig, described: Any, ranks: int, room:
         again = sum(decoder.repeated(level, tokens) for level in levels)
         return False, again + tower.repeated(found.vision_kept, grouped=found.vision_group is not None)
 
-    by_layers = chosen(None)
-    return min(by_layers, chosen(GROUP), key=repeated) if depth and room is not None and _may_group(config, ranks) else by_layers
+    if room is None:
+        return chosen(None, None)
+    ways = itertools.product((None, *(groups if depth else ())), (None, *((mlp_rows,) if _in_blocks(decoder, tokens, mlp_rows) else ())))
+    return min((chosen(group, rows) for group, rows in ways), key=repeated)
 
 
-def _may_group(config: Config, ranks: int) -> bool:
-    """Whether the tower may run in groups of tiles.
-
-    Not on several ranks, which would gather sharded parameters for every group and have different numbers of groups. Not with
-    `run.deterministic`, because weight gradients are then sums over groups, in another order; and not with bfloat16 weights, whose
-    gradients would add up in bfloat16.
-    """
-    return ranks == 1 and not config.run.deterministic and config.model.weights == "float32"
+def _in_blocks(decoder: DecoderShape, tokens: int, rows: int | None) -> bool:
+    return rows is not None and rows < tokens and decoder.mlp_in_blocks
 
 
 class Selector:

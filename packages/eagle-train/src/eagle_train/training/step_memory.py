@@ -72,10 +72,12 @@ def stage_plan(
     kept: Kept | None = None,
     vision_kept: Kept | None = None,
     vision_group: int | None = None,
+    mlp_rows: int | None = None,
 ) -> MemoryPlan:
     """What a step over the longest pack of a stage needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`).
 
-    kept, vision_kept, vision_group: what decoder and vision tower keep with `selective` (default: inputs of layers alone).
+    kept, vision_kept, vision_group: what decoder and vision tower keep with `selective` (default: inputs of layers alone). mlp_rows: tokens
+    that MLPs of the decoder work on at a time.
     """
     average = averaged_parameters(config, described) if config.model.ema is not None else 0
     low = config.parallel.dtype == "bfloat16"
@@ -95,6 +97,7 @@ def stage_plan(
         kept=kept,
         vision_kept=vision_kept,
         vision_group=vision_group,
+        mlp_rows=mlp_rows,
         exchanged=config.parallel.ulysses > 1 or config.parallel.context == "auto",
         shards=shards,
     )

@@ -290,8 +290,7 @@ class Trainer:
             return
         model: Any = self.model
         self.selection = chosen = self._selector.select(stage, model.config)
-        options = {"kept": chosen.kept, "vision_kept": chosen.vision_kept, "vision_group": chosen.vision_group}
-        model.set_activation_checkpointing("selective", **options)
+        model.set_activation_checkpointing("selective", **chosen.options)
         if self.world.is_main:
             logger.info("stage %s: %s", stage.name, chosen.text)
 

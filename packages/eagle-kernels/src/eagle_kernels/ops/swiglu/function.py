@@ -114,6 +114,7 @@ class _SwiGLUMLP(torch.autograd.Function):
                         dtype = ctx.dtypes[slot] if rows >= x.shape[0] else wide
                         total = sums[slot] = torch.empty((left.shape[1], right.shape[1]), dtype=dtype, device=x.device)
                     accumulate_(total, left.t(), right, first)
+            del dgate, dup, inner, pairs, left, right  # before the next block's are made
         return (dx, *(s.to(dtype) if s is not None else None for s, dtype in zip(sums, ctx.dtypes)), None, None, None)
 
 
