@@ -9,7 +9,8 @@ memory, and `lean`, which is `selective` with a plan of 40, 48 or 62 GiB at 32K,
 `frozen`: the trainer's configuration, which is FSDP2 on one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the
 same with all 28 layers over several ranks, each with its own sequence; the worst rank counts. Peaks are recorded at every moment of the
 step, so that an error in one part of the plan is visible. `questions`: seven rows about a video of 512 frames as one tree, next to one
-row alone.
+row alone. `--rival`: afterwards the same steps by transformers, Liger and flash-attn-4 (`rival_step.py`); `questions` compares with its
+step of one row.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,12 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+import rival_step
+
 from benchmarks.cuda import ceilings
 from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report, write
+from benchmarks.rivals import Absent
 from eagle_kernels import MemoryPlan, OffloadEngine, Training, plan_memory
 from eagle_model import EagleForConditionalGeneration, PackedBatch, preset
 from eagle_model.flops import forward_flops
@@ -285,16 +290,56 @@ def model_flops(config: Any, tokens: int) -> float:
     return 3 * (flops.token * tokens + flops.pair * tokens * (tokens + 1) / 2 + flops.label * TEXT + (flops.tile + flops.connector) * tiles)
 
 
-def make(layers: int, dtype: torch.dtype) -> Any:
+def make(layers: int, dtype: torch.dtype, kind: Callable[[Any], Any] = EagleForConditionalGeneration) -> Any:
     """A model with random weights, made on the GPU, where filling 8 billion values takes a second."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda"):
-            return EagleForConditionalGeneration(described(layers)).train()
+            return kind(described(layers)).train()
     finally:
         torch.set_default_dtype(before)
+
+
+def rival(result: Result, cases: list[tuple[str, int]], rounds: int, layers: int, out: Path | None) -> None:
+    """The same steps by public packages; a case that fails does not stop the others."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        model = make(layers, torch.bfloat16, rival_step.make)
+    except Exception as error:
+        result.absent += [Absent(name, rival_step.NAME, f"{type(error).__name__}: {error}"[:200]) for name, _ in cases]
+        return
+    config = described(layers)
+    for name, tokens in cases:
+        try:
+            times, loss = [], 0.0
+            inputs = questions(config, tokens, 1)[1] if name == "questions" else batch(config, tokens)
+            for _ in range(rounds + 1):
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                found = rival_step.loss(model, inputs)
+                found.backward()
+                torch.cuda.synchronize()
+                times.append((time.perf_counter() - begin) * 1e3)
+                loss = found.item()
+                model.zero_grad(set_to_none=True)
+                log(
+                    f"{name} {rival_step.NAME}: {times[-1]:.0f} ms, loss {loss:.4f}, peak {torch.cuda.max_memory_allocated() / GIB:.2f} GiB"
+                )
+            ms, peak = min(times), torch.cuda.max_memory_allocated()
+            more = {"rows_per_s": 1e3 / ms} if name == "questions" else {"tokens_per_s": tokens / ms * 1e3}
+            details = {"tokens": inputs.input_ids.numel(), "all_ms": times}
+            result.add(f"{name}, {tokens} tokens", rival_step.NAME, details=details, ms=ms, peak_gib=peak / GIB, loss=loss, **more)
+        except Exception as error:
+            log(f"{name} {rival_step.NAME}: {type(error).__name__}: {str(error)[:300]}")
+            result.absent.append(Absent(name, rival_step.NAME, f"{type(error).__name__}: {error}"[:200]))
+            model.zero_grad(set_to_none=True)
+        if out is not None:
+            write(result, out)
 
 
 def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int, out: Path | None) -> None:
@@ -344,6 +389,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["32k", "64k", "128k", "optimizer", "frozen"], metavar="CASE")
     parser.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES, help="of 32k, 64k and 128k")
     parser.add_argument("--rounds", type=int, default=2, help="steps of every policy")
+    parser.add_argument("--rival", action="store_true", help="also 32k, 64k, 128k and questions by public packages")
     add_out(parser)
     options = parser.parse_args()
     if unknown := set(options.only) - {"32k", "64k", "128k", "optimizer", "frozen", "shards", "questions"}:
@@ -365,6 +411,10 @@ def main() -> None:
         plain(result, cases, 28, options.out)
     if "questions" in options.only:
         shared_media(result, 131072, options.rounds, 28)
+        gc.collect()
+    if options.rival and ranks == 1:
+        compared = [*((name, tokens) for name, tokens, _ in cases), *([("questions", 131072)] if "questions" in options.only else [])]
+        rival(result, compared, options.rounds, 28, options.out)
         gc.collect()
     for name, layers, frozen in (("optimizer", 12, False), ("frozen", 16, True), ("shards", 28, False)):
         if name in options.only:

@@ -1,0 +1,74 @@
+"""The same training step by public packages: transformers' InternVL of our sizes, Liger's operators, flash-attn-4, a checkpoint a layer.
+
+Used by `step.py`. The loss is Liger's fused linear cross-entropy over the rows that have labels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle_model import PackedBatch
+
+NAME = "transformers + Liger + flash-attn-4"
+ATTENTION = "flash_attn_4_causal"
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **_: Any) -> Any:
+    """transformers' interface: query [B, heads, T, D], key and value [B, kv_heads, T, D] -> [B, T, heads, D]; causal."""
+    from flash_attn.cute.interface import flash_attn_func
+
+    q, k, v = (one.transpose(1, 2) for one in (query, key, value))
+    out = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True)
+    return out[0] if isinstance(out, tuple) else out, None
+
+
+def make(config: Any, *, plain: bool = False) -> Any:
+    """The model with the sizes of `config`, on the default device, in the default dtype. plain: without Liger and flash-attn-4 (a CPU).
+
+    Raises ImportError where a package is missing.
+    """
+    from transformers import AttentionInterface, InternVLConfig, InternVLForConditionalGeneration
+    from transformers.masking_utils import AttentionMaskInterface
+
+    if not plain:
+        import flash_attn.cute.interface  # noqa: F401
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+
+        apply_liger_kernel_to_qwen2(rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False)
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+    vision, text = config.vision_config, config.text_config.to_dict()
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    like = InternVLConfig(
+        vision_config={name: getattr(vision, name) for name in fields} | {"attention_bias": True},
+        text_config=text,
+        image_token_id=config.image_token_index,
+        image_seq_length=config.tokens_per_tile,
+        downsample_ratio=config.downsample_ratio,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    like.vision_config._attn_implementation = "sdpa"
+    like.text_config._attn_implementation = "sdpa" if plain else ATTENTION
+    model: Any = InternVLForConditionalGeneration(like).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
+def loss(model: Any, pack: PackedBatch, *, plain: bool = False) -> Tensor:
+    """Mean loss of the rows with labels, which are the last ones of a pack of one sequence."""
+    assert isinstance(pack.targets, Tensor)
+    assert isinstance(pack.tiles, Tensor)
+    pixels = torch.empty(len(pack.tiles), 3, *pack.tiles.shape[1:3], dtype=model.dtype, device=pack.tiles.device)
+    for part, target in zip(pack.tiles.split(16), pixels.split(16)):
+        target.copy_(part.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    hidden = model.model(
+        input_ids=pack.input_ids[None], pixel_values=pixels, position_ids=pack.position_ids[None], use_cache=False
+    ).last_hidden_state[0]
+    rows, targets = hidden[-pack.num_kept :], pack.targets[-pack.num_kept :]
+    if plain:
+        return torch.nn.functional.cross_entropy(model.lm_head(rows).float(), targets)
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(model.lm_head.weight, rows, targets)
