@@ -11,7 +11,7 @@ from torch import Tensor
 from eagle_model import PackedBatch
 
 NAME = "transformers + Liger + flash-attn-4"
-ATTENTION = "flash_attn_4_causal"
+ATTENTION = "causal_fa4"  # a name with "flash" would be looked for on the hub
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **_: Any) -> Any:
