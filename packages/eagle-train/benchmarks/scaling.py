@@ -1,0 +1,202 @@
+"""`eagle train` of the 8B on one and several GPUs: start-up, tokens a second per GPU, memory against the plan, checkpoints.
+
+    python packages/eagle-train/benchmarks/scaling.py [--only CASE ...] [--folder DIR] [--until SECONDS] [--out FILE.json] [--small]
+
+Rows are questions about one long video, which is generated, so that every pack is full of frames. Random weights (`preset: 8b`), one pack
+per GPU and step, unless GPUs share a pack:
+
+- `one-32k`, `data-32k`: one GPU, and all of them with a pack each. bfloat16 weights and 8-bit AdamW, which one GPU can hold.
+- `context-128k`: all GPUs share a pack of 131072 tokens (all-gather of keys and values), bfloat16 weights and 8-bit AdamW.
+- `adamw-32k`: as `data-32k` with float32 weights and AdamW, which needs several GPUs.
+
+`start_s` is from the start of the command until the record of the first step is in metrics.jsonl, `first_step_s` what that step took
+(kernels are compiled in it). Rates are of the median of the steps after the second. A checkpoint is written in the background after the
+fourth step: `checkpoint_s` is what the steps after it took longer than the median. `--small`: tiny models on two processes of a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from benchmarks.environment import environment
+from benchmarks.results import Metric, Result, add_out, report, write
+from benchmarks.rivals import Absent
+from eagle_train.training.metrics import Metrics
+
+GIB = 1 << 30
+LIBRARIES = ("torch", "transformers", "triton", "flash-attn-4", "torchao", "av")
+METRICS = {
+    "start_s": Metric("s until the first step's record", "lower"),
+    "first_step_s": Metric("s", "lower"),
+    "step_s": Metric("s, median", "lower"),
+    "tokens_per_s": Metric("per GPU", "higher"),
+    "mfu": Metric("", "higher"),
+    "scaling": Metric("of one GPU's rate", "higher"),
+    "reserved_gib": Metric("GiB, main rank", "lower"),
+    "planned_gib": Metric("GiB", "none"),
+    "data_wait": Metric("share", "lower"),
+    "checkpoint_s": Metric("s longer", "lower"),
+    "command_s": Metric("s", "none"),
+}
+LOW: dict[str, Any] = {"model": {"weights": "bfloat16"}, "stage": {"optimizer": "adamw8bit"}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. processes: 0 is all GPUs. shared: whether all of them share a pack."""
+
+    name: str
+    processes: int
+    tokens: int
+    steps: int
+    shared: bool = False
+    save: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = [
+    Case("one-32k", 1, 32768, 6, settings=LOW),
+    Case("data-32k", 0, 32768, 9, save=True, settings=LOW),
+    Case("context-128k", 0, 131072, 4, shared=True, settings=LOW),
+    Case("adamw-32k", 0, 32768, 5),
+]
+
+
+def make_rows(folder: Path, seconds: int, rows: int) -> None:
+    """tokenizer, video.mp4 (four frames a second) and rows.jsonl."""
+    import av
+
+    from eagle_model.tokenizer import train_tokenizer
+
+    with av.open(str(folder / "video.mp4"), "w") as container:
+        stream: Any = container.add_stream("mpeg4", rate=Fraction(4))
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        generator = np.random.default_rng(0)
+        for _ in range(4 * seconds):
+            small = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(small.repeat(20, 0).repeat(20, 1), format="rgb24")))
+        container.mux(stream.encode())
+    line = '{"id": %d, "video": "video.mp4", "conversations": [{"from": "human", "value": "<video>What is shown in part %d?"}, '
+    line += '{"from": "gpt", "value": "Coloured squares that change, part %d of the film."}]}\n'
+    (folder / "rows.jsonl").write_text("".join(line % (index, index, index) for index in range(rows)))
+    train_tokenizer(["What is shown in part 1? Coloured squares that change, part 1 of the film."] * 4, vocab_size=400).save_pretrained(
+        folder / "tokenizer"
+    )
+
+
+def configuration(case: Case, processes: int, small: bool) -> dict[str, Any]:
+    tokens = case.tokens // 16 if small else case.tokens
+    settings = {} if small else case.settings
+    packs = 1 if case.shared else processes
+    stage = {"name": case.name, "max_tokens": tokens, "packs_per_step": packs, "steps": case.steps, "lr": 1.0e-5}
+    return {
+        "run": {"name": case.name, "log_every": 1},
+        "model": {"preset": "tiny" if small else "8b", "tokenizer": "tokenizer"} | settings.get("model", {}),
+        "data": {"sources": {"film": {"annotation": "rows.jsonl"}}},
+        "sampling": {"fps": 2.0},
+        "stages": [stage | settings.get("stage", {})],
+        "parallel": {"all_gather": processes} if case.shared else {},
+        "checkpoint": {"every": 4 if case.save else 1000, "keep": 1},
+    }
+
+
+class Watch(threading.Thread):
+    """Notes when metrics.jsonl got its first line."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self.path, self.found, self.over = path, 0.0, threading.Event()
+        self.begin = time.monotonic()
+
+    def run(self) -> None:
+        while not self.over.wait(0.1):
+            if self.path.is_file() and self.path.stat().st_size:
+                self.found = time.monotonic() - self.begin
+                return
+
+
+def run(folder: Path, case: Case, processes: int, small: bool) -> dict[str, float]:
+    """The metrics of one run, which is removed. Raises RuntimeError with the end of the output when the command fails."""
+    (folder / f"{case.name}.yaml").write_text(yaml.safe_dump(configuration(case, processes, small)))
+    command = [sys.executable, "-m", "eagle_train.cli", "train", f"{case.name}.yaml", "--nproc", str(processes)]
+    command += ["--device", "cpu"] if small else []
+    watch = Watch(folder / "runs" / case.name / "metrics.jsonl")
+    watch.start()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - watch.begin
+    watch.over.set()
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
+    steps = [record for record in Metrics(watch.path) if record["kind"] == "step"]
+    shutil.rmtree(folder / "runs" / case.name)  # with checkpoints of 50 GB
+    later = steps[2:]
+    usual = statistics.median(record["seconds"] for record in later)
+    rate = statistics.median(record["tokens_per_second"] for record in later) / processes
+    found = {"start_s": watch.found, "first_step_s": steps[0]["seconds"], "step_s": usual, "tokens_per_s": rate, "command_s": seconds}
+    found |= {"reserved_gib": steps[-1]["memory_peak"] / GIB, "data_wait": statistics.mean(record["data_wait"] for record in later)}
+    if "memory_planned" in steps[-1]:
+        found["planned_gib"] = steps[-1]["memory_planned"] / GIB
+    if "mfu" in steps[-1]:
+        found["mfu"] = statistics.median(record["mfu"] for record in later)
+    if case.save:
+        found["checkpoint_s"] = sum(record["seconds"] - usual for record in steps[4:])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES])
+    parser.add_argument("--folder", type=Path, help="where runs are written (default: a temporary folder); 50 GB")
+    parser.add_argument("--until", type=float, default=float("inf"), help="no case starts later than so many seconds after the start")
+    parser.add_argument("--small", action="store_true")
+    add_out(parser)
+    options = parser.parse_args()
+    gpus = 2 if options.small else torch.cuda.device_count()
+    if gpus == 0:
+        parser.error("no CUDA device is available; --small runs on a CPU")
+    begin = time.monotonic()
+    result = Result("eagle-train/scaling", environment(LIBRARIES, gpus=0 if options.small else gpus), METRICS, settings={"gpus": gpus})
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        make_rows(folder, 40 if options.small else 300, 64)
+        alone = None
+        for case in (case for case in CASES if case.name in options.only):
+            processes = case.processes or gpus
+            label = f"{case.name}, {processes} GPU{'s' * (processes > 1)}"
+            if time.monotonic() - begin > options.until:
+                result.absent.append(Absent(label, "ours", "not started: the time was up"))
+                continue
+            try:
+                found = run(folder, case, processes, options.small)
+            except Exception as error:
+                print(f"{label}: {error}", flush=True)
+                result.absent.append(Absent(label, "ours", str(error)[-300:]))
+                continue
+            alone = found["tokens_per_s"] if case.name == "one-32k" else alone
+            if case.name == "data-32k" and alone is not None:
+                found["scaling"] = found["tokens_per_s"] / alone
+            result.add(label, **found)
+            print(label, {key: round(value, 3) for key, value in found.items()}, flush=True)
+            if options.out is not None:
+                write(result, options.out)
+    report(result, options.out)
+
+
+if __name__ == "__main__":
+    main()
