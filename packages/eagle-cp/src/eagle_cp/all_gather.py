@@ -140,13 +140,23 @@ def _all_rows(pieces: PieceAttention, lses: Sequence[Tensor]) -> Tensor:
 def _attend_prefix(p: Problem, call: PrefixCall, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Merges the attention of branches over their prefixes into `out: [rows, hq, D]` and `lse: [hq, rows]`."""
     queries, keys = call.queries.on(q.device), call.keys.on(q.device)
-    own_out, own_lse = out[queries], lse[:, queries]
-    added = torch.empty(own_out.shape, dtype=out.dtype, device=out.device)
+    added = torch.empty((call.segments.total_q, *out.shape[1:]), dtype=out.dtype, device=out.device)
     added_lse = p.prefix_kernel.forward(q[queries], k[keys], v[keys], call.segments, False, p.scale, out=added)
+    if _in_place(out, lse):
+        from eagle_cp.kernels import rows  # needs Triton
+
+        rows.merge(out, lse, added, added_lse, queries)
+        return
+    own_out, own_lse = out[queries], lse[:, queries]
     merged = torch.logaddexp(own_lse, added_lse)
     own_share, added_share = ((x - merged).exp().t().unsqueeze(-1) for x in (own_lse, added_lse))
     out[queries] = (own_out * own_share + added * added_share).to(out.dtype)
     lse[:, queries] = merged
+
+
+def _in_place(x: Tensor, lse: Tensor) -> bool:
+    """Whether the kernels of `kernels.rows` take it."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.stride(-1) == 1 and lse.stride(-1) == 1
 
 
 def rank_backward(
@@ -239,7 +249,12 @@ def _prefix_gradients(
     added = torch.empty((call.segments.total_q, *q.shape[1:]), dtype=q.dtype, device=q.device)
     args = dout[queries], q[queries], k[keys], v[keys], out[queries], lse[:, queries].contiguous()
     add_to = p.prefix_kernel.backward_wide(*args, call.segments, False, p.scale, added)
-    dq[queries] = dq[queries] + added
+    if _in_place(dq, lse):
+        from eagle_cp.kernels import rows  # needs Triton
+
+        rows.add(dq, added, queries)
+    else:
+        dq[queries] = dq[queries] + added
     return add_to
 
 
