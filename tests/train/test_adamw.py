@@ -2,6 +2,9 @@
 
 import copy
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +57,39 @@ def test_what_bfloat16_holds_stays_and_what_is_not_finite_too():
     assert torch.equal(rounded(odd), odd)
     assert rounded(torch.tensor([torch.nan])).isnan().all()
     assert rounded(torch.full((100,), 1e-40)).isfinite().all()
+
+
+def check_rounding_kernel(device):
+    """The kernel gives the bits of the torch implementation."""
+    from eagle_train.training.rounding_kernel import launch
+
+    values = torch.randn(5000) * torch.logspace(-40, 38, 5000)
+    values[:4] = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0])
+    for key, first in ((0, 0), (0xFFFFFFFF, 7), (123456789, (5 << 32) - 2000)):
+        found = torch.empty(5000, dtype=torch.bfloat16, device=device)
+        launch(found, values.to(device), key, first)
+        expected = torch.empty(5000, dtype=torch.bfloat16)
+        round_into(expected, values, key, first)
+        assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16)), (key, first)
+    launch(found, torch.full((5000,), torch.nan, device=device), 0, 0)
+    assert found.isnan().all()
+
+
+def test_the_kernel_rounds_to_the_same_bits():
+    """In a process of its own, where Triton interprets."""
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("triton 3.6's interpreter can't loop with numpy >= 2.4")
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    code = "from tests.train.test_adamw import check_rounding_kernel; check_rounding_kernel('cpu')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+def test_the_kernel_rounds_to_the_same_bits_on_a_gpu():
+    check_rounding_kernel("cuda")
 
 
 def test_random_bits_are_even_and_differ_by_key_and_element():

@@ -26,11 +26,11 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
     - States stand for float32, whatever the weights are. In torchao 0.18 they take the weights' dtype and their views do not, so that
       sharded bfloat16 weights (DTensor takes a view) fail in the first step; and the states of small parameters, which are not quantised,
       would be kept in bfloat16, where `beta2` near 1 changes nothing.
+    - Weights in bfloat16 are rounded as `adamw` rounds them (`round_into`): the same on every device and for any number of ranks.
 
-    names: of parameters in bfloat16, which give each its own random numbers on a CPU. Raises ImportError without torchao.
+    names: of parameters in bfloat16, which give each its own random numbers. Raises ImportError without torchao.
     """
     from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    from torchao.optim.quant_utils import _fp32_to_bf16_sr  # pyright: ignore[reportMissingImports]
     from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_unsigned  # pyright: ignore[reportMissingImports]
 
     smallest = sorted(get_qmap_unsigned())[1]
@@ -56,8 +56,7 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
             least = torch.maximum(blocks, blocks.amax(1, keepdim=True) * smallest).view(-1)
             second = torch.where((old_square == 0) & (old_mean != 0), least, second)
         divisor = (second / (1 - betas[1] ** step)).sqrt() + eps
-        result = weights.float() * (1 - lr * decay) - lr * (first / (1 - betas[0] ** step)) / divisor
-        weights.copy_(_fp32_to_bf16_sr(result) if weights.dtype == torch.bfloat16 else result)
+        weights.copy_(weights * (1 - lr * decay) - lr * (first / (1 - betas[0] ** step)) / divisor)
 
     class Float32States(AdamW8bit):
         @staticmethod
@@ -88,8 +87,7 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
                     state["step"] += 1
                     tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
                     weights, gradient, mean, square = (flat(_local(tensor)) for tensor in tensors)
-                    on_cpu = weights.device.type == "cpu"
-                    whole = weights.float() if on_cpu else weights
+                    whole = weights.float()
                     block = self.block_size if isinstance(square, OptimState8bit) else 0
                     settings = group["lr"], group["betas"], group["weight_decay"], group["eps"]
                     compiled(whole, gradient, state["step"], mean, square, block, *settings)

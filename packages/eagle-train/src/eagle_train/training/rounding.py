@@ -8,6 +8,7 @@ of the element in the whole tensor); `key_of` makes the key from a parameter's n
 from __future__ import annotations
 
 import hashlib
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 CHUNK = 1 << 22
 """Elements that are rounded at a time: the hash takes 16 bytes for each of them."""
 _MASK = 0xFFFFFFFF
+_TRITON = find_spec("triton") is not None
 
 
 def key_of(*what: object) -> int:
@@ -37,9 +39,14 @@ def round_into(target: Tensor, values: Tensor, key: int, first: int = 0) -> None
     """Write float32 `values` into the bfloat16 tensor `target` of the same shape, both contiguous.
 
     first: number of the first element in the whole tensor, where this is a shard of it. What is not finite stays as it is; a finite value
-    beyond the largest bfloat16 may become infinite, as in rounding to the nearest.
+    beyond the largest bfloat16 may become infinite, as in rounding to the nearest. One kernel on a GPU.
     """
     flat, out = values.view(-1), target.view(-1)
+    if flat.is_cuda and _TRITON:
+        from .rounding_kernel import launch
+
+        launch(out, flat, key, first)
+        return
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK]
         numbers = torch.arange(first + start, first + start + part.numel(), device=part.device)
