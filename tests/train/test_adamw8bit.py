@@ -1,5 +1,10 @@
 """8-bit AdamW: next to torch's AdamW, in float32 and bfloat16, sharded, and where a mean square is rounded to zero."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +14,7 @@ pytest.importorskip("torchao")
 
 
 from eagle_train.training.adamw8bit import make_adamw8bit
+from eagle_train.training.rounding import key_of
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.integration
@@ -59,6 +65,70 @@ def test_weights_are_those_of_adamw(dtype, bound):
     kinds = [type(optimizer.state[p]["exp_avg_sq"]).__name__ for p in found]
     assert kinds == ["OptimState8bit", "OptimState8bit", "Tensor", "Tensor"]
     assert all(optimizer.state[p]["exp_avg_sq"].dtype == torch.float32 for p in found)
+
+
+def check_kernel(device):
+    """The kernel next to the step in torch on a CPU, from the same states: 8-bit and float32 ones, a lost mean square among them."""
+    from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_unsigned
+
+    from eagle_train.training.adamw8bit_kernel import launch
+
+    torch.compile = lambda function, **_: function
+    smallest = sorted(get_qmap_unsigned())[1]
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for count in (256 * 21, 1000):
+            weight = nn.Parameter(torch.randn(count, dtype=dtype))
+            other = weight.detach().clone().to(device)
+            optimizer = ours([weight])
+            for number in range(1, 4):
+                gradient = torch.randn(count) * torch.logspace(-6, 1, count)
+                gradient[5] = 1e-7 if number == 1 else 0.0
+                gradient = gradient.to(dtype)
+                before = optimizer._state_of(weight)
+                states = [before["exp_avg"], before["exp_avg_sq"]]
+                copies = [
+                    OptimState8bit(*(x.clone().to(device) for x in (one.codes, one.scale, one.qmap)), one.signed)
+                    if isinstance(one, OptimState8bit)
+                    else one.clone().to(device)
+                    for one in states
+                ]
+                other.copy_(weight.detach())
+                block = 256 if isinstance(states[0], OptimState8bit) else 0
+                launch(
+                    other, gradient.to(device), *copies, block, step=number, lr=SETTINGS["lr"], betas=SETTINGS["betas"], decay=0.1,
+                    eps=SETTINGS["eps"], smallest=smallest, key=key_of("0", number), first=0,
+                )  # fmt: skip
+                weight.grad = gradient
+                optimizer.step()
+                wrong = (other.cpu().float() - weight.detach().float()).abs()
+                step = 2**-7 * weight.detach().abs().float() if dtype == torch.bfloat16 else 1e-6
+                assert (wrong <= step).all()
+                assert (wrong > 1e-6).float().mean() < 0.001  # bfloat16: the same random bits
+                for one, copy in zip(states, copies, strict=True):
+                    if block:
+                        assert (one.codes != copy.codes.cpu()).float().mean() < 0.001
+                        assert (one.codes.int() - copy.codes.cpu().int()).abs().max() <= 1
+                        torch.testing.assert_close(one.scale, copy.scale.cpu(), rtol=1e-6, atol=0)
+                    else:
+                        torch.testing.assert_close(one, copy.cpu(), rtol=3e-5, atol=1e-30)  # sums that nearly cancel
+
+
+def test_the_kernel_is_the_same_step():
+    """In a process of its own, where Triton interprets."""
+    triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("triton 3.6's interpreter can't loop with numpy >= 2.4")
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    code = "from tests.train.test_adamw8bit import check_kernel; check_kernel('cpu')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+def test_the_kernel_is_the_same_step_on_a_gpu():
+    check_kernel("cuda")
 
 
 def test_a_lost_mean_square_does_not_move_its_weight():

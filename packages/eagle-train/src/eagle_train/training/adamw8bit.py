@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from eagle_model.weights import local_rows
 
 from .adamw import load_without_casts
-from .rounding import key_of, round_into
+from .rounding import HAS_TRITON, key_of, round_into
 
 SMALLEST = 4096
 """Elements from which torchao keeps a state in 8 bits."""
 
 
 def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, str], **options: Any) -> torch.optim.Optimizer:
-    """torchao's `AdamW8bit` with another step, compiled once for all shapes (torchao compiles its own for every shape).
+    """torchao's `AdamW8bit` with another step: one kernel on a GPU, elsewhere compiled once for all shapes (torchao compiles its own for
+    every shape).
 
     - A mean square that became zero when it was quantised, next to a mean that did not, counts as the smallest number of its block. In a
       step without gradient, as of an unseen token's embedding, the weight would else be changed by mean / eps: seen as 388 instead of
@@ -87,13 +88,21 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
                     state["step"] += 1
                     tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
                     weights, gradient, mean, square = (flat(_local(tensor)) for tensor in tensors)
-                    whole = weights.float()
                     block = self.block_size if isinstance(square, OptimState8bit) else 0
-                    settings = group["lr"], group["betas"], group["weight_decay"], group["eps"]
-                    compiled(whole, gradient, state["step"], mean, square, block, *settings)
-                    if whole.dtype != weights.dtype:  # rounded in the way that repeats (`round_into`)
-                        first = local_rows(parameter.detach())[1] * (parameter[:1].numel() if parameter.ndim else 1)
-                        round_into(weights, whole, key_of(names[parameter], int(state["step"])), first)
+                    low, number = weights.dtype == torch.bfloat16, int(state["step"])
+                    key = key_of(names[parameter], number) if low else 0
+                    first = local_rows(parameter.detach())[1] * (parameter[:1].numel() if parameter.ndim else 1) if low else 0
+                    settings = {"betas": group["betas"], "decay": group["weight_decay"], "eps": group["eps"]}
+                    if weights.is_cuda and HAS_TRITON:
+                        from .adamw8bit_kernel import launch
+
+                        more = {"step": number, "lr": float(group["lr"]), "smallest": smallest, "key": key, "first": first}
+                        launch(weights, gradient.contiguous(), mean, square, block, **settings, **more)
+                        continue
+                    whole = weights.float()
+                    compiled(whole, gradient, state["step"], mean, square, block, group["lr"], **settings)
+                    if low:
+                        round_into(weights, whole, key, first)
             return loss
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:

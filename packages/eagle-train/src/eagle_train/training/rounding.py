@@ -16,7 +16,7 @@ from torch import Tensor
 CHUNK = 1 << 22
 """Elements that are rounded at a time: the hash takes 16 bytes for each of them."""
 _MASK = 0xFFFFFFFF
-_TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
 
 
 def key_of(*what: object) -> int:
@@ -42,7 +42,7 @@ def round_into(target: Tensor, values: Tensor, key: int, first: int = 0) -> None
     beyond the largest bfloat16 may become infinite, as in rounding to the nearest. One kernel on a GPU.
     """
     flat, out = values.view(-1), target.view(-1)
-    if flat.is_cuda and _TRITON:
+    if flat.is_cuda and HAS_TRITON:
         from .rounding_kernel import launch
 
         launch(out, flat, key, first)

@@ -16,10 +16,8 @@ BLOCK = 1024
 
 
 @triton.jit
-def _round(target, values, count, first, key, SIZE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    real = i < count
-    value = tl.load(values + i, mask=real, other=0.0)
+def rounded(value, i, first, key):
+    """float32 values, elements `first + i` of a tensor, as bfloat16."""
     bits = (first + i).to(tl.uint32)
     for number in tl.static_range(2):
         # Constants beyond 2^31 are 64-bit: every result is cut to 32 bits again.
@@ -28,9 +26,16 @@ def _round(target, values, count, first, key, SIZE: tl.constexpr):
         bits = ((bits ^ (bits >> 15)) * 0x846CA68B).to(tl.uint32)
         bits = bits ^ (bits >> 16)
     pattern = value.to(tl.uint32, bitcast=True)
-    rounded = ((pattern + (bits >> 16)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    low = ((pattern + (bits >> 16)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     finite = (pattern & 0x7F800000) != 0x7F800000
-    tl.store(target + i, tl.where(finite, rounded, value.to(tl.bfloat16)), mask=real)
+    return tl.where(finite, low, value.to(tl.bfloat16))
+
+
+@triton.jit
+def _round(target, values, count, first, key, SIZE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    real = i < count
+    tl.store(target + i, rounded(tl.load(values + i, mask=real, other=0.0), i, first, key), mask=real)
 
 
 def launch(target: Tensor, values: Tensor, key: int, first: int) -> None:
