@@ -71,7 +71,7 @@ def check_kernel(device):
     """The kernel next to the step in torch on a CPU, from the same states: 8-bit and float32 ones, a lost mean square among them."""
     from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_unsigned
 
-    from eagle_train.training.adamw8bit_kernel import launch
+    from eagle_train.training.adamw_kernel import launch
 
     torch.compile = lambda function, **_: function
     smallest = sorted(get_qmap_unsigned())[1]

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from eagle_model.weights import local_rows
 
-from .rounding import key_of, round_into
+from .rounding import HAS_TRITON, key_of, round_into
 
 
 def _clone(parameter: nn.Parameter, name: str, value: Any) -> Any:
@@ -86,6 +86,16 @@ class RoundingAdamW(_Float32States):
             steps, (first, second) = int(state["step"]), group["betas"]
             weight, offset = local_rows(parameter.detach())
             gradient, mean, square = (_local(tensor) for tensor in (parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
+            width = parameter[:1].numel() if parameter.ndim else 1
+            key = key_of(self._names[parameter], steps) if weight.dtype == torch.bfloat16 else 0
+            if weight.is_cuda and HAS_TRITON and all(x.is_contiguous() for x in (weight, mean, square)):
+                from .adamw_kernel import launch
+
+                launch(
+                    weight, gradient.contiguous(), mean, square, 0, step=steps, lr=float(group["lr"]), betas=group["betas"],
+                    decay=group["weight_decay"], eps=group["eps"], smallest=0.0, key=key, first=offset * width,
+                )  # fmt: skip
+                continue
             gradient = gradient.float()
             mean.lerp_(gradient, 1 - first)
             square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
@@ -93,8 +103,7 @@ class RoundingAdamW(_Float32States):
             values = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
             values.addcdiv_(mean, divisor, value=-group["lr"] / (1 - first**steps))
             if weight.dtype == torch.bfloat16:
-                width = parameter[:1].numel() if parameter.ndim else 1
-                round_into(weight, values.contiguous(), key_of(self._names[parameter], steps), offset * width)
+                round_into(weight, values.contiguous(), key, offset * width)
             else:
                 weight.copy_(values)
 

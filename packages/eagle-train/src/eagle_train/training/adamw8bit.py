@@ -94,7 +94,7 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
                     first = local_rows(parameter.detach())[1] * (parameter[:1].numel() if parameter.ndim else 1) if low else 0
                     settings = {"betas": group["betas"], "decay": group["weight_decay"], "eps": group["eps"]}
                     if weights.is_cuda and HAS_TRITON:
-                        from .adamw8bit_kernel import launch
+                        from .adamw_kernel import launch
 
                         more = {"step": number, "lr": float(group["lr"]), "smallest": smallest, "key": key, "first": first}
                         launch(weights, gradient.contiguous(), mean, square, block, **settings, **more)

@@ -1,6 +1,6 @@
-"""A step of AdamW with states of 8 bits as one kernel: `adamw8bit.update` and the rounding of `rounding.round_into`.
+"""A step of AdamW as one kernel, with states of 8 bits or float32: that of `adamw8bit` and `adamw.RoundingAdamW`, and their rounding.
 
-States are those of torchao: codes in blocks of 256, a float32 scale for each block (its largest magnitude), and a sorted table of 256
+States of 8 bits are those of torchao: codes in blocks of 256, a float32 scale for each block (its largest magnitude), and a sorted table of 256
 values between which codes choose (arXiv 2110.02861). Each number is read and written once.
 """
 
@@ -83,7 +83,7 @@ def launch(
     weights: Tensor, gradient: Tensor, mean: Any, square: Any, block: int, *,
     step: int, lr: float, betas: tuple[float, float], decay: float, eps: float, smallest: float, key: int, first: int,
 ) -> None:  # fmt: skip
-    """One step of [n] elements, in place.
+    """One step of n elements, in place; all tensors are contiguous.
 
     weights: float32 or bfloat16, rounded stochastically by `key` and `first` (`round_into`). mean, square: torchao's 8-bit states with
     blocks of `block` elements, n a multiple of it; float32 tensors where block is 0. step: from 1.
