@@ -1,7 +1,7 @@
 """A step of AdamW as one kernel, with states of 8 bits or float32: that of `adamw8bit` and `adamw.RoundingAdamW`, and their rounding.
 
-States of 8 bits are those of torchao: codes in blocks of 256, a float32 scale for each block (its largest magnitude), and a sorted table of 256
-values between which codes choose (arXiv 2110.02861). Each number is read and written once.
+States of 8 bits are those of torchao: codes in blocks of 256, a float32 scale for each block (its largest magnitude), and a sorted table
+of 256 values between which codes choose (arXiv 2110.02861). Each number is read and written once.
 """
 
 # Triton's language has no types.
