@@ -18,7 +18,7 @@ from eagle_train.planning.gpus import largest_plan
 from eagle_train.runs.prediction import Rate, named_gpu, predict_stages
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
-from eagle_train.training import memory, selection
+from eagle_train.training import memory, step_memory
 from eagle_train.training.memory import OutOfMemory, Usage
 from eagle_train.training.metrics import Metrics, same_run
 from eagle_train.training.model import model_config
@@ -149,16 +149,18 @@ def test_groups_of_tiles_leave_the_decoder_more(large):
     """On one rank: several would gather the tower for every group. Deterministic runs may not have other sums."""
     for weights in ("float32", "bfloat16"):
         config, described = large(weights=weights)
-        least = planned(config, described, 1).gpu
+        least = stage_plan(config, config.stages[0], described, 1).gpu
         few = select(config, config.stages[0], described, 1, least - 2 * GIB)
-        assert few.vision_group in selection.GROUPS
+        assert few.vision_group in step_memory.GROUPS
         assert few.plan == stage_plan(config, config.stages[0], described, 1, **few.options)
         assert few.plan.gpu <= least - 2 * GIB
         assert f"vision tower: pixels, run again for {few.vision_group} tiles at a time" in few.text
+        assert planned(config, described, 1).gpu < least - 2 * GIB
         assert select(config, config.stages[0], described, 1, 400 * GIB).vision_group is None
         fixed = config.replaced(run=config.run.replaced(deterministic=True))
         for other, ranks in ((fixed, 1), (config, 2)):
-            assert select(other, other.stages[0], described, ranks, planned(other, described, ranks).gpu - 2 * GIB).vision_group is None
+            room = stage_plan(other, other.stages[0], described, ranks).gpu - 2 * GIB
+            assert select(other, other.stages[0], described, ranks, room).vision_group is None
 
 
 def test_larger_groups_where_they_cost_nothing(large):
@@ -235,7 +237,7 @@ def test_a_limit_chooses_for_every_stage_and_the_run_is_the_same(colour_run, cap
 
 
 def test_a_run_with_groups_of_tiles(colour_run, monkeypatch):
-    monkeypatch.setattr(selection, "GROUPS", (2,))
+    monkeypatch.setattr(step_memory, "GROUPS", (2,))
     found = {}
     for mode in ("keep", "selective"):
         config = with_activations(colour_run, f"grouped-{mode}", activations=mode, gpu_memory=1e-6)

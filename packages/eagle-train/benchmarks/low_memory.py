@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -99,6 +99,9 @@ def main() -> None:
             "last": {},
         }
     )
+    given = {"steps": options.steps, "lr": options.lr, "tokens": ROWS * LENGTH}
+    if result["options"] != given:
+        parser.error(f"{options.out} is of runs with {result['options']}, not {given}; give another --out")
     for name in filter(installed, options.only):
         begin = time.monotonic()
         curves = [run(name, seed, options) for seed in range(options.seeds)]

@@ -17,14 +17,7 @@ from eagle_train.config import Config, StageConfig
 from eagle_train.distributed.world import World
 from eagle_train.planning.gpus import largest_plan
 
-from .step_memory import rank_tokens, shapes, stage_plan
-
-GROUPS = (32, 16, 8)
-"""Tiles of a group where the tower keeps pixels alone: the most that does not cost the decoder anything. 8 tiles have 8192 patches of
-14 x 14 pixels: enough rows for matrix products at full rate, but few for the time that Python takes to start them."""
-MLP_ROWS = 32768
-"""Tokens of a block where the decoder's MLPs work on blocks: its matrix products lose nothing, and adding up the weight gradients in
-float32 takes about 1 % of them."""
+from .step_memory import GROUPS, MLP_ROWS, other_sums, rank_tokens, shapes, stage_plan
 
 
 @dataclass(frozen=True)
@@ -72,12 +65,9 @@ class Planner(Protocol):
 def select(config: Config, stage: StageConfig, described: Any, ranks: int, room: float | None) -> Selection:
     """The most that a step over the longest pack of a stage can keep with a plan of `room` bytes; None: everything."""
     decoder, tower = shapes(config, stage, described)
-    tokens = rank_tokens(config, stage)
-    # Neither on several ranks, which would gather the tower's sharded parameters for every group and have different numbers of groups.
-    # Nor with run.deterministic, where nothing that memory decides may change a bit: weight gradients are then other sums.
-    groups = GROUPS if ranks == 1 and not config.run.deterministic else ()
-    rows = MLP_ROWS if not config.run.deterministic else None
-    return fill(partial(stage_plan, config, stage, described, ranks), room, decoder, tower, tokens, groups=groups, mlp_rows=rows)
+    groups, rows = other_sums(config, ranks)
+    plan = partial(stage_plan, config, stage, described, ranks)
+    return fill(plan, room, decoder, tower, rank_tokens(config, stage), groups=groups, mlp_rows=rows)
 
 
 def fill(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from eagle_cp.planner import WHOLE_ROWS
@@ -13,6 +14,13 @@ from eagle_train.config.model import Part
 
 from .optim import OPTIMIZERS
 
+GROUPS = (32, 16, 8)
+"""Tiles of a group where the tower keeps pixels alone: the most that does not cost the decoder anything. 8 tiles have 8192 patches of
+14 x 14 pixels: enough rows for matrix products at full rate, but few for the time that Python takes to start them."""
+MLP_ROWS = 32768
+"""Tokens of a block where the decoder's MLPs work on blocks: its matrix products lose nothing, and adding up the weight gradients in
+float32 takes about 1 % of them."""
+
 
 def rank_tokens(config: Config, stage: StageConfig) -> int:
     """Tokens of the longest pack of a stage that one rank holds, at most."""
@@ -20,13 +28,36 @@ def rank_tokens(config: Config, stage: StageConfig) -> int:
     return math.ceil(share * WHOLE_ROWS) if config.parallel.context == "auto" else share
 
 
+def other_sums(config: Config, ranks: int) -> tuple[tuple[int, ...], int | None]:
+    """Sizes of groups of tiles, and of blocks of the MLPs' tokens, that `selective` may choose: weight gradients are then other sums.
+
+    None with `run.deterministic`, where nothing that memory decides may change a bit. No groups on several ranks, which would gather the
+    tower's sharded parameters for every group and have different numbers of groups.
+    """
+    if config.run.deterministic:
+        return (), None
+    return GROUPS if ranks == 1 else (), MLP_ROWS
+
+
+def least_plan(config: Config, stage: StageConfig, described: Any, ranks: int) -> MemoryPlan:
+    """What a step over the longest pack of a stage needs at least; with `keep`, more than that."""
+    plan = partial(stage_plan, config, stage, described, ranks)
+    if config.model.activations != "selective":
+        return plan()
+    groups, rows = other_sums(config, ranks)
+    tower = shapes(config, stage, described)[1]
+    depth = tower.depth if tower.learns else 0
+    towers: list[dict[str, Any]] = [{}, *({"vision_group": group, "vision_kept": Kept.all(depth)} for group in groups if depth)]
+    return min((plan(mlp_rows=some, **one) for one in towers for some in (None, rows)), key=lambda found: found.gpu)
+
+
 def stage_plans(config: Config, described: Any, ranks: int) -> dict[str, MemoryPlan]:
-    """`stage_plan` of every stage, by name."""
-    return {stage.name: stage_plan(config, stage, described, ranks) for stage in config.stages}
+    """`least_plan` of every stage, by name."""
+    return {stage.name: least_plan(config, stage, described, ranks) for stage in config.stages}
 
 
 def planned(config: Config, described: Any, ranks: int) -> MemoryPlan:
-    """The plan of the stage that needs most."""
+    """The least plan of the stage that needs most."""
     return max(stage_plans(config, described, ranks).values(), key=lambda plan: plan.gpu)
 
 
