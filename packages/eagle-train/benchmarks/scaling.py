@@ -11,8 +11,9 @@ per GPU and step, unless GPUs share a pack:
 - `one-256k`: one GPU, one sample of 262144 tokens, bfloat16 weights and 8-bit AdamW; a single step.
 
 `start_s` is from the start of the command until the record of the first step is in metrics.jsonl, `first_step_s` what that step took
-(kernels are compiled in it). Rates are of the median of the steps after the second, or of the last step of a shorter run. A checkpoint is written in the background after the
-fourth step: `checkpoint_s` is what the steps after it took longer than the median. `--small`: tiny models on two processes of a CPU.
+(kernels are compiled in it). Rates are of the median of the steps after the second, or of the last step of a shorter run. A checkpoint is
+written in the background after the fourth step: `checkpoint_s` is what the steps after it took longer than the median. `--small`: tiny
+models on two processes of a CPU.
 """
 
 from __future__ import annotations
