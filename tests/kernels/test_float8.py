@@ -174,10 +174,8 @@ def mlp_inputs(height: int, hidden: int, inner: int, dtype: torch.dtype, device:
 def test_mlp_is_its_three_layers(exact, relative_error):
     x, *weights = mlp_inputs(19, 32, 48, torch.float64)
     dout = torch.randn(19, 32, dtype=torch.float64)
-    found, expected = (
-        run(functools.partial(function, exact_weight_gradient=exact), [x, *weights], dout)
-        for function in (float8_mlp, reference.float8_mlp)
-    )
+    functions = [functools.partial(function, exact_weight_gradient=exact) for function in (float8_mlp, reference.float8_mlp)]
+    found, expected = (run(function, [x, *weights], dout) for function in functions)
     for one, other in zip(found, expected):
         assert relative_error(one, other) < 1e-12
 
