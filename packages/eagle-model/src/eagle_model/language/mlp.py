@@ -1,9 +1,10 @@
-"""The gated MLP of the decoder, through one fused operator where its projections are plain linears."""
+"""The gated MLP of the decoder, through one fused operator where its projections are plain linears, or all have 8-bit products."""
 
 from torch import Tensor, nn
 
-from eagle_kernels import swiglu, swiglu_mlp
+from eagle_kernels import float8_mlp, swiglu, swiglu_mlp
 from eagle_kernels.dispatch import use_triton
+from eagle_model.float8 import all_float8, apply_together
 from eagle_model.fused import is_plain_linear
 from eagle_model.language.spec import DecoderSpec
 from eagle_model.pieces import WHOLE, Pieces
@@ -20,11 +21,14 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, pieces: Pieces = WHOLE) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        plain = is_plain_linear(gate) and is_plain_linear(up) and is_plain_linear(down) and gate.bias is None
-        # The torch implementation of the fused operator keeps its intermediate results; in pieces it does not.
-        if plain and (pieces is WHOLE or use_triton(x)):
-            return swiglu_mlp(x, gate.weight, up.weight, down.weight, recompute=not pieces.keeps_gate)
+        # The torch implementation of the fused operators keeps their intermediate results; in pieces it does not.
+        if gate.bias is None and (pieces is WHOLE or use_triton(x)):
+            weights, recompute = (gate.weight, up.weight, down.weight), not pieces.keeps_gate
+            if is_plain_linear(gate) and is_plain_linear(up) and is_plain_linear(down):
+                return swiglu_mlp(x, *weights, recompute=recompute)
+            if all_float8(gate, up, down):
+                return float8_mlp(x, *weights, recompute=recompute, exact_weight_gradient=gate.exact_weight_gradient)  # type: ignore[arg-type]
         return down(pieces.cheap(swiglu, *pieces.mlp(self._gate_and_up, x)))
 
     def _gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.gate_proj(x), self.up_proj(x)
+        return apply_together((self.gate_proj, self.up_proj), x)  # type: ignore[return-value]
