@@ -278,7 +278,8 @@ def test_gpu_agrees_with_the_reference_in_float64(height, narrow, wide, exact, r
     plain = run(F.linear, wide_inputs, dout.double())
     for name, one, other, expected in zip(("output", "dx", "dweight", "dbias"), found, emulated, plain):
         assert one.dtype == torch.bfloat16
-        assert relative_error(one, other) < 8e-3, name
+        # Partial sums of outputs and input gradients have fewer bits than float32.
+        assert relative_error(one, other) < (2e-2 if name in ("output", "dx") else 8e-3), name
         assert relative_error(one, expected) < 0.06, name
 
 

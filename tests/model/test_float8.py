@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from eagle_kernels import Kept, use_implementation
+from eagle_kernels import Kept, OffloadEngine, use_implementation
 from eagle_model.float8 import Float8Linear, apply_together
 from eagle_model.layers import linear_layers, replace_layer
 from eagle_model.lora import Float8LoraLinear, add_lora, is_adapter, merge_lora, use_float8
@@ -75,32 +75,23 @@ def test_gradients_are_close_to_those_without_rounding(recipe):
     assert torch.cosine_similarity(*whole, dim=0) > 0.98
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    torch.use_deterministic_algorithms(request.param == "cuda")
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_all_policies_give_the_gradients_of_keep_to_the_bit(recipe, device):
     model = make(recipe, ("vision", "connector", "language")).to(device, torch.bfloat16)
-    torch.use_deterministic_algorithms(device == "cuda", warn_only=True)
-    try:
-        expected = step(model, device=device)
-        assert len(expected[1]) == len(list(model.parameters()))
-        assert_same(step(model, "recompute", device), expected)
-        for kept in KEPT:
-            assert_same(step(model, "selective", device, kept=kept, vision_kept=Kept(kept.attention, kept.mlp, 0)), expected)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.gpu
-def test_offload_on_a_gpu_gives_the_gradients_of_keep_to_the_bit():
-    from eagle_kernels import OffloadEngine
-
-    model = make("rowwise").to("cuda", torch.bfloat16)
-    expected = step(model, device="cuda")
-    model.zero_grad(set_to_none=True)
-    model.set_activation_checkpointing("offload", OffloadEngine(1 << 24))
-    loss = model(pack().to("cuda")).loss
-    loss.backward()
-    assert_same((loss.item(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}), expected)
+    expected = step(model, device=device)
+    assert len(expected[1]) == len(list(model.parameters()))
+    assert_same(step(model, "recompute", device), expected)
+    for kept in KEPT:
+        assert_same(step(model, "selective", device, kept=kept, vision_kept=Kept(kept.attention, kept.mlp, 0)), expected)
+    engine = OffloadEngine(1 << 24, device=torch.device(device))
+    assert_same(step(model, "offload", device, engine=engine), expected)
 
 
 def test_what_is_kept_takes_the_bytes_of_a_model_without_rounding():

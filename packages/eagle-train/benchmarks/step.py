@@ -5,7 +5,8 @@
 
 `32k`, `64k` and `128k`: all 28 layers, weights in bf16, forward and backward, with vision tower and connector; one sequence of visual
 tokens and 2048 text tokens, which have the labels. Policies run in turn: `recompute`, `offload`, `selective` with what fits the free
-memory, and `groups`, which is `recompute` with the vision tower run again for 8 tiles at a time. `optimizer` and `frozen`: the trainer's
+memory, and `groups`, which is `recompute` with the vision tower run again for 8 tiles at a time. `--fp8` runs each policy also with
+products of 8-bit floats in the decoder's linear layers, in turn with bf16 and on the same weights. `optimizer` and `frozen`: the trainer's
 configuration, which is FSDP2 on one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the same with all 28 layers
 over several ranks, each with its own sequence; the worst rank counts. Peaks are recorded at every moment of the step, so that an error in
 one part of the plan is visible. `questions`: seven rows about a video of 512 frames as one tree, next to one row alone.
@@ -17,6 +18,7 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,9 @@ from benchmarks.results import Metric, Result, add_out, report, write
 from eagle_kernels import Kept, MemoryPlan, OffloadEngine, Training, fill_memory, plan_memory
 from eagle_kernels.memory.kept import Filled
 from eagle_model import EagleForConditionalGeneration, PackedBatch, preset
+from eagle_model.float8 import Float8Linear
 from eagle_model.flops import forward_flops
+from eagle_model.layers import linear_layers, replace_layer
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import ParallelConfig, StageConfig
 from eagle_train.distributed.sharding import shard_model
@@ -46,11 +50,14 @@ from eagle_train.training.speed import peak_flops
 GIB = 1 << 30
 TEXT = 2048
 POLICIES = ["recompute", "selective", "groups", "offload"]
+RECIPES = ["rowwise", "rowwise_with_gw_hp"]
+FP8 = ", fp8 "
 LIBRARIES = ("torch", "triton", "transformers", "flash-attn-4")
 METRICS = {
     "ms": Metric("ms", "lower"),
     "tokens_per_s": Metric("", "higher"),
     "over_recompute": Metric("", "none"),
+    "speedup_over_bf16": Metric("", "higher"),
     "mfu": Metric("", "higher"),
     "peak_gib": Metric("GiB", "lower"),
     "reserved_gib": Metric("GiB", "lower"),
@@ -102,6 +109,18 @@ class Moments:
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(before_layer(index))
         model.language_model.model.norm.register_forward_pre_hook(before_norm)
+
+
+class Precisions:
+    """The decoder's linear layers with products of bf16, or of 8-bit floats by a recipe; the weights are the same."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.plain = model, linear_layers(model, "language")
+
+    def set(self, recipe: str) -> None:
+        """recipe: empty for bf16."""
+        for name, layer in self.plain.items():
+            replace_layer(self.model, name, Float8Linear(layer, recipe) if recipe else layer)  # pyright: ignore[reportArgumentType]
 
 
 def log(text: str) -> None:
@@ -231,9 +250,13 @@ def run(
     plans: dict[str, MemoryPlan],
     optimizer: torch.optim.Optimizer | None = None,
     chosen: Filled | None = None,
+    profile: bool = False,
 ) -> None:
-    """Steps with the policies in `order`; one case per policy, with its fastest step and the peaks of its last one."""
-    config = model.config
+    """Steps with the policies in `order`; one case per policy, with its fastest step and the peaks of its last one.
+
+    A policy's name may end in FP8 and a recipe. profile: one more step of each, with the milliseconds of every kernel.
+    """
+    config, precisions = model.config, Precisions(model)
     inputs = batch(config, tokens)
     begin = time.perf_counter()
     engine = OffloadEngine(plans["offload"].host + (1 << 20)) if "offload" in order else None
@@ -243,17 +266,39 @@ def run(
     reserved: dict[str, int] = {}
     losses: dict[str, float] = {}
     for policy in order:
-        set_policy(model, policy, engine, chosen)
+        plain_policy, _, recipe = policy.partition(FP8)
+        set_policy(model, plain_policy, engine, chosen)
+        precisions.set(recipe)
         torch.cuda.empty_cache()
         moments.peaks, moments.reserved, moments.current = {}, 0, None
-        ms, losses[policy] = step(model, moments, inputs, optimizer)
+        try:
+            ms, losses[policy] = step(model, moments, inputs, optimizer)
+        except RuntimeError as error:  # out of memory too; the others go on
+            if not recipe:
+                raise
+            log(f"{name} {policy}: {type(error).__name__}: {str(error)[:400]}")
+            model.zero_grad(set_to_none=True)
+            continue
         ms, peak = worst(ms, moments.peaks)
         times[policy].append(ms)
         peaks[policy], reserved[policy] = peak, moments.reserved
         log(f"{name} {policy}: {ms:.0f} ms, loss {losses[policy]:.4f}, peak {max(peak.values()) / GIB:.2f} GiB")
-    for policy, plan in plans.items():
-        if policy not in times:
+    kernels = {}
+    for policy in times if profile else ():
+        set_policy(model, policy.partition(FP8)[0], engine, chosen)
+        precisions.set(policy.partition(FP8)[2])
+        try:
+            kernels[policy] = kernel_times(lambda: step(model, moments, inputs, optimizer))
+        except Exception as error:  # what was measured is not lost to the profiler
+            log(f"{name} {policy}: no profile: {error}")
             continue
+        log(f"{name} {policy}: {sum(kernels[policy].values()):.0f} ms in kernels")
+        for kernel, spent in list(kernels[policy].items())[:25]:
+            log(f"  {spent:8.1f} ms  {kernel}")
+    precisions.set("")
+    for policy in (policy for policy, taken in times.items() if taken):
+        plain_policy = policy.partition(FP8)[0]
+        plan = plans[plain_policy]
         peak, ms = max(peaks[policy].values()), min(times[policy])
         metrics = {
             "ms": ms, "tokens_per_s": tokens / ms * 1e3, "peak_gib": peak / GIB, "reserved_gib": reserved[policy] / GIB,
@@ -263,13 +308,28 @@ def run(
             metrics["mfu"] = model_flops(config, tokens) / (ms * 1e-3) / peak_rate
         if "recompute" in times:
             metrics["over_recompute"] = ms / min(times["recompute"]) - 1
+        if policy != plain_policy:
+            metrics["speedup_over_bf16"] = min(times[plain_policy]) / ms
         details = {
-            "kept": str(chosen[:2]) if policy == "selective" and chosen is not None else None,
+            "kernels_ms": kernels.get(policy),
+            "kept": str(chosen[:2]) if plain_policy == "selective" and chosen is not None else None,
             "tokens": tokens, "layers": config.text_config.num_hidden_layers, "all_ms": times[policy], "planned_moment": plan.moment,
             "peaks_gib": {moment: size / GIB for moment, size in peaks[policy].items()},
             "planned_moments_gib": {moment: sum(parts.values()) / GIB for moment, parts in plan.moments.items()},
         }  # fmt: skip
         result.add(f"{name}, {tokens} tokens, {details['layers']} layers, {policy}", details=details, **metrics)
+
+
+def kernel_times(function: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds that each kernel takes in one call, the longest first; names are cut."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        function()
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        name = event.key[:100]
+        times[name] = times.get(name, 0.0) + event.self_device_time_total / 1e3
+    longest = sorted(((name, spent) for name, spent in times.items() if spent > 0), key=lambda one: -one[1])
+    return dict(longest[:60])
 
 
 def set_policy(model: Any, policy: str, engine: OffloadEngine | None, chosen: Filled | None) -> None:
@@ -301,7 +361,9 @@ def make(layers: int, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int, out: Path | None) -> None:
+def plain(
+    result: Result, cases: list[tuple[str, int, list[str]]], layers: int, out: Path | None, recipes: list[str], profile: bool
+) -> None:
     model = make(layers, torch.bfloat16)
     moments = Moments(model)
     for name, tokens, order in cases:
@@ -319,7 +381,8 @@ def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int, 
         plans = {"recompute": plan(), "offload": plan(offload=True), "selective": chosen.plan}
         plans["groups"] = plan(vision_kept=Kept.all(vision.depth), vision_group=GROUP)
         order = [policy for policy in order if plans[policy].gpu <= room]
-        run(result, name, model, moments, tokens, order, plans, chosen=chosen)
+        order = [name for policy in order for name in (policy, *(f"{policy}{FP8}{recipe}" for recipe in recipes))]
+        run(result, name, model, moments, tokens, order, plans, chosen=chosen, profile=profile)
         if out is not None:
             write(result, out)  # a later case may run out of time or memory
         gc.collect()
@@ -352,6 +415,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["32k", "64k", "128k", "optimizer", "frozen"], metavar="CASE")
     parser.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES, help="of 32k, 64k and 128k")
     parser.add_argument("--rounds", type=int, default=2, help="steps of every policy")
+    parser.add_argument(
+        "--fp8",
+        nargs="*",
+        choices=RECIPES,
+        metavar="RECIPE",
+        help=f"of 32k, 64k and 128k, also with 8-bit floats: {', '.join(RECIPES)} (both)",
+    )
+    parser.add_argument("--profile", action="store_true", help="of 32k, 64k and 128k: one more step each, with the time of every kernel")
     add_out(parser)
     options = parser.parse_args()
     if unknown := set(options.only) - {"32k", "64k", "128k", "optimizer", "frozen", "shards", "questions"}:
@@ -370,7 +441,8 @@ def main() -> None:
     cases = [("32k", 32768, each), ("64k", 65536, each), ("128k", 131072, each)]
     cases = [case for case in cases if case[0] in options.only]
     if cases:
-        plain(result, cases, 28, options.out)
+        recipes = [] if options.fp8 is None else options.fp8 or RECIPES
+        plain(result, cases, 28, options.out, recipes, options.profile)
     if "questions" in options.only:
         shared_media(result, 131072, options.rounds, 28)
         gc.collect()

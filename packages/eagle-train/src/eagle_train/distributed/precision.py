@@ -65,8 +65,8 @@ def check_fp8(config: Config, device: str) -> None:
     if not float8_hardware(device):
         major, minor = torch.cuda.get_device_capability()
         raise ConfigError(
-            f"model.fp8: {torch.cuda.get_device_name()} has compute capability {major}.{minor}, and products of 8-bit floats need an NVIDIA "
-            "GPU of 8.9 (Ada), 9.0 (Hopper) or newer; remove model.fp8"
+            f"model.fp8: {torch.cuda.get_device_name()} has compute capability {major}.{minor}, and products of 8-bit floats need an "
+            "NVIDIA GPU of 8.9 (Ada), 9.0 (Hopper) or newer; remove model.fp8"
         )
     if config.parallel.dtype != "bfloat16":
         raise ConfigError(f"model.fp8: the run computes in {config.parallel.dtype}; set parallel.dtype: bfloat16, or remove model.fp8")

@@ -19,8 +19,8 @@ TILE = 64
 @triton.jit
 def scale_of(largest):
     """The power of 2 by which a row is divided: `reference.scales_of`."""
-    bits = (tl.maximum(largest, 1e-12) / 448.0).to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFFFF) & -0x800000).to(tl.float32, bitcast=True)
+    bits = tl.maximum(largest, 1e-12).to(tl.int32, bitcast=True)
+    return ((bits + 0x1FFFFF) & -0x800000).to(tl.float32, bitcast=True) * 0.00390625
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def round_rows_kernel(x_ptr, out_ptr, scales_ptr, rows, cols, x_stride, BLOCK: t
         largest = tl.maximum(largest, tl.abs(x))
     scale = scale_of(tl.max(largest, 0))
     scale = tl.where(row < rows, scale, 1.0)
-    factor = 1.0 / scale
+    factor = tl.div_rn(1.0, scale)  # exact; a plain division may not be
     for start in range(0, cols, BLOCK):
         x = tl.load(x_ptr + row * x_stride + start + at, mask=start + at < limit, other=0.0).to(tl.float32)
         tl.store(out_ptr + row * cols + start + at, (x * factor).to(out_ptr.dtype.element_ty), mask=start + at < cols)
@@ -66,7 +66,7 @@ def round_columns_kernel(x_ptr, largest_ptr, out_ptr, scales_ptr, rows, cols, pa
     scale = scale_of(tl.load(largest_ptr + col, mask=col < cols, other=0.0))
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
-    values = (x * (1.0 / scale)[None, :]).to(out_ptr.dtype.element_ty)
+    values = (x * tl.div_rn(1.0, scale)[None, :]).to(out_ptr.dtype.element_ty)
     place = out_ptr + col.to(tl.int64)[:, None] * padded + row[None, :]
     tl.store(place, tl.trans(values), mask=(col < cols)[:, None] & (row < padded)[None, :])
     tl.store(scales_ptr + col, scale, mask=col < tl.where(tl.program_id(1) == 0, cols, 0))
@@ -92,7 +92,7 @@ def swiglu_rows_kernel(gate_ptr, up_ptr, out_ptr, scales_ptr, rows, cols, gate_s
         largest = tl.maximum(largest, tl.abs(swiglu_value(gate, up, gate_ptr.dtype.element_ty)))
     scale = scale_of(tl.max(largest, 0))
     scale = tl.where(row < rows, scale, 1.0)
-    factor = 1.0 / scale
+    factor = tl.div_rn(1.0, scale)  # exact; a plain division may not be
     for start in range(0, cols, BLOCK):
         mask = start + at < limit
         gate = tl.load(gate_ptr + row * gate_stride + start + at, mask=mask, other=0.0).to(tl.float32)

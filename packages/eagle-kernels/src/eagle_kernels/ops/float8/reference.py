@@ -21,9 +21,9 @@ LEAST = 1e-12
 
 def scales_of(largest: Tensor) -> Tensor:
     """Scales, float32, for rows whose largest absolute values are `largest`; NaN where these are NaN."""
-    bits = (largest.float().clamp_min(LEAST) / LARGEST).view(torch.int32)
-    # Up to the next power of 2: a mantissa that is not zero carries into the exponent.
-    scales = ((bits + 0x7FFFFF) & -0x800000).view(torch.float32)
+    bits = largest.float().clamp_min(LEAST).view(torch.int32)
+    # 448 is 1.75 * 2^8. A mantissa above 1.75 carries into the exponent; what is left of the mantissa is dropped.
+    scales = ((bits + 0x1FFFFF) & -0x800000).view(torch.float32) / 256
     return torch.where(largest.isnan(), torch.nan, scales)
 
 
