@@ -95,6 +95,24 @@ def test_swiglu_kernel_rounds_the_activation(device):
     assert values[5:].float().abs().sum() == 0
 
 
+@pytest.mark.parametrize("rebuild", [False, True])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_swiglu_backward_kernel_rounds_what_the_plain_one_writes(device, rebuild):
+    from eagle_kernels.ops.float8.rounding import by_rows, swiglu_backward_by_rows
+
+    dout, gate, up = (torch.randn(5, 2064, device=device).bfloat16() for _ in range(3))
+    with use_implementation("triton"):
+        dgate, dup, inner = torch.ops.eagle_kernels.swiglu_backward(dout, gate, up, rebuild)
+        found = swiglu_backward_by_rows(dout.clone(), gate, up, rebuild)
+        expected = by_rows(found.dgate), by_rows(found.dup)
+    # Two kernels may contract products and sums differently, which is at most a rounding step.
+    for one, other in ((found.dgate, dgate), (found.dup, dup), (found.out, inner)):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-5)
+    for one, other in zip((found.dgate_rounded, found.dup_rounded), expected):
+        assert same(one.values, other.values)
+        assert torch.equal(one.scales, other.scales)
+
+
 def layer(height: int, narrow: int, wide: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
     """x [height, narrow], weight [wide, narrow], bias [wide], gradient [height, wide]; a few rows are far larger than the others."""
     x = torch.randn(height, narrow, device=device) * torch.where(torch.arange(height, device=device) % 7 == 0, 30.0, 1.0)[:, None]

@@ -45,6 +45,7 @@ def test_every_kernel_compiles_without_spills(dtype, compiled):
     assert names >= {"forward_kernel", "backward_kernel", "reduce_kernel", "rope_kernel", "loss_kernel", "rows_kernel", "scale_kernel"}
     if dtype == torch.bfloat16:
         assert names >= {"round_rows_kernel", "largest_kernel", "round_columns_kernel", "swiglu_rows_kernel"}
+        assert "swiglu_backward_rows_kernel" in names
     for kernel in compiled:
         # PTX declares a local depot if arrays or spilled values are in local memory before ptxas runs.
         assert not re.search(r"\.local\s+\.align", kernel.asm["ptx"]), f"{kernel.metadata.name} keeps values in local memory"

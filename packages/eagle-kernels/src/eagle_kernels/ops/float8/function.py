@@ -37,9 +37,9 @@ def output(x: Rounded, weight: Tensor, rows: int) -> Tensor:
     return product(x, by_rows(weight), rows, weight.dtype, fast=FAST_OUTPUT)
 
 
-def input_gradient(dout: Tensor, weight: Tensor) -> Tensor:
-    """`dout w`. dout: [M, N], weight: [N, K] -> [M, K]."""
-    return product(by_rows(dout), by_columns(weight), len(dout), dout.dtype, fast=FAST_INPUT_GRADIENT)
+def input_gradient(dout: Rounded, weight: Tensor, rows: int) -> Tensor:
+    """`dout w`, [rows, K], from a gradient [rows, N] that is rounded by rows. weight: [N, K]."""
+    return product(dout, by_columns(weight), rows, weight.dtype, fast=FAST_INPUT_GRADIENT)
 
 
 class WeightGradients:
@@ -79,7 +79,7 @@ class _Linears(torch.autograd.Function):
         dx: Tensor | None = None
         if ctx.needs_input_grad[0]:
             for dout, weight in zip(douts, weights):
-                part = input_gradient(dout, weight)
+                part = input_gradient(by_rows(dout), weight, len(x))
                 dx = part if dx is None else dx.add_(part)
         gradients = WeightGradients(x, ctx.exact)
         needed = zip(douts, ctx.dtypes, ctx.needs_input_grad[3:])

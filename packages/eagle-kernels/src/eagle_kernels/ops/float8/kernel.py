@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eagle_kernels.ops.swiglu.kernel import gradients
+
 BLOCK = 2048
 WARPS = 8
 TILE = 64
@@ -102,6 +104,43 @@ def swiglu_rows_kernel(gate_ptr, up_ptr, out_ptr, scales_ptr, rows, cols, gate_s
     tl.store(scales_ptr + row, scale)
 
 
+@triton.jit
+def swiglu_backward_rows_kernel(
+    dout_ptr, gate_ptr, up_ptr, dup_ptr, out_ptr, dgate_8_ptr, dup_8_ptr, dgate_scales_ptr, dup_scales_ptr,
+    rows, cols, gate_stride, up_stride, REBUILD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program is one row: both gradients in their own dtype and rounded; that of gate takes the place of dout."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    limit = tl.where(row < rows, cols, 0)
+    largest_dgate, largest_dup = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, cols, BLOCK):
+        mask = start + at < limit
+        dout = tl.load(dout_ptr + row * cols + start + at, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + row * gate_stride + start + at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + row * up_stride + start + at, mask=mask, other=0.0).to(tl.float32)
+        dgate, dup, out = gradients(dout, gate, up)
+        dgate, dup = dgate.to(dout_ptr.dtype.element_ty), dup.to(dout_ptr.dtype.element_ty)
+        tl.store(dout_ptr + row * cols + start + at, dgate, mask=mask)
+        tl.store(dup_ptr + row * cols + start + at, dup, mask=mask)
+        if REBUILD:
+            tl.store(out_ptr + row * cols + start + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+        largest_dgate = tl.maximum(largest_dgate, tl.abs(dgate.to(tl.float32)))
+        largest_dup = tl.maximum(largest_dup, tl.abs(dup.to(tl.float32)))
+    dgate_scale = tl.where(row < rows, scale_of(tl.max(largest_dgate, 0)), 1.0)
+    dup_scale = tl.where(row < rows, scale_of(tl.max(largest_dup, 0)), 1.0)
+    dgate_factor, dup_factor = tl.div_rn(1.0, dgate_scale), tl.div_rn(1.0, dup_scale)
+    tl.debug_barrier()  # what other threads of the program have stored is read
+    for start in range(0, cols, BLOCK):
+        mask, place = start + at < limit, row * cols + start + at
+        dgate = tl.load(dout_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        dup = tl.load(dup_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dgate_8_ptr + place, (dgate * dgate_factor).to(dgate_8_ptr.dtype.element_ty), mask=start + at < cols)
+        tl.store(dup_8_ptr + place, (dup * dup_factor).to(dup_8_ptr.dtype.element_ty), mask=start + at < cols)
+    tl.store(dgate_scales_ptr + row, dgate_scale)
+    tl.store(dup_scales_ptr + row, dup_scale)
+
+
 def _rows_in_memory(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -143,3 +182,24 @@ def launch_swiglu_rows(gate: Tensor, up: Tensor, padded: int) -> tuple[Tensor, T
         strides = gate.stride(0), up.stride(0)
         swiglu_rows_kernel[(padded,)](gate, up, out, scales, rows, cols, *strides, BLOCK=BLOCK, num_warps=WARPS)
     return out, scales
+
+
+def launch_swiglu_backward_rows(
+    dout: Tensor, gate: Tensor, up: Tensor, rebuild: bool, padded: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of gate [M, K] into `dout`, which must be contiguous; that of up, and `silu(gate) * up` (rebuild) or an empty tensor.
+
+    Then both gradients as `reference.rows`: values and scales of gate's, values and scales of up's.
+    """
+    gate, up = _rows_in_memory(gate), _rows_in_memory(up)
+    rows, cols = gate.shape
+    dup = torch.empty(rows, cols, dtype=gate.dtype, device=gate.device)
+    out = torch.empty((rows, cols) if rebuild else (0,), dtype=gate.dtype, device=gate.device)
+    dgate_8, dup_8 = (torch.empty(padded, cols, dtype=torch.float8_e4m3fn, device=gate.device) for _ in range(2))
+    dgate_scales, dup_scales = (torch.empty(padded, 1, device=gate.device) for _ in range(2))
+    if dgate_8.numel():
+        swiglu_backward_rows_kernel[(padded,)](
+            dout, gate, up, dup, out, dgate_8, dup_8, dgate_scales, dup_scales, rows, cols, gate.stride(0), up.stride(0),
+            REBUILD=rebuild, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return dup, out, dgate_8, dgate_scales, dup_8, dup_scales

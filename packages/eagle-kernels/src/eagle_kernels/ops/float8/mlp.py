@@ -13,7 +13,7 @@ from eagle_kernels.ops.float8.function import (
     input_gradient,
     output,
 )
-from eagle_kernels.ops.float8.rounding import by_rows, swiglu_by_rows, uses_kernels
+from eagle_kernels.ops.float8.rounding import by_rows, swiglu_backward_by_rows, swiglu_by_rows, uses_kernels
 from eagle_kernels.ops.swiglu import swiglu
 from eagle_kernels.ops.swiglu.function import check_mlp
 from eagle_kernels.weights import gathered, gradient_dtype
@@ -43,9 +43,12 @@ class _MLP(torch.autograd.Function):
         x, w_gate, w_up, w_down, *kept = ctx.saved_tensors
         needs_x, *needed = ctx.needs_input_grad[:4]
         gate, up = kept or _gate_and_up(x, w_gate, w_up)
-        dgate, dup, inner = torch.ops.eagle_kernels.swiglu_backward(input_gradient(dout, w_down), gate, up, needed[2])
-        del gate, up, kept
-        dx = input_gradient(dgate, w_gate).add_(input_gradient(dup, w_up)) if needs_x else None
+        rows = len(x)
+        dinner = input_gradient(by_rows(dout), w_down, rows)
+        dgate, dup, dgate_rounded, dup_rounded, inner = swiglu_backward_by_rows(dinner, gate, up, needed[2])
+        del gate, up, kept, dinner
+        dx = input_gradient(dgate_rounded, w_gate, rows).add_(input_gradient(dup_rounded, w_up, rows)) if needs_x else None
+        del dgate_rounded, dup_rounded
         shared = WeightGradients(x, ctx.exact)
         return (
             dx,

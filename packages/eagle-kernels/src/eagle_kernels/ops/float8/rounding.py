@@ -64,6 +64,12 @@ def _swiglu_rows(gate: Tensor, up: Tensor, padded: int) -> tuple[Tensor, Tensor]
     return launch_swiglu_rows(gate, up, padded)
 
 
+def _swiglu_backward_rows(dout: Tensor, gate: Tensor, up: Tensor, rebuild: bool, padded: int) -> tuple[Tensor, ...]:
+    from eagle_kernels.ops.float8.kernel import launch_swiglu_backward_rows
+
+    return launch_swiglu_backward_rows(dout, gate, up, rebuild, padded)
+
+
 def _like(x: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(rows, cols, dtype=torch.float8_e4m3fn), x.new_empty(rows, 1, dtype=torch.float32)
 
@@ -74,6 +80,15 @@ register(
     "float8_swiglu_rows(Tensor gate, Tensor up, int padded) -> (Tensor, Tensor)",
     _swiglu_rows,
     lambda gate, up, padded: _like(gate, padded, gate.shape[1]),
+)
+register(
+    "float8_swiglu_backward_rows(Tensor(a!) dout, Tensor gate, Tensor up, bool rebuild, int padded) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _swiglu_backward_rows,
+    lambda dout, gate, up, rebuild, padded: (
+        *(gate.new_empty(gate.shape), gate.new_empty(gate.shape if rebuild else 0)),
+        *(*_like(gate, padded, gate.shape[1]), *_like(gate, padded, gate.shape[1])),
+    ),
 )
 
 
@@ -92,6 +107,23 @@ def by_columns(x: Tensor) -> Rounded:
 def swiglu_by_rows(gate: Tensor, up: Tensor) -> Rounded:
     """`by_rows(silu(gate) * up)` by a kernel, without the value between."""
     return Rounded(*torch.ops.eagle_kernels.float8_swiglu_rows(gate, up, padded(gate.shape[0])))
+
+
+class SwiGLUGradients(NamedTuple):
+    """Gradients of gate and up [M, K], the same rounded by rows, and `silu(gate) * up` or an empty tensor."""
+
+    dgate: Tensor
+    dup: Tensor
+    dgate_rounded: Rounded
+    dup_rounded: Rounded
+    out: Tensor
+
+
+def swiglu_backward_by_rows(dout: Tensor, gate: Tensor, up: Tensor, rebuild: bool) -> SwiGLUGradients:
+    """By a kernel; dout [M, K] becomes the gradient of gate. rebuild: also `silu(gate) * up`."""
+    dout = dout.contiguous()
+    dup, out, *rounded = torch.ops.eagle_kernels.float8_swiglu_backward_rows(dout, gate, up, rebuild, padded(len(dout)))
+    return SwiGLUGradients(dout, dup, Rounded(*rounded[:2]), Rounded(*rounded[2:]), out)
 
 
 def product(a: Rounded, b: Rounded, rows: int, dtype: torch.dtype, *, fast: bool) -> Tensor:
