@@ -1,5 +1,8 @@
 """The gated MLP of the decoder, through one fused operator where its projections are plain linears, or all have 8-bit products."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from eagle_kernels import float8_mlp, swiglu, swiglu_mlp
@@ -21,13 +24,14 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, pieces: Pieces = WHOLE) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        fused: Callable[..., Tensor] | None = None
+        if is_plain_linear(gate) and is_plain_linear(up) and is_plain_linear(down):
+            fused = swiglu_mlp
+        elif all_float8(gate, up, down):
+            fused = partial(float8_mlp, exact_weight_gradient=gate.exact_weight_gradient)  # type: ignore[arg-type]
         # The torch implementation of the fused operators keeps their intermediate results; in pieces it does not.
-        if gate.bias is None and (pieces is WHOLE or use_triton(x)):
-            weights, recompute = (gate.weight, up.weight, down.weight), not pieces.keeps_gate
-            if is_plain_linear(gate) and is_plain_linear(up) and is_plain_linear(down):
-                return swiglu_mlp(x, *weights, recompute=recompute)
-            if all_float8(gate, up, down):
-                return float8_mlp(x, *weights, recompute=recompute, exact_weight_gradient=gate.exact_weight_gradient)  # type: ignore[arg-type]
+        if fused is not None and gate.bias is None and (pieces is WHOLE or use_triton(x)):
+            return fused(x, gate.weight, up.weight, down.weight, recompute=not pieces.keeps_gate)
         return down(pieces.cheap(swiglu, *pieces.mlp(self._gate_and_up, x)))
 
     def _gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
