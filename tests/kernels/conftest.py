@@ -10,6 +10,7 @@ import torch
 import eagle_kernels
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
+TYPES[torch.float8_e4m3fn] = "fp8e4nv"
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from eagle_kernels import implementation, use_implementation
 from eagle_kernels.dispatch import OPERATORS
 
 NAMES = ("rms_norm", "add_rms_norm", "rope", "swiglu", "swiglu_mlp", "gelu_linear", "linear_cross_entropy")
+NAMES += ("float8_linear", "float8_linears", "float8_mlp")
 
 
 def test_every_operator_is_declared_and_public():
@@ -44,7 +45,8 @@ def test_unknown_operator_and_implementation():
 def test_public_names():
     assert set(eagle_kernels.__all__) == {
         "DecoderShape", "Kept", "LinearCrossEntropy", "LinearCrossEntropyResult", "MemoryPlan", "OffloadEngine", "RMSNorm", "Recompute",
-        "SwiGLUMLP", "Training", "VisionShape", "add_rms_norm", "apply_to", "fill_memory", "gelu_linear", "implementation",
+        "SwiGLUMLP", "Training", "VisionShape", "add_rms_norm", "apply_to", "fill_memory", "float8_hardware", "float8_linear",
+        "float8_linears", "float8_mlp", "gelu_linear", "implementation",
         "linear_cross_entropy", "offload_checkpoint",
         "plan_memory", "reference", "rms_norm", "rope", "swiglu", "swiglu_mlp", "use_implementation",
     }  # fmt: skip

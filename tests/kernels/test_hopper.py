@@ -25,6 +25,9 @@ def launch_everything(dtype: torch.dtype) -> None:
     eagle_kernels.swiglu(leaf(2, 18944, dtype=dtype), leaf(2, 18944, dtype=dtype)).sum().backward()
     mlp = (leaf(4, 16, dtype=dtype), leaf(24, 16, dtype=dtype), leaf(24, 16, dtype=dtype), leaf(16, 24, dtype=dtype))
     eagle_kernels.swiglu_mlp(*mlp, rows=2).sum().backward()
+    if dtype == torch.bfloat16:
+        wide = (leaf(20, 32, dtype=dtype), leaf(64, 32, dtype=dtype), leaf(64, 32, dtype=dtype), leaf(32, 64, dtype=dtype))
+        eagle_kernels.float8_mlp(*wide).sum().backward()
     hidden, weight = leaf(4, 8, dtype=dtype), leaf(152_064, 8, dtype=dtype)
     for options in (
         {"num_kept": 4},
@@ -40,6 +43,9 @@ def test_every_kernel_compiles_without_spills(dtype, compiled):
         launch_everything(dtype)
     names = {kernel.metadata.name for kernel in compiled}
     assert names >= {"forward_kernel", "backward_kernel", "reduce_kernel", "rope_kernel", "loss_kernel", "rows_kernel", "scale_kernel"}
+    if dtype == torch.bfloat16:
+        assert names >= {"round_rows_kernel", "largest_kernel", "round_columns_kernel", "swiglu_rows_kernel"}
+        assert "swiglu_backward_rows_kernel" in names
     for kernel in compiled:
         # PTX declares a local depot if arrays or spilled values are in local memory before ptxas runs.
         assert not re.search(r"\.local\s+\.align", kernel.asm["ptx"]), f"{kernel.metadata.name} keeps values in local memory"

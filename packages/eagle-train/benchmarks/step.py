@@ -5,7 +5,8 @@
 
 `32k`, `64k` and `128k`: all 28 layers, weights in bf16, forward and backward, with vision tower and connector; one sequence of visual
 tokens and 2048 text tokens, which have the labels. Policies run in turn: `recompute`, `offload`, `selective` with what fits the free
-memory, and `lean`, which is `selective` with a plan of 40, 48 or 62 GiB at 32K, 64K or 128K (`model.gpu_memory`). `optimizer` and
+memory, and `lean`, which is `selective` with a plan of 40, 48 or 62 GiB at 32K, 64K or 128K (`model.gpu_memory`). `--fp8` runs each
+policy also with products of 8-bit floats in the decoder's linear layers, in turn with bf16 and on the same weights. `optimizer` and
 `frozen`: the trainer's configuration, which is FSDP2 on one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the
 same with all 28 layers over several ranks, each with its own sequence; the worst rank counts. Peaks are recorded at every moment of the
 step, so that an error in one part of the plan is visible. `questions`: seven rows about a video of 512 frames as one tree, next to one
@@ -38,7 +39,9 @@ from benchmarks.results import Metric, Result, add_out, report, write
 from benchmarks.rivals import Absent
 from eagle_kernels import MemoryPlan, OffloadEngine, Training, plan_memory
 from eagle_model import EagleForConditionalGeneration, PackedBatch, preset
+from eagle_model.float8 import Float8Linear
 from eagle_model.flops import forward_flops
+from eagle_model.layers import linear_layers, replace_layer
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import ParallelConfig, StageConfig
 from eagle_train.distributed.sharding import shard_model
@@ -47,17 +50,21 @@ from eagle_train.planning.gpus import largest_plan
 from eagle_train.training.optim import make_optimizer, set_trainable
 from eagle_train.training.selection import Selection, fill
 from eagle_train.training.speed import peak_flops
+from eagle_train.training.step_memory import MLP_ROWS
 
 GIB = 1 << 30
 TEXT = 2048
 POLICIES = ["recompute", "selective", "lean", "offload"]
 LEAN = {32768: 40.0, 65536: 48.0, 131072: 62.0}
 """GiB of a plan by tokens."""
+RECIPES = ["rowwise", "rowwise_with_gw_hp"]
+FP8 = ", fp8 "
 LIBRARIES = ("torch", "triton", "transformers", "flash-attn-4")
 METRICS = {
     "ms": Metric("ms", "lower"),
     "tokens_per_s": Metric("", "higher"),
     "over_recompute": Metric("", "none"),
+    "speedup_over_bf16": Metric("", "higher"),
     "mfu": Metric("", "higher"),
     "peak_gib": Metric("GiB", "lower"),
     "reserved_gib": Metric("GiB", "lower"),
@@ -109,6 +116,18 @@ class Moments:
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(before_layer(index))
         model.language_model.model.norm.register_forward_pre_hook(before_norm)
+
+
+class Precisions:
+    """The decoder's linear layers with products of bf16, or of 8-bit floats by a recipe; the weights are the same."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.plain = model, linear_layers(model, "language")
+
+    def set(self, recipe: str) -> None:
+        """recipe: empty for bf16."""
+        for name, layer in self.plain.items():
+            replace_layer(self.model, name, Float8Linear(layer, recipe) if recipe else layer)  # pyright: ignore[reportArgumentType]
 
 
 def log(text: str) -> None:
@@ -238,9 +257,13 @@ def run(
     plans: dict[str, MemoryPlan],
     optimizer: torch.optim.Optimizer | None = None,
     chosen: dict[str, Selection] | None = None,
+    profile: bool = False,
 ) -> None:
-    """Steps with the policies in `order`; one case per policy, with its fastest step and the peaks of its last one."""
-    config, chosen = model.config, chosen or {}
+    """Steps with the policies in `order`; one case per policy, with its fastest step and the peaks of its last one.
+
+    A policy's name may end in FP8 and a recipe. profile: one more step of each, with the milliseconds of every kernel.
+    """
+    config, chosen, precisions = model.config, chosen or {}, Precisions(model)
     inputs = batch(config, tokens)
     begin = time.perf_counter()
     engine = OffloadEngine(plans["offload"].host + (1 << 20)) if "offload" in order else None
@@ -250,20 +273,39 @@ def run(
     reserved: dict[str, int] = {}
     losses: dict[str, float] = {}
     for policy in order:
-        if policy in chosen:
-            model.set_activation_checkpointing("selective", **chosen[policy].options)
-        else:
-            model.set_activation_checkpointing(policy, engine if policy == "offload" else None)
+        plain_policy, _, recipe = policy.partition(FP8)
+        set_policy(model, plain_policy, engine, chosen)
+        precisions.set(recipe)
         torch.cuda.empty_cache()
         moments.peaks, moments.reserved, moments.current = {}, 0, None
-        ms, losses[policy] = step(model, moments, inputs, optimizer)
+        try:
+            ms, losses[policy] = step(model, moments, inputs, optimizer)
+        except RuntimeError as error:  # out of memory too; the others go on
+            if not recipe:
+                raise
+            log(f"{name} {policy}: {type(error).__name__}: {str(error)[:400]}")
+            model.zero_grad(set_to_none=True)
+            continue
         ms, peak = worst(ms, moments.peaks)
         times[policy].append(ms)
         peaks[policy], reserved[policy] = peak, moments.reserved
         log(f"{name} {policy}: {ms:.0f} ms, loss {losses[policy]:.4f}, peak {max(peak.values()) / GIB:.2f} GiB")
-    for policy, plan in plans.items():
-        if policy not in times:
+    kernels = {}
+    for policy in times if profile else ():
+        set_policy(model, policy.partition(FP8)[0], engine, chosen)
+        precisions.set(policy.partition(FP8)[2])
+        try:
+            kernels[policy] = kernel_times(lambda: step(model, moments, inputs, optimizer))
+        except Exception as error:  # what was measured is not lost to the profiler
+            log(f"{name} {policy}: no profile: {error}")
             continue
+        log(f"{name} {policy}: {sum(kernels[policy].values()):.0f} ms in kernels")
+        for kernel, spent in list(kernels[policy].items())[:25]:
+            log(f"  {spent:8.1f} ms  {kernel}")
+    precisions.set("")
+    for policy in (policy for policy, taken in times.items() if taken):
+        plain_policy = policy.partition(FP8)[0]
+        plan = plans[plain_policy]
         peak, ms = max(peaks[policy].values()), min(times[policy])
         metrics = {
             "ms": ms, "tokens_per_s": tokens / ms * 1e3, "peak_gib": peak / GIB, "reserved_gib": reserved[policy] / GIB,
@@ -273,13 +315,35 @@ def run(
             metrics["mfu"] = model_flops(config, tokens) / (ms * 1e-3) / peak_rate
         if "recompute" in times:
             metrics["over_recompute"] = ms / min(times["recompute"]) - 1
+        if policy != plain_policy:
+            metrics["speedup_over_bf16"] = min(times[plain_policy]) / ms
         details = {
-            "kept": chosen[policy].text if policy in chosen else None,
+            "kernels_ms": kernels.get(policy),
+            "kept": chosen[plain_policy].text if plain_policy in chosen else None,
             "tokens": tokens, "layers": config.text_config.num_hidden_layers, "all_ms": times[policy], "planned_moment": plan.moment,
             "peaks_gib": {moment: size / GIB for moment, size in peaks[policy].items()},
             "planned_moments_gib": {moment: sum(parts.values()) / GIB for moment, parts in plan.moments.items()},
         }  # fmt: skip
         result.add(f"{name}, {tokens} tokens, {details['layers']} layers, {policy}", details=details, **metrics)
+
+
+def kernel_times(function: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds that each kernel takes in one call, the longest first; names are cut."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        function()
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        name = event.key[:100]
+        times[name] = times.get(name, 0.0) + event.self_device_time_total / 1e3
+    longest = sorted(((name, spent) for name, spent in times.items() if spent > 0), key=lambda one: -one[1])
+    return dict(longest[:60])
+
+
+def set_policy(model: Any, policy: str, engine: OffloadEngine | None, chosen: dict[str, Selection]) -> None:
+    if policy in chosen:
+        model.set_activation_checkpointing("selective", **chosen[policy].options)
+    else:
+        model.set_activation_checkpointing(policy, engine if policy == "offload" else None)
 
 
 def model_flops(config: Any, tokens: int) -> float:
@@ -342,7 +406,9 @@ def rival(result: Result, cases: list[tuple[str, int]], rounds: int, layers: int
             write(result, out)
 
 
-def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int, out: Path | None) -> None:
+def plain(
+    result: Result, cases: list[tuple[str, int, list[str]]], layers: int, out: Path | None, recipes: list[str], profile: bool
+) -> None:
     model = make(layers, torch.bfloat16)
     moments = Moments(model)
     for name, tokens, order in cases:
@@ -351,12 +417,14 @@ def plain(result: Result, cases: list[tuple[str, int, list[str]]], layers: int, 
         plan = partial(plan_memory, shape, tokens, vision=vision, labelled=TEXT)
         room = largest_plan((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB) * GIB
         limits = {"selective": room, "lean": LEAN[tokens] * GIB}
-        chosen = {policy: fill(plan, limit, shape, vision, tokens) for policy, limit in limits.items()}
+        blocks = None if recipes else MLP_ROWS  # products of 8-bit floats know no blocks
+        chosen = {policy: fill(plan, limit, shape, vision, tokens, mlp_rows=blocks) for policy, limit in limits.items()}
         for policy in chosen:
             log(f"{name} {policy}: {chosen[policy].text}")
         plans = {"recompute": plan(), "offload": plan(offload=True)} | {policy: found.plan for policy, found in chosen.items()}
         order = [policy for policy in order if plans[policy].gpu <= room]
-        run(result, name, model, moments, tokens, order, plans, chosen=chosen)
+        order = [name for policy in order for name in (policy, *(f"{policy}{FP8}{recipe}" for recipe in recipes))]
+        run(result, name, model, moments, tokens, order, plans, chosen=chosen, profile=profile)
         if out is not None:
             write(result, out)  # a later case may run out of time or memory
         gc.collect()
@@ -390,6 +458,14 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES, help="of 32k, 64k and 128k")
     parser.add_argument("--rounds", type=int, default=2, help="steps of every policy")
     parser.add_argument("--rival", action="store_true", help="also 32k, 64k, 128k and questions by public packages")
+    parser.add_argument(
+        "--fp8",
+        nargs="*",
+        choices=RECIPES,
+        metavar="RECIPE",
+        help=f"of 32k, 64k and 128k, also with 8-bit floats: {', '.join(RECIPES)} (both)",
+    )
+    parser.add_argument("--profile", action="store_true", help="of 32k, 64k and 128k: one more step each, with the time of every kernel")
     add_out(parser)
     options = parser.parse_args()
     if unknown := set(options.only) - {"32k", "64k", "128k", "optimizer", "frozen", "shards", "questions"}:
@@ -408,7 +484,8 @@ def main() -> None:
     cases = [("32k", 32768, each), ("64k", 65536, each), ("128k", 131072, each)]
     cases = [case for case in cases if case[0] in options.only]
     if cases:
-        plain(result, cases, 28, options.out)
+        recipes = [] if options.fp8 is None else options.fp8 or RECIPES
+        plain(result, cases, 28, options.out, recipes, options.profile)
     if "questions" in options.only:
         shared_media(result, 131072, options.rounds, 28)
         gc.collect()

@@ -8,6 +8,7 @@ from eagle_kernels.hugging_face import apply_to
 from eagle_kernels.memory import DecoderShape, Kept, MemoryPlan, Training, VisionShape, fill_memory, plan_memory
 from eagle_kernels.modules import LinearCrossEntropy, RMSNorm, SwiGLUMLP
 from eagle_kernels.offload import OffloadEngine, offload_checkpoint
+from eagle_kernels.ops.float8 import float8_hardware, float8_linear, float8_linears, float8_mlp
 from eagle_kernels.ops.gelu import gelu_linear
 from eagle_kernels.ops.linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
 from eagle_kernels.ops.rms_norm import add_rms_norm, rms_norm
@@ -30,6 +31,10 @@ __all__ = [
     "add_rms_norm",
     "apply_to",
     "fill_memory",
+    "float8_hardware",
+    "float8_linear",
+    "float8_linears",
+    "float8_mlp",
     "gelu_linear",
     "implementation",
     "linear_cross_entropy",

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from eagle_kernels.ops.float8 import MULTIPLE
 from eagle_model.checkpoint import save_tensors
 from eagle_model.configuration import EagleConfig
+from eagle_model.float8 import Float8Linear, Recipe
 from eagle_model.layers import linear_layers, replace_layer
 from eagle_model.quantized import QuantizedLinear, dequantize
 
@@ -82,6 +84,34 @@ def quantize(model: Any, part: str, *, empty: bool = False) -> list[str]:
     layers = linear_layers(model, part)
     for name, layer in layers.items():
         made = QuantizedLoraLinear(layer, empty=empty) if isinstance(layer, LoraLinear) else QuantizedLinear(layer, empty=empty)
+        replace_layer(model, name, made)
+    return list(layers)
+
+
+class Float8LoraLinear(LoraLinear, Float8Linear):
+    """A layer with an adapter whose own weight is multiplied in 8-bit floats; the adapter's matrices are not."""
+
+    def __init__(self, base: LoraLinear, recipe: Recipe) -> None:
+        Float8Linear.__init__(self, base, recipe)
+        self.lora_A, self.lora_B = base.lora_A, base.lora_B
+        self.rank, self.alpha = base.rank, base.alpha
+
+
+def use_float8(model: Any, part: str, recipe: Recipe = "rowwise") -> list[str]:
+    """Multiply in 8-bit floats in the linear layers of a part, except the language head; returns the layers' names.
+
+    Weights and adapters keep names and values. Call it after `add_lora` and before the model is sharded. Raises ValueError, naming the
+    layer, for a size that is no multiple of 16 and for weights in 4 bits; nothing is changed then.
+    """
+    layers = linear_layers(model, part)
+    for name, layer in layers.items():
+        if isinstance(layer, QuantizedLinear):
+            raise ValueError(f"{name} has weights in 4 bits, which are multiplied as they are; use one of the two")
+        if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+            sizes = f"{layer.in_features} inputs and {layer.out_features} outputs"
+            raise ValueError(f"{name} has {sizes}; products of 8-bit floats need multiples of {MULTIPLE}")
+    for name, layer in layers.items():
+        made = Float8LoraLinear(layer, recipe) if isinstance(layer, LoraLinear) else Float8Linear(layer, recipe)
         replace_layer(model, name, made)
     return list(layers)
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from eagle_cp import Layout, attention, cached_attention
 from eagle_kernels import rms_norm, rope
+from eagle_model.float8 import apply_together
 from eagle_model.language.spec import DecoderSpec
 from eagle_model.pieces import WHOLE, Pieces
 
@@ -90,8 +91,8 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [T, H] -> q [T, Hq, D], k and v [T, Hk, D]."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return tuple(one.view(x.shape[0], -1, self.width) for one in (q, k, v))  # type: ignore[return-value]
+        projected = apply_together((self.q_proj, self.k_proj, self.v_proj), x)
+        return tuple(one.view(x.shape[0], -1, self.width) for one in projected)  # type: ignore[return-value]
 
     def _rotate(self, q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         if self.q_norm is not None and self.k_norm is not None:

@@ -1,9 +1,13 @@
-"""The gated MLP of the decoder, through one fused operator where its projections are plain linears."""
+"""The gated MLP of the decoder, through one fused operator where its projections are plain linears, or all have 8-bit products."""
+
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
-from eagle_kernels import swiglu, swiglu_mlp
+from eagle_kernels import float8_mlp, swiglu, swiglu_mlp
 from eagle_kernels.dispatch import use_triton
+from eagle_model.float8 import all_float8, apply_together
 from eagle_model.fused import is_plain_linear
 from eagle_model.language.spec import DecoderSpec
 from eagle_model.pieces import WHOLE, Pieces
@@ -22,12 +26,16 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, pieces: Pieces = WHOLE) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        plain = is_plain_linear(gate) and is_plain_linear(up) and is_plain_linear(down) and gate.bias is None
-        # The torch implementation of the fused operator keeps its intermediate results; in pieces it does not.
-        if plain and (pieces is WHOLE or use_triton(x)):
+        fused: Callable[..., Tensor] | None = None
+        if is_plain_linear(gate) and is_plain_linear(up) and is_plain_linear(down):
             blocks = self.rows if self.rows is not None and self.rows < x.shape[0] and not pieces.keeps_gate else None
-            return swiglu_mlp(x, gate.weight, up.weight, down.weight, rows=blocks, recompute=not pieces.keeps_gate)
+            fused = partial(swiglu_mlp, rows=blocks)
+        elif all_float8(gate, up, down):
+            fused = partial(float8_mlp, exact_weight_gradient=gate.exact_weight_gradient)  # type: ignore[arg-type]
+        # The torch implementation of the fused operators keeps their intermediate results; in pieces it does not.
+        if fused is not None and gate.bias is None and (pieces is WHOLE or use_triton(x)):
+            return fused(x, gate.weight, up.weight, down.weight, recompute=not pieces.keeps_gate)
         return down(pieces.cheap(swiglu, *pieces.mlp(self._gate_and_up, x)))
 
     def _gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.gate_proj(x), self.up_proj(x)
+        return apply_together((self.gate_proj, self.up_proj), x)  # type: ignore[return-value]

@@ -130,6 +130,8 @@ def _machine() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
+    from eagle_kernels import float8_hardware
+
     if not torch.cuda.is_available():
         built = torch.version.cuda
         found = os.path.exists("/proc/driver/nvidia/version")
@@ -142,11 +144,9 @@ def _devices() -> list[Finding]:
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
         remedy = "" if capability >= (8, 0) else "bfloat16 and the fused operators need compute capability 8.0 (Ampere) or newer"
-        findings.append(
-            Finding(
-                f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{capability[0]}{capability[1]}", remedy
-            )
-        )
+        fp8 = ", FP8 (model.fp8)" if float8_hardware(f"cuda:{index}") else ""
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        findings.append(Finding(f"GPU {index}", f"{properties.name}, {memory}, sm_{capability[0]}{capability[1]}{fp8}", remedy))
     return findings
 
 

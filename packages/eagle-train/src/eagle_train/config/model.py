@@ -69,6 +69,14 @@ class ModelConfig(Section):
         description="Parts whose linear layers are kept frozen in 4 bits, for example {language: nf4} (QLoRA, arXiv 2305.14314); no stage "
         "trains them in full. Adapters, norms, embeddings and the language head keep their precision. Needs bitsandbytes (extra qlora).",
     )
+    fp8: dict[Part, Literal["rowwise", "rowwise_with_gw_hp"]] = Field(
+        json_schema_extra=FREE,
+        default_factory=dict,
+        description="Parts whose linear layers multiply 8-bit floats (e4m3, a scale for each row and column), for example {language: "
+        "rowwise}; weights, activations, norms, embeddings and the language head keep their precision. rowwise: output and both "
+        "gradients; rowwise_with_gw_hp: not the gradient of the weight, which is more exact and slower. Needs a GPU of compute capability "
+        "8.9 (Ada, Hopper) and parallel.dtype: bfloat16; a CPU computes the same rounding slowly. Default: no part.",
+    )
     ema: float | None = Field(
         default=None,
         gt=0,
@@ -116,6 +124,13 @@ class ModelConfig(Section):
                 f"image_size ({self.image_size}) is for a new model of vision and language; the tile size of a preset is set by "
                 "overrides: {vision_config: {image_size: ...}}, that of a checkpoint is fixed"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Self:
+        both = [part for part in self.fp8 if part in self.quantize]
+        if both:
+            raise ValueError(f"fp8.{both[0]}: quantize keeps the weights of {both[0]} in 4 bits, which are not multiplied in 8; keep one")
         return self
 
     @property

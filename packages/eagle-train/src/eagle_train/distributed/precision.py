@@ -1,11 +1,11 @@
-"""Which precision `parallel.dtype: auto` means: bfloat16 where the device computes it natively, float32 elsewhere."""
+"""Precisions of the computation and devices: what `parallel.dtype: auto` means, and where `model.fp8` can run."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-from eagle_train.config import Config
+from eagle_train.config import Config, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -40,3 +40,33 @@ def warn_of_slow_bfloat16(config: Config, device: str) -> None:
             "bfloat16 and 15 s in float32. Set parallel.dtype: auto or float32",
             "CPU" if device == "cpu" else "GPU",
         )
+
+
+def warn_of_slow_fp8(config: Config, device: str) -> None:
+    """Log a warning when `model.fp8` is set and the device can only round to 8-bit floats."""
+    if config.model.fp8 and device == "cpu":
+        logger.warning(
+            "model.fp8 on a CPU rounds as a GPU does and multiplies in %s: for tests; steps are slower than without it",
+            config.parallel.dtype,
+        )
+
+
+def check_fp8(config: Config, device: str) -> None:
+    """Raises ConfigError when `model.fp8` is set and the GPU, or the precision of the run, has no products of 8-bit floats.
+
+    `parallel.dtype` must be resolved.
+    """
+    import torch
+
+    from eagle_kernels import float8_hardware
+
+    if not config.model.fp8 or device != "cuda":
+        return
+    if not float8_hardware(device):
+        major, minor = torch.cuda.get_device_capability()
+        raise ConfigError(
+            f"model.fp8: {torch.cuda.get_device_name()} has compute capability {major}.{minor}, and products of 8-bit floats need an "
+            "NVIDIA GPU of 8.9 (Ada), 9.0 (Hopper) or newer; remove model.fp8"
+        )
+    if config.parallel.dtype != "bfloat16":
+        raise ConfigError(f"model.fp8: the run computes in {config.parallel.dtype}; set parallel.dtype: bfloat16, or remove model.fp8")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from eagle_train.distributed.precision import warn_of_slow_bfloat16
+from eagle_train.distributed.precision import check_fp8, warn_of_slow_bfloat16, warn_of_slow_fp8
 from eagle_train.distributed.world import World
 from eagle_train.errors import EvaluationError
 from eagle_train.evaluation.metrics import Answer, Evaluation
@@ -95,6 +95,8 @@ def train(
     config = ready.config
     if world.is_main:
         warn_of_slow_bfloat16(config, world.device.type)
+        warn_of_slow_fp8(config, world.device.type)
+    check_fp8(config, world.device.type)
     evaluator = Evaluator(ready, world) if ready.eval_facts is not None else None
 
     def on_evaluate(model: nn.Module, step: int) -> dict[str, Any]:

@@ -152,6 +152,17 @@ def _quantize(config: Config, model: EagleForConditionalGeneration) -> None:
             ) from error
 
 
+def use_fp8(config: Config, model: EagleForConditionalGeneration) -> None:
+    """Products of 8-bit floats in the parts of `model.fp8`. Raises ConfigError for layers that can't have them."""
+    from eagle_model.lora import use_float8
+
+    for part, recipe in config.model.fp8.items():
+        try:
+            use_float8(model, part, recipe)
+        except ValueError as error:
+            raise ConfigError(f"model.fp8.{part}: {error}; leave {part} out of model.fp8") from error
+
+
 def _place_adapter(config: Config, model: EagleForConditionalGeneration) -> dict[str, Rows]:
     """The rows of `model.adapter`, which must fit the adapters of `model.lora`."""
     from eagle_model.lora import adapters, place_adapter

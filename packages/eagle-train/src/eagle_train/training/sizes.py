@@ -14,7 +14,7 @@ from eagle_train.planning.costs import CostModel, cost_model
 
 from .model import check_model_folder, check_preset, model_config
 
-_WITHOUT_EFFECT = {"preset", "path", "tokenizer", "activations", "lora", "adapter", "ema", "quantize", "weights", "gpu_memory"}
+_WITHOUT_EFFECT = {"preset", "path", "tokenizer", "activations", "lora", "adapter", "ema", "quantize", "fp8", "weights", "gpu_memory"}
 """Keys of `model` that are read here, or change no size."""
 
 

@@ -32,11 +32,12 @@ def other_sums(config: Config, ranks: int) -> tuple[tuple[int, ...], int | None]
     """Sizes of groups of tiles, and of blocks of the MLPs' tokens, that `selective` may choose: weight gradients are then other sums.
 
     None with `run.deterministic`, where nothing that memory decides may change a bit. No groups on several ranks, which would gather the
-    tower's sharded parameters for every group and have different numbers of groups.
+    tower's sharded parameters for every group and have different numbers of groups; no blocks where the decoder's products are of 8-bit
+    floats.
     """
     if config.run.deterministic:
         return (), None
-    return GROUPS if ranks == 1 else (), MLP_ROWS
+    return GROUPS if ranks == 1 else (), None if "language" in config.model.fp8 else MLP_ROWS
 
 
 def least_plan(config: Config, stage: StageConfig, described: Any, ranks: int) -> MemoryPlan:

@@ -40,7 +40,7 @@ from eagle_train.planning.stages import StageSchedule, check_groups
 
 from . import checkpoint, heartbeat
 from .activations import activation_mode, make_engine
-from .build import empty_model, fill_model
+from .build import empty_model, fill_model, use_fp8
 from .ema import MovingAverage
 from .heartbeat import Heartbeat
 from .memory import check_host_memory, check_memory, explained, usage
@@ -528,6 +528,7 @@ class Trainer:
         """weights: False leaves weights undefined, where a checkpoint of the run follows."""
         empty = empty_model(self.config, self.tokenizer, weights=weights)
         modes, model = modes or self.config.stages[0].modes, empty.model
+        use_fp8(self.config, model)
         if self.config.model.weights == "bfloat16":
             if self.config.parallel.dtype != "bfloat16":
                 raise ConfigError(

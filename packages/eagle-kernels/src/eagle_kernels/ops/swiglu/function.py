@@ -15,12 +15,16 @@ from eagle_kernels.weights import gathered, gradient_dtype
 declare("swiglu", "swiglu_mlp")
 
 
-def _check_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, rows: int | None) -> None:
-    checks.floating("swiglu_mlp", x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+def check_mlp(operator: str, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> None:
+    """Shapes, dtypes and devices of a gated MLP. Raises ValueError or TypeError."""
+    checks.floating(operator, x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
     hidden, inner = x.shape[-1], w_gate.shape[0]
-    checks.shape("swiglu_mlp", "w_gate", w_gate, (inner, hidden), "[I, H], H from x")
-    checks.shape("swiglu_mlp", "w_up", w_up, (inner, hidden), "[I, H], I from w_gate")
-    checks.shape("swiglu_mlp", "w_down", w_down, (hidden, inner), "[H, I], I from w_gate")
+    checks.shape(operator, "w_gate", w_gate, (inner, hidden), "[I, H], H from x")
+    checks.shape(operator, "w_up", w_up, (inner, hidden), "[I, H], I from w_gate")
+    checks.shape(operator, "w_down", w_down, (hidden, inner), "[H, I], I from w_gate")
+
+
+def _check_rows(rows: int | None) -> None:
     if rows is not None and rows < 1:
         raise ValueError(f"swiglu_mlp: rows is {rows}, expected a positive number, or None for all rows at once")
 
@@ -148,7 +152,8 @@ def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows:
         x, w_gate, w_up, w_down = (tensor.to(lower) for tensor in (x, w_gate, w_up, w_down))
         with torch.autocast(x.device.type, enabled=False):
             return swiglu_mlp(x, w_gate, w_up, w_down, rows=rows, recompute=recompute)
-    _check_mlp(x, w_gate, w_up, w_down, rows)
+    check_mlp("swiglu_mlp", x, w_gate, w_up, w_down)
+    _check_rows(rows)
     w_gate, w_up, w_down = (gathered(weight) for weight in (w_gate, w_up, w_down))
     if not use_triton(x):
         return reference.swiglu_mlp(x, w_gate, w_up, w_down)
