@@ -1,6 +1,6 @@
 """A tokenizer for the small models: runs of up to three digits are one token, as in Llama 3, and so are the words around a frame.
 
-A frame costs 9 tokens of text then, instead of 18 with the quickstart's tokenizer, so that 512 frames of 4 visual tokens fit 8K tokens.
+A frame costs 9 tokens of text then, instead of 18 with the quickstart's tokenizer, so that 512 frames of one visual token fit 5.5K tokens.
 """
 
 from __future__ import annotations
