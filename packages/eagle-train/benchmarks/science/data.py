@@ -2,8 +2,8 @@
 
 Sources by experiment (JSONL files next to the folder of media):
 
-- video: `clips_F` (F frames, 16 to 512) for training; `still_F` and `order_F` are held out. Half of the long training videos show a card
-  for one frame, half for four; held-out ones for one.
+- video: `clips_F` (F frames, 4 to 512) for training; `still_F` and `order_F` are held out. A card is shown for one frame, in training videos
+  of 128 frames and more for four, so that it is seen at every context; in `order_512` for two.
 - text: `notes` (a text with a code in it, then a video), once whole and once cut for a fixed number of frames; `code_*`, `card_*` held out.
 - images: `tiles` (four single tiles), `large` (one image of four aspects), once as they are and once in the size of InternVL's grid;
   `several` (two to four of them in a row).
@@ -37,7 +37,7 @@ FIXED_FRAMES, FIXED_WORDS = 64, 800
 
 
 class Amounts(NamedTuple):
-    """How much is made. clips: training videos by length, half of each kind. test: held-out questions of a source."""
+    """How much is made. clips: training videos by length, a third of them with one card. test: held-out questions of a source."""
 
     clips: tuple[int, ...] = (4000, 4000, 2800, 1400, 800, 480, 480, 240)
     notes: int = 1200
@@ -88,15 +88,12 @@ def _batches(root: Path, amounts: Amounts) -> list[Batch]:
             batches.append(Batch(folder, kind, frames, card, min(size, count - start), len(batches)))
 
     for frames, count in zip(SHORTEST + LENGTHS, amounts.clips):
-        for kind in ("still", "order"):
-            if frames < 128:
-                add("train", kind, frames, 1, count // 2)
-            else:
-                add("train", kind, frames, 1, count // 4)
-                add("train", kind, frames, 4, count // 4)
+        card = 1 if frames < 128 else 4
+        add("train", "still", frames, card, count // 3)
+        add("train", "order", frames, card, count - count // 3)
     for frames in (32, 512):
-        for kind in ("still", "order"):
-            add("test", kind, frames, 1, amounts.test)
+        add("test", "still", frames, 1, amounts.test)
+        add("test", "order", frames, frames // 256 or 1, amounts.test)
     add("test", "order", 16, 1, amounts.test)
     add("notes", "still", 256, 4, amounts.notes // 2)
     add("notes", "still", 64, 1, amounts.notes - amounts.notes // 2)

@@ -165,14 +165,14 @@ def _base(root: Path, seed: int, steps: Steps) -> list[Run]:
     short = _same(*(f"clips_{frames}" for frames in (*SHORTEST, *LENGTHS[:2])))
     mixture = {"mixture": {"weights": dict.fromkeys(short, 1.0)}}
     video = _config(root, "video", short, _same("still_32", "order_32"), [stage("base", 2048, steps(1100), **mixture)])
-    letters = _config(root, "image", _same("tiles"), _same("tiles_test"), [stage("base", 1024, steps(1500))])
+    letters = _config(root, "image", _same("tiles"), _same("tiles_test"), [stage("base", 1024, steps(1200))])
     return [Run("base", "video", seed, video), Run("base", "letters", seed, letters)]
 
 
 def _tiles(root: Path, seed: int, steps: Steps) -> list[Run]:
     """IAP against InternVL's rule; ads against ads-fill."""
     names = [f"letters_{aspect}" for aspect in ASPECTS]
-    stages = [stage("s2048", 2048, steps(300))]
+    stages = [stage("s2048", 2048, steps(250))]
     several = [stage("s256", 256, steps(400), 6)]
     internvl = {name: f"{name}_internvl" for name in names}
     fill = {"sampling": {"fps": 4.0, "strategy": "ads-fill"}}

@@ -26,7 +26,7 @@ LETTERS = {
 ASPECTS = {"1x1": (1, 1), "3x2": (3, 2), "16x9": (16, 9), "5x1": (5, 1)}
 LARGE = 45.0
 """Area of a large image in tiles."""
-HEIGHTS = (14.0, 26.0)
+HEIGHTS = (10.0, 20.0)
 """Height of a letter in pixels of the large image."""
 REDUCED = (0.33, 0.75)
 """How far a large image is reduced by either rule, along either side; single tiles show letters in all of these sizes."""

@@ -31,9 +31,8 @@ from experiments import Run, all_runs
 from report import plot, table
 
 # One thread a process; no GPU is looked for.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | {
-    "CUDA_VISIBLE_DEVICES": ""
-}
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+ENVIRONMENT = THREADS | {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Options(NamedTuple):
@@ -106,6 +105,7 @@ def everything(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     options.runs.mkdir(parents=True, exist_ok=True)
     os.environ.update(ENVIRONMENT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what it has started
     data = options.work / "data"
     if not data.exists():
         make(data, SMALL if options.small else Amounts(), options.parallel)
@@ -177,7 +177,7 @@ class Queue:
                 time.sleep(0.1)
         finally:
             self._give_up()
-        self._write()
+            self._write()
         print(table(self._content()), flush=True)
 
     def _start(self) -> None:
