@@ -2,9 +2,10 @@
 
 Sources by experiment (JSONL files next to the folder of media):
 
-- video: `clips_F` (F frames, 4 to 512) for training; `still_F` and `order_F` are held out. A card is shown for one frame, in training videos
-  of 128 frames and more for four, so that it is seen at every context; in `order_512` for two.
-- text: `notes` (a text with a code in it, then a video), once whole and once cut for a fixed number of frames; `code_*`, `card_*` held out.
+- video: `clips_F` (F frames, 4 to 512) for training; `still_F` and `order_F` are held out. A card is shown for one frame, in training
+  videos of 128 frames and more for four, so that it is seen at every context; in `order_512` for two.
+- text: `notes` (a text with a code in it, then a video), once whole and once cut for a fixed number of frames, and `codes` (a short text
+  alone); `code_*`, `card_*` are held out.
 - images: `tiles` (four single tiles), `large` (one image of four aspects), once as they are and once in the size of InternVL's grid;
   `several` (two to four of them in a row).
 - answers: `short` and `long`, the same clips with a short and a long answer.
@@ -27,20 +28,22 @@ SHORTEST = (4, 8)
 LENGTHS = (16, 32, 64, 128, 256, 512)
 """Frames of videos; the shortest are for base models alone."""
 MAX_TILES = 12
-WORDS = tuple("it rains and the sea is calm we walk home by a long road under trees then sleep".split())
-CODES = tuple("seven lemon tiger piano river candle window rocket silver marble garden button".split())
+_TEXT = "it rains and the sea is calm we walk home by a long road under trees then sleep"
+_CODES = "seven lemon tiger piano river candle window rocket silver marble garden button"
+WORDS, CODES = _TEXT.split(), _CODES.split()
 CODE = "What is the code?"
-TEXT_STRATA = {"short_text": (20, 200), "long_text": (900, 1200)}
-"""Words of the held-out texts."""
-FIXED_FRAMES, FIXED_WORDS = 64, 800
-"""Of the arm with fixed frames: frames of a video, and words of text that fit next to them in 1.5K tokens."""
+TEXT_WORDS = (10, 330)
+TEXT_STRATA = {"short_text": (10, 60), "long_text": (280, 330)}
+"""Words of the texts next to a video, in training and held out."""
+FIXED_FRAMES, FIXED_WORDS = 24, 160
+"""Of the arm with fixed frames: frames of a video, and words of text that fit next to them in 512 tokens."""
 
 
 class Amounts(NamedTuple):
     """How much is made. clips: training videos by length, a third of them with one card. test: held-out questions of a source."""
 
     clips: tuple[int, ...] = (4000, 4000, 2800, 1400, 800, 480, 480, 240)
-    notes: int = 1200
+    notes: int = 3000
     tiles: int = 48_000
     pictures: int = 8000
     several: int = 2400
@@ -94,10 +97,10 @@ def _batches(root: Path, amounts: Amounts) -> list[Batch]:
     for frames in (32, 512):
         add("test", "still", frames, 1, amounts.test)
         add("test", "order", frames, frames // 256 or 1, amounts.test)
-    add("test", "order", 16, 1, amounts.test)
-    add("notes", "still", 256, 4, amounts.notes // 2)
-    add("notes", "still", 64, 1, amounts.notes - amounts.notes // 2)
-    add("noted", "still", 256, 2, amounts.test)
+    add("test", "order", 8, 1, amounts.test)
+    add("notes", "still", 64, 4, amounts.notes // 2)
+    add("notes", "still", 16, 1, amounts.notes - amounts.notes // 2)
+    add("noted", "still", 64, 2, amounts.test)
     return batches
 
 
@@ -112,12 +115,13 @@ def _video_rows(root: Path, batches: list[Batch], amounts: Amounts) -> dict[str,
     for (use, kind, frames), found in clips.items():
         if use == "test":
             rows[f"{kind}_{frames}"] = [test_row(clip) for clip in found]
-    noted = [*clips["notes", "still", 256], *clips["notes", "still", 64]]
-    whole = [_note(clip, rng, (20, 1200)) for clip in noted]
+    noted = [*clips["notes", "still", 64], *clips["notes", "still", 16]]
+    whole = [_note(clip, rng, TEXT_WORDS) for clip in noted]
+    rows["codes"] = [_code_row(rng) for _ in range(amounts.notes)]
     rows["notes"] = [_note_row(note, rng) for note in whole]
     rows["notes_cut"] = [_note_row(_cut(note), rng) for note in whole]
     for stratum, words in TEXT_STRATA.items():
-        held_out = [_note(clip, rng, words) for clip in clips["noted", "still", 256]]
+        held_out = [_note(clip, rng, words) for clip in clips["noted", "still", 64]]
         for suffix, notes in (("", held_out), ("_cut", [_cut(note) for note in held_out])):
             rows[f"code_{stratum}{suffix}"] = [row(note.clip, [(CODE, note.code)], note.text) for note in notes]
             rows[f"card_{stratum}{suffix}"] = [row(note.clip, turns(note.clip), note.text) for note in notes]
@@ -130,12 +134,22 @@ class _Note(NamedTuple):
     clip: Clip
 
 
-def _note(clip: Clip, rng: np.random.Generator, words: tuple[int, int]) -> _Note:
-    """A text of words with one sentence in it that states a code."""
+def _text(rng: np.random.Generator, words: tuple[int, int]) -> tuple[str, str]:
+    """A text of words with one sentence in it that states a code, and the code."""
     count, code = int(rng.integers(*words)), str(rng.choice(CODES))
     text = [WORDS[index] for index in rng.integers(len(WORDS), size=count)]
     text.insert(int(rng.integers(count + 1)), f"the code is {code}")
-    return _Note(" ".join(text) + "\n", code, clip)
+    return " ".join(text) + "\n", code
+
+
+def _note(clip: Clip, rng: np.random.Generator, words: tuple[int, int]) -> _Note:
+    return _Note(*_text(rng, words), clip)
+
+
+def _code_row(rng: np.random.Generator) -> dict[str, Any]:
+    """A short text without a video, of which finding a code is learned sooner."""
+    text, code = _text(rng, TEXT_STRATA["short_text"])
+    return row(None, [(CODE, code)], text)
 
 
 def _cut(note: _Note) -> _Note:
@@ -151,7 +165,8 @@ def _note_row(note: _Note, rng: np.random.Generator) -> dict[str, Any]:
 def _answer_rows(clips: dict[tuple[str, str, int], list[Clip]], rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
     """The same kind of clips with answers of one colour and of a long description, about twenty times as many tokens."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for use, found in (("", clips["train", "order", 16]), ("_test", clips["test", "order", 16])):
+    train = [clip for frames in SHORTEST for clip in clips["train", "order", frames]]
+    for use, found in (("", train), ("_test", clips["test", "order", 8])):
         rows["short" + use] = [row(clip, turns(clip)[:1]) for clip in found]
         rows["long" + use] = [row(clip, [(ORDER, described(clip))]) for clip in found]
     order = rng.permutation(len(rows["short"]))

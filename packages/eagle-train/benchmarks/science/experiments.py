@@ -23,8 +23,8 @@ WIDTH, LAYERS = 64, 3
 class Run(NamedTuple):
     """One training and its evaluation.
 
-    after: name of the run whose model it starts from. frames, swept: evaluated at these numbers of frames on these held-out sources, and once
-    on the others.
+    after: name of the run whose model it starts from. frames, swept: evaluated at these numbers of frames on these held-out sources, and
+    once on the others.
     """
 
     experiment: str
@@ -64,7 +64,14 @@ def model(kind: str) -> dict[str, Any]:
 
 def stage(name: str, tokens: int, steps: int, packs: int = 1, **more: Any) -> dict[str, Any]:
     """A stage with the optimizer of the quickstart."""
-    common = {"loss_weighting": "token", "optimizer": "muon", "lr": 3e-3, "betas": [0.9, 0.99], "schedule": "cosine", "final_lr_ratio": 0.02}
+    common = {
+        "loss_weighting": "token",
+        "optimizer": "muon",
+        "lr": 3e-3,
+        "betas": [0.9, 0.99],
+        "schedule": "cosine",
+        "final_lr_ratio": 0.02,
+    }
     return common | {"name": name, "max_tokens": tokens, "steps": steps, "packs_per_step": packs, "warmup_ratio": 0.05} | more
 
 
@@ -141,11 +148,12 @@ def _video(root: Path, seed: int, steps: Steps) -> list[Run]:
 def _text(root: Path, seed: int, steps: Steps) -> list[Run]:
     """ADS against a fixed number of frames, for which texts are cut."""
     strata = ("code_short_text", "code_long_text", "card_short_text", "card_long_text")
-    stages = [stage("s1536", 1536, steps(600), 2)]
+    stages = [stage("s512", 512, steps(800), 5, mixture={"weights": {"notes": 4.0, "codes": 1.0}})]
     fixed = {"sampling": {"fps": 4.0, "strategy": "uniform", "max_frames": FIXED_FRAMES}}
+    cut = {name: f"{name}_cut" for name in strata}
     arms = {
-        "ads": _config(root, "video", _same("notes"), _same(*strata), stages),
-        "fixed": _config(root, "video", {"notes": "notes_cut"}, {name: f"{name}_cut" for name in strata}, stages, **fixed),
+        "ads": _config(root, "video", _same("notes", "codes"), _same(*strata), stages),
+        "fixed": _config(root, "video", {"notes": "notes_cut", "codes": "codes"}, cut, stages, **fixed),
     }
     return [Run("text", arm, seed, config, f"base-video-{seed}") for arm, config in arms.items()]
 
@@ -173,7 +181,7 @@ def _tiles(root: Path, seed: int, steps: Steps) -> list[Run]:
     """IAP against InternVL's rule; ads against ads-fill."""
     names = [f"letters_{aspect}" for aspect in ASPECTS]
     stages = [stage("s2048", 2048, steps(250))]
-    several = [stage("s256", 256, steps(400), 6)]
+    several = [stage("s192", 192, steps(320), 8)]
     internvl = {name: f"{name}_internvl" for name in names}
     fill = {"sampling": {"fps": 4.0, "strategy": "ads-fill"}}
     arms = {
