@@ -83,7 +83,7 @@ def test_iap_gives_a_picture_in_the_size_of_a_grid_that_grid(science):
 
     letters = science("letters")
     for aspect in letters.ASPECTS.values():
-        image, letter = letters.draw(*letters.size_of(aspect, letters.LARGE), np.random.default_rng(0))
+        image, letter = letters.draw(*letters.size_of(aspect, letters.LARGE), letters.HEIGHTS, np.random.default_rng(0))
         assert letter in letters.LETTERS
         reduced = letters.for_internvl(image, 12)
         grid = letters.internvl_grid(*image.size, 12)

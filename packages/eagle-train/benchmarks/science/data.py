@@ -3,7 +3,7 @@
 Sources by experiment (JSONL files next to the folder of media):
 
 - video: `clips_F` (F frames, 4 to 512) for training; `still_F` and `order_F` are held out. A card is shown for one frame, in training
-  videos of 128 frames and more for four, so that it is seen at every context; in `order_512` for two.
+  videos of 128 frames and more for four, so that it is seen at every context; in `order_256` and `order_512` for two.
 - text: `notes` (a text with a code in it, then a video), once whole and once cut for a fixed number of frames, and `codes` (a short text
   alone); `code_*`, `card_*` are held out.
 - images: `tiles` (four single tiles), `large` (one image of four aspects), once as they are and once in the size of InternVL's grid;
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from clips import ORDER, Batch, Clip, read_clips, row, test_row, training_row, turns, write_clips
-from letters import ASPECTS, LARGE, QUESTION, Picture, answer, draw, draw_tile, for_internvl, save, size_of
+from letters import ASPECTS, HEIGHTS, LARGE, QUESTION, Picture, answer, draw, draw_tile, for_internvl, save, size_of
 from vocabulary import make_tokenizer
 
 SHORTEST = (4, 8)
@@ -96,8 +96,8 @@ def _batches(root: Path, amounts: Amounts) -> list[Batch]:
         add("train", "order", frames, card, count - count // 3)
     for frames in (32, 512):
         add("test", "still", frames, 1, amounts.test)
-        add("test", "order", frames, frames // 256 or 1, amounts.test)
-    add("test", "order", 8, 1, amounts.test)
+    for frames, card in ((8, 1), (32, 1), (256, 2), (512, 2)):
+        add("test", "order", frames, card, amounts.test)
     add("notes", "still", 64, 4, amounts.notes // 2)
     add("notes", "still", 16, 1, amounts.notes - amounts.notes // 2)
     add("noted", "still", 64, 2, amounts.test)
@@ -210,7 +210,7 @@ def _pictures(root: Path, name: str, part: int, count: int) -> list[Picture]:
         if name.startswith("tiles"):
             image, letter = draw_tile(rng)
         else:
-            image, letter = draw(*size_of(list(ASPECTS.values())[number % len(ASPECTS)], LARGE), rng)
+            image, letter = draw(*size_of(list(ASPECTS.values())[number % len(ASPECTS)], LARGE), HEIGHTS, rng)
         save(image, root / path)
         if name.startswith("large"):
             save(for_internvl(image, MAX_TILES), root / internvl_path(path))

@@ -129,8 +129,9 @@ Steps = Callable[[int], int]
 
 def _video(root: Path, seed: int, steps: Steps) -> list[Run]:
     """More frames; progressive contexts against the longest alone; all lengths against long ones."""
-    held_out = _same("still_512", "order_512", "still_32", "order_32")
-    contexts, count = (1408, 2816, 5632), steps(300)
+    swept = ("still_512", "order_256", "order_512")
+    held_out = _same(*swept, "still_32", "order_32")
+    contexts, count = (1408, 2816, 5632), steps(360)
     every = {"mixture": {"weights": {f"clips_{frames}": 1.0 for frames in LENGTHS}}}
     long = {"mixture": {"weights": {f"clips_{frames}": 1.0 for frames in LENGTHS[-2:]}}}
     arms = {
@@ -140,7 +141,7 @@ def _video(root: Path, seed: int, steps: Steps) -> list[Run]:
     }
     train = _same(*(f"clips_{frames}" for frames in LENGTHS))
     return [
-        Run("video", arm, seed, _config(root, "video", train, held_out, stages), f"base-video-{seed}", FRAMES, ("still_512", "order_512"))
+        Run("video", arm, seed, _config(root, "video", train, held_out, stages), f"base-video-{seed}", FRAMES, swept)
         for arm, stages in arms.items()
     ]
 
@@ -148,7 +149,7 @@ def _video(root: Path, seed: int, steps: Steps) -> list[Run]:
 def _text(root: Path, seed: int, steps: Steps) -> list[Run]:
     """ADS against a fixed number of frames, for which texts are cut."""
     strata = ("code_short_text", "code_long_text", "card_short_text", "card_long_text")
-    stages = [stage("s512", 512, steps(800), 5, mixture={"weights": {"notes": 4.0, "codes": 1.0}})]
+    stages = [stage("s512", 512, steps(1000), 5, mixture={"weights": {"notes": 4.0, "codes": 1.0}})]
     fixed = {"sampling": {"fps": 4.0, "strategy": "uniform", "max_frames": FIXED_FRAMES}}
     cut = {name: f"{name}_cut" for name in strata}
     arms = {
@@ -163,7 +164,7 @@ def _weighting(root: Path, seed: int, steps: Steps) -> list[Run]:
     held_out = {"short": "short_test", "long": "long_test"}
     runs = []
     for weighting in ("token", "sample", "sqrt"):
-        stages = [stage("answers", 2048, steps(600), sources={"short": 1.0, "long": 1.0}, loss_weighting=weighting)]
+        stages = [stage("answers", 2048, steps(900), sources={"short": 1.0, "long": 1.0}, loss_weighting=weighting)]
         runs.append(Run("weighting", weighting, seed, _config(root, "video", _same("short", "long"), held_out, stages)))
     return runs
 

@@ -27,9 +27,9 @@ ASPECTS = {"1x1": (1, 1), "3x2": (3, 2), "16x9": (16, 9), "5x1": (5, 1)}
 LARGE = 45.0
 """Area of a large image in tiles."""
 HEIGHTS = (10.0, 20.0)
-"""Height of a letter in pixels of the large image."""
-REDUCED = (0.33, 0.75)
-"""How far a large image is reduced by either rule, along either side; single tiles show letters in all of these sizes."""
+"""Height of a letter in pixels of the large image, which either rule reduces to 0.34 to 0.67 of its size."""
+TILE_HEIGHTS, REDUCED = (14.0, 26.0), (0.33, 0.75)
+"""Of single tiles: height of a letter, and to how much of its size either side is reduced then. Few are too small to be read."""
 
 
 class Picture(NamedTuple):
@@ -39,12 +39,12 @@ class Picture(NamedTuple):
     letter: str
 
 
-def draw(width: int, height: int, rng: np.random.Generator) -> tuple[Image.Image, str]:
-    """An image with soft light patches and a dark letter anywhere on it."""
+def draw(width: int, height: int, heights: tuple[float, float], rng: np.random.Generator) -> tuple[Image.Image, str]:
+    """An image with soft light patches and a dark letter anywhere on it, of a height in pixels drawn from `heights`."""
     patches = Image.fromarray(rng.integers(150, 256, (4, 4, 3)).astype(np.uint8))
     image = patches.resize((width, height), Image.Resampling.BICUBIC)
     letter = str(rng.choice(list(LETTERS)))
-    high = round(float(rng.uniform(*HEIGHTS)))
+    high = round(float(rng.uniform(*heights)))
     wide = round(0.7 * high)
     cells = np.array([[255 * int(cell) for cell in line] for line in LETTERS[letter]], np.uint8)
     mask = Image.fromarray(cells).resize((wide, high), Image.Resampling.NEAREST)
@@ -56,7 +56,7 @@ def draw(width: int, height: int, rng: np.random.Generator) -> tuple[Image.Image
 def draw_tile(rng: np.random.Generator) -> tuple[Image.Image, str]:
     """A single tile with a letter in the sizes that letters have in the tiles of large images."""
     width, height = (round(TILE / float(rng.uniform(*REDUCED))) for _ in range(2))
-    image, letter = draw(width, height, rng)
+    image, letter = draw(width, height, TILE_HEIGHTS, rng)
     return image.resize((TILE, TILE), Image.Resampling.BICUBIC), letter
 
 

@@ -68,7 +68,11 @@ def plot(path: Path) -> None:
     _arms(content, path.with_name(path.stem + "-arms.png"))
 
 
-TITLES = {"still_512": "one card in 512 frames", "order_512": "the order of three cards in 512 frames"}
+TITLES = {
+    "still_512": "one card in 512 frames",
+    "order_256": "the order of three cards in 256 frames",
+    "order_512": "the order of three cards in 512 frames",
+}
 
 
 def _frames(content: dict[str, Any], path: Path) -> None:
@@ -76,7 +80,7 @@ def _frames(content: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     groups = grouped(content)
-    figure, axes = plt.subplots(1, len(TITLES), figsize=(9, 3.8), sharey=True)
+    figure, axes = plt.subplots(1, len(TITLES), figsize=(12, 3.8), sharey=True)
     for axis, (source, title) in zip(axes, TITLES.items()):
         arms = sorted({arm for experiment, arm, name, _ in groups if experiment == "video" and name == source})
         ticks: list[int] = []
