@@ -21,13 +21,13 @@ STILL, FIRST, LAST, ORDER = ("What is on the card?", "What is on the first card?
 
 
 class Batch(NamedTuple):
-    """`count` videos of `kind` (still: one card; order: three), `frames` long, with cards of `card` frames, in `folder`."""
+    """`number` videos of `kind` (still: one card; order: three), `frames` long, with cards of `card` frames, in `folder`."""
 
     folder: Path
     kind: str
     frames: int
     card: int
-    count: int
+    number: int
     seed: int
 
 
@@ -41,16 +41,16 @@ class Clip(NamedTuple):
 def write_clips(batch: Batch) -> None:
     """Build the videos of a batch; their cards lie at depths drawn from the seed."""
     # Not 0 and 1: the first and the last frame are read at any number of frames.
-    depths = (1 + np.random.default_rng(batch.seed).permutation(99)[: batch.count]) / 100
+    depths = (1 + np.random.default_rng(batch.seed).permutation(99)[: batch.number]) / 100
     kinds, lengths = (batch.kind,), (batch.frames / FPS,)
-    count = -(-batch.count // len(depths))
+    count = -(-batch.number // len(depths))
     build(batch.folder, Settings(kinds, lengths, tuple(depths.tolist()), count, 1, batch.card / FPS, SIDE, FPS, (), batch.seed))
 
 
 def read_clips(batch: Batch, root: Path) -> list[Clip]:
     """The clips of a batch; paths are relative to `root`."""
     clips = []
-    for line in (batch.folder / "rows.jsonl").read_text().splitlines()[: batch.count]:
+    for line in (batch.folder / "rows.jsonl").read_text().splitlines()[: batch.number]:
         row = json.loads(line)
         question, answer = (turn["value"] for turn in row["conversations"])
         options = options_of(question)

@@ -61,7 +61,7 @@ def make(root: Path, amounts: Amounts, processes: int) -> None:
     batches = _batches(building, amounts)
     with ProcessPoolExecutor(processes) as pool:
         # Longest first, so that the processes end together.
-        clips = [pool.submit(write_clips, batch) for batch in sorted(batches, key=lambda batch: -batch.frames * batch.count)]
+        clips = [pool.submit(write_clips, batch) for batch in sorted(batches, key=lambda batch: -batch.frames * batch.number)]
         pictures = {
             name: [pool.submit(_pictures, building, name, part, count) for part, count in enumerate(_parts(total))]
             for name, total in _picture_sets(amounts).items()

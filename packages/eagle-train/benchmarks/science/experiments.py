@@ -132,12 +132,12 @@ def _video(root: Path, seed: int, steps: Steps) -> list[Run]:
     swept = ("still_512", "order_256", "order_512")
     held_out = _same(*swept, "still_32", "order_32")
     contexts, count = (1408, 2816, 5632), steps(360)
-    every = {"mixture": {"weights": {f"clips_{frames}": 1.0 for frames in LENGTHS}}}
-    long = {"mixture": {"weights": {f"clips_{frames}": 1.0 for frames in LENGTHS[-2:]}}}
+    every = {"weights": {f"clips_{frames}": 1.0 for frames in LENGTHS}}
+    long = {"weights": {f"clips_{frames}": 1.0 for frames in LENGTHS[-2:]}}
     arms = {
-        "progressive": [one | every for one in progressive(count, contexts)],
-        "longest": [stage("s5632", contexts[-1], count, **every)],
-        "long_only": [stage("s5632", contexts[-1], count, **long)],
+        "progressive": [one | {"mixture": every} for one in progressive(count, contexts)],
+        "longest": [stage("s5632", contexts[-1], count, mixture=every)],
+        "long_only": [stage("s5632", contexts[-1], count, mixture=long)],
     }
     train = _same(*(f"clips_{frames}" for frames in LENGTHS))
     return [
@@ -149,7 +149,7 @@ def _video(root: Path, seed: int, steps: Steps) -> list[Run]:
 def _text(root: Path, seed: int, steps: Steps) -> list[Run]:
     """ADS against a fixed number of frames, for which texts are cut."""
     strata = ("code_short_text", "code_long_text", "card_short_text", "card_long_text")
-    stages = [stage("s512", 512, steps(1000), 5, mixture={"weights": {"notes": 4.0, "codes": 1.0}})]
+    stages = [stage("s512", 512, steps(600), 5, mixture={"weights": {"notes": 4.0, "codes": 1.0}})]
     fixed = {"sampling": {"fps": 4.0, "strategy": "uniform", "max_frames": FIXED_FRAMES}}
     cut = {name: f"{name}_cut" for name in strata}
     arms = {
@@ -172,8 +172,13 @@ def _weighting(root: Path, seed: int, steps: Steps) -> list[Run]:
 def _base(root: Path, seed: int, steps: Steps) -> list[Run]:
     """Learn colours of cards in short videos, and letters on single tiles."""
     short = _same(*(f"clips_{frames}" for frames in (*SHORTEST, *LENGTHS[:2])))
-    mixture = {"mixture": {"weights": dict.fromkeys(short, 1.0)}}
-    video = _config(root, "video", short, _same("still_32", "order_32"), [stage("base", 2048, steps(1100), **mixture)])
+    video = _config(
+        root,
+        "video",
+        short,
+        _same("still_32", "order_32"),
+        [stage("base", 2048, steps(1100), mixture={"weights": dict.fromkeys(short, 1.0)})],
+    )
     letters = _config(root, "image", _same("tiles"), _same("tiles_test"), [stage("base", 1024, steps(1200))])
     return [Run("base", "video", seed, video), Run("base", "letters", seed, letters)]
 
