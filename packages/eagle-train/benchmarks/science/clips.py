@@ -18,6 +18,8 @@ from eagle_train.evaluation.options import options_of
 FPS = 4
 SIDE = 32
 STILL, FIRST, LAST, ORDER = ("What is on the card?", "What is on the first card?", "What is on the last card?", "In what order?")
+SECOND, DESCRIBE = "What is on the second card?", "What is in the video?"
+"""Questions of rows with short and with long answers; no other rows have them."""
 
 
 class Batch(NamedTuple):

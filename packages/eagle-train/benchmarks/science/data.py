@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from clips import ORDER, Batch, Clip, read_clips, row, test_row, training_row, turns, write_clips
+from clips import DESCRIBE, SECOND, Batch, Clip, read_clips, row, test_row, training_row, turns, write_clips
 from letters import ASPECTS, HEIGHTS, LARGE, QUESTION, Picture, answer, draw, draw_tile, for_internvl, save, size_of
 from vocabulary import make_tokenizer
 
@@ -167,8 +167,8 @@ def _answer_rows(clips: dict[tuple[str, str, int], list[Clip]], rng: np.random.G
     rows: dict[str, list[dict[str, Any]]] = {}
     train = [clip for frames in SHORTEST for clip in clips["train", "order", frames]]
     for use, found in (("", train), ("_test", clips["test", "order", 8])):
-        rows["short" + use] = [row(clip, turns(clip)[:1]) for clip in found]
-        rows["long" + use] = [row(clip, [(ORDER, described(clip))]) for clip in found]
+        rows["short" + use] = [row(clip, [(SECOND, clip.colours[1])]) for clip in found]
+        rows["long" + use] = [row(clip, [(DESCRIBE, described(clip))]) for clip in found]
     order = rng.permutation(len(rows["short"]))
     return rows | {name: [rows[name][index] for index in order] for name in ("short", "long")}
 

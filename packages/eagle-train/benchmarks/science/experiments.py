@@ -1,8 +1,7 @@
 """The arms: configurations of eagle that differ in one respect, trained on the same number of tokens.
 
-Every run is one CPU thread's work of a few minutes. Arms about images start from a small model that knows the letters (one per seed), as
-the paper's training starts from a model that knows images, and arms about videos from one that knows short ones; those of `weighting` start
-from random weights.
+Every run is one CPU thread's work of a few minutes. As the paper's training starts from a model that knows images, arms start from small
+models, two per seed, that know letters on single tiles and cards in short videos.
 """
 
 from __future__ import annotations
@@ -164,8 +163,9 @@ def _weighting(root: Path, seed: int, steps: Steps) -> list[Run]:
     held_out = {"short": "short_test", "long": "long_test"}
     runs = []
     for weighting in ("token", "sample", "sqrt"):
-        stages = [stage("answers", 2048, steps(900), sources={"short": 1.0, "long": 1.0}, loss_weighting=weighting)]
-        runs.append(Run("weighting", weighting, seed, _config(root, "video", _same("short", "long"), held_out, stages)))
+        stages = [stage("answers", 2048, steps(350), sources={"short": 1.0, "long": 1.0}, loss_weighting=weighting)]
+        config = _config(root, "video", _same("short", "long"), held_out, stages)
+        runs.append(Run("weighting", weighting, seed, config, f"base-video-{seed}"))
     return runs
 
 
