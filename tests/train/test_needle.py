@@ -179,6 +179,8 @@ def test_the_command_builds_rows_that_can_be_prepared(tmp_path, capsys, make_con
     for wrong, text in [
         (["--kinds", "stil"], "--kinds stil: known are still, motion, order, count, linked"),
         (["--depths", "2"], "a depth lies in 0 ... 1"),
+        (["--depths", "0.001,0.002"], "0.00 comes twice"),
+        (["--lengths", "4,4.0"], "4 comes twice"),
         (["--lengths", "x"], "--lengths x: expected numbers"),
         (["--lengths", "1", "--kinds", "order"], "do not fit a video of 4 frames"),
         ([], "is not an empty folder"),

@@ -1,6 +1,6 @@
-"""Videos with needles, made by `eagle needle build`, and rows about them with open questions.
+"""Videos with needles, made by `eagle needle build`, and rows about the colours on their cards.
 
-The builder writes multiple choice; here the right option is the answer itself, which a small model learns sooner than letters.
+The builder writes multiple choice about colours and shapes; here the answers are the colours alone, which a small model learns soonest.
 """
 
 from __future__ import annotations
@@ -11,84 +11,63 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from eagle_train.evaluation.needle import build
-from eagle_train.evaluation.needle.build import Settings
-from eagle_train.evaluation.needle.cards import KINDS
+from eagle_train.evaluation.needle.build import Settings, build
 from eagle_train.evaluation.options import options_of
 
 FPS = 4
-SIDE = 64
-DEPTHS = tuple(round(depth, 3) for depth in np.linspace(0, 1, 21).tolist())
-FIRST, SECOND, LAST, ORDER, STILL = (
-    "What is on the first card?",
-    "What is on the second card?",
-    "What is on the last card?",
-    "What is on the cards?",
-    "What is on the card?",
-)
+SIDE = 32
+STILL, FIRST, LAST, ORDER = ("What is on the card?", "What is on the first card?", "What is on the last card?", "In what order?")
+SECOND, DESCRIBE = "What is on the second card?", "What is in the video?"
+"""Questions of rows with short and with long answers; no other rows have them."""
 
 
 class Batch(NamedTuple):
-    """`count` videos of `kind` (still: one card; order: three), `frames` long, with cards of `card` frames, in `folder`."""
+    """`number` videos of `kind` (still: one card; order: three), `frames` long, with cards of `card` frames, in `folder`."""
 
     folder: Path
     kind: str
     frames: int
     card: int
-    count: int
+    number: int
     seed: int
 
 
 class Clip(NamedTuple):
-    """A video and what its cards show, in order."""
+    """A video and the colours on its cards, in order."""
 
     path: str
-    scenes: tuple[str, ...]
+    colours: tuple[str, ...]
 
 
 def write_clips(batch: Batch) -> None:
     """Build the videos of a batch; their cards lie at depths drawn from the seed."""
-    depths = np.random.default_rng(batch.seed).choice(DEPTHS, min(batch.count, len(DEPTHS)), replace=False)
-    count = -(-batch.count // len(depths))
+    # Not 0 and 1: the first and the last frame are read at any number of frames.
+    depths = (1 + np.random.default_rng(batch.seed).permutation(99)[: batch.number]) / 100
     kinds, lengths = (batch.kind,), (batch.frames / FPS,)
-    settings = Settings(kinds, lengths, tuple(depths.tolist()), count, 1, batch.card / FPS, SIDE, FPS, (), batch.seed)
-    build(batch.folder, settings)
+    count = -(-batch.number // len(depths))
+    build(batch.folder, Settings(kinds, lengths, tuple(depths.tolist()), count, 1, batch.card / FPS, SIDE, FPS, (), batch.seed))
 
 
 def read_clips(batch: Batch, root: Path) -> list[Clip]:
     """The clips of a batch; paths are relative to `root`."""
     clips = []
-    for line in (batch.folder / "rows.jsonl").read_text().splitlines()[: batch.count]:
+    for line in (batch.folder / "rows.jsonl").read_text().splitlines()[: batch.number]:
         row = json.loads(line)
         question, answer = (turn["value"] for turn in row["conversations"])
         options = options_of(question)
         assert options is not None
-        scenes = tuple(options.texts["ABCD".index(answer)].split(", "))
-        clips.append(Clip(str((batch.folder / row["video"]).relative_to(root)), scenes))
+        shown = options.texts["ABCD".index(answer)].split(", ")
+        colours = tuple(scene.split()[1] for scene in shown)  # a red circle
+        clips.append(Clip(str((batch.folder / row["video"]).relative_to(root)), colours))
     return clips
-
-
-def card_rows(folder: Path, root: Path, count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Images of single cards, so that their colours and shapes are learned before they have to be found in videos."""
-    folder.mkdir(parents=True)
-    rows = []
-    for number in range(count):
-        needle = KINDS["still"](rng, SIDE, 1)
-        path = folder / f"{number}.jpg"
-        Image.fromarray(needle.clips[0][0]).save(path, quality=int(rng.integers(70, 96)))
-        turn = [{"from": "human", "value": f"<image>{STILL}"}, {"from": "gpt", "value": needle.options[0]}]
-        rows.append({"image": str(path.relative_to(root)), "conversations": turn})
-    return rows
 
 
 def turns(clip: Clip) -> list[tuple[str, str]]:
     """All questions about a clip; the last is the one that is evaluated."""
-    if len(clip.scenes) == 1:
-        return [(STILL, clip.scenes[0])]
-    first, second, last = clip.scenes
-    return [(FIRST, first), (SECOND, second), (LAST, last), (ORDER, ", ".join(clip.scenes))]
+    if len(clip.colours) == 1:
+        return [(STILL, clip.colours[0])]
+    return [(FIRST, clip.colours[0]), (LAST, clip.colours[-1]), (ORDER, ", ".join(clip.colours))]
 
 
 def row(clip: Clip | None, asked: Sequence[tuple[str, str]], before: str = "") -> dict[str, Any]:

@@ -1,25 +1,30 @@
 """The arms: configurations of eagle that differ in one respect, trained on the same number of tokens.
 
-Arms start from small base models that know the tasks at short contexts (one per seed and kind of media), as the paper's training starts
-from a model that knows images. Only the arms of `weighting` start from random weights.
+Every run is one CPU thread's work of a few minutes. As the paper's training starts from a model that knows images, arms start from small
+models, two per seed, that know letters on single tiles and cards in short videos.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data import FIXED_FRAMES, LENGTHS
-from digits import ASPECTS
+from data import FIXED_FRAMES, LENGTHS, SHORTEST
+from letters import ASPECTS, TILE
 
 FRAMES = (16, 32, 64, 128, 256, 512)
-WIDTH, LAYERS, VISION_LAYERS = 128, 4, 3
+WIDTH, LAYERS = 64, 3
 
 
 class Run(NamedTuple):
-    """One training and its evaluation. after: name of the run whose model it starts from. frames: evaluated at these numbers of frames."""
+    """One training and its evaluation.
+
+    after: name of the run whose model it starts from. frames, swept: evaluated at these numbers of frames on these held-out sources, and
+    once on the others.
+    """
 
     experiment: str
     arm: str
@@ -27,6 +32,7 @@ class Run(NamedTuple):
     config: dict[str, Any]
     after: str | None = None
     frames: tuple[int, ...] = ()
+    swept: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -34,30 +40,38 @@ class Run(NamedTuple):
         return f"{self.experiment}-{self.arm}-{self.seed}"
 
 
-def model(patch: int) -> dict[str, Any]:
-    """A model of about 1.5 M parameters; 64-pixel tiles of (64 / patch / 2)^2 tokens."""
-    vision = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": VISION_LAYERS, "num_attention_heads": WIDTH // 32}
+def model(kind: str) -> dict[str, Any]:
+    """A model of about 0.3 M parameters. Frames are one token of four patches; tiles of images four tokens of 64 patches."""
+    patch, ratio, layers = {"video": (TILE // 2, 0.5, 2), "image": (TILE // 8, 0.25, 4)}[kind]
+    vision = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": layers, "num_attention_heads": 4}
     text = {
         "hidden_size": WIDTH,
         "intermediate_size": 5 * WIDTH // 2,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": WIDTH // 64,
-        "num_key_value_heads": WIDTH // 64,
-        "head_dim": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         # About 1 / sqrt(width), as the quickstart needs it; 0.02 is made for widths in the thousands.
         "initializer_range": round(1 / math.sqrt(WIDTH), 3),
     }
     return {
-        "vision_config": vision | {"image_size": 64, "patch_size": patch},
+        "vision_config": vision | {"image_size": TILE, "patch_size": patch},
         "text_config": text,
+        "downsample_ratio": ratio,
         "patch_initializer_range": 0.25,
     }
 
 
 def stage(name: str, tokens: int, steps: int, packs: int = 1, **more: Any) -> dict[str, Any]:
     """A stage with the optimizer of the quickstart."""
-    common = {"loss_weighting": "token", "optimizer": "muon", "lr": 3e-3, "betas": [0.9, 0.95], "schedule": "cosine"}
-    return common | {"name": name, "max_tokens": tokens, "steps": steps, "packs_per_step": packs, "warmup_ratio": 0.04} | more
+    common = {
+        "loss_weighting": "token",
+        "optimizer": "muon",
+        "lr": 3e-3,
+        "betas": [0.9, 0.99],
+        "schedule": "cosine",
+        "final_lr_ratio": 0.02,
+    }
+    return common | {"name": name, "max_tokens": tokens, "steps": steps, "packs_per_step": packs, "warmup_ratio": 0.05} | more
 
 
 def progressive(steps: int, contexts: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -66,27 +80,27 @@ def progressive(steps: int, contexts: tuple[int, ...]) -> list[dict[str, Any]]:
     stages = []
     for number, tokens in enumerate(contexts):
         last = number == len(contexts) - 1
-        shape = {"schedule": "cosine"} if last else {"schedule": "constant"}
-        warm = {"warmup_ratio": 0.04 * len(contexts) if number == 0 else 0.0, "carry_optimizer": number > 0}
+        shape = {} if last else {"schedule": "constant", "final_lr_ratio": 0.0}
+        warm = {"warmup_ratio": 0.05 * len(contexts) if number == 0 else 0.0, "carry_optimizer": number > 0}
         stages.append(stage(f"s{tokens}", tokens, share, contexts[-1] // tokens, **shape, **warm))
     return stages
 
 
 def _config(
-    root: Path, patch: int, train: dict[str, str], held_out: dict[str, str], stages: list[dict[str, Any]], dtype: str, **sections: Any
+    root: Path, kind: str, train: dict[str, str], held_out: dict[str, str], stages: list[dict[str, Any]], **sections: Any
 ) -> dict[str, Any]:
-    """train, held_out: files by source name."""
+    """kind: of the model. train, held_out: files by source name."""
     sources = {name: {"annotation": str(root / f"{file}.jsonl")} for name, file in train.items()}
     tests = {name: {"annotation": str(root / f"{file}.jsonl")} for name, file in held_out.items()}
     facts = "-".join(sorted({*train.values()}))[:150]
     config = {
-        "model": {"preset": "tiny", "tokenizer": str(root / "tokenizer"), "activations": "keep", "overrides": model(patch)},
+        "model": {"preset": "tiny", "tokenizer": str(root / "tokenizer"), "activations": "keep", "overrides": model(kind)},
         "data": {"sources": sources, "eval_sources": tests, "facts": str(root / "facts" / facts), "verify": "header", "workers": 1},
         "sampling": {"fps": 4.0},
         "stages": stages,
         "checkpoint": {"every": 1_000_000, "keep": 1},
-        "parallel": {"dtype": dtype},
-        "loader": {"workers": 2},
+        "parallel": {"dtype": "float32"},
+        "loader": {"workers": 0},
         "eval": {"metrics": dict.fromkeys(tests, "teacher_forced"), "loss": False},
     }
     return copy.deepcopy(config) | sections
@@ -96,92 +110,90 @@ def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _shared(lengths: tuple[int, ...]) -> dict[str, float]:
-    """Clips of all lengths with the same number of tokens."""
-    return {f"clips_{frames}": 1.0 for frames in lengths}
-
-
-def all_runs(root: Path, seeds: tuple[int, ...], scale: float, dtype: str) -> list[Run]:
-    """Every run, seed by seed, bases first. scale: multiplies steps."""
+def all_runs(root: Path, seeds: tuple[int, ...], scale: float) -> list[Run]:
+    """Every run in the order in which they start: bases first, then seed by seed. scale: multiplies steps."""
 
     def steps(count: int) -> int:
         return max(3, round(count * scale))
 
-    runs: list[Run] = []
+    runs = [run for seed in seeds for run in _base(root, seed, steps)]
     for seed in seeds:
-        runs += _bases(root, seed, steps, dtype)
-    for seed in seeds:
-        runs += _video(root, seed, steps, dtype)
-        runs += _text(root, seed, steps, dtype)
-        runs += _tiles(root, seed, steps, dtype)
-    for seed in seeds:
-        runs += _weighting(root, seed, steps, dtype)
+        for experiment in (_video, _text, _weighting, _tiles):
+            runs += experiment(root, seed, steps)
     return runs
 
 
-def _bases(root: Path, seed: int, steps: Any, dtype: str) -> list[Run]:
-    short = ("clips_4", "clips_8", "clips_16", "clips_32", "clips_64")
-    mixture = {"mixture": {"weights": {"clips_4": 1.0, "clips_8": 1.0, "clips_16": 2.0, "clips_32": 2.0, "clips_64": 1.0, "cards": 0.2}}}
-    flat = {"schedule": "constant", "sources": {"cards": 1.0}}
-    stages = [stage("cards", 4096, steps(100), **flat), stage("base", 4096, steps(1400), **mixture | {"warmup_ratio": 0.0})]
-    video = _config(root, 16, _same("cards", *short), _same("still_32", "order_32"), stages, dtype)
-    image = _config(root, 8, _same("tile"), _same(*(f"digits_{one}" for one in ASPECTS)), [stage("base", 8192, steps(1000))], dtype)
-    return [Run("base", "video", seed, video), Run("base", "image", seed, image)]
+Steps = Callable[[int], int]
 
 
-def _video(root: Path, seed: int, steps: Any, dtype: str) -> list[Run]:
+def _video(root: Path, seed: int, steps: Steps) -> list[Run]:
     """More frames; progressive contexts against the longest alone; all lengths against long ones."""
-    held_out = _same("still_512", "first_512", "order_512", "still_32", "order_32")
-    contexts, count = (2048, 4096, 8192), steps(600)
-    every = {"mixture": {"weights": _shared(LENGTHS)}}
-    long = {"mixture": {"weights": _shared(LENGTHS[-2:])}}
+    swept = ("still_512", "order_256", "order_512")
+    held_out = _same(*swept, "still_32", "order_32")
+    contexts, count = (1408, 2816, 5632), steps(360)
+    every = {"weights": {f"clips_{frames}": 1.0 for frames in LENGTHS}}
+    long = {"weights": {f"clips_{frames}": 1.0 for frames in LENGTHS[-2:]}}
     arms = {
-        "progressive": [one | every for one in progressive(count, contexts)],
-        "longest": [stage("s8192", 8192, count, **every)],
-        "long_only": [stage("s8192", 8192, count, **long)],
+        "progressive": [one | {"mixture": every} for one in progressive(count, contexts)],
+        "longest": [stage("s5632", contexts[-1], count, mixture=every)],
+        "long_only": [stage("s5632", contexts[-1], count, mixture=long)],
     }
     train = _same(*(f"clips_{frames}" for frames in LENGTHS))
     return [
-        Run("video", arm, seed, _config(root, 16, train, held_out, stages, dtype), f"base-video-{seed}", FRAMES)
+        Run("video", arm, seed, _config(root, "video", train, held_out, stages), f"base-video-{seed}", FRAMES, swept)
         for arm, stages in arms.items()
     ]
 
 
-def _text(root: Path, seed: int, steps: Any, dtype: str) -> list[Run]:
+def _text(root: Path, seed: int, steps: Steps) -> list[Run]:
     """ADS against a fixed number of frames, for which texts are cut."""
     strata = ("code_short_text", "code_long_text", "card_short_text", "card_long_text")
-    stages = [stage("s2048", 2048, steps(600), 2)]
+    stages = [stage("s512", 512, steps(600), 5, mixture={"weights": {"notes": 4.0, "codes": 1.0}})]
     fixed = {"sampling": {"fps": 4.0, "strategy": "uniform", "max_frames": FIXED_FRAMES}}
+    cut = {name: f"{name}_cut" for name in strata}
     arms = {
-        "ads": _config(root, 16, _same("notes"), _same(*strata), stages, dtype),
-        "fixed": _config(root, 16, {"notes": "notes_cut"}, {name: f"{name}_cut" for name in strata}, stages, dtype, **fixed),
+        "ads": _config(root, "video", _same("notes", "codes"), _same(*strata), stages),
+        "fixed": _config(root, "video", {"notes": "notes_cut", "codes": "codes"}, cut, stages, **fixed),
     }
     return [Run("text", arm, seed, config, f"base-video-{seed}") for arm, config in arms.items()]
 
 
-def _tiles(root: Path, seed: int, steps: Any, dtype: str) -> list[Run]:
-    """IAP against InternVL's rule; ads against ads-fill."""
-    names = [f"digits_{aspect}" for aspect in ASPECTS]
-    stages = [stage("s4096", 4096, steps(800))]
-    several = [stage("s640", 640, steps(500), 3)]
-    internvl = {name: f"{name}_internvl" for name in names}
-    fill = {"sampling": {"fps": 4.0, "strategy": "ads-fill"}}
-    arms = {
-        ("tiling", "iap"): _config(root, 8, _same("large"), _same(*names), stages, dtype),
-        ("tiling", "internvl"): _config(root, 8, {"large": "large_internvl"}, internvl, stages, dtype),
-        ("fill", "ads"): _config(root, 8, _same("several"), _same("several_test"), several, dtype),
-        ("fill", "ads-fill"): _config(root, 8, _same("several"), _same("several_test"), several, dtype, **fill),
-    }
-    return [Run(experiment, arm, seed, config, f"base-image-{seed}") for (experiment, arm), config in arms.items()]
-
-
-def _weighting(root: Path, seed: int, steps: Any, dtype: str) -> list[Run]:
-    """Short and long answers, as many rows of each, by three weightings of the loss; from random weights."""
+def _weighting(root: Path, seed: int, steps: Steps) -> list[Run]:
+    """Short and long answers, as many rows of each, by three weightings of the loss."""
     held_out = {"short": "short_test", "long": "long_test"}
     runs = []
     for weighting in ("token", "sample", "sqrt"):
-        cards = stage("cards", 4096, steps(100), schedule="constant", sources={"cards": 1.0})
-        answers = stage("answers", 4096, steps(1100), warmup_ratio=0.0, sources={"short": 1.0, "long": 1.0}, loss_weighting=weighting)
-        config = _config(root, 16, _same("cards", "short", "long"), held_out, [cards, answers], dtype)
-        runs.append(Run("weighting", weighting, seed, config))
+        stages = [stage("answers", 2048, steps(350), sources={"short": 1.0, "long": 1.0}, loss_weighting=weighting)]
+        config = _config(root, "video", _same("short", "long"), held_out, stages)
+        runs.append(Run("weighting", weighting, seed, config, f"base-video-{seed}"))
     return runs
+
+
+def _base(root: Path, seed: int, steps: Steps) -> list[Run]:
+    """Learn colours of cards in short videos, and letters on single tiles."""
+    short = _same(*(f"clips_{frames}" for frames in (*SHORTEST, *LENGTHS[:2])))
+    video = _config(
+        root,
+        "video",
+        short,
+        _same("still_32", "order_32"),
+        [stage("base", 2048, steps(1100), mixture={"weights": dict.fromkeys(short, 1.0)})],
+    )
+    letters = _config(root, "image", _same("tiles"), _same("tiles_test"), [stage("base", 1024, steps(1200))])
+    return [Run("base", "video", seed, video), Run("base", "letters", seed, letters)]
+
+
+def _tiles(root: Path, seed: int, steps: Steps) -> list[Run]:
+    """IAP against InternVL's rule; ads against ads-fill."""
+    names = [f"letters_{aspect}" for aspect in ASPECTS]
+    stages = [stage("s2048", 2048, steps(250))]
+    several = [stage("s192", 192, steps(320), 8)]
+    internvl = {name: f"{name}_internvl" for name in names}
+    fill = {"sampling": {"fps": 4.0, "strategy": "ads-fill"}}
+    arms = {
+        ("tiling", "iap"): _config(root, "image", _same("large"), _same(*names), stages),
+        ("tiling", "internvl"): _config(root, "image", {"large": "large_internvl"}, internvl, stages),
+        ("fill", "ads"): _config(root, "image", _same("several"), _same("several_test"), several),
+        ("fill", "ads-fill"): _config(root, "image", _same("several"), _same("several_test"), several, **fill),
+    }
+    return [Run(experiment, arm, seed, config, f"base-letters-{seed}") for (experiment, arm), config in arms.items()]

@@ -8,13 +8,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("experiment", "arm", "source", "frames")
+Key = tuple[str, str, str, int | None]
+"""Experiment, arm, source, frames."""
 
 
-def grouped(content: dict[str, Any]) -> dict[tuple[str, str, str, int | None], list[dict[str, Any]]]:
+def grouped(content: dict[str, Any]) -> dict[Key, list[dict[str, Any]]]:
     """The points of all seeds by experiment, arm, source and frames."""
-    groups: dict[tuple[str, str, str, int | None], list[dict[str, Any]]] = defaultdict(list)
-    for run in content["runs"]:
+    groups: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    for run in sorted(content["runs"], key=lambda run: run["seed"]):
         for point in run.get("points", ()):
             groups[run["experiment"], run["arm"], point["source"], point["frames"]].append(point)
     return dict(sorted(groups.items(), key=lambda item: tuple(map(str, item[0][:3])) + (item[0][3] or 0,)))
@@ -25,13 +26,22 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def deviation(values: list[float]) -> float:
+    """Standard deviation over the seeds, of a sample; NaN for one."""
+    if len(values) < 2:
+        return math.nan
+    return math.sqrt(sum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))
+
+
 def table(content: dict[str, Any]) -> str:
     """Markdown: accuracy of every arm and source, the mean of its seeds and each of them, next to the text-only baseline; and the runs."""
-    lines = ["| experiment | arm | source | frames | accuracy | seeds | text-only |", "|---|---|---|---|---|---|---|"]
+    lines = ["| experiment | arm | source | frames | accuracy | deviation | seeds | text-only |", "|---|---|---|---|---|---|---|---|"]
     for (experiment, arm, source, frames), points in grouped(content).items():
-        seeds = " ".join(f"{point['accuracy']:.2f}" for point in points)
-        value, base = mean([point["accuracy"] for point in points]), mean([point["text_only"] for point in points])
-        lines.append(f"| {experiment} | {arm} | {source} | {frames or ''} | {value:.3f} | {seeds} | {base:.3f} |")
+        values = [point["accuracy"] for point in points]
+        seeds, base = " ".join(f"{value:.2f}" for value in values), mean([point["text_only"] for point in points])
+        lines.append(
+            f"| {experiment} | {arm} | {source} | {frames or ''} | {mean(values):.3f} | {deviation(values):.3f} | {seeds} | {base:.3f} |"
+        )
     lines += [
         "",
         "| experiment | arm | seed | parameters | steps | tokens | samples | loss | seconds |",
@@ -58,30 +68,36 @@ def plot(path: Path) -> None:
     _arms(content, path.with_name(path.stem + "-arms.png"))
 
 
+TITLES = {
+    "still_512": "one card in 512 frames",
+    "order_256": "the order of three cards in 256 frames",
+    "order_512": "the order of three cards in 512 frames",
+}
+
+
 def _frames(content: dict[str, Any], path: Path) -> None:
     """Accuracy over frames on held-out videos of 512 frames: mean of the seeds, all seeds, text-only baseline."""
     import matplotlib.pyplot as plt
 
     groups = grouped(content)
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
-    for axis, (source, title) in zip(
-        axes, (("still_512", "one card"), ("first_512", "the first of three cards"), ("order_512", "three cards in order"))
-    ):
+    figure, axes = plt.subplots(1, len(TITLES), figsize=(12, 3.8), sharey=True)
+    for axis, (source, title) in zip(axes, TITLES.items()):
         arms = sorted({arm for experiment, arm, name, _ in groups if experiment == "video" and name == source})
+        ticks: list[int] = []
         for number, arm in enumerate(arms):
             series = {key[3]: points for key, points in groups.items() if key[:3] == ("video", arm, source) and key[3]}
-            frames = sorted(series)
-            means = [mean([point["accuracy"] for point in series[count]]) for count in frames]
-            axis.plot(frames, means, "o-", color=f"C{number}", label=arm.replace("_", " "))
-            for count in frames:
+            ticks = sorted(series)
+            means = [mean([point["accuracy"] for point in series[count]]) for count in ticks]
+            axis.plot(ticks, means, "o-", color=f"C{number}", label=arm.replace("_", " "))
+            for count in ticks:
                 axis.plot([count] * len(series[count]), [point["accuracy"] for point in series[count]], ".", color=f"C{number}", alpha=0.4)
             if number == 0:
-                base = [mean([point["text_only"] for point in series[count]]) for count in frames]
-                axis.plot(frames, base, "k--", label="text-only baseline")
+                base = [mean([point["text_only"] for point in series[count]]) for count in ticks]
+                axis.plot(ticks, base, "k--", label="text-only baseline")
         axis.set_xscale("log", base=2)
-        axis.set_xticks([16, 32, 64, 128, 256, 512], ["16", "32", "64", "128", "256", "512"])
+        axis.set_xticks(ticks, [str(count) for count in ticks])
         axis.set_title(title)
-        axis.set_xlabel("frames of a video of 512")
+        axis.set_xlabel("most frames that are read")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
     axes[0].set_ylim(-0.02, 1.02)
@@ -109,7 +125,7 @@ def _arms(content: dict[str, Any], path: Path) -> None:
                 at = place + (number - (len(arms) - 1) / 2) * width
                 axis.bar(at, mean(values), 0.9 * width, color=f"C{number}", alpha=0.7, label=arm if place == 0 else None)
                 axis.plot([at] * len(values), values, "k.", markersize=3)
-        labels = [source.replace("digits_", "").replace("_test", "").replace("_", "\n") for source in sources]
+        labels = [source.replace("letters_", "").replace("_test", "").replace("_", "\n") for source in sources]
         axis.set_xticks(range(len(sources)), labels, fontsize=8)
         axis.set_title(name)
         axis.legend(fontsize=8)
@@ -117,11 +133,3 @@ def _arms(content: dict[str, Any], path: Path) -> None:
     axes[0][0].set_ylabel("accuracy")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error over seeds."""
-    average = mean(values)
-    if len(values) < 2:
-        return average, math.nan
-    return average, math.sqrt(sum((value - average) ** 2 for value in values) / (len(values) - 1) / len(values))

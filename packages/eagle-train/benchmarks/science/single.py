@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,27 @@ from typing import Any
 from experiments import Run
 
 
-def run_one(run: Run, folder: Path, device: str, begin: float) -> dict[str, Any]:
-    """Train and evaluate; the model is exported to `folder/NAME/model` when others start from it. begin: when the process started."""
+def run_one(run: Run, folder: Path) -> dict[str, Any]:
+    """Train and evaluate on one thread; the model is exported to `folder/NAME/model` when others start from it."""
+    begin = time.time()
     import torch
 
     from eagle_train.config import parse_config
     from eagle_train.distributed.world import start_world
+    from eagle_train.evaluation.metrics import Evaluation
     from eagle_train.runs.evaluate import Evaluator
     from eagle_train.runs.export import export
     from eagle_train.runs.ready import get_ready
-    from eagle_train.runs.sweep import sweep
+    from eagle_train.runs.sweep import Point
     from eagle_train.runs.train import train
 
     torch.set_num_threads(1)
     content = run.config | {"run": {"name": run.name, "dir": str(folder), "seed": run.seed, "log_every": 1}}
     if run.after is not None:
-        start = {"path": str(folder / run.after / "model")}
-        content["model"] = {
-            key: value for key, value in content["model"].items() if key not in ("preset", "tokenizer", "overrides")
-        } | start
+        kept = {key: value for key, value in content["model"].items() if key not in ("preset", "tokenizer", "overrides")}
+        content["model"] = kept | {"path": str(folder / run.after / "model")}
     config = parse_config(content)
-    world = start_world(config.parallel, device)
+    world = start_world(config.parallel, "cpu")
     ready = get_ready(config, world)
     records: list[dict[str, Any]] = []
     started = time.time()
@@ -40,7 +41,12 @@ def run_one(run: Run, folder: Path, device: str, begin: float) -> dict[str, Any]
     seconds = time.time() - started
     trainer = trained.trainer
     evaluator = Evaluator(ready, world)
-    points = sweep(lambda frames, _: evaluator.evaluate(trainer.model, trainer.total_steps, frames=frames), frames=run.frames)
+
+    def evaluate(sources: Sequence[str], frames: int | None) -> Evaluation:
+        return evaluator.evaluate(trainer.model, trainer.total_steps, sources=sources, frames=frames)
+
+    once = [name for name in config.data.eval_sources if name not in run.swept]
+    points = [Point(None, None, evaluate(once, None)), *(Point(frames, None, evaluate(run.swept, frames)) for frames in run.frames)]
     evaluated = time.time() - started - seconds
     if run.experiment == "base":
         export(config, folder / run.name / "model", dtype="float32")
@@ -55,7 +61,6 @@ def run_one(run: Run, folder: Path, device: str, begin: float) -> dict[str, Any]
         **{key: sum(record[key] for record in steps) for key in ("tokens", "tiles", "samples", "labels", "missing")},
         "loss": sum(record["loss"] for record in last) / max(1, len(last)),
         "seconds": {"start": round(started - begin, 1), "train": round(seconds, 1), "evaluate": round(evaluated, 1)},
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "points": [row for point in points for row in point.rows()],
     }
     world.close()

@@ -82,6 +82,14 @@ class Settings:
             raise NeedleError("nothing is requested: --kinds, --lengths and --depths need a value each, and --count is at least 1")
         if not all(0 <= depth <= 1 for depth in self.depths):
             raise NeedleError(f"--depths {','.join(map(str, self.depths))}: a depth lies in 0 ... 1")
+        # Videos are named by them, and the later one would replace the earlier.
+        for option, names in (
+            ("kinds", self.kinds),
+            ("lengths", [f"{length:g}" for length in self.lengths]),
+            ("depths", [f"{depth:.2f}" for depth in self.depths]),
+        ):
+            if twice := sorted({name for name in names if list(names).count(name) > 1}):
+                raise NeedleError(f"--{option}: {', '.join(twice)} comes twice; name each once (depths in hundredths)")
         if not 1 <= self.rotations <= OPTIONS:
             raise NeedleError(f"--rotations {self.rotations}: a question has {OPTIONS} options, so 1 ... {OPTIONS}")
         if self.side < 32 or self.side % 2 or self.fps < 1 or self.card_seconds * self.fps < 1:

@@ -1,0 +1,157 @@
+"""Science in miniature: arms differ in one respect and get the same tokens; pictures, tables, and the driver that continues."""
+
+import copy
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "packages" / "eagle-train" / "benchmarks" / "science"
+NAMES = ("vocabulary", "letters", "clips", "data", "experiments", "report", "single", "run")
+
+
+@pytest.fixture
+def science(monkeypatch):
+    """Imports a module of the folder; its modules import each other by their names alone, so they are forgotten afterwards."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def runs(science):
+    return science("experiments").all_runs(Path("data"), (0, 1), 1.0)
+
+
+def tokens(run) -> int:
+    return sum(stage["max_tokens"] * stage["packs_per_step"] * stage["steps"] for stage in run.config["stages"])
+
+
+def test_configurations_are_valid_and_bases_come_first(runs):
+    from eagle_train.config import parse_config
+
+    seen = set()
+    for run in runs:
+        assert run.after is None or run.after in seen
+        assert run.name not in seen
+        seen.add(run.name)
+        parse_config(copy.deepcopy(run.config))
+
+
+def test_arms_of_an_experiment_get_the_same_tokens(runs):
+    by_experiment = {}
+    for run in runs:
+        if run.experiment != "base":
+            by_experiment.setdefault(run.experiment, set()).add(tokens(run))
+    assert set(by_experiment) == {"video", "text", "tiling", "fill", "weighting"}
+    assert all(len(found) == 1 for found in by_experiment.values()), by_experiment
+
+
+@pytest.mark.parametrize(
+    ("experiment", "differs"),
+    [
+        ("video", {"stages"}),
+        ("text", {"data", "sampling"}),
+        ("tiling", {"data"}),
+        ("fill", {"sampling"}),
+        ("weighting", {"stages"}),
+    ],
+)
+def test_arms_differ_in_one_respect(runs, experiment, differs):
+    first, *others = [run for run in runs if run.experiment == experiment and run.seed == 0]
+    assert others
+    for other in others:
+        assert {key for key in first.config if first.config[key] != other.config[key]} == differs
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    # Values of InternVL's `find_closest_aspect_ratio` and `dynamic_preprocess` (tiles of 448 pixels, at most 12).
+    [((800, 1300), (2, 3)), ((448, 448), (1, 1)), ((2000, 2000), (3, 3)), ((4480, 896), (5, 1)), ((1280, 720), (4, 2))],
+)
+def test_internvl_grid(science, size, grid):
+    assert science("letters").internvl_grid(*size, 12, 448) == grid
+
+
+def test_iap_gives_a_picture_in_the_size_of_a_grid_that_grid(science):
+    from eagle_tiling import select_grid
+
+    letters = science("letters")
+    for aspect in letters.ASPECTS.values():
+        image, letter = letters.draw(*letters.size_of(aspect, letters.LARGE), letters.HEIGHTS, np.random.default_rng(0))
+        assert letter in letters.LETTERS
+        reduced = letters.for_internvl(image, 12)
+        grid = letters.internvl_grid(*image.size, 12)
+        assert tuple(select_grid(*reduced.size, max_tiles=12, tile_size=letters.TILE)) == grid
+
+
+def test_frames_cost_ten_tokens(science, tmp_path):
+    from eagle_model.prompt.costs import PromptCosts
+
+    tokenizer = science("vocabulary").make_tokenizer(["What is on the card?", "red, green"], tmp_path / "tokenizer")
+    costs = PromptCosts(tokenizer)
+    assert costs.frames_tokens([0.0, 63.75, 127.75], 1) == 30
+    assert costs.digits_alike  # frames are planned exactly
+
+
+def point(accuracy):
+    return {"source": "still_512", "frames": 16, "accuracy": accuracy, "text_only": 0.2}
+
+
+def run_result(seed, accuracy, **more):
+    counts = {"parameters": 1, "steps": 2, "tokens": 3, "samples": 4, "loss": 0.5, "seconds": {"train": 1.0}}
+    return {"experiment": "video", "arm": "longest", "seed": seed, "points": [point(accuracy)]} | counts | more
+
+
+def test_the_table_has_the_mean_every_seed_and_what_failed(science):
+    failed = {"experiment": "video", "arm": "longest", "seed": 2, "failed": "ValueError: no\n"}
+    text = science("report").table({"runs": [run_result(1, 0.75), run_result(0, 0.25), failed]})
+    assert "| video | longest | still_512 | 16 | 0.500 | 0.354 | 0.25 0.75 | 0.200 |" in text
+    assert "| video | longest | 2 | failed: ValueError: no |" in text
+
+
+def test_the_driver_continues_and_names_what_is_missing(science, tmp_path, monkeypatch, capsys):
+    run = science("run")
+    options = run.Options(tmp_path, tmp_path / "work", 2, 1e9, 1, 1.0, (), False)
+    options.runs.mkdir(parents=True)
+    monkeypatch.setattr(run.Queue, "_process", lambda self, one: pytest.fail(f"{one.name} was started"))
+    every = run.chosen(options)
+    made = {one.name: run.about(one) | run_result(0, 0.5) | run.about(one) for one in every}
+    for one in every[1:]:
+        (options.runs / f"{one.name}.json").write_text(json.dumps(made[one.name] | {"configuration": run.digest(one)}))
+    (options.runs / f"{every[0].name}.json").write_text(json.dumps(made[every[0].name] | {"configuration": "another"}))
+    queue = run.Queue(every, options, 0.0)
+    assert [one.name for one in queue.waiting] == [every[0].name]
+    assert queue.done == {one.name for one in every[1:]}
+    queue.waiting.clear()
+    queue.go()
+    content = json.loads((tmp_path / "science.json").read_text())
+    assert len(content["runs"]) == len(every) - 1
+    capsys.readouterr()
+
+
+def test_a_run_whose_base_failed_is_named(science, tmp_path, monkeypatch, capsys):
+    run = science("run")
+    options = run.Options(tmp_path, tmp_path / "work", 2, 1e9, 1, 1.0, ("tiling",), False)
+    options.runs.mkdir(parents=True)
+
+    class Ended:
+        returncode = 3
+
+        def poll(self):
+            return 3
+
+    monkeypatch.setattr(run.Queue, "_process", lambda self, one: Ended())
+    run.Queue(run.chosen(options), options, 0.0).go()
+    failed = {(one["experiment"], one["arm"]): one["failed"] for one in json.loads((tmp_path / "science.json").read_text())["runs"]}
+    assert failed == {
+        ("base", "letters"): "exit status 3",
+        ("tiling", "iap"): "base-letters-0 failed",
+        ("tiling", "internvl"): "base-letters-0 failed",
+    }
+    assert "FAILED: exit status 3" in capsys.readouterr().out
