@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from eagle_train.cli import launch, threads
-from eagle_train.cli.allocator import grow_segments
+from eagle_train.cli import gpu_settings, launch, threads
+from eagle_train.cli.gpu_settings import grow_segments, keep_kernels
 from eagle_train.cli.ranks import ending
 from eagle_train.config import ConfigError
 
@@ -151,3 +151,21 @@ def test_segments_of_gpu_memory_grow_unless_torch_is_told_otherwise():
         environment = {name: "max_split_size_mb:512"}
         grow_segments(environment)
         assert environment == {name: "max_split_size_mb:512"}
+
+
+def test_kernels_of_flash_attn_4_are_kept_in_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_settings, "find_spec", lambda name: object())
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    keep_kernels(environment)
+    folder = tmp_path / "eagle/flash-attn-4"
+    assert folder.is_dir()
+    assert environment["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    assert environment["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == str(folder)
+    (tmp_path / "file").touch()
+    for given in ({"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}, {"XDG_CACHE_HOME": str(tmp_path / "file")}):
+        environment = dict(given)
+        keep_kernels(environment)
+        assert environment == given
+    monkeypatch.setattr(gpu_settings, "find_spec", lambda name: None)
+    keep_kernels(environment := {})
+    assert environment == {}

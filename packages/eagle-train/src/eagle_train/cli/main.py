@@ -35,12 +35,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(given: list[str]) -> NoReturn:
     """Run a verb and exit with its exit code."""
-    from .allocator import grow_segments
     from .app import command
+    from .gpu_settings import grow_segments, keep_kernels
     from .threads import sleep_while_waiting
 
     sleep_while_waiting()
     grow_segments()
+    keep_kernels()
     debug = "--debug" in given
     try:
         command()(args=[argument for argument in given if argument != "--debug"], prog_name="eagle")
