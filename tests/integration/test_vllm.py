@@ -17,15 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 # ruff: noqa: E402  (the imports below need what is skipped above)
 
+from vllm.multimodal.media.image import ImageMediaIO
+
 from eagle_model import EagleForConditionalGeneration, EagleProcessor
+from eagle_model.integrations.vllm.media import EagleDataParser
 from eagle_model.integrations.vllm.prompt import parse_ids, unexpanded_ids
 from eagle_model.processor import Processed
+from eagle_model.visual import load_image
 from eagle_tiling import tile_image
 from eagle_train.runs.serve import server_command, server_options
 from tests.support.media import encoded, random_image, random_pixels, write_video
@@ -374,3 +378,41 @@ def test_ids_keep_the_messages(reference):
         [*messages, {"role": "assistant", "content": "x"}], encoder, add_generation_prompt=False, continue_final_message=True
     )
     assert parse_ids(ids, encoder) == ([*messages, {"role": "assistant", "content": "x"}], False, True)
+
+
+#: Files whose pixels vLLM decodes as Eagle does, and of which that can be known.
+ALIKE = {"JPEG", "PNG", "WEBP", "PNG with XMP", "JPEG, both", "JPEG, broken EXIF"}
+ALIKE |= {f"{kind}, EXIF {orientation}" for kind in ("JPEG", "WEBP") for orientation in (1, 3, 6)}
+
+
+def pictures():
+    """Encoded images of every kind that vLLM decodes, with what turns them."""
+    pixels = random_pixels(0, (30, 20))
+    image = Image.fromarray(pixels)
+    clear = image.convert("RGBA")
+    clear.putalpha(100)
+    xmp = b'<x:xmpmeta><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    found = {}
+    for kind in ("JPEG", "PNG", "WEBP"):
+        found |= {kind: {}, f"{kind} with XMP": {"xmp": xmp}}
+        for orientation in (1, 3, 6):
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = orientation
+            found[f"{kind}, EXIF {orientation}"] = {"exif": exif.tobytes()}
+    found |= {"JPEG, both": {"xmp": xmp, "exif": found["JPEG, EXIF 3"]["exif"]}, "JPEG, broken EXIF": {"exif": b"Exif\0\0broken"}}
+    found |= {"PNG, a transparent colour": {"transparency": tuple(pixels[0, 0].tolist())}, "GIF": {}, "TIFF": {}, "BMP": {}}
+    return {name: (image, options) for name, options in found.items()} | {
+        f"{kind} in {mode}": (clear if mode == "RGBA" else image.convert(mode), {})
+        for kind, mode in (("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("WEBP", "RGBA"), ("PNG", "P"))
+    }
+
+
+def test_an_image_has_the_pixels_of_its_bytes():
+    """What vLLM decoded is used only where it is what Eagle decodes; common files are not decoded twice."""
+    for name, (image, options) in pictures().items():
+        buffer = io.BytesIO()
+        image.save(buffer, name.split()[0].strip(","), **options)
+        data = buffer.getvalue()
+        [medium] = EagleDataParser()._parse_image_data([ImageMediaIO().load_bytes(data)])
+        assert np.array_equal(load_image(medium.ref), load_image(data)), name
+        assert isinstance(medium.ref, bytes) != (name in ALIKE), name
