@@ -343,6 +343,10 @@ def broken(media):
         "too long": (user(text("a b c " * 1200)), "1024"),
         "media that do not fit": (user(*[small] * 2, text("word " * 330)), ""),
         "empty part": (user({"type": "image_url", "image_url": None}, text("a")), ""),
+        "not base64": (user({"type": "image_url", "image_url": {"url": "data:image/png,abc"}}), "base64"),
+        "tiles as a word": (user(small | {"max_tiles": "many"}), "max_tiles of an image is 'many'"),
+        "a part of a tile": (user(small | {"max_tiles": 2.5}), "max_tiles of an image is 2.5"),
+        "a start in words": (user({"type": "video_url", "video_url": {"url": data_url("video/mp4", video)}, "start": "soon"}), "'soon'"),
     }
 
 
@@ -355,6 +359,15 @@ def test_bad_requests_are_refused(client, media, name):
     assert words in str(error.value)
     assert len(str(error.value)) > 40
     assert len(ask(client, user(text("a")))[1]) == STEPS
+
+
+def test_the_responses_api_takes_images(client, media):
+    image = {"type": "input_image", "image_url": data_url("image/png", encoded(media["wide"])), "detail": "auto"}
+    given = [{"role": "user", "content": [image, {"type": "input_text", "text": "a"}]}]
+    answer = client.responses.create(model="eagle", input=given, max_output_tokens=STEPS)
+    prompt, _, _ = ask(client, case("a tiled image", media)[0])
+    assert answer.usage.output_tokens == STEPS
+    assert answer.usage.input_tokens > len(prompt) - 40
 
 
 def test_tools_are_refused(client):

@@ -102,6 +102,10 @@ def own_settings(ref: Any, names: Sequence[str], kind: str) -> tuple[Any, dict[s
         medium = next((rest.pop(name) for name in ("image", "path") if rest.get(name) is not None), None)
         if medium is None or rest:
             raise ValueError(f"an image given as a mapping has 'image' and, optionally, {', '.join(names)}; got {sorted(ref)}")
+        own = {name: value for name, value in own.items() if value is not None}
+        for name, value in own.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} of an image is {value!r}; it must be a whole number of at least 1")
         return medium, own
     return rest, own
 

@@ -19,7 +19,8 @@ from eagle_model.prompt.chat import flatten
 from eagle_model.prompt.render import place_media
 from eagle_sampling import MediaError
 
-_MEDIA_PARTS = ("image", "image_url", "input_image", "image_pil", "video", "video_url")
+#: Types of parts with a medium, and the field that it stands in (`input_image` is that of the Responses API).
+_MEDIA_PARTS = {kind: kind for kind in ("image", "image_url", "image_pil", "video", "video_url")} | {"input_image": "image_url"}
 
 
 class EagleRenderer(BaseRenderer[Any]):
@@ -27,13 +28,13 @@ class EagleRenderer(BaseRenderer[Any]):
 
     def render_messages(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
         options = {"media_io_kwargs": params.media_io_kwargs, "mm_processor_kwargs": params.mm_processor_kwargs}
-        with _image_errors():
+        with _media_errors():
             conversation, data, uuids = parse_chat_messages(messages, self.model_config, content_format="openai", **options)
         return conversation, self._prompt(messages, conversation, data, uuids, params)
 
     async def render_messages_async(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
         options = {"media_io_kwargs": params.media_io_kwargs, "mm_processor_kwargs": params.mm_processor_kwargs}
-        with _image_errors():
+        with _media_errors():
             conversation, data, uuids = await parse_chat_messages_async(messages, self.model_config, content_format="openai", **options)
         return conversation, self._prompt(messages, conversation, data, uuids, params)
 
@@ -75,10 +76,13 @@ class EagleRenderer(BaseRenderer[Any]):
 
 
 @contextmanager
-def _image_errors() -> Iterator[None]:
-    """vLLM decodes images before the renderer sees them, and answers a decompression bomb with status 500; here it is a wrong request."""
+def _media_errors() -> Iterator[None]:
+    """vLLM reads media before the renderer sees them. It answers with status 500 to a decompression bomb, a local file where none is allowed
+    and a `data:` address without base64; here they are wrong requests."""
     try:
         yield
+    except RuntimeError as error:
+        raise MediaError(f"a medium of the request can't be read: {error}") from error
     except Image.DecompressionBombError as error:
         raise MediaError(f"an image of the request is too large: {error}") from error
 
@@ -125,5 +129,5 @@ def _check_parts(messages: Sequence[Any]) -> None:
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind in _MEDIA_PARTS and not part.get(kind):
+            if kind in _MEDIA_PARTS and not part.get(_MEDIA_PARTS[kind]):
                 raise PromptError(f"message {position} has a part of type {kind} without a medium in it")
