@@ -77,8 +77,8 @@ class EagleRenderer(BaseRenderer[Any]):
 
 @contextmanager
 def _media_errors() -> Iterator[None]:
-    """vLLM reads media before the renderer sees them. It answers with status 500 to a decompression bomb, a local file where none is allowed
-    and a `data:` address without base64; here they are wrong requests."""
+    """vLLM reads media before the renderer sees them. Its errors for a decompression bomb, a local file where none is allowed and a `data:`
+    address without base64 would become status 500; here they are wrong requests."""
     try:
         yield
     except RuntimeError as error:
