@@ -346,6 +346,10 @@ def broken(media):
         "not base64": (user({"type": "image_url", "image_url": {"url": "data:image/png,abc"}}), "base64"),
         "tiles as a word": (user(small | {"max_tiles": "many"}), "max_tiles of an image is 'many'"),
         "a part of a tile": (user(small | {"max_tiles": 2.5}), "max_tiles of an image is 2.5"),
+        "a file that no option allows": (
+            user({"type": "video_url", "video_url": {"url": data_url("video/mp4", video)}, "video": __file__}),
+            "a video has no setting video",
+        ),
         "a start in words": (user({"type": "video_url", "video_url": {"url": data_url("video/mp4", video)}, "start": "soon"}), "'soon'"),
     }
 

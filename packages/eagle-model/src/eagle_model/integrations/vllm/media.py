@@ -19,11 +19,21 @@ from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import MultiModalDataParser, ProcessorBatchItems
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
+from eagle_model.arguments import OF_IMAGES, OF_VIDEOS
 from eagle_model.integrations.vllm import NAME
 from eagle_model.prompt import PromptError
 from eagle_tiling.color import exif_orientation
 
 _ENCODED = "encoded"
+#: What a request may say about a medium. Other fields of a reference name files, and a request names files only where vLLM checks them.
+SETTINGS = {"image": OF_IMAGES, "video": (*OF_VIDEOS, "nframes", "start", "end", "start_time", "end_time", "times")}
+
+
+def check_settings(kind: str, settings: Iterable[str]) -> None:
+    """Raises PromptError for a setting that a medium of a request can't have."""
+    if unknown := sorted(set(settings) - set(SETTINGS[kind])):
+        name = "an image" if kind == "image" else "a video"
+        raise PromptError(f"{name} has no setting {unknown[0]}; it can have {', '.join(SETTINGS[kind])}")
 
 
 @VIDEO_LOADER_REGISTRY.register(NAME)
@@ -33,6 +43,7 @@ class EncodedVideo(VideoLoader):
     @classmethod
     def load_bytes(cls, data: bytes, num_frames: int = -1, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         """data: a file. num_frames: exactly so many frames; -1: as the sampling rate says."""
+        check_settings("video", kwargs)
         settings = kwargs | ({} if num_frames == -1 else {"num_frames": num_frames})
         return np.empty((0, 0, 0, 3), np.uint8), {_ENCODED: True, "settings": settings}
 
@@ -128,7 +139,7 @@ def _video(item: Any) -> Medium:
         file = tempfile.NamedTemporaryFile(prefix="eagle-", suffix=".pdf" if data.startswith(b"%PDF") else ".mp4")  # noqa: SIM115
         file.write(data)
         file.flush()
-        return Medium({"video": file.name, **settings}, _digest([data], settings), file)
+        return Medium({**settings, "video": file.name}, _digest([data], settings), file)
     if isinstance(item, str | PathLike):
         path = Path(str(item).removeprefix("file://"))
         if not path.is_file():

@@ -12,6 +12,7 @@ from vllm.renderers.base import BaseRenderer
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 
+from eagle_model.integrations.vllm.media import check_settings
 from eagle_model.integrations.vllm.prompt import unexpanded_ids
 from eagle_model.integrations.vllm.settings import processor_of, prompt_budget
 from eagle_model.prompt import PromptError, encode, render, with_system
@@ -93,7 +94,7 @@ def number_media(
     """Messages as text with placeholders, and media in their order, with the settings that stand in their content parts.
 
     messages: as the request has them; conversation: as vLLM parsed them; data: media that vLLM read.
-    Raises PromptError for a part without a medium, an unknown setting of an image, tool calls, and what `flatten` refuses.
+    Raises PromptError for a part without a medium, an unknown setting of a medium, tool calls, and what `flatten` refuses.
     """
     if unknown := sorted(set(data) - {"image", "video"}):
         raise PromptError(f"{unknown[0]} is not supported; a message holds text, images and videos")
@@ -111,9 +112,9 @@ def number_media(
                 item = data[kind][counts[kind]]
                 counts[kind] += 1
                 settings = {name: value for name, value in part.items() if name not in ("type", "uuid")}
-                if kind == "image" and (extra := sorted(set(settings) - {"max_tiles", "detail"})):
-                    raise PromptError(f"an image has no setting {extra[0]}; max_tiles can be given")
-                settings.pop("detail", None)  # OpenAI's; what an image costs is decided by its size and the budget
+                if kind == "image":
+                    settings.pop("detail", None)  # OpenAI's; what an image costs is decided by its size and the budget
+                check_settings(kind, settings)
                 blocks.append({"type": kind, kind: item, **settings})
             else:
                 blocks.append({"type": "text", "text": part.get("text", "")})
