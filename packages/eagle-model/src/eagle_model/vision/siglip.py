@@ -26,8 +26,10 @@ def tiles_at_once(config: SiglipVisionConfig, weight: Tensor, most: int) -> int:
     keeps. weight: any of the tower's, for its device and dtype."""
     if weight.device.type != "cpu":
         return most
-    patches = (config.image_size // config.patch_size) ** 2
-    return max(min(MALLOC_KEEPS // (patches * config.intermediate_size * weight.element_size()), most), 1)
+    image, patch = config.image_size, config.patch_size
+    assert isinstance(image, int)
+    assert isinstance(patch, int)
+    return max(min(MALLOC_KEEPS // ((image // patch) ** 2 * config.intermediate_size * weight.element_size()), most), 1)
 
 
 def patches_of(pixels: Tensor, side: int) -> Tensor:

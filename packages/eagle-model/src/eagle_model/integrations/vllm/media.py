@@ -90,11 +90,12 @@ def _image(item: Any) -> Medium:
         item = settings.pop("image", None)
     if item is None:
         raise PromptError("an image is empty; a cached image cannot be named by its uuid alone, send it again")
-    content = [item] if isinstance(item, bytes) else None
     if isinstance(item, MediaWithBytes):
-        content = [item.original_bytes]
+        content: Iterable[bytes] = [item.original_bytes]
         item = item.media if _decoded_alike(item) else item.original_bytes
-    return Medium({"image": item, **settings} if settings else item, _digest(content or _contents([item]), settings))
+    else:
+        content = [item] if isinstance(item, bytes) else _contents([item])
+    return Medium({"image": item, **settings} if settings else item, _digest(content, settings))
 
 
 def _decoded_alike(item: MediaWithBytes[Image.Image]) -> bool:
