@@ -17,15 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 # ruff: noqa: E402  (the imports below need what is skipped above)
 
+from vllm.multimodal.media.image import ImageMediaIO
+
 from eagle_model import EagleForConditionalGeneration, EagleProcessor
+from eagle_model.integrations.vllm.media import EagleDataParser
 from eagle_model.integrations.vllm.prompt import parse_ids, unexpanded_ids
 from eagle_model.processor import Processed
+from eagle_model.visual import load_image
 from eagle_tiling import tile_image
 from eagle_train.runs.serve import server_command, server_options
 from tests.support.media import encoded, random_image, random_pixels, write_video
@@ -339,6 +343,14 @@ def broken(media):
         "too long": (user(text("a b c " * 1200)), "1024"),
         "media that do not fit": (user(*[small] * 2, text("word " * 330)), ""),
         "empty part": (user({"type": "image_url", "image_url": None}, text("a")), ""),
+        "not base64": (user({"type": "image_url", "image_url": {"url": "data:image/png,abc"}}), "base64"),
+        "tiles as a word": (user(small | {"max_tiles": "many"}), "max_tiles of an image is 'many'"),
+        "a part of a tile": (user(small | {"max_tiles": 2.5}), "max_tiles of an image is 2.5"),
+        "a file that no option allows": (
+            user({"type": "video_url", "video_url": {"url": data_url("video/mp4", video)}, "video": __file__}),
+            "a video has no setting video",
+        ),
+        "a start in words": (user({"type": "video_url", "video_url": {"url": data_url("video/mp4", video)}, "start": "soon"}), "'soon'"),
     }
 
 
@@ -351,6 +363,15 @@ def test_bad_requests_are_refused(client, media, name):
     assert words in str(error.value)
     assert len(str(error.value)) > 40
     assert len(ask(client, user(text("a")))[1]) == STEPS
+
+
+def test_the_responses_api_takes_images(client, media):
+    image = {"type": "input_image", "image_url": data_url("image/png", encoded(media["wide"])), "detail": "auto"}
+    given = [{"role": "user", "content": [image, {"type": "input_text", "text": "a"}]}]
+    answer = client.responses.create(model="eagle", input=given, max_output_tokens=STEPS)
+    prompt, _, _ = ask(client, case("a tiled image", media)[0])
+    assert answer.usage.output_tokens == STEPS
+    assert answer.usage.input_tokens > len(prompt) - 40
 
 
 def test_tools_are_refused(client):
@@ -374,3 +395,41 @@ def test_ids_keep_the_messages(reference):
         [*messages, {"role": "assistant", "content": "x"}], encoder, add_generation_prompt=False, continue_final_message=True
     )
     assert parse_ids(ids, encoder) == ([*messages, {"role": "assistant", "content": "x"}], False, True)
+
+
+#: Files whose pixels vLLM decodes as Eagle does, and of which that can be known.
+ALIKE = {"JPEG", "PNG", "WEBP", "PNG with XMP", "JPEG, both", "JPEG, broken EXIF"}
+ALIKE |= {f"{kind}, EXIF {orientation}" for kind in ("JPEG", "WEBP") for orientation in (1, 3, 6)}
+
+
+def pictures():
+    """Encoded images of every kind that vLLM decodes, with what turns them."""
+    pixels = random_pixels(0, (30, 20))
+    image = Image.fromarray(pixels)
+    clear = image.convert("RGBA")
+    clear.putalpha(100)
+    xmp = b'<x:xmpmeta><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    found = {}
+    for kind in ("JPEG", "PNG", "WEBP"):
+        found |= {kind: {}, f"{kind} with XMP": {"xmp": xmp}}
+        for orientation in (1, 3, 6):
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = orientation
+            found[f"{kind}, EXIF {orientation}"] = {"exif": exif.tobytes()}
+    found |= {"JPEG, both": {"xmp": xmp, "exif": found["JPEG, EXIF 3"]["exif"]}, "JPEG, broken EXIF": {"exif": b"Exif\0\0broken"}}
+    found |= {"PNG, a transparent colour": {"transparency": tuple(pixels[0, 0].tolist())}, "GIF": {}, "TIFF": {}, "BMP": {}}
+    return {name: (image, options) for name, options in found.items()} | {
+        f"{kind} in {mode}": (clear if mode == "RGBA" else image.convert(mode), {})
+        for kind, mode in (("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("WEBP", "RGBA"), ("PNG", "P"))
+    }
+
+
+def test_an_image_has_the_pixels_of_its_bytes():
+    """What vLLM decoded is used only where it is what Eagle decodes; common files are not decoded twice."""
+    for name, (image, options) in pictures().items():
+        buffer = io.BytesIO()
+        image.save(buffer, name.split()[0].strip(","), **options)
+        data = buffer.getvalue()
+        [medium] = EagleDataParser()._parse_image_data([ImageMediaIO().load_bytes(data)])
+        assert np.array_equal(load_image(medium.ref), load_image(data)), name
+        assert isinstance(medium.ref, bytes) != (name in ALIKE), name

@@ -298,8 +298,18 @@ def test_wrong_use_is_said(processor, tmp_path):
         processor(text="x", tile_size=64)
     with pytest.raises(ValueError, match="num_frames is given together with fps"):
         processor(text="x", num_frames=2, fps=1.0)
+    with pytest.raises(ValueError, match=r"num_frames is 2\.5; it must be a whole number"):
+        processor(text="x", num_frames=2.5)
+    with pytest.raises(ValueError, match="max_frames is '3'; it must be a whole number"):
+        processor(text="x", max_frames="3")
     with pytest.raises(ValueError, match="max_tiles is 0"):
         processor(text="x", max_tiles=0)
+    for wrong in (0, 2.5, "many", True):
+        with pytest.raises(ValueError, match=f"max_tiles of an image is {wrong!r}; it must be a whole number"):
+            processor(text="<image-1>", images=[{"image": random_image(), "max_tiles": wrong}])
+    for wrong in ("soon", True, float("nan")):
+        with pytest.raises(ValueError, match=f"start of a video is {wrong!r}; it must be a number of seconds"):
+            processor(text="<video-1>", videos=[{"path": "a.mp4", "start": wrong}])
     with pytest.raises(TypeError, match="max_tiles is given twice"):
         processor(text="x", max_tiles=2, images_kwargs={"max_tiles": 3})
     with pytest.raises(ValueError, match="pad_to_multiple_of=8"):

@@ -5,7 +5,7 @@ import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from eagle_model.vision.connector import make_connector, pixel_shuffle
-from eagle_model.vision.siglip import VisionModel, patches_of
+from eagle_model.vision.siglip import VisionModel, patches_of, tiles_at_once
 
 SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 
@@ -107,3 +107,20 @@ def test_connectors():
     assert [name for name, _ in make_connector(16, 8, 1).named_parameters()] == ["0.weight", "0.bias"]
     with pytest.raises(ValueError, match="mlp_connector_layers"):
         make_connector(16, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "device", "tiles"),
+    [
+        (1536, torch.float32, "cpu", 5),
+        (4304, torch.bfloat16, "cpu", 3),
+        (4304, torch.float32, "cpu", 1),
+        (40000, torch.float32, "cpu", 1),
+        (8, torch.float32, "cpu", 32),
+        (4304, torch.bfloat16, "meta", 32),
+    ],
+)
+def test_tiles_at_once(width, dtype, device, tiles):
+    """On a CPU the activation of the MLP is at most 32 MiB, unless one tile's is larger."""
+    config = SiglipVisionConfig(image_size=448, patch_size=14, intermediate_size=width)
+    assert tiles_at_once(config, torch.empty(1, dtype=dtype, device=device), 32) == tiles

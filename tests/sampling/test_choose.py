@@ -76,6 +76,7 @@ def test_wanted_frames():
     assert wanted_frames(1, min_frames=8) == 8
     assert wanted_frames(1, min_frames=8, available=5) == 5
     assert wanted_frames(1, min_frames=8, max_frames=4) == 4
+    assert wanted_frames(100, fps=1e300, available=30) == wanted_frames(1e300, fps=1e300, available=30) == 30
     assert type(wanted_frames(10.0)) is type(wanted_frames(10.0, available=np.int64(7))) is int
 
 

@@ -82,8 +82,10 @@ def changed(spec: VisualSpec, settings: Mapping[str, Any]) -> VisualSpec:
     if (frames := changes.pop("num_frames", None)) is not None:
         if changes.keys() & {"fps", "min_frames", "max_frames"}:
             raise ValueError("num_frames is given together with fps, min_frames or max_frames; give one or the other")
+        if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+            raise ValueError(f"num_frames is {frames!r}; it must be a whole number of at least 1")
         changes |= {"min_frames": frames, "max_frames": frames}
-    if "max_frames" in changes and "min_frames" not in changes:
+    if isinstance(changes.get("max_frames"), int) and "min_frames" not in changes:
         changes["min_frames"] = min(spec.min_frames, changes["max_frames"])
     return spec.replace(**changes) if changes else spec
 
@@ -102,6 +104,10 @@ def own_settings(ref: Any, names: Sequence[str], kind: str) -> tuple[Any, dict[s
         medium = next((rest.pop(name) for name in ("image", "path") if rest.get(name) is not None), None)
         if medium is None or rest:
             raise ValueError(f"an image given as a mapping has 'image' and, optionally, {', '.join(names)}; got {sorted(ref)}")
+        own = {name: value for name, value in own.items() if value is not None}
+        for name, value in own.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} of an image is {value!r}; it must be a whole number of at least 1")
         return medium, own
     return rest, own
 

@@ -36,7 +36,7 @@ from eagle_model.prefill import prefill_in_chunks
 from eagle_model.prompt import IGNORE_INDEX
 from eagle_model.replay import ReplayedSteps
 from eagle_model.vision.connector import make_connector, pixel_shuffle
-from eagle_model.vision.siglip import VisionModel
+from eagle_model.vision.siglip import VisionModel, tiles_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 VISION_KERNELS = (None, "sdpa", "eager")
 #: Modes of activation checkpointing.
 MODES = ("keep", "recompute", "selective", "offload")
-#: Tiles that the vision tower encodes at a time without gradients: 32768 patches of 448-pixel tiles, 0.6 GiB for their widest activation.
+#: Most tiles that the tower encodes at a time without gradients: 32768 patches of 448-pixel tiles, 0.6 GiB for their widest activation.
 ENCODED_TILES = 32
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -121,14 +121,17 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self._connect(self.vision_model(tiles))[:real]
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
-        """`image_features`; without gradients in groups of `ENCODED_TILES` tiles, so that memory for activations does not grow with their
+        """`image_features`; without gradients in groups of tiles (`tiles_at_once`), so that memory for activations does not grow with their
         number. Not where parameters are sharded: ranks with different numbers of tiles would run the tower different numbers of times.
         """
-        if torch.is_grad_enabled() or len(tiles) <= ENCODED_TILES or any(isinstance(p, DTensor) for p in self.vision_model.parameters()):
+        if torch.is_grad_enabled() or any(isinstance(p, DTensor) for p in self.vision_model.parameters()):
+            return self.image_features(tiles)
+        group = tiles_at_once(self.config.vision_config, next(self.vision_model.parameters()), ENCODED_TILES)
+        if len(tiles) <= group:
             return self.image_features(tiles)
         features: Tensor | None = None
-        for start in range(0, len(tiles), ENCODED_TILES):
-            part = self.image_features(tiles[start : start + ENCODED_TILES])
+        for start in range(0, len(tiles), group):
+            part = self.image_features(tiles[start : start + group])
             if features is None:
                 features = part.new_empty(len(tiles), *part.shape[1:])
             features[start : start + len(part)] = part

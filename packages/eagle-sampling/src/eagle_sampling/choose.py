@@ -61,7 +61,9 @@ def wanted_frames(
         raise ValueError(f"duration must be a number of seconds >= 0 (NaN, with available: no rate), not {seconds[bad].flat[0]}")
     if available is None and without_rate.any():
         raise ValueError("fps is None, so that all frames are wanted: give available, how many there are")
-    wanted = np.maximum(np.floor(np.where(without_rate, 0.0, seconds) * (fps or 0.0) + 1e-6), min_frames).astype(np.int64)
+    with np.errstate(over="ignore"):
+        by_rate = np.floor(np.where(without_rate, 0.0, seconds) * (fps or 0.0) + 1e-6)
+    wanted = by_rate.clip(min_frames, 2.0**53).astype(np.int64)  # a float beyond int64 would become a negative number
     if available is not None:
         wanted = np.minimum(np.where(without_rate, available, wanted), available)
     if max_frames is not None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -180,6 +182,9 @@ def as_video(ref: Any) -> VideoRef:
             raise ValueError(f"a video has {len(video)} frames but {len(times)} times; give one time for each frame")
         return VideoRef(frames=video, times=times, fps=about.get("fps"))
     start, end = (about.get(key) if about.get(key) is not None else about.get(f"{key}_time") for key in ("start", "end"))
+    for key, value in (("start", start), ("end", end)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)):
+            raise ValueError(f"{key} of a video is {value!r}; it must be a number of seconds")
     return VideoRef(local_path(os.fspath(video)), start, end)
 
 

@@ -8,20 +8,32 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import MultiModalDataParser, ProcessorBatchItems
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
+from eagle_model.arguments import OF_IMAGES, OF_VIDEOS
 from eagle_model.integrations.vllm import NAME
 from eagle_model.prompt import PromptError
+from eagle_tiling.color import exif_orientation
 
 _ENCODED = "encoded"
+#: What a request may say about a medium. Other fields of a reference name files, and a request names files only where vLLM checks them.
+SETTINGS = {"image": OF_IMAGES, "video": (*OF_VIDEOS, "nframes", "start", "end", "start_time", "end_time", "times")}
+
+
+def check_settings(kind: str, settings: Iterable[str]) -> None:
+    """Raises PromptError for a setting that a medium of a request can't have."""
+    if unknown := sorted(set(settings) - set(SETTINGS[kind])):
+        name = "an image" if kind == "image" else "a video"
+        raise PromptError(f"{name} has no setting {unknown[0]}; it can have {', '.join(SETTINGS[kind])}")
 
 
 @VIDEO_LOADER_REGISTRY.register(NAME)
@@ -31,6 +43,7 @@ class EncodedVideo(VideoLoader):
     @classmethod
     def load_bytes(cls, data: bytes, num_frames: int = -1, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         """data: a file. num_frames: exactly so many frames; -1: as the sampling rate says."""
+        check_settings("video", kwargs)
         settings = kwargs | ({} if num_frames == -1 else {"num_frames": num_frames})
         return np.empty((0, 0, 0, 3), np.uint8), {_ENCODED: True, "settings": settings}
 
@@ -78,9 +91,33 @@ def _image(item: Any) -> Medium:
     if item is None:
         raise PromptError("an image is empty; a cached image cannot be named by its uuid alone, send it again")
     if isinstance(item, MediaWithBytes):
-        item = item.original_bytes
-    content = [item] if isinstance(item, bytes) else _contents([item])
+        content: Iterable[bytes] = [item.original_bytes]
+        item = item.media if _decoded_alike(item) else item.original_bytes
+    else:
+        content = [item] if isinstance(item, bytes) else _contents([item])
     return Medium({"image": item, **settings} if settings else item, _digest(content, settings))
+
+
+def _decoded_alike(item: MediaWithBytes[Image.Image]) -> bool:
+    """Whether vLLM decoded an image to the pixels that Eagle would decode from its bytes, so that it need not be decoded again.
+
+    vLLM decodes before the plugin sees a request, on several threads; the media processor runs on one. True for JPEG, PNG and WebP in RGB
+    (vLLM converts other modes and transparency in its own way) that both turn in the same way: Pillow, which vLLM asks, also follows XMP
+    and EXIF in a PNG's text.
+    """
+    data = item.original_bytes
+    if item.io_config is not None or item.media.mode != "RGB" or "transparency" in item.media.info:
+        return False
+    if data.startswith(b"\x89PNG"):  # its EXIF may follow the pixels, so only a decoded image has all of it
+        return not any(name in item.media.info for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"))
+    if not data.startswith((b"\xff\xd8", b"RIFF")):
+        return False
+    try:
+        with Image.open(BytesIO(data), formats=("JPEG", "WEBP")) as header:
+            turned = header.getexif().get(ExifTags.Base.Orientation, 1)
+            return turned == exif_orientation(header.info.get("exif", b""))
+    except Exception:  # damaged metadata make Pillow raise exceptions of many types
+        return False
 
 
 def _video(item: Any) -> Medium:
@@ -103,17 +140,23 @@ def _video(item: Any) -> Medium:
         file = tempfile.NamedTemporaryFile(prefix="eagle-", suffix=".pdf" if data.startswith(b"%PDF") else ".mp4")  # noqa: SIM115
         file.write(data)
         file.flush()
-        return Medium({"video": file.name, **settings}, _digest([data], settings), file)
+        return Medium({**settings, "video": file.name}, _digest([data], settings), file)
     if isinstance(item, str | PathLike):
         path = Path(str(item).removeprefix("file://"))
         if not path.is_file():
             raise PromptError(f"{path}: there is no such video file")
-        return Medium({"video": str(path), **settings}, _digest([path.read_bytes()], settings))
+        return Medium({"video": str(path), **settings}, _digest([_file_digest(path)], settings))
     if rate := metadata.get("fps"):
         numbers = metadata.get("frames_indices") or range(len(item))
         settings = {"times": [number / rate for number in numbers]} | settings
     frames = list(item)
     return Medium({"frames": frames, **settings}, _digest(_contents(frames), settings))
+
+
+def _file_digest(path: Path) -> bytes:
+    """Of a file that may be larger than memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _is_picture(item: Any) -> bool:

@@ -17,9 +17,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from eagle_model.integrations.vllm.processing import EagleDummyInputs, EagleMultiModalProcessor, EagleProcessingInfo
 from eagle_model.vision.connector import make_connector, pixel_shuffle
-from eagle_model.vision.siglip import normalised
+from eagle_model.vision.siglip import normalised, tiles_at_once
 
-#: Tiles that the vision tower takes at once. At 1024 patches of width 4304 in bfloat16 their MLP needs 0.6 GB, however long a video is.
+#: Most tiles that the tower takes at once. At 1024 patches of width 4304 in bfloat16 their MLP needs 0.6 GB, however long a video is.
 TILES_AT_ONCE = 64
 
 
@@ -64,8 +64,9 @@ class EagleForVllm(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
     def image_features(self, tiles: Tensor) -> Tensor:
         """Visual tokens of tiles: uint8 [N, s, s, 3] -> [N, k, H]."""
         dtype = self.vision_model.dtype
+        group = tiles_at_once(self.config.vision_config, next(self.vision_model.parameters()), TILES_AT_ONCE)
         features = []
-        for some in tiles.split(TILES_AT_ONCE):
+        for some in tiles.split(group):
             hidden = self.vision_model(pixel_values=normalised(some).to(dtype))
             if self.config.use_pixel_shuffle:
                 side = round(hidden.shape[1] ** 0.5)

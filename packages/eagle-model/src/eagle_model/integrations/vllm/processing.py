@@ -108,19 +108,19 @@ class EagleMultiModalProcessor(BaseMultiModalProcessor[EagleProcessingInfo]):
     def _tiles(self, request: RequestPlan, hashes: Mapping[str, list[str]], cache: Any) -> Any:
         """The tiles of every medium, None for those that vLLM's cache holds."""
         cached = {kind: cache.is_cached(found) if cache is not None else [False] * len(found) for kind, found in hashes.items()}
-        tiles: dict[str, list[torch.Tensor]] = {kind: [] for kind in hashes}
+        data: dict[str, torch.Tensor] = {}
+        updates: dict[str, list[list[Any]]] = {}
         for kind, known in cached.items():
-            for place in range(len(known)):
-                if not known[place]:
-                    tiles[kind].append(torch.from_numpy(read_medium(request, kind, place)))
-        data = {f"{kind}_tiles": torch.cat(blocks) for kind, blocks in tiles.items() if blocks}
-        counts = {f"{kind}_counts": torch.tensor([len(block) for block in blocks]) for kind, blocks in tiles.items() if blocks}
-        features = BatchFeature(data | counts)
+            wanted = [place for place, is_known in enumerate(known) if not is_known]
+            # Items carry no prompt updates: the ids are complete, since they depend on all media of the request.
+            updates[kind] = [[] for _ in wanted]
+            if wanted:
+                data[f"{kind}_tiles"] = torch.from_numpy(read_media(request, kind, wanted))
+                data[f"{kind}_counts"] = torch.tensor([medium_tiles(request, kind, place) for place in wanted])
+        features = BatchFeature(data)
         missing = MultiModalKwargsItems.from_hf_inputs(features, self._get_mm_fields_config(features, {}))
         if cache is None:
             return missing
-        # Items carry no prompt updates: the ids are complete, since they depend on all media of the request.
-        updates = {kind: [[] for _ in blocks] for kind, blocks in tiles.items()}
         try:
             return self._merge_mm_kwargs(cache, hashes, cached, missing, updates)[0]
         finally:
@@ -164,14 +164,19 @@ def medium_tiles(request: RequestPlan, kind: str, place: int) -> int:
     return tile_count(request.plan.grids[place], thumbnail=request.spec.thumbnail)
 
 
-def read_medium(request: RequestPlan, kind: str, place: int) -> np.ndarray:
-    """Tiles of one medium, uint8 [n, s, s, 3]; raises MediaError."""
+def read_media(request: RequestPlan, kind: str, places: Sequence[int]) -> np.ndarray:
+    """Tiles of some media of one kind, one medium after the other, uint8 [n, s, s, 3]; raises MediaError."""
     side = request.spec.tile_size
-    tiles = np.empty((medium_tiles(request, kind, place), side, side, 3), np.uint8)
-    if kind == "video":
-        read_video(tiles, request.videos[place], request.plan.videos[place])
-    else:
-        read_image(tiles, request.images[place], request.plan.grids[place], request.plan.sizes[place], request.spec)
+    counts = [medium_tiles(request, kind, place) for place in places]
+    tiles = np.empty((sum(counts), side, side, 3), np.uint8)
+    start = 0
+    for place, count in zip(places, counts, strict=True):
+        own = tiles[start : start + count]
+        start += count
+        if kind == "video":
+            read_video(own, request.videos[place], request.plan.videos[place])
+        else:
+            read_image(own, request.images[place], request.plan.grids[place], request.plan.sizes[place], request.spec)
     return tiles
 
 

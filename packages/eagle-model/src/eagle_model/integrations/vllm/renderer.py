@@ -12,6 +12,7 @@ from vllm.renderers.base import BaseRenderer
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 
+from eagle_model.integrations.vllm.media import check_settings
 from eagle_model.integrations.vllm.prompt import unexpanded_ids
 from eagle_model.integrations.vllm.settings import processor_of, prompt_budget
 from eagle_model.prompt import PromptError, encode, render, with_system
@@ -19,7 +20,8 @@ from eagle_model.prompt.chat import flatten
 from eagle_model.prompt.render import place_media
 from eagle_sampling import MediaError
 
-_MEDIA_PARTS = ("image", "image_url", "input_image", "image_pil", "video", "video_url")
+#: Types of parts with a medium, and the field that it stands in (`input_image` is that of the Responses API).
+_MEDIA_PARTS = {kind: kind for kind in ("image", "image_url", "image_pil", "video", "video_url")} | {"input_image": "image_url"}
 
 
 class EagleRenderer(BaseRenderer[Any]):
@@ -27,13 +29,13 @@ class EagleRenderer(BaseRenderer[Any]):
 
     def render_messages(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
         options = {"media_io_kwargs": params.media_io_kwargs, "mm_processor_kwargs": params.mm_processor_kwargs}
-        with _image_errors():
+        with _media_errors():
             conversation, data, uuids = parse_chat_messages(messages, self.model_config, content_format="openai", **options)
         return conversation, self._prompt(messages, conversation, data, uuids, params)
 
     async def render_messages_async(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
         options = {"media_io_kwargs": params.media_io_kwargs, "mm_processor_kwargs": params.mm_processor_kwargs}
-        with _image_errors():
+        with _media_errors():
             conversation, data, uuids = await parse_chat_messages_async(messages, self.model_config, content_format="openai", **options)
         return conversation, self._prompt(messages, conversation, data, uuids, params)
 
@@ -75,10 +77,13 @@ class EagleRenderer(BaseRenderer[Any]):
 
 
 @contextmanager
-def _image_errors() -> Iterator[None]:
-    """vLLM decodes images before the renderer sees them, and answers a decompression bomb with status 500; here it is a wrong request."""
+def _media_errors() -> Iterator[None]:
+    """vLLM reads media before the renderer sees them. Its errors for a decompression bomb, a local file where none is allowed and a `data:`
+    address without base64 would become status 500; here they are wrong requests."""
     try:
         yield
+    except RuntimeError as error:
+        raise MediaError(f"a medium of the request can't be read: {error}") from error
     except Image.DecompressionBombError as error:
         raise MediaError(f"an image of the request is too large: {error}") from error
 
@@ -89,7 +94,7 @@ def number_media(
     """Messages as text with placeholders, and media in their order, with the settings that stand in their content parts.
 
     messages: as the request has them; conversation: as vLLM parsed them; data: media that vLLM read.
-    Raises PromptError for a part without a medium, an unknown setting of an image, tool calls, and what `flatten` refuses.
+    Raises PromptError for a part without a medium, an unknown setting of a medium, tool calls, and what `flatten` refuses.
     """
     if unknown := sorted(set(data) - {"image", "video"}):
         raise PromptError(f"{unknown[0]} is not supported; a message holds text, images and videos")
@@ -107,9 +112,9 @@ def number_media(
                 item = data[kind][counts[kind]]
                 counts[kind] += 1
                 settings = {name: value for name, value in part.items() if name not in ("type", "uuid")}
-                if kind == "image" and (extra := sorted(set(settings) - {"max_tiles", "detail"})):
-                    raise PromptError(f"an image has no setting {extra[0]}; max_tiles can be given")
-                settings.pop("detail", None)  # OpenAI's; what an image costs is decided by its size and the budget
+                if kind == "image":
+                    settings.pop("detail", None)  # OpenAI's; what an image costs is decided by its size and the budget
+                check_settings(kind, settings)
                 blocks.append({"type": kind, kind: item, **settings})
             else:
                 blocks.append({"type": "text", "text": part.get("text", "")})
@@ -125,5 +130,5 @@ def _check_parts(messages: Sequence[Any]) -> None:
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind in _MEDIA_PARTS and not part.get(kind):
+            if kind in _MEDIA_PARTS and not part.get(_MEDIA_PARTS[kind]):
                 raise PromptError(f"message {position} has a part of type {kind} without a medium in it")
