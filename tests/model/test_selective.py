@@ -359,7 +359,7 @@ def check_fused():
         assert plan.gpu == pytest.approx(live.peak + weights, rel=0.05), (kept, plan)
     assert [alive - found[0][0] for alive, _ in found] == [planned - found[0][1] for _, planned in found]
     peaks = {}
-    for rows in (None, 192):  # the MLPs on blocks of tokens: the same gradients but for the order of sums, in less memory
+    for rows in (None, 192):  # the MLPs on blocks of tokens: the same gradients except for the order of sums, in less memory
         model.zero_grad(set_to_none=True)
         model.set_activation_checkpointing("selective", kept=Kept(1), mlp_rows=rows)
         with use_implementation("triton"), LiveBytes() as live:
