@@ -26,7 +26,7 @@ def make(recipe=None, parts=("language",), **sizes):
 
 
 def pack(lengths=(40, 21)):
-    """61 tokens, which is no multiple of 16."""
+    """61 tokens, which is not a multiple of 16."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(lengths)
     ids = torch.randint(0, 100, (tokens,), generator=generator)

@@ -4,10 +4,15 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from eagle_model import EagleForConditionalGeneration
 from eagle_model.float8 import Float8Linear
-from eagle_train.config import ConfigError
+from eagle_model.layers import linear_layers
+from eagle_model.lora import Float8LoraLinear
+from eagle_train.config import ConfigError, dump_config
 from eagle_train.distributed.precision import check_fp8
 from eagle_train.distributed.world import start_world
 from eagle_train.runs.export import export
@@ -15,6 +20,7 @@ from eagle_train.runs.folder import open_run, resolve_dtype
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
 from tests.support.models import tiny_model
+from tests.support.runs import train_in_parts
 
 STAGES = [{"name": "one", "max_tokens": 640, "steps": 3, "packs_per_step": 1, "lr": 1e-2}]
 
@@ -55,8 +61,14 @@ def test_train_and_export(colour_run_in, tmp_path, start, recipe, caplog):
     assert found["keep"] != expected
     assert found["keep"] == pytest.approx(expected, rel=0.03)
     export(open_run(config.run.folder), tmp_path / "exported")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "exported" / "model.safetensors").values()} == {torch.float32}
+    assert "fp8" not in (tmp_path / "exported" / "config.json").read_text()
     exported = EagleForConditionalGeneration.from_pretrained(tmp_path / "exported")
     assert not any(isinstance(module, Float8Linear) for module in exported.modules())
+    theirs = AutoModelForCausalLM.from_config(exported.config.text_config)
+    theirs.load_state_dict(exported.language_model.state_dict())
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(theirs(ids).logits, exported(ids).logits, atol=1e-5, rtol=1e-4)
     for name, tensor in trainer.model.state_dict().items():
         assert torch.allclose(exported.state_dict()[name].float(), tensor, rtol=1e-2, atol=1e-3), name
 
@@ -68,6 +80,43 @@ def test_the_same_in_bfloat16_with_fsdp(colour_run_in, tmp_path, start):
         _, found[name] = run(colour_run_in(tmp_path / name, model=model, stages=STAGES, parallel={"dtype": "bfloat16"}))
     assert found["fp8"] != found["plain"]
     assert found["fp8"] == pytest.approx(found["plain"], rel=0.03)
+
+
+def test_a_stopped_run_with_adapters_goes_on_to_the_bit(colour_run_in, tmp_path, start):
+    stage = STAGES[0] | {"train": ["connector"], "parts": {"language": {"train": "lora", "lr": 1e-2}}}
+    found = {}
+    for name, stop_at in {"whole": None, "parts": 2}.items():
+        (tmp_path / name).mkdir()
+        model = start | {"fp8": {"language": "rowwise"}}
+        config = colour_run_in(tmp_path / name, model=model, stages=[stage], checkpoint={"every": 1})
+        trainer = train_in_parts(config, stop_at=stop_at)
+        assert sum(isinstance(module, Float8LoraLinear) for module in trainer.model.modules()) == 14
+        found[name] = trainer.model.state_dict()
+    for name, tensor in found["whole"].items():
+        assert torch.equal(found["parts"][name], tensor), name
+    assert any(name.endswith("lora_B") and tensor.count_nonzero() for name, tensor in found["whole"].items())
+    export(open_run(config.run.folder), tmp_path / "merged")
+    merged = EagleForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    assert {type(layer) for layer in linear_layers(merged, "language").values()} == {nn.Linear}
+
+
+def test_plan_refuses_gpus_precisions_and_sizes(colour_run, tmp_path, eagle_here):
+    usual = colour_run().model.model_dump() | {"fp8": {"language": "rowwise"}}
+
+    def plan(gpu, model=usual, dtype="auto"):
+        (tmp_path / "run.yaml").write_text(dump_config(colour_run(model=model, parallel={"dtype": dtype})))
+        return eagle_here("plan", tmp_path / "run.yaml", "--gpus", 1, "--gpu", gpu)
+
+    for gpu in ("H100", "L40S"):
+        assert plan(gpu).returncode == 0
+    odd = usual | {"overrides": {"text_config": {"intermediate_size": 72}}}
+    for done, message in (
+        (plan("A100"), "model.fp8: A100 has compute capability 8.0"),
+        (plan("H100", dtype="float32"), "model.fp8: the run computes in float32"),
+        (plan("H100", odd), "model.fp8.language: language_model.model.layers.0.mlp.gate_proj has 128 inputs and 72 outputs"),
+    ):
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 def test_what_cannot_work_is_refused(colour_run, colour_run_in, tmp_path, start):

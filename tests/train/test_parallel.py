@@ -80,14 +80,24 @@ VARIATIONS = {
     "muon": [STAGES[0] | {"optimizer": "muon"}, STAGES[1] | {"optimizer": "muon", "carry_optimizer": True}],
     "carried": [STAGES[0] | {"train": ["connector"]}, STAGES[1] | {"carry_optimizer": True, "parts": {"language": {"layer_decay": 0.5}}}],
 }
+#: Products of 8-bit floats. Ranks that share a pack have scales of their own for the columns of weight gradients; these are powers of 2, so
+#: that only values below the range of e4m3 are rounded otherwise.
+MODELS = {
+    "fp8": {"fp8": {"vision": "rowwise", "connector": "rowwise", "language": "rowwise"}},
+    "fp8-context": {"fp8": {"language": "rowwise"}},
+}
+VARIATIONS |= {
+    "fp8": [STAGES[0], STAGES[1] | {"train": ["connector"], "parts": {"language": {"train": "lora", "lr": 1e-2}}}],
+    "fp8-context": STAGES,
+}
 VANISHING = "3.png"
 """An image that is there when rows are prepared and gone when they are read: its sample is missing, whichever rank reads it."""
 
 
-def train_alone(colour_run_in, folder, stages, ema=None):
+def train_alone(colour_run_in, folder, stages, model=None):
     """The run of one process."""
     torch.set_num_threads(1)
-    model = colour_run_in(folder).model.model_dump() | {"ema": ema}
+    model = colour_run_in(folder).model.model_dump() | (model or {})
     config = colour_run_in(folder, stages=stages, checkpoint={"every": 100}, model=model, **HELD_OUT)
     ready = get_ready(config)
     (folder / VANISHING).unlink()
@@ -113,12 +123,14 @@ def on_ranks(colour_run_in, tmp_path_factory):
         "context-parallel": {"all_gather": 2},
         **AUTO,
         "lora": {"all_gather": 2},
+        "fp8-context": {"all_gather": 2},
     }
     configs, paths = {}, []
     for way in {**ways, **VARIATIONS}:
         folder, parallel = tmp_path_factory.mktemp(way), ways.get(way, {})
         sections = {"checkpoint": {"every": 100}, "parallel": {"dtype": "float32", **parallel}, **HELD_OUT}
-        configs[way] = colour_run_in(folder, stages=VARIATIONS.get(way, STAGES), **sections)
+        model = colour_run_in(folder).model.model_dump() | MODELS.get(way, {})
+        configs[way] = colour_run_in(folder, stages=VARIATIONS.get(way, STAGES), model=model, **sections)
         paths.append(folder / "ranks.yaml")
         paths[-1].write_text(dump_config(configs[way]))
     train_on_ranks(paths)
@@ -136,7 +148,7 @@ def test_two_ranks_train_what_one_trains(alone, on_ranks, way):
 
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_two_ranks_train_what_one_trains_in_other_stages(on_ranks, colour_run_in, tmp_path, variation):
-    alone = train_alone(colour_run_in, tmp_path, VARIATIONS[variation], ema=on_ranks[variation].model.ema)
+    alone = train_alone(colour_run_in, tmp_path, VARIATIONS[variation], MODELS.get(variation))
     same(alone, on_ranks[variation])
 
 

@@ -71,15 +71,15 @@ def test_the_rate_is_that_of_measured_steps(ready):
 def test_what_fits_is_accepted_and_what_does_not_names_the_smallest_change(ready):
     run = ready()
     most = needed(run, 2)
-    check_fits(run, 2, Gpu("small", 1.0, most + 1e-6))
+    check_fits(run, 2, Gpu("small", 1.0, most + 1e-6, (9, 0)))
     shared = needed(run, 2, parallel={"all_gather": 2})
     assert shared < most
     with pytest.raises(ConfigError, match=r"it does not fit: a step needs .* of each of 2 small") as error:
-        check_fits(run, 2, Gpu("small", 1.0, shared + 1e-6))
+        check_fits(run, 2, Gpu("small", 1.0, shared + 1e-6, (9, 0)))
     assert "The smallest change that helps: parallel.all_gather: 2 (packs shared by 2 GPUs)" in str(error.value)
     with pytest.raises(ConfigError, match="choose a smaller model"):
-        check_fits(run, 2, Gpu("tiny", 1.0, 0.4))
-    check_fits(ready(model=run.config.model.model_dump() | {"activations": "keep"}), 2, Gpu("tiny", 1.0, 0.4))  # not modelled
+        check_fits(run, 2, Gpu("tiny", 1.0, 0.4, (9, 0)))
+    check_fits(ready(model=run.config.model.model_dump() | {"activations": "keep"}), 2, Gpu("tiny", 1.0, 0.4, (9, 0)))  # not modelled
 
 
 def test_plan_prints_it_and_fails(colour_run, tmp_path, eagle_here, monkeypatch):
@@ -91,7 +91,7 @@ def test_plan_prints_it_and_fails(colour_run, tmp_path, eagle_here, monkeypatch)
     header = r"stage +trained +GiB per GPU +s per step +steps +time +GPU hours +waiting +by tokens"
     assert re.search(header + r"\none +[\d,]+ +0\.0 .*\ntwo +[\d,]+ +0\.0 ", done.stdout)
     assert "at 396 TFLOP/s per GPU (assumed: 40% of the bf16 peak of H100" in done.stdout
-    monkeypatch.setattr(gpus, "GPUS", (Gpu("H100", 989.4, 0.4),))
+    monkeypatch.setattr(gpus, "GPUS", (Gpu("H100", 989.4, 0.4, (9, 0)),))
     failed = eagle_here("plan", tmp_path / "run.yaml", "--gpus", 2)
     assert failed.returncode == 2
     assert "GPU hours" in failed.stdout

@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -49,19 +50,24 @@ def optimizer_of(name: str, model: nn.Module, stage: StageConfig):
     return torch.optim.AdamW(model.parameters(), lr=stage.lr, betas=stage.betas, eps=stage.eps, weight_decay=stage.weight_decay)
 
 
-def run(name: str, seed: int, options: argparse.Namespace) -> list[float]:
+def small_model(seed: int) -> EagleForConditionalGeneration:
+    """The decoder, of which only the language model is trained."""
     torch.manual_seed(seed)
     model = EagleForConditionalGeneration(preset("tiny", text_config=SIZES, image_token_index=100)).train()
-    if name in ("bfloat16", "nearest", "adamw8bit-bfloat16"):
-        model.to(torch.bfloat16)
-    kind = {"bfloat16": "adamw", "nearest": "adamw", "adamw8bit-bfloat16": "adamw8bit"}.get(name, name)
-    stage = StageConfig(name="one", max_tokens=LENGTH, optimizer=kind, lr=options.lr, betas=(0.9, 0.99))  # pyright: ignore[reportArgumentType]
     model.requires_grad_(False)
     model.language_model.requires_grad_(True)
-    optimizer = optimizer_of(name, model, stage)
+    return model
+
+
+def stage_of(optimizer: str, options: argparse.Namespace) -> StageConfig:
+    return StageConfig(name="one", max_tokens=LENGTH, optimizer=optimizer, lr=options.lr, betas=(0.9, 0.99))  # pyright: ignore[reportArgumentType]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, stage: StageConfig, seed: int, steps: int) -> list[float]:
+    """Losses of all steps."""
     losses = []
-    for step, tokens in enumerate(batches(automaton(seed), seed, options.steps)):
-        set_learning_rates(optimizer, step, options.steps, stage)
+    for step, tokens in enumerate(batches(automaton(seed), seed, steps)):
+        set_learning_rates(optimizer, step, steps, stage)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(tokens, labels=tokens).loss
         loss.backward()
@@ -72,18 +78,27 @@ def run(name: str, seed: int, options: argparse.Namespace) -> list[float]:
     return losses
 
 
+def run(name: str, seed: int, options: argparse.Namespace) -> list[float]:
+    model = small_model(seed)
+    if name in ("bfloat16", "nearest", "adamw8bit-bfloat16"):
+        model.to(torch.bfloat16)
+    stage = stage_of({"bfloat16": "adamw", "nearest": "adamw", "adamw8bit-bfloat16": "adamw8bit"}.get(name, name), options)
+    return train(model, optimizer_of(name, model, stage), stage, seed, options.steps)
+
+
 def installed(name: str) -> bool:
     import importlib.util
 
     return "8bit" not in name or importlib.util.find_spec("torchao") is not None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def compare(doc: str | None, contenders: Sequence[str], run: Callable[[str, int, argparse.Namespace], list[float]]) -> None:
+    """The command: losses of `run(contender, seed, options)` for every contender and seed, printed and written."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--only", nargs="+", default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="+", choices=contenders, default=list(contenders))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -102,7 +117,7 @@ def main() -> None:
     given = {"steps": options.steps, "lr": options.lr, "tokens": ROWS * LENGTH}
     if result["options"] != given:
         parser.error(f"{options.out} is of runs with {result['options']}, not {given}; give another --out")
-    for name in filter(installed, options.only):
+    for name in options.only:
         begin = time.monotonic()
         curves = [run(name, seed, options) for seed in range(options.seeds)]
         # Means of 10 steps; the last 50 steps of every seed as one number.
@@ -115,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    compare(__doc__, tuple(filter(installed, CONTENDERS)), run)

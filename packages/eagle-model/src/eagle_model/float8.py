@@ -14,7 +14,8 @@ from eagle_model.fused import is_plain
 
 Recipe = Literal["rowwise", "rowwise_with_gw_hp"]
 """What is rounded, by torchao's names. rowwise: both factors of all three products (output, gradients of input and weight).
-rowwise_with_gw_hp: not those of the weight's gradient (in high precision)."""
+rowwise_with_gw_hp: not those of the weight's gradient (in high precision). For the input's gradient the weight has a scale for each column
+in both; torchao has one for the whole weight in the latter."""
 
 
 class Float8Linear(nn.Linear):

@@ -101,7 +101,7 @@ def use_float8(model: Any, part: str, recipe: Recipe = "rowwise") -> list[str]:
     """Multiply in 8-bit floats in the linear layers of a part, except the language head; returns the layers' names.
 
     Weights and adapters keep names and values. Call it after `add_lora` and before the model is sharded. Raises ValueError, naming the
-    layer, for a size that is no multiple of 16 and for weights in 4 bits; nothing is changed then.
+    layer, for a size that is not a multiple of 16 and for weights in 4 bits; nothing is changed then.
     """
     layers = linear_layers(model, part)
     for name, layer in layers.items():

@@ -52,20 +52,23 @@ def warn_of_slow_fp8(config: Config, device: str) -> None:
 
 
 def check_fp8(config: Config, device: str) -> None:
-    """Raises ConfigError when `model.fp8` is set and the GPU, or the precision of the run, has no products of 8-bit floats.
-
-    `parallel.dtype` must be resolved.
-    """
+    """`check_fp8_gpu` of this process's GPU. `parallel.dtype` must be resolved."""
     import torch
 
     from eagle_kernels import float8_hardware
 
-    if not config.model.fp8 or device != "cuda":
+    if config.model.fp8 and device == "cuda":
+        capability = torch.cuda.get_device_capability()
+        check_fp8_gpu(config, torch.cuda.get_device_name(), capability, able=float8_hardware(device))
+
+
+def check_fp8_gpu(config: Config, gpu: str, capability: tuple[int, int], *, able: bool) -> None:
+    """Raises ConfigError when `model.fp8` is set and a GPU, or the precision of the run, has no products of 8-bit floats."""
+    if not config.model.fp8:
         return
-    if not float8_hardware(device):
-        major, minor = torch.cuda.get_device_capability()
+    if not able:
         raise ConfigError(
-            f"model.fp8: {torch.cuda.get_device_name()} has compute capability {major}.{minor}, and products of 8-bit floats need an "
+            f"model.fp8: {gpu} has compute capability {'.'.join(map(str, capability))}, and products of 8-bit floats need an "
             "NVIDIA GPU of 8.9 (Ada), 9.0 (Hopper) or newer; remove model.fp8"
         )
     if config.parallel.dtype != "bfloat16":

@@ -84,9 +84,25 @@ class Prediction:
 
 
 def predict(ready: Ready, gpus: int, gpu: Gpu) -> Prediction:
-    """At the rate that the run was measured at, else at an assumed one. Raises as `predict_stages`."""
+    """At the rate that the run was measured at, else at an assumed one.
+
+    Raises ConfigError for `model.fp8` that the GPU or the model can't have, and as `predict_stages`.
+    """
+    _check_fp8(ready, gpu)
     rate = measured_rate(ready.config) or assumed_rate(gpu)
     return Prediction(gpus, rate, predict_stages(ready, gpus, rate, gpu))
+
+
+def _check_fp8(ready: Ready, gpu: Gpu) -> None:
+    """Raises ConfigError when `model.fp8` is set and the GPU has no such products, or the model has layers of other sizes."""
+    from eagle_kernels.ops.float8 import CAPABILITY
+    from eagle_train.distributed.precision import check_fp8_gpu
+    from eagle_train.training.build import empty_model, use_fp8
+
+    config = for_gpus(ready.config)
+    if config.model.fp8:
+        check_fp8_gpu(config, gpu.name, gpu.capability, able=gpu.capability >= CAPABILITY)
+        use_fp8(config, empty_model(config, ready.tokenizer, weights=False).model)
 
 
 def predict_stages(ready: Ready, gpus: int, rate: Rate, gpu: Gpu | None = None) -> list[StagePrediction]:

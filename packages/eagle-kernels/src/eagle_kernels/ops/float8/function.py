@@ -95,7 +95,7 @@ def float8_linears(
     gradient of x, and the gradients of weights, which exact_weight_gradient computes from the values as they are. Scales are powers of 2.
     The result has x's dtype; GPUs compute it in bfloat16. Devices without such products (`float8_hardware`) multiply the rounded values
     in bfloat16 or float32, with the same result except for the order of sums.
-    Raises ValueError or TypeError for shapes, dtypes or devices that do not match, and for sizes of weights that are no multiples of 16.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not match, and for sizes of weights that are not multiples of 16.
     """
     biases = biases or [None] * len(weights)
     dtypes = tuple(gradient_dtype(weight) for weight in weights)
