@@ -27,7 +27,7 @@ ELEMENTS = 1024
 def _nearest(table, value):
     """The number of the entry of a sorted table of 256 that is nearest to each value; of two, the larger."""
     code = tl.zeros(value.shape, tl.int32)
-    for power in tl.static_range(8):
+    for power in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
         half = 128 >> power
         code = tl.where(value >= tl.load(table + code + half), code + half, code)
     above = tl.minimum(code + 1, 255)
@@ -46,8 +46,8 @@ def _step(
     real = i < count
     weight = tl.load(weights + i, mask=real, other=0.0).to(tl.float32)
     gradient = tl.load(gradients + i, mask=real, other=0.0).to(tl.float32)
+    inside = block * BLOCK < count
     if QUANTISED:
-        inside = block * BLOCK < count
         mean_scale = tl.load(mean_scales + block, mask=inside, other=0.0)
         square_scale = tl.load(square_scales + block, mask=inside, other=0.0)
         mean = tl.load(mean_table + tl.load(means + i, mask=real, other=0).to(tl.int32)) * mean_scale[:, None]

@@ -16,15 +16,18 @@ BLOCK = 1024
 
 
 @triton.jit
+def _mixed(bits):
+    # Constants beyond 2^31 are 64-bit: every result is cut to 32 bits again.
+    bits = ((bits ^ (bits >> 16)) * 0x7FEB352D).to(tl.uint32)
+    bits = ((bits ^ (bits >> 15)) * 0x846CA68B).to(tl.uint32)
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
 def rounded(value, i, first, key):
     """float32 values, elements `first + i` of a tensor, as bfloat16."""
-    bits = (first + i).to(tl.uint32)
-    for number in tl.static_range(2):
-        # Constants beyond 2^31 are 64-bit: every result is cut to 32 bits again.
-        bits = (bits ^ (key if number == 0 else 0x9E3779B9)).to(tl.uint32)
-        bits = ((bits ^ (bits >> 16)) * 0x7FEB352D).to(tl.uint32)
-        bits = ((bits ^ (bits >> 15)) * 0x846CA68B).to(tl.uint32)
-        bits = bits ^ (bits >> 16)
+    bits = _mixed(((first + i).to(tl.uint32) ^ key).to(tl.uint32))
+    bits = _mixed((bits ^ 0x9E3779B9).to(tl.uint32))
     pattern = value.to(tl.uint32, bitcast=True)
     low = ((pattern + (bits >> 16)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     finite = (pattern & 0x7F800000) != 0x7F800000

@@ -62,6 +62,18 @@ class _SwiGLU(torch.autograd.Function):
         return dgate, dup
 
 
+def _add_weight_gradients(
+    sums: list[Tensor | None], pairs: tuple[tuple[Tensor, Tensor], ...], needed: tuple[bool, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Adds `left^T right` of every pair whose weight needs a gradient to its sum, which the first block makes."""
+    for slot, (left, right) in enumerate(pairs):
+        if needed[slot]:
+            total, first = sums[slot], sums[slot] is None
+            if total is None:
+                total = sums[slot] = torch.empty((left.shape[1], right.shape[1]), dtype=dtypes[slot], device=left.device)
+            accumulate_(total, left.t(), right, first)
+
+
 class _SwiGLUMLP(torch.autograd.Function):
     """Stores x, gate and up, or (recompute, or rows) only x and computes gate and up again; never the activation."""
 
@@ -111,14 +123,8 @@ class _SwiGLUMLP(torch.autograd.Function):
                 torch.mm(dgate, w_gate, out=block)
                 torch.addmm(block, dup, w_up, out=block)
             pairs = ((dgate, part), (dup, part), (dpart, inner))
-            for slot, (left, right) in enumerate(pairs):
-                if needed[slot + 1]:
-                    total, first = sums[slot], sums[slot] is None
-                    if total is None:
-                        dtype = ctx.dtypes[slot] if rows >= x.shape[0] else wide
-                        total = sums[slot] = torch.empty((left.shape[1], right.shape[1]), dtype=dtype, device=x.device)
-                    accumulate_(total, left.t(), right, first)
-            del dgate, dup, inner, pairs, left, right  # before the next block's are made
+            _add_weight_gradients(sums, pairs, needed[1:], ctx.dtypes if rows >= x.shape[0] else (wide,) * 3)
+            del dgate, dup, inner, pairs  # before the next block's are made
         return (dx, *(s.to(dtype) if s is not None else None for s, dtype in zip(sums, ctx.dtypes)), None, None, None)
 
 
