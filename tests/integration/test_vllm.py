@@ -350,6 +350,11 @@ def broken(media):
             user({"type": "video_url", "video_url": {"url": data_url("video/mp4", video)}, "video": __file__}),
             "a video has no setting video",
         ),
+        "a path as a picture": (user({"type": "image_pil", "image_pil": __file__}, text("a")), "image_pil takes a Pillow image"),
+        "a mapping as a picture": (
+            user({"type": "image_pil", "image_pil": {"image": __file__}}, text("a")),
+            "image_pil takes a Pillow image",
+        ),
         "a start in words": (user({"type": "video_url", "video_url": {"url": data_url("video/mp4", video)}, "start": "soon"}), "'soon'"),
     }
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
+from vllm.multimodal.media import MediaWithBytes
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
@@ -113,6 +114,9 @@ def number_media(
                 counts[kind] += 1
                 settings = {name: value for name, value in part.items() if name not in ("type", "uuid")}
                 if kind == "image":
+                    if not isinstance(item, Image.Image | MediaWithBytes | None):
+                        # vLLM passes `image_pil` on as it is; a text or mapping would name a file, which no option has allowed.
+                        raise PromptError("image_pil takes a Pillow image, from Python; send an image as image_url")
                     settings.pop("detail", None)  # OpenAI's; what an image costs is decided by its size and the budget
                 check_settings(kind, settings)
                 blocks.append({"type": kind, kind: item, **settings})
