@@ -121,7 +121,12 @@ def test_training_the_processor_and_show_agree(media, write_jsonl, make_config, 
         assert (shown.length, shown.labels) == (len(batch.input_ids), batch.num_kept)
         assert shown.image + shown.frame == K * len(batch.tiles)
         pictures = [picture.data for piece in shown.pieces for picture in piece.pictures]
-        assert pictures == [picture_of(tile) for tile in batch.tiles]
+        tiles = [picture_of(tile) for tile in batch.tiles]
+        if shown.notes:  # of many frames only some are pictured, in their order
+            rest = iter(tiles)
+            assert all(picture in rest for picture in pictures)
+        else:
+            assert pictures == tiles
         times = [f"{time:.2f} s" for video in plan.videos if video.shown is not None for time in video.shown]
         captions = [piece.text for piece in shown.pieces if piece.kind == "frame" and piece.text.endswith(" s")]
         assert sorted(captions) == sorted(times)
