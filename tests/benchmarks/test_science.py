@@ -123,7 +123,7 @@ def test_the_driver_continues_and_names_what_is_missing(science, tmp_path, monke
     every = run.chosen(options)
     made = {one.name: run.about(one) | run_result(0, 0.5) | run.about(one) for one in every}
     for one in every[1:]:
-        (options.runs / f"{one.name}.json").write_text(json.dumps(made[one.name] | {"configuration": run.digest(one)}))
+        (options.runs / f"{one.name}.json").write_text(json.dumps(made[one.name] | {"configuration": run.digest(one, options.work)}))
     (options.runs / f"{every[0].name}.json").write_text(json.dumps(made[every[0].name] | {"configuration": "another"}))
     queue = run.Queue(every, options, 0.0)
     assert [one.name for one in queue.waiting] == [every[0].name]
