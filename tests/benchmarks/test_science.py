@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "packages" / "eagle-train" / "benchmarks" / "science"
-NAMES = ("vocabulary", "letters", "clips", "data", "experiments", "report", "single", "run")
+NAMES = ("vocabulary", "letters", "clips", "data", "experiments", "report", "single", "run", "evidence")
 
 
 @pytest.fixture
@@ -113,6 +113,36 @@ def test_the_table_has_the_mean_every_seed_and_what_failed(science):
     text = science("report").table({"runs": [run_result(1, 0.75), run_result(0, 0.25), failed]})
     assert "| video | longest | still_512 | 16 | 0.500 | 0.354 | 0.25 0.75 | 0.200 |" in text
     assert "| video | longest | 2 | failed: ValueError: no |" in text
+
+
+def test_joined_results_have_every_run_once_and_its_machine(science):
+    def content(machine, *runs):
+        return {"settings": {"machine": machine, "parallel": 2}, "runs": list(runs)}
+
+    stopped = {"experiment": "video", "arm": "longest", "seed": 1, "failed": "stopped at the deadline"}
+    one, other = content("a", run_result(0, 0.25), stopped), content("b", run_result(0, 0.5), run_result(1, 0.75))
+    joined = science("report").join([one, other])
+    found = [(run["seed"], run["machine"], run["points"][0]["accuracy"]) for run in joined["runs"]]
+    assert found == [(0, "a, 2 at a time", 0.25), (1, "b, 2 at a time", 0.75)]
+    assert [(run["seed"], run["machine"]) for run in joined["repeated"]] == [(0, "b, 2 at a time")]
+    joined = science("report").join([one, content("c", stopped)])
+    assert [run.get("failed") for run in joined["runs"]] == [None, "stopped at the deadline"]
+    assert not joined["repeated"]
+
+
+@pytest.mark.parametrize(
+    ("times", "starts", "length", "given"),
+    [
+        ((0.0, 1.0, 2.0), [4], 1, True),  # 4 frames a second
+        ((0.0, 1.0, 2.0), [3], 1, False),
+        ((0.0, 1.0, 2.0), [3], 2, True),
+        ((0.0, 1.0, 2.0), [3, 7, 9], 2, False),
+        ((0.0, 1.0, 2.0, 2.5), [3, 7, 9], 2, True),
+        ((), [0], 1, False),
+    ],
+)
+def test_evidence_is_given_if_a_frame_of_every_card_is_read(science, times, starts, length, given):
+    assert science("evidence").seen(times, (starts, length)) is given
 
 
 def test_the_driver_continues_and_names_what_is_missing(science, tmp_path, monkeypatch, capsys):
