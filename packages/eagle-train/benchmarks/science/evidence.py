@@ -75,7 +75,11 @@ def lines(run: Run, cards: dict[str, Cards]) -> Iterable[str]:
         for index, (source, row) in enumerate(rows):
             video = sample_plan(facts, plans, index, spec).videos[0]
             question, answer = (turn["value"] for turn in row["conversations"][:2])
-            given = f"the code is {answer}" in question if question.endswith(CODE) else seen(video.times, cards[row["video"]])
+            if question.endswith(CODE):
+                given = f"the code is {answer}" in question
+            else:
+                assert video.times is not None  # the plan of a file, not of a list of images
+                given = seen(video.times, cards[row["video"]])
             found.setdefault(source, []).append((video.count, given))
         for source, pairs in found.items():
             if frames is not None and source not in run.swept:
