@@ -125,6 +125,7 @@ def test_joined_results_have_every_run_once_and_its_machine(science):
     found = [(run["seed"], run["machine"], run["points"][0]["accuracy"]) for run in joined["runs"]]
     assert found == [(0, "a, 2 at a time", 0.25), (1, "b, 2 at a time", 0.75)]
     assert [(run["seed"], run["machine"]) for run in joined["repeated"]] == [(0, "b, 2 at a time")]
+    assert "| video | longest | 0 | b, 2 at a time | 0.500 | still_512 0.50 |" in science("report").table(joined)
     joined = science("report").join([one, content("c", stopped)])
     assert [run.get("failed") for run in joined["runs"]] == [None, "stopped at the deadline"]
     assert not joined["repeated"]

@@ -70,6 +70,19 @@ def table(content: dict[str, Any]) -> str:
         else:
             took = " + ".join(f"{value:.0f}" for value in run["seconds"].values())
             lines.append(f"{name} {run['parameters']} | {run['steps']} | {run['tokens']} | {run['samples']} | {run['loss']:.3f} | {took} |")
+    if content.get("repeated"):
+        lines += [
+            "",
+            "The same run on another machine:",
+            "",
+            "| experiment | arm | seed | machine | loss | accuracy |",
+            "|---|---|---|---|---|---|",
+        ]
+        found = {(run["experiment"], run["arm"], run["seed"]): run for run in content["runs"]}
+        for again in content["repeated"]:
+            for run in (found[again["experiment"], again["arm"], again["seed"]], again):
+                scores = ", ".join(f"{point['source']} {point['accuracy']:.2f}" for point in run["points"])
+                lines.append(f"| {run['experiment']} | {run['arm']} | {run['seed']} | {run['machine']} | {run['loss']:.3f} | {scores} |")
     return "\n".join(lines) + "\n"
 
 
