@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "packages" / "eagle-train" / "benchmarks" / "science"
-NAMES = ("vocabulary", "letters", "clips", "data", "experiments", "report", "single", "run")
+NAMES = ("vocabulary", "letters", "clips", "data", "experiments", "report", "single", "run", "evidence")
 
 
 @pytest.fixture
@@ -115,6 +115,37 @@ def test_the_table_has_the_mean_every_seed_and_what_failed(science):
     assert "| video | longest | 2 | failed: ValueError: no |" in text
 
 
+def test_joined_results_have_every_run_once_and_its_machine(science):
+    def content(machine, *runs):
+        return {"settings": {"machine": machine, "parallel": 2}, "runs": list(runs)}
+
+    stopped = {"experiment": "video", "arm": "longest", "seed": 1, "failed": "stopped at the deadline"}
+    one, other = content("a", run_result(0, 0.25), stopped), content("b", run_result(0, 0.5), run_result(1, 0.75))
+    joined = science("report").join([one, other])
+    found = [(run["seed"], run["machine"], run["points"][0]["accuracy"]) for run in joined["runs"]]
+    assert found == [(0, "a, 2 at a time", 0.25), (1, "b, 2 at a time", 0.75)]
+    assert [(run["seed"], run["machine"]) for run in joined["repeated"]] == [(0, "b, 2 at a time")]
+    assert "| video | longest | 0 | b, 2 at a time | 0.500 | still_512 0.50 |" in science("report").table(joined)
+    joined = science("report").join([one, content("c", stopped)])
+    assert [run.get("failed") for run in joined["runs"]] == [None, "stopped at the deadline"]
+    assert not joined["repeated"]
+
+
+@pytest.mark.parametrize(
+    ("times", "starts", "length", "given"),
+    [
+        ((0.0, 1.0, 2.0), [4], 1, True),  # 4 frames a second
+        ((0.0, 1.0, 2.0), [3], 1, False),
+        ((0.0, 1.0, 2.0), [3], 2, True),
+        ((0.0, 1.0, 2.0), [3, 7, 9], 2, False),
+        ((0.0, 1.0, 2.0, 2.5), [3, 7, 9], 2, True),
+        ((), [0], 1, False),
+    ],
+)
+def test_evidence_is_given_if_a_frame_of_every_card_is_read(science, times, starts, length, given):
+    assert science("evidence").seen(times, (starts, length)) is given
+
+
 def test_the_driver_continues_and_names_what_is_missing(science, tmp_path, monkeypatch, capsys):
     run = science("run")
     options = run.Options(tmp_path, tmp_path / "work", 2, 1e9, 1, 1.0, (), False)
@@ -123,7 +154,7 @@ def test_the_driver_continues_and_names_what_is_missing(science, tmp_path, monke
     every = run.chosen(options)
     made = {one.name: run.about(one) | run_result(0, 0.5) | run.about(one) for one in every}
     for one in every[1:]:
-        (options.runs / f"{one.name}.json").write_text(json.dumps(made[one.name] | {"configuration": run.digest(one)}))
+        (options.runs / f"{one.name}.json").write_text(json.dumps(made[one.name] | {"configuration": run.digest(one, options.work)}))
     (options.runs / f"{every[0].name}.json").write_text(json.dumps(made[every[0].name] | {"configuration": "another"}))
     queue = run.Queue(every, options, 0.0)
     assert [one.name for one in queue.waiting] == [every[0].name]

@@ -58,7 +58,7 @@ def make(root: Path, amounts: Amounts, processes: int) -> None:
     building = root.with_name(root.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     (building / "images").mkdir(parents=True)
-    batches = _batches(building, amounts)
+    batches = batches_of(building, amounts)
     with ProcessPoolExecutor(processes) as pool:
         # Longest first, so that the processes end together.
         clips = [pool.submit(write_clips, batch) for batch in sorted(batches, key=lambda batch: -batch.frames * batch.number)]
@@ -80,7 +80,7 @@ def make(root: Path, amounts: Amounts, processes: int) -> None:
 # ---- videos ----------------------------------------------------------------------------------------------------------------------
 
 
-def _batches(root: Path, amounts: Amounts) -> list[Batch]:
+def batches_of(root: Path, amounts: Amounts) -> list[Batch]:
     """Videos in batches of a few seconds of work; seeds tell them, and training from held-out ones, apart."""
     batches = []
 

@@ -21,6 +21,22 @@ def grouped(content: dict[str, Any]) -> dict[Key, list[dict[str, Any]]]:
     return dict(sorted(groups.items(), key=lambda item: tuple(map(str, item[0][:3])) + (item[0][3] or 0,)))
 
 
+def join(contents: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result: every run once, from the first content in which it ended; `repeated` has it from the others. Runs name their machine."""
+    runs: dict[tuple[str, str, int], dict[str, Any]] = {}
+    repeated = []
+    for content in contents:
+        settings = content["settings"]
+        where = f"{settings['machine']}, {settings['parallel']} at a time"
+        for run in content["runs"]:
+            key, run = (run["experiment"], run["arm"], run["seed"]), {"machine": where} | run
+            if key not in runs or "failed" in runs[key]:
+                runs[key] = run
+            elif "failed" not in run:
+                repeated.append(run)
+    return {"settings": [content["settings"] for content in contents], "runs": list(runs.values()), "repeated": repeated}
+
+
 def mean(values: list[float]) -> float:
     """Of the seeds."""
     return sum(values) / len(values)
@@ -54,6 +70,19 @@ def table(content: dict[str, Any]) -> str:
         else:
             took = " + ".join(f"{value:.0f}" for value in run["seconds"].values())
             lines.append(f"{name} {run['parameters']} | {run['steps']} | {run['tokens']} | {run['samples']} | {run['loss']:.3f} | {took} |")
+    if content.get("repeated"):
+        lines += [
+            "",
+            "The same run on another machine:",
+            "",
+            "| experiment | arm | seed | machine | loss | accuracy |",
+            "|---|---|---|---|---|---|",
+        ]
+        found = {(run["experiment"], run["arm"], run["seed"]): run for run in content["runs"]}
+        for again in content["repeated"]:
+            for run in (found[again["experiment"], again["arm"], again["seed"]], again):
+                scores = ", ".join(f"{point['source']} {point['accuracy']:.2f}" for point in run["points"])
+                lines.append(f"| {run['experiment']} | {run['arm']} | {run['seed']} | {run['machine']} | {run['loss']:.3f} | {scores} |")
     return "\n".join(lines) + "\n"
 
 
@@ -101,7 +130,8 @@ def _frames(content: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
     axes[0].set_ylim(-0.02, 1.02)
-    axes[0].legend()
+    if axes[0].lines:
+        axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 
@@ -128,7 +158,8 @@ def _arms(content: dict[str, Any], path: Path) -> None:
         labels = [source.replace("letters_", "").replace("_test", "").replace("_", "\n") for source in sources]
         axis.set_xticks(range(len(sources)), labels, fontsize=8)
         axis.set_title(name)
-        axis.legend(fontsize=8)
+        axis.set_ylim(0, 1.25)
+        axis.legend(fontsize=8, loc="upper center", ncols=len(arms))
         axis.grid(alpha=0.3, axis="y")
     axes[0][0].set_ylabel("accuracy")
     figure.tight_layout()

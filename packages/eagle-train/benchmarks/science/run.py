@@ -4,6 +4,7 @@
     python run.py --out results --deadline 480           # what has not ended by then is stopped; the same command again continues
     python run.py --out results --small                  # every kind of arm for a few steps
     python run.py --out results --only video --seeds 1
+    python run.py --join a.json b.json --out both        # one result; of runs that several have, the first that ended counts
     python run.py --plot results/science.json            # Markdown and plots of a result
 
 Results are written after every run to --out: `science.json`, `science.md`, and `science.log` with the ends of the logs of runs that failed.
@@ -16,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 
 from data import SMALL, Amounts, make
 from experiments import Run, all_runs
-from report import plot, table
+from report import join, plot, table
 
 # One thread a process; no GPU is looked for.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="Experiments, separated by commas; bases that they start from are added.")
     parser.add_argument("--small", action="store_true", help="Little data, three steps a stage, one seed.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--join", type=Path, nargs="+", help="Write these results as one to --out, and nothing else.")
     parser.add_argument("--plot", type=Path, help="Write Markdown and plots next to this result, and nothing else.")
     given = parser.parse_args()
     if given.plot is not None:
@@ -73,6 +76,9 @@ def main() -> None:
     if given.out is None:
         parser.error("--out is missing")
     out = given.out.absolute()
+    if given.join is not None:
+        write(join([json.loads(path.read_text(encoding="utf-8")) for path in given.join]), out)
+        return
     options = Options(
         out,
         (given.work or out / "work").absolute(),
@@ -142,7 +148,7 @@ def one_process(options: Options, name: str) -> None:
     except BaseException:
         traceback.print_exc()
         result = about(run) | {"failed": traceback.format_exc()[-2000:]}
-    write_result(result | {"configuration": digest(run)}, options.runs / f"{name}.json")
+    write_result(result | {"configuration": digest(run, options.work)}, options.runs / f"{name}.json")
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -150,9 +156,10 @@ def about(run: Run) -> dict[str, Any]:
     return {"experiment": run.experiment, "arm": run.arm, "seed": run.seed}
 
 
-def digest(run: Run) -> str:
-    """Tells runs with other configurations apart."""
-    return hashlib.sha256(json.dumps([run.config, run.after, run.frames], sort_keys=True).encode()).hexdigest()[:16]
+def digest(run: Run, work: Path) -> str:
+    """Tells runs with other configurations apart, wherever their data are."""
+    content = json.dumps([run.config, run.after, run.frames], sort_keys=True).replace(str(work), "")
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 class Queue:
@@ -199,7 +206,7 @@ class Queue:
         """The result that a process has written about exactly this run."""
         path = self.options.runs / f"{run.name}.json"
         result = json.loads(path.read_text()) if path.is_file() else {}
-        return result if result.get("configuration") == digest(run) else None
+        return result if result.get("configuration") == digest(run, self.options.work) else None
 
     def _collect(self) -> None:
         for run, process in list(self.running.values()):
@@ -227,15 +234,21 @@ class Queue:
     def _content(self) -> dict[str, Any]:
         options = self.options
         settings = {"parallel": options.parallel, "scale": options.scale, "seeds": options.seeds, "small": options.small}
+        settings["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
         return {"seconds": round(time.time() - self.begin, 1), "settings": settings, "runs": self.results}
 
     def _write(self) -> None:
-        content, out = self._content(), self.options.out
-        (out / "science.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (out / "science.md").write_text(table(content), encoding="utf-8")
+        write(self._content(), self.options.out)
         logs = [self.options.runs / f"{name}.log" for name in sorted(self.failed)]
         texts = [f"== {log.name}\n{log.read_text(errors='replace')[-4000:]}\n" for log in logs if log.is_file()]
-        (out / "science.log").write_text("".join(texts), encoding="utf-8")
+        (self.options.out / "science.log").write_text("".join(texts), encoding="utf-8")
+
+
+def write(content: dict[str, Any], out: Path) -> None:
+    """A result and its table, in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "science.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (out / "science.md").write_text(table(content), encoding="utf-8")
 
 
 def summary(result: dict[str, Any]) -> str:
