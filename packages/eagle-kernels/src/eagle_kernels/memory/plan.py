@@ -94,8 +94,7 @@ def plan_memory(
     `decoder.mlp_in_blocks` is false. labelled: number of rows with a label (default: all).
     shards: number of FSDP ranks over which weights, gradients and optimizer states are divided.
     kept, vision_kept: what decoder layers and those of the tower keep in addition to their inputs (default: nothing); not with offload.
-    vision_group: backward runs the tower again for so many tiles at a time, which keep vision_kept; with copies the gradients of its layers
-    add up in float32. exchanged: attention runs through
+    vision_group: backward runs the tower again for so many tiles at a time, which keep vision_kept. exchanged: attention runs through
     Ulysses, which keeps more.
 
     Counts what torch allocates, without the CUDA context (0.5 GiB) and libraries' workspaces. Measured accuracy: see the README.
@@ -243,8 +242,6 @@ def plan_memory(
             stored_again = at_once.kept(decoder.hidden, act, vision_kept)
             again["a group of tiles"] = stored_again["vision checkpoints"] + stored_again["pixels"]
             again["gradient of the tower's output"] = vision.patches * vision.width * act
-            if copies:
-                again["float32 gradients of the tower"] = vision.total.trained * max(0, 4 - gradient_bytes)
         live = 9 * patch_states + 3 * inner
         if level >= ATTENTION:
             live = max(9 * patch_states, 4 * patch_states + (2 if level == MLP else 3) * inner)

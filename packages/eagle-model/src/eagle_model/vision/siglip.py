@@ -135,16 +135,8 @@ class VisionTower(nn.Module):
         if self.group is None or not torch.is_grad_enabled():
             return self._run(pixels)
         with Recompute() as again:
-            groups = [again(self._run_group, part, index == 0) for index, part in enumerate(pixels.split(self.group))]
+            groups = [again(self._run, part) for part in pixels.split(self.group)]
         return groups[0] if len(groups) == 1 else torch.cat(groups)
-
-    def _run_group(self, pixels: Tensor, first: bool) -> Tensor:
-        """`_run`. Backward ends with the first group: until then layers sharded by FSDP2 add up their gradients in its reduction dtype,
-        which may be wider than that of the parameters."""
-        for layer in self.encoder.layers[: self.depth]:
-            if hasattr(layer, "set_requires_gradient_sync"):
-                layer.set_requires_gradient_sync(first)  # type: ignore[operator]
-        return self._run(pixels)
 
     def _run(self, pixels: Tensor) -> Tensor:
         hidden = self.embed(pixels)
