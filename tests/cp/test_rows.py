@@ -1,13 +1,9 @@
 """Kernels over rows of branches, next to torch."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-INTERPRETED = "import test_rows; test_rows.check('cpu', test_rows.torch.float32)"
+from tests.support.interpreter import interpret
 
 
 def check(device, dtype):
@@ -36,15 +32,7 @@ def check(device, dtype):
 
 
 def test_in_the_interpreter():
-    """In a process of its own, where Triton interprets."""
-    triton = pytest.importorskip("triton")
-    numpy = pytest.importorskip("numpy")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("triton 3.6's interpreter can't loop with numpy >= 2.4")
-    path = [os.path.dirname(__file__), *filter(None, sys.path)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpret("import torch; from tests.cp.test_rows import check; check('cpu', torch.float32)")
 
 
 @pytest.mark.gpu

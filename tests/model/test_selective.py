@@ -1,10 +1,6 @@
 """Selective activation checkpointing of the model: the same gradients to the bit, the bytes that the plan says, nothing computed twice."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from eagle_kernels import Kept, plan_memory, use_implementation
 from eagle_model import EagleConfig
 from eagle_model.lora import add_lora, quantize
 from eagle_model.memory import decoder_shape, vision_shape
+from tests.support.interpreter import interpret
 from tests.support.live import LiveBytes
 from tests.support.models import TEXT, tiny_config, tiny_model
 from tests.support.packs import make_pack
@@ -371,15 +368,7 @@ def check_fused():
 
 @pytest.mark.slow
 def test_fused_operators_in_the_interpreter():
-    triton = pytest.importorskip("triton")
-    numpy = pytest.importorskip("numpy")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("triton 3.6's interpreter can't loop with numpy >= 2.4")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    code = "import torch; torch.set_num_threads(1); from tests.model.test_selective import check_fused; check_fused()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    interpret("import torch; torch.set_num_threads(1); from tests.model.test_selective import check_fused; check_fused()")
 
 
 def test_dropout_is_refused():

@@ -2,9 +2,6 @@
 
 import copy
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +20,7 @@ from eagle_train.training import checkpoint, rounding
 from eagle_train.training.metrics import Metrics, same_run
 from eagle_train.training.optim import make_optimizer
 from eagle_train.training.rounding import hashed, key_of, round_into
+from tests.support.interpreter import interpret
 from tests.support.models import tiny_model
 from tests.support.ranks import run_on_ranks
 from tests.train.test_replicate import pack_of
@@ -76,15 +74,7 @@ def check_rounding_kernel(device):
 
 
 def test_the_kernel_rounds_to_the_same_bits():
-    """In a process of its own, where Triton interprets."""
-    triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("triton 3.6's interpreter can't loop with numpy >= 2.4")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    code = "from tests.train.test_adamw import check_rounding_kernel; check_rounding_kernel('cpu')"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    interpret("from tests.train.test_adamw import check_rounding_kernel; check_rounding_kernel('cpu')")
 
 
 @pytest.mark.gpu

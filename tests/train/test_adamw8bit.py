@@ -1,10 +1,5 @@
 """8-bit AdamW: next to torch's AdamW, in float32 and bfloat16, sharded, and where a mean square is rounded to zero."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -15,6 +10,7 @@ pytest.importorskip("torchao")
 
 from eagle_train.training.adamw8bit import make_adamw8bit
 from eagle_train.training.rounding import key_of
+from tests.support.interpreter import interpret
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.integration
@@ -115,15 +111,7 @@ def check_kernel(device):
 
 
 def test_the_kernel_is_the_same_step():
-    """In a process of its own, where Triton interprets."""
-    triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("triton 3.6's interpreter can't loop with numpy >= 2.4")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    code = "from tests.train.test_adamw8bit import check_kernel; check_kernel('cpu')"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    interpret("from tests.train.test_adamw8bit import check_kernel; check_kernel('cpu')")
 
 
 @pytest.mark.gpu
