@@ -171,6 +171,8 @@ def main() -> None:
     add_out(parser)
     options = parser.parse_args()
     gpus = 2 if options.small else torch.cuda.device_count()
+    if options.folder is not None and not options.folder.is_dir():
+        parser.error(f"--folder {options.folder} is not a folder")
     if gpus == 0:
         parser.error("no CUDA device is available; --small runs on a CPU")
     begin = time.monotonic()
@@ -178,7 +180,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         make_rows(folder, 40 if options.small else 520, 64)
-        alone = None
+        alone, failed = None, False
         for case in (case for case in CASES if case.name in options.only):
             processes = case.processes or gpus
             label = f"{case.name}, {processes} GPU{'s' * (processes > 1)}"
@@ -190,6 +192,7 @@ def main() -> None:
             except Exception as error:
                 print(f"{label}: {error}", flush=True)
                 result.absent.append(Absent(label, "ours", str(error)[-300:]))
+                failed = True
                 continue
             alone = found["tokens_per_s"] if case.name == "one-32k" else alone
             if case.name == "data-32k" and alone is not None:
@@ -199,6 +202,8 @@ def main() -> None:
             if options.out is not None:
                 write(result, options.out)
     report(result, options.out)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
