@@ -66,6 +66,7 @@ def plan_memory(
     optimizer_bytes: int = 0,
     kept_bytes: int = 0,
     compute_bytes: int | None = None,
+    reduction_bytes: int | None = None,
     activation_bytes: int = 2,
     gradients_kept: bool = False,
     offload: bool = False,
@@ -87,6 +88,7 @@ def plan_memory(
     kept_bytes: of something else that is there throughout, on each rank (a moving average of the weights).
     compute_bytes: per parameter of the copies that FSDP2 computes with, one unit (a layer, or all parameters outside of layers) at a time.
     None: computation uses the weights themselves, or with shards > 1 copies of weight_bytes.
+    reduction_bytes: per element of a gradient while FSDP2 sums it over the ranks (default: gradient_bytes).
     activation_bytes: per element of an activation.
     gradients_kept: gradients exist before the step (accumulation); otherwise backward allocates them.
     offload: the stored inputs of decoder layers are in host memory, except those of `gpu_states` layers. keep_attention: attention outputs
@@ -104,8 +106,8 @@ def plan_memory(
     labelled = tokens if labelled is None else labelled
     _check(
         decoder, vision, tokens, labelled, shards=shards, mlp_rows=mlp_rows, weight_bytes=weight_bytes, compute_bytes=compute_bytes,
-        activation_bytes=activation_bytes, gradient_bytes=gradient_bytes, optimizer_bytes=optimizer_bytes, gpu_states=gpu_states,
-        kept_bytes=kept_bytes,
+        reduction_bytes=reduction_bytes, activation_bytes=activation_bytes, gradient_bytes=gradient_bytes, optimizer_bytes=optimizer_bytes,
+        gpu_states=gpu_states, kept_bytes=kept_bytes,
     )  # fmt: skip
     act, heads, layers = activation_bytes, decoder.heads * decoder.head_dim, decoder.layers
     kept, vision_kept = kept or Kept(), vision_kept or Kept()
@@ -124,8 +126,9 @@ def plan_memory(
         connector = vision.connector_total(decoder.hidden)
         total, root = total + vision.total + connector, root + vision.rest + connector
     copies = compute_bytes if compute_bytes is not None else weight_bytes if shards > 1 else 0
-    # Until they are reduced, the gradients of a unit have the dtype of its copies. Without copies there is no reduction.
-    loose_bytes = copies or gradient_bytes
+    # Until they are reduced or added up, the gradients of a unit have the dtype that it computes in. Without copies there is no reduction.
+    loose_bytes = copies or min(weight_bytes, gradient_bytes)
+    reduction_bytes = gradient_bytes if reduction_bytes is None else reduction_bytes
 
     def at_rest(parameters: int) -> int:
         return parameters * gradient_bytes // shards
@@ -141,8 +144,8 @@ def plan_memory(
         # The current layer and the next one; with several ranks also the buffer that receives the next one.
         "whole weights": copies * (root.plain + (2 if shards == 1 else 3) * layer.plain),
     }
-    # The reduction's float32 input of a layer is freed at the end of the next layer's backward.
-    reduction = {"gradients in reduction": layer.trained * gradient_bytes if copies else 0}
+    # The reduction's input of a layer is freed at the end of the next layer's backward.
+    reduction = {"gradients in reduction": layer.trained * reduction_bytes if copies else 0}
     images = vision.kept(decoder.hidden, act, vision_kept, grouped=vision_group is not None) if vision is not None else {}
 
     # Stored inputs are on the host, except those of the current layer, of its neighbour, and of the first `gpu_states` layers.
@@ -249,10 +252,10 @@ def plan_memory(
             static | done | {name: size for name, size in images.items() if name != "connector"} | again | {"live": live}
         )
     if copies:
-        # The last unit is reduced from the copies' dtype to a whole input and a sharded output of the gradients' dtype.
+        # The last unit is reduced from the copies' dtype to a whole input and a sharded output of the reduction's dtype.
         moments["the last reduction"] = always | {
             "gradients": at_rest(total.trained) if gradients_kept else at_rest(total.trained - root.trained),
-            "gradients in reduction": root.trained * (gradient_bytes + max(copies, gradient_bytes // shards)),
+            "gradients in reduction": root.trained * (reduction_bytes + max(copies, reduction_bytes // shards)),
         }
     if not gradients_kept:
         moments["the optimizer's step"] = always | {"gradients": at_rest(total.trained)}

@@ -11,6 +11,7 @@ from eagle_kernels import DecoderShape, Kept, MemoryPlan, Training, VisionShape,
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, StageConfig
 from eagle_train.config.model import Part
+from eagle_train.distributed.sharding import replicas_of
 
 from .optim import OPTIMIZERS
 
@@ -112,19 +113,22 @@ def stage_plan(
     that MLPs of the decoder work on at a time.
     """
     average = averaged_parameters(config, described) if config.model.ema is not None else 0
-    low = config.parallel.dtype == "bfloat16"
-    shards = max(1, ranks // config.parallel.replicate) if config.parallel.fsdp else 1
+    compute, weights = (2 if config.parallel.dtype == "bfloat16" else 4), (2 if config.model.weights == "bfloat16" else 4)
+    shards = max(1, ranks // replicas_of(config.parallel, ranks))
+    summed = stage.packs_per_step > ranks // config.parallel.group_size
     decoder, tower = shapes(config, stage, described)
     return plan_memory(
         decoder,
         rank_tokens(config, stage),
         vision=tower,
-        weight_bytes=2 if config.model.weights == "bfloat16" else 4,
-        gradient_bytes=2 if config.model.weights == "bfloat16" else 4,
+        weight_bytes=weights,
+        gradient_bytes=4 if summed else weights,
+        reduction_bytes=4,
         optimizer_bytes=OPTIMIZERS[stage.optimizer].state_bytes,
         kept_bytes=4 * average // shards,
-        compute_bytes=(2 if low else 4) if ranks > 1 or low else None,
-        activation_bytes=2 if low else 4,
+        compute_bytes=compute if ranks > 1 or compute != weights else None,
+        activation_bytes=compute,
+        gradients_kept=summed,
         offload=config.model.activations == "offload",
         kept=kept,
         vision_kept=vision_kept,

@@ -29,7 +29,7 @@ from eagle_train.config import Config, ConfigError, StageConfig
 from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.data.measure import media_limits
 from eagle_train.distributed.agreement import Totals, agree
-from eagle_train.distributed.sharding import is_sharded, shard_model
+from eagle_train.distributed.sharding import is_sharded, replicas_of, shard_model
 from eagle_train.distributed.world import RankError, World
 from eagle_train.errors import EvaluationError, TrainError, describe
 from eagle_train.loading.loader import Loader, Reading, read
@@ -42,6 +42,7 @@ from . import checkpoint, heartbeat
 from .activations import activation_mode, make_engine
 from .build import empty_model, fill_model, use_fp8
 from .ema import MovingAverage
+from .gradients import Gradients
 from .heartbeat import Heartbeat
 from .memory import check_host_memory, check_memory, explained, usage
 from .metrics import Metrics
@@ -238,6 +239,8 @@ class Trainer:
             checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
         set_trainable(self.model, stage.modes)
         self._select(stage)
+        replicas = replicas_of(self.config.parallel, self.world.size)
+        self._gradients = Gradients(self.model, stage.packs_per_step // self.world.data, replicas)
         optimizer = make_optimizer(self.model, stage)
         if resumed is not None:
             self._load(resumed, optimizer)
@@ -283,6 +286,7 @@ class Trainer:
                 except Interrupted as stop:  # the same command repeats the evaluation
                     self._save_and_stop(number, step + 1, optimizer, stop.signum)
                 begin = time.monotonic()
+        self._gradients.close()
 
     def _select(self, stage: StageConfig) -> None:
         """Choose what backward finds of the activations of a stage."""
@@ -412,8 +416,7 @@ class Trainer:
         loss = torch.zeros((), device=world.device)
         sources = SourceLosses([source.name for source in schedule.facts.sources], world.device)
         for place, pack in enumerate(packs):
-            if is_sharded(self.model):
-                self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
+            self._gradients.begin(place)
             doing = f"forward/backward of pack {place + 1} of {micro}"
             self.beat.at(doing)
             with explained(
