@@ -95,9 +95,9 @@ def plan_memory(
     and LSE are stored too. mlp_rows: `rows` of `swiglu_mlp`, in layers that do not keep gate and up; without effect where
     `decoder.mlp_in_blocks` is false. labelled: number of rows with a label (default: all).
     shards: number of FSDP ranks over which weights, gradients and optimizer states are divided.
-    kept, vision_kept: what decoder layers and those of the tower keep in addition to their inputs (default: nothing); not with offload.
-    vision_group: backward runs the tower again for so many tiles at a time, which keep vision_kept. exchanged: attention runs through
-    Ulysses, which keeps more.
+    kept, vision_kept: what decoder layers and those of the tower keep in addition to their inputs (default: nothing); not with offload,
+    except for a group of tiles. vision_group: backward runs tower and connector again for so many tiles at a time, of which the tower
+    keeps vision_kept. exchanged: attention runs through Ulysses, which keeps more.
 
     Counts what torch allocates, without the CUDA context (0.5 GiB) and libraries' workspaces. Measured accuracy: see the README.
     Raises ValueError for sizes below 1; gradient_bytes, optimizer_bytes, kept_bytes, labelled, gpu_states, ranks
@@ -111,7 +111,7 @@ def plan_memory(
     )  # fmt: skip
     act, heads, layers = activation_bytes, decoder.heads * decoder.head_dim, decoder.layers
     kept, vision_kept = kept or Kept(), vision_kept or Kept()
-    if offload and (kept.attention or vision_kept.attention):
+    if offload and (kept.attention or (vision_kept.attention and vision_group is None)):
         raise ValueError("plan_memory: kept activations and offload do not go together; use gpu_states and keep_attention")
     qkv = (decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim
     state = tokens * decoder.hidden * act
@@ -241,10 +241,9 @@ def plan_memory(
         # attention is kept, the MLP is done before q, k, v are computed.
         level = vision_kept.level(vision.depth - 1, vision.depth)
         again: dict[str, int] = {}
-        if vision_group is not None:  # what the group keeps, and the gradient of the tower's output for all tiles
-            stored_again = at_once.kept(decoder.hidden, act, vision_kept)
-            again["a group of tiles"] = stored_again["vision checkpoints"] + stored_again["pixels"]
-            again["gradient of the tower's output"] = vision.patches * vision.width * act
+        if vision_group is not None:  # what the group keeps, and the gradient of the visual tokens of all tiles
+            again["a group of tiles"] = sum(at_once.kept(decoder.hidden, act, vision_kept).values())
+            again["gradient of the visual tokens"] = (vision.patches // vision.merge) * decoder.hidden * act
         live = 9 * patch_states + 3 * inner
         if level >= ATTENTION:
             live = max(9 * patch_states, 4 * patch_states + (2 if level == MLP else 3) * inner)

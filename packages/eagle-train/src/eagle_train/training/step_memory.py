@@ -30,7 +30,8 @@ def rank_tokens(config: Config, stage: StageConfig) -> int:
 
 
 def other_sums(config: Config, ranks: int) -> tuple[tuple[int, ...], int | None]:
-    """Sizes of groups of tiles, and of blocks of the MLPs' tokens, that `selective` may choose: weight gradients are then other sums.
+    """Sizes of groups of tiles, and of blocks of the MLPs' tokens, that `selective` and `offload` may choose: weight gradients are then
+    other sums.
 
     None with `run.deterministic`, where nothing that memory decides may change a bit. No groups on several ranks, which would gather the
     tower's sharded parameters for every group and have different numbers of groups; no blocks where the decoder's products are of 8-bit
@@ -44,7 +45,7 @@ def other_sums(config: Config, ranks: int) -> tuple[tuple[int, ...], int | None]
 def least_plan(config: Config, stage: StageConfig, described: Any, ranks: int) -> MemoryPlan:
     """What a step over the longest pack of a stage needs at least; with `keep`, more than that."""
     plan = partial(stage_plan, config, stage, described, ranks)
-    if config.model.activations != "selective":
+    if config.model.activations not in ("selective", "offload"):
         return plan()
     groups, rows = other_sums(config, ranks)
     tower = shapes(config, stage, described)[1]
@@ -109,8 +110,8 @@ def stage_plan(
 ) -> MemoryPlan:
     """What a step over the longest pack of a stage needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`).
 
-    kept, vision_kept, vision_group: what decoder and vision tower keep with `selective` (default: inputs of layers alone). mlp_rows: tokens
-    that MLPs of the decoder work on at a time.
+    kept, vision_kept, vision_group: what decoder and vision tower keep (default: inputs of layers alone). mlp_rows: tokens that MLPs of the
+    decoder work on at a time.
     """
     average = averaged_parameters(config, described) if config.model.ema is not None else 0
     compute, weights = (2 if config.parallel.dtype == "bfloat16" else 4), (2 if config.model.weights == "bfloat16" else 4)

@@ -117,10 +117,11 @@ class Trainer:
                 raise ConfigError(f"{error}, or train on fewer processes (--nproc)") from error
         if world.device.type == "cuda":
             check_memory(config, model_config(config, tokenizer), world)
-        #: What `model.activations: selective` keeps, chosen for every stage; None with other values.
-        self._selector = Selector(config, world, usage) if activation_mode(config, world.device) == "selective" else None
+        mode = activation_mode(config, world.device)
+        #: What `selective` keeps and `offload` computes again, chosen for every stage; None with other values of `model.activations`.
+        self._selector = Selector(config, world, usage) if mode in ("selective", "offload") else None
         self.selection: Selection | None = None
-        #: Host memory of `model.activations: offload`, made once and used by every model of the run.
+        #: Host memory of `offload`, made by the first stage with it for all of them.
         self.engine: OffloadEngine | None = None
         #: Its processes start, and read the first packs, while the model is made and filled.
         self._loader = self._start_reading()
@@ -294,7 +295,11 @@ class Trainer:
             return
         model: Any = self.model
         self.selection = chosen = self._selector.select(stage, model.config)
-        model.set_activation_checkpointing("selective", **chosen.options)
+        if chosen.offload and self.engine is None:
+            later = self.config.stages[self.config.stages.index(stage) :]
+            longest = [one for one in later if one is stage or self._selector.select(one, model.config).offload]
+            self.engine = make_engine(self.config.replaced(stages=longest), model.config, self.world)
+        model.set_activation_checkpointing(chosen.mode, self.engine, **chosen.options)
         if self.world.is_main:
             logger.info("stage %s: %s", stage.name, chosen.text)
 
@@ -544,10 +549,8 @@ class Trainer:
             check_host_memory(self.config, trained, total, self.world)
         self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
-        mode = activation_mode(self.config, self.world.device)
-        if mode == "offload" and self.engine is None:
-            self.engine = make_engine(self.config, model.config, self.world)
-        model.set_activation_checkpointing(mode, self.engine)
+        if self._selector is None:
+            model.set_activation_checkpointing(activation_mode(self.config, self.world.device))
         sharded = shard_model(model, self.world, self.config.parallel)
         fill_model(sharded, empty.rows, self.world)
         return sharded
