@@ -51,7 +51,7 @@ if __name__ == "__main__":
         raise
     try:
         trained.final_evaluation()
-        print(trained.trainer.failed_evaluations)
+        print(trained.trainer.evaluations.failed)
         trained.check_evaluations()
     finally:  # as the command does: threads of groups that are still there when the interpreter is gone can end the process with SIGABRT
         dist.destroy_process_group()

@@ -74,7 +74,7 @@ def test_refused_by_default_and_concealed_on_request(broken_run):
         assert "clip.mp4 at 1." in entries[0].detail
         assert f"{sum(frames)} damaged frames concealed" in report
         assert f"{sum(frames)} damaged frames concealed by the decoder" in line
-        assert trainer.failed_evaluations == []
+        assert trainer.evaluations.failed == []
 
 
 def test_pixels_are_the_decoders_and_every_share_lists_its_own(broken_run):

@@ -311,7 +311,7 @@ def test_an_evaluation_that_fails_does_not_end_the_run(colour_run, everything):
         ready = get_ready(config)
         trainers.append(Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=on_evaluate))
         trainers[-1].train()
-    good, bad = ([record for record in trainer.metrics if record["kind"] == "step"] for trainer in trainers)
+    good, bad = ([record for record in trainer.records.metrics if record["kind"] == "step"] for trainer in trainers)
     assert same_run(good) == same_run(bad)
     failed = [record for record in trainers[1].metrics if record["kind"] == "eval_failed"]
     assert [(record["stage"], record["total_step"]) for record in failed] == [("one", 4), ("two", 6)][: 1 + everything]

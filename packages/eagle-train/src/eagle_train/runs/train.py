@@ -44,7 +44,9 @@ class Trained:
         if (evaluator := self.evaluator) is None:
             return None
         trainer, last = self.trainer, self.trainer.total_steps
-        return trainer.attempt("final", last, lambda: evaluator.evaluate(trainer.model, last, limit=limit, progress=progress))
+        return trainer.evaluations.attempt(
+            trainer.model, "final", last, lambda: evaluator.evaluate(trainer.model, last, limit=limit, progress=progress)
+        )
 
     def evaluations_by_frames(
         self, frames: Sequence[int], sources: Sequence[str], *, progress: Callable[[int, int, str], None] | None = None
@@ -60,11 +62,11 @@ class Trained:
         def at(most: int | None, max_tokens: int | None) -> Evaluation:
             return evaluator.evaluate(trainer.model, last, sources=sources, frames=most, max_tokens=max_tokens, progress=progress)
 
-        return trainer.attempt("frames", last, lambda: sweep(at, frames=frames))
+        return trainer.evaluations.attempt(trainer.model, "frames", last, lambda: sweep(at, frames=frames))
 
     def check_evaluations(self) -> None:
         """Raises EvaluationError, naming each, when evaluations failed."""
-        failed = self.trainer.failed_evaluations
+        failed = self.trainer.evaluations.failed
         if failed:
             names = "\n  ".join(failed)
             raise EvaluationError(

@@ -14,10 +14,10 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,7 @@ from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.data.measure import media_limits
 from eagle_train.distributed.agreement import Totals, agree
 from eagle_train.distributed.sharding import is_sharded, replicas_of, shard_model
-from eagle_train.distributed.world import RankError, World
-from eagle_train.errors import EvaluationError, TrainError, describe
+from eagle_train.distributed.world import World
 from eagle_train.loading.loader import Loader, Reading, read
 from eagle_train.loading.pack import LoadedPack, Share
 from eagle_train.loading.tasks import Tasks
@@ -42,37 +41,20 @@ from . import checkpoint, heartbeat
 from .activations import activation_mode, make_engine
 from .build import empty_model, fill_model, use_fp8
 from .ema import MovingAverage
+from .evaluations import Evaluations
 from .gradients import Gradients
 from .heartbeat import Heartbeat
 from .memory import check_host_memory, check_memory, explained, usage
-from .metrics import Metrics
 from .model import attention_backend, model_config, tokenizer_folder
 from .optim import check_optimizers, make_optimizer, set_learning_rates, set_trainable
+from .records import Pending, Records, TrainingError
 from .saving import Saver
 from .selection import Selection, Selector
-from .source_losses import SourceLosses, by_source
-from .speed import memory, peak_flops
+from .source_losses import SourceLosses
 from .stop import Interrupted, StopSignals, what_is_saved
 from .warmup import Warmup
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-class TrainingError(TrainError, RuntimeError):
-    """The run cannot continue: the message has the step, the samples in it, and the next step to try."""
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A step whose loss and gradient norm may not have been copied from the device yet."""
-
-    record: dict[str, Any]
-    loss: Tensor
-    norm: Tensor
-    sources: SourceLosses
-    sample_ids: list[tuple[str, int]]
 
 
 class Trainer:
@@ -102,13 +84,13 @@ class Trainer:
         self.total_steps = sum(schedule.steps for schedule in self.schedules)
         self.tasks = Tasks(self.schedules, world.data_rank, world.data)
         self._data = identify(config, tokenizer, self.schedules)
-        self.on_record, self.on_evaluate = on_record, on_evaluate
         self.stop = stop or StopSignals()
         self.beat = Heartbeat(on_slow or logger.info, store=world.store, rank=world.rank, size=world.size)
         #: Called after every step, for example by a profile.
         self.after_step: Callable[[], None] = lambda: None
         self.folder: Path = config.run.folder
-        self.metrics = Metrics(self.folder / "metrics.jsonl")
+        self.records = Records(config, self.schedules, world, on_record)
+        self.evaluations = Evaluations(config, world, self.records, self.total_steps, on_evaluate)
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
         check_optimizers(config.stages)
         for stage in config.stages:
@@ -134,11 +116,6 @@ class Trainer:
             raise
         #: The moving average of the trained weights, with `model.ema`.
         self.average = MovingAverage(self.model, config, config.model.ema) if config.model.ema is not None else None
-        #: One sentence for every evaluation that failed.
-        self.failed_evaluations: list[str] = []
-        self._pending: _Pending | None = None
-        self._pace: float | None = None
-        self._peak = peak_flops(world.device, config.parallel.dtype)
         self._seen = {"tokens": 0, "tiles": 0, "samples": 0, "missing": 0, "concealed": 0}
         #: Stage and step of the newest checkpoint, and when it was written.
         self._saved, self._saved_at = (0, 0), time.monotonic()
@@ -219,11 +196,11 @@ class Trainer:
             logger.info("resuming from %s", path)
         if self.world.is_main:
             checkpoint.clean(self.checkpoints)
-            self._rewind(progress.total_steps if progress is not None else 0)
+            self.records.rewind(progress.total_steps if progress is not None else 0)
         if path is None or progress is None:
             return 0, 0, None
         self._seen |= progress.seen
-        lost = self._lost_evaluation(progress)
+        lost = self.evaluations.lost(progress)
         if progress.done or lost:  # within a stage weights are read together with the optimizer's state
             self._load(path, None)
         if lost:
@@ -267,24 +244,26 @@ class Trainer:
             self.stop.training = True
             now = time.monotonic()
             elapsed = max(now - begin, 1e-9)
-            speed = {
+            speed: dict[str, Any] = {
                 "seconds": elapsed,
                 "tokens_per_second": totals.tokens / elapsed,
                 "tiles_per_second": totals.tiles / elapsed,
                 "data_wait": (loader.waited - waited) / elapsed,
-                **self._use(pending.record["flops"] / elapsed / self.world.size),
+                **self.records.use(pending.record["flops"] / elapsed / self.world.size),
                 "total_step": done_before + step + 1,
             }
+            if self.selection is not None:
+                speed["memory_planned"] = self.selection.plan.gpu
             begin, waited = now, loader.waited
-            self._pending = replace(pending, record=pending.record | speed)
+            self.records.hold(pending, speed)
             over = step + 1 == schedule.steps
             self.after_step()
             if over:
-                self._settle()
+                self.records.settle()
             if over or totals.saves or (step + 1) % self.config.checkpoint.every == 0:
                 self._save(number, step + 1, optimizer)
-            if self._evaluation_is_due(step + 1, over):
-                self._settle()
+            if self.evaluations.due(step + 1, over):
+                self.records.settle()
                 try:
                     self._evaluate(stage.name, done_before + step + 1)
                 except Interrupted as stop:  # the same command repeats the evaluation
@@ -318,7 +297,7 @@ class Trainer:
     def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint after `step` steps of a stage, while training goes on."""
         self.beat.at("the copy of a checkpoint, or the end of writing the one before")
-        self._settle()
+        self.records.settle()
         schedules, name = self.schedules, self.config.stages[number].name
         over, total = step == schedules[number].steps, sum(schedule.steps for schedule in schedules[:number]) + step
         progress = checkpoint.Progress(number, name, step, total, over, dict(self._seen), self._data)
@@ -339,69 +318,15 @@ class Trainer:
 
     def _save_and_stop(self, number: int, step: int, optimizer: torch.optim.Optimizer, signum: int) -> NoReturn:
         """Raises Interrupted, with a checkpoint after `step` steps of a stage; every rank calls it at the same step."""
-        self._settle()
+        self.records.settle()
         if step and self._saved != (number, step):
             self._save(number, step, optimizer)
         self.saver.wait()
         raise Interrupted(signum)
 
-    # ---- evaluations -------------------------------------------------------------------------------------------------------------
-
-    def _evaluation_is_due(self, step: int, over: bool) -> bool:
-        """Whether one follows `step` steps of a stage, which are all of them when it is `over`."""
-        every = self.config.eval.every
-        return self.on_evaluate is not None and (over if every is None else step % every == 0)
-
-    def _lost_evaluation(self, progress: checkpoint.Progress) -> bool:
-        """Whether the run ended between a checkpoint and the evaluation that follows it; the same on every rank."""
-        lost = False
-        if self.world.is_main and self._evaluation_is_due(progress.step, progress.done):
-            made = ("eval", "eval_failed")
-            lost = not any(record["kind"] in made and record["total_step"] == progress.total_steps for record in self.metrics)
-        return self.world.gather(lost)[0]
-
     def _evaluate(self, stage: str, total_step: int) -> None:
-        on_evaluate = self.on_evaluate
-        assert on_evaluate is not None
         self.beat.begin(f"evaluation after step {total_step}")
-        result = self.attempt(stage, total_step, lambda: on_evaluate(self.model, total_step))
-        if result is not None and self.world.is_main:
-            self._record({"kind": "eval", "stage": stage, "total_step": total_step} | result)
-
-    def attempt(self, stage: str, total_step: int, evaluate: Callable[[], T]) -> T | None:
-        """What `evaluate()` returns, or None on every rank when it fails on one of them: the failure is logged and recorded.
-
-        A collective of all ranks. Raises RankError when a rank fails in the middle of a collective, which nothing can continue.
-        """
-        failure, agreed, result = None, None, None
-        self.model.eval()
-        try:
-            result = evaluate()
-        except RankError as error:
-            self._evaluation_failed(stage, total_step, str(error), everywhere=False)
-            raise
-        except EvaluationError as error:  # the same on every rank
-            failure = agreed = str(error)
-        except Exception as error:
-            failure = describe(error)
-            logger.debug("evaluation failed", exc_info=True)
-        self.model.train()
-        failures = self.world.failures(failure)
-        if not failures:
-            return result
-        for module in self.model.modules():
-            if hasattr(module, "reshard"):  # FSDP2 keeps a layer's parameters gathered when its forward raises
-                module.reshard()  # type: ignore[operator]
-        self._evaluation_failed(stage, total_step, agreed or "; ".join(failures))
-        return None
-
-    def _evaluation_failed(self, stage: str, total_step: int, error: str, *, everywhere: bool = True) -> None:
-        text = f"the evaluation of stage {stage} after step {total_step} failed: {error}"
-        self.failed_evaluations.append(text)
-        # The only rank that knows writes it: the evaluation isn't tried again by the same command.
-        if self.world.is_main or not everywhere:
-            logger.error("%s%s", text, "; training continues" if everywhere and total_step < self.total_steps else "")
-            self._record({"kind": "eval_failed", "stage": stage, "total_step": total_step, "error": error})
+        self.evaluations.run(self.model, stage, total_step)
 
     # ---- one step ----------------------------------------------------------------------------------------------------------------
 
@@ -422,7 +347,7 @@ class Trainer:
         requests = (requested == signal.SIGINT, requested == signal.SIGTERM, self._save_is_due(), self.saver.broken)
         return agree(packs, self.world, partial(self._read_again, number, step), requests)
 
-    def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, packs: list[LoadedPack], totals: Totals) -> _Pending:
+    def _step(self, number: int, step: int, optimizer: torch.optim.Optimizer, packs: list[LoadedPack], totals: Totals) -> Pending:
         stage, schedule, world = self.config.stages[number], self.schedules[number], self.world
         total_step = sum(schedule.steps for schedule in self.schedules[:number]) + step + 1
         micro = len(packs)
@@ -474,8 +399,8 @@ class Trainer:
             "seen_concealed": self._seen["concealed"],
         }
         ids = [sample for pack in packs for sample in pack.sample_ids]
-        self._settle()
-        return _Pending(record, loss, norm, sources, ids)
+        self.records.settle()
+        return Pending(record, loss, norm, sources, ids)
 
     def _forward_backward(self, pack: LoadedPack, sources: SourceLosses) -> Tensor:
         """Loss of a pack (of this context parallel rank's part of it), with its gradients, and its tokens' losses in `sources`, added."""
@@ -486,59 +411,6 @@ class Trainer:
         output.loss.backward()
         sources.add(pack, layout, output.token_losses, part.token_weights, count=self.world.context.rank == 0)
         return output.loss.detach()
-
-    # ---- records -----------------------------------------------------------------------------------------------------------------
-
-    def _settle(self) -> None:
-        """Wait for the loss and gradient norm of the last step, which have had a step's time to arrive, and write its record."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        sums = torch.cat([pending.loss.double().reshape(1), pending.sources.sums.flatten()]).cpu()
-        self.world.sum(sums)
-        loss, names = sums[0].item(), pending.sources.names
-        norm, stage, step = float(pending.norm), pending.record["stage"], pending.record["step"]
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            ids = sorted({f"{source}:{line}" for some in self.world.gather(pending.sample_ids) for source, line in some})
-            shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
-            raise TrainingError(
-                f"stage {stage} step {step}: loss {loss}, gradient norm {norm}. Samples of the step: {shown}. "
-                "The last checkpoint is older than this step. Lower stages.*.lr, or inspect these rows with eagle show"
-            )
-        if self.world.is_main and (step % self.config.run.log_every == 0 or step == pending.record["steps"]):
-            losses = by_source(names, sums[1:].view(2, -1)) if len(names) > 1 else {}
-            losses = {"losses": losses} if losses else {}
-            self._record(pending.record | {"loss": loss, "grad_norm": norm, "eta": self._left(pending.record)} | losses)
-
-    def _use(self, rate: float) -> dict[str, Any]:
-        """What a rank does with its device, at `rate` FLOP/s."""
-        now, most = memory(self.world.device)
-        use: dict[str, Any] = {"tflops": rate / 1e12, "memory": now, "memory_peak": most}
-        if self.selection is not None:
-            use["memory_planned"] = self.selection.plan.gpu
-        return use if self._peak is None else use | {"mfu": rate / self._peak}
-
-    def _left(self, record: dict[str, Any]) -> float:
-        """Seconds to the end of the run: what is left in tokens of capacity, at the pace of the last steps."""
-        room = [schedule.stage.max_tokens * schedule.stage.packs_per_step for schedule in self.schedules]
-        names = [schedule.stage.name for schedule in self.schedules]
-        number = names.index(record["stage"])
-        pace = record["seconds"] / room[number]
-        self._pace = pace if self._pace is None else 0.9 * self._pace + 0.1 * pace
-        left = (record["steps"] - record["step"]) * room[number]
-        left += sum(schedule.steps * size for schedule, size in list(zip(self.schedules, room))[number + 1 :])
-        return left * self._pace
-
-    def _rewind(self, total_step: int) -> None:
-        """Remove what any rank wrote after a step of the run: it is written again."""
-        self.metrics.rewind(total_step)
-        for path in self.folder.glob("ledger-train*.jsonl"):
-            Ledger(path).rewind(total_step)
-
-    def _record(self, record: dict[str, Any]) -> None:
-        self.metrics.write(record)
-        if self.on_record is not None:
-            self.on_record(record)
 
     # ---- model and reading --------------------------------------------------------------------------------------------------------
 
