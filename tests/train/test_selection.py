@@ -22,7 +22,7 @@ from eagle_train.training import memory, step_memory
 from eagle_train.training.memory import OutOfMemory, Usage
 from eagle_train.training.metrics import Metrics, same_run
 from eagle_train.training.model import model_config
-from eagle_train.training.selection import Selector, select
+from eagle_train.training.selection import Selector, choose, fitting_plans, select
 from eagle_train.training.step_memory import planned, stage_plan
 
 QWEN = DecoderShape(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064)
@@ -34,7 +34,8 @@ def large(make_config, tokenizer):
     """The 8B with packs of `tokens` on one GPU, AdamW's states elsewhere."""
 
     def make(*tokens, **model):
-        stages = [{"name": f"{one // 1024}k", "max_tokens": one, "optimizer": "adamw_host"} for one in tokens or (32768,)]
+        usual = {"optimizer": "adamw_host", "packs_per_step": 1}
+        stages = [{"name": f"{one // 1024}k", "max_tokens": one, **usual} for one in tokens or (32768,)]
         model = {"preset": "8b", "weights": "bfloat16", "activations": "selective", **model}
         if model["weights"] == "bfloat16":
             stages = [stage | {"optimizer": "adamw8bit"} for stage in stages]
@@ -232,7 +233,7 @@ def test_a_limit_chooses_for_every_stage_and_the_run_is_the_same(colour_run, cap
     lines = [record.message for record in caplog.records if "kept for backward" in record.message]
     assert [line.partition(":")[0] for line in lines] == [f"stage {stage.name}" for stage in config.stages]
     steps = [record for record in Metrics(trainer.folder / "metrics.jsonl") if record["kind"] == "step"]
-    assert trainer.model.vision_model.vision_model.group is None
+    assert trainer.model.vision_group is None
     assert steps[-1]["memory_planned"] == chosen.plan.gpu <= limit * GIB
 
 
@@ -243,7 +244,7 @@ def test_a_run_with_groups_of_tiles(colour_run, monkeypatch):
         config = with_activations(colour_run, f"grouped-{mode}", activations=mode, gpu_memory=1e-6)
         config = config.replaced(stages=config.stages[:1], run=config.run.replaced(deterministic=False))
         trainer, found[mode] = trained(config)
-    assert trainer.selection.vision_group == trainer.model.vision_model.vision_model.group == 2
+    assert trainer.selection.vision_group == trainer.model.vision_group == 2
     for one, other in zip(found["keep"], found["selective"]):
         assert one == pytest.approx(other, rel=1e-3)
 
@@ -297,3 +298,30 @@ def test_what_fits_the_8b_forward_and_backward_in_bfloat16():
         ("h100", 32768): (28, 28, 3, 27),
         ("h100", 65536): (24, 0, 0, 0),
     }
+
+
+def test_auto_is_offload_in_stages_that_do_not_fit(large):
+    """The 8B with sums of gradients over packs: 32K fits an H100 with the decoder's inputs on the host, 16K without."""
+    config, described = large(16384, 32768, weights="bfloat16", activations="auto")
+    config = config.replaced(stages=[stage.replaced(packs_per_step=2) for stage in config.stages])
+    room, gpu = largest_plan(79.1) * GIB, torch.device("cuda")
+    short, long = (choose(config, stage, described, 1, room, gpu) for stage in config.stages)
+    assert (short.mode, long.mode) == ("selective", "offload")
+    assert long.plan.gpu <= room
+    assert long.plan.host == 27 * 32768 * 3584 * 2
+    assert f"decoder: inputs in host memory ({long.plan.host / GIB:.1f} GiB)" in long.text
+    plans = fitting_plans(config, described, 1, room, gpu)
+    assert all(plan.gpu <= room for plan in plans.values())
+    assert plans["32k"].host > plans["16k"].host == 0
+    fixed = config.replaced(model=config.model.replaced(activations="selective"))
+    assert choose(fixed, fixed.stages[1], described, 1, room, gpu).mode == "selective"
+    assert fitting_plans(fixed, described, 1, room, gpu)["32k"].gpu > room
+
+
+def test_half_a_million_tokens_on_one_gpu(large):
+    """An H200 of 139.8 GiB, whose host holds the inputs of 27 layers."""
+    config, described = large(524288, weights="bfloat16", activations="offload")
+    found = select(config, config.stages[0], described, 1, largest_plan(139.8) * GIB)
+    assert (found.mlp_rows, found.vision_group) == (32768, 32)
+    assert found.plan.gpu < 110 * GIB
+    assert found.plan.host < 100 * GIB

@@ -15,7 +15,7 @@ from eagle_train.training.step_memory import averaged_parameters, planned, stage
 
 
 def stage(name, tokens=1280, **settings):
-    return {"name": name, "max_tokens": tokens, "steps": 1, **settings}
+    return {"name": name, "max_tokens": tokens, "steps": 1, "packs_per_step": 1, **settings}
 
 
 ADAPTERS = {"train": "lora"}
@@ -62,6 +62,23 @@ def test_bytes_are_those_of_the_model_and_the_optimizer(colour_run, stages, mode
         assert step["gradients"] == nbytes(p.grad for p in built.parameters() if p.grad is not None)
         states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
         assert step["optimizer"] == nbytes(states)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_sums_over_packs_are_float32_and_there_from_the_second_pack_on(colour_run, weights):
+    model = {**colour_run().model.model_dump(), "weights": weights}
+    stages = [stage("one", optimizer="adamw"), stage("two", packs_per_step=2, optimizer="adamw")]
+    config = colour_run(model=model, stages=stages, parallel={"dtype": "bfloat16"})
+    described = model_config(config, get_ready(config, held_out=False).tokenizer)
+    trained = sum(trained_parameters(config, config.stages[0], described).values())
+    one, two = (stage_plans(config, described, 1)[name] for name in ("one", "two"))
+    assert one.moments["the loss"]["gradients"] == 0
+    assert two.moments["the loss"]["gradients"] == 4 * trained
+    assert one.moments["the optimizer's step"]["gradients"] == (2 if weights == "bfloat16" else 4) * trained
+    shared = stage_plans(config, described, 2)["two"]
+    assert shared.moments["the loss"]["gradients"] == 0, "one pack for each of two ranks"
+    replaced = config.replaced(stages=[config.stages[1].replaced(packs_per_step=4)])
+    assert stage_plans(replaced, described, 2)["two"].moments["the loss"]["gradients"] == 4 * trained // 2, "sums are sharded"
 
 
 def test_a_moving_average_is_that_of_all_stages(colour_run):

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from eagle_cp import Layout, exchange_tiles
-from eagle_kernels import Kept, OffloadEngine, offload_checkpoint
+from eagle_kernels import Kept, OffloadEngine, Recompute, offload_checkpoint
 from eagle_model.batch import PackedBatch
 from eagle_model.checkpoint import HEAD, finish_folder, lacks_head
 from eagle_model.configuration import EagleConfig
@@ -88,6 +88,8 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.attention_backend: str | None = None
         #: Whether layers are recomputed in backward; set by `set_activation_checkpointing` and `gradient_checkpointing_enable`.
         self.gradient_checkpointing = False
+        #: Tiles of a group: backward runs tower and connector again for one group after the other, from the pixels. None: all at once.
+        self.vision_group: int | None = None
         self.post_init()
 
     # ---- parts -------------------------------------------------------------------------------------------------------------------
@@ -118,7 +120,16 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         real = tiles.shape[0]
         if real == 0:
             tiles = tiles.new_zeros(1, *tiles.shape[1:])
-        return self._connect(self.vision_model(tiles))[:real]
+        group = self.vision_group if torch.is_grad_enabled() else None
+        if group is None:
+            return self._encode(tiles)[:real]
+        with Recompute() as again:
+            parts = [again(self._encode, part) for part in tiles.split(group)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:real]
+
+    def _encode(self, tiles: Tensor) -> Tensor:
+        """Tower and connector, on all tiles at once."""
+        return self._connect(self.vision_model(tiles))
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """`image_features`; without gradients in groups of tiles (`tiles_at_once`), so that memory for activations does not grow with their
@@ -200,11 +211,12 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """What backward finds of the activations of a layer.
 
         `keep`: all of them. `recompute`: its input. `selective`: its input, and what `kept` says of the decoder's layers and `vision_kept`
-        of the vision tower's (default: all that selective activation checkpointing can keep); with `vision_group` the tower keeps pixels
-        alone, and backward runs it again for so many tiles at a time, which keep that (not where ranks share sharded parameters and have
-        different numbers of tiles), and with `mlp_rows` decoder layers that do not keep gate and up run their MLP on so many tokens at a
-        time (on a GPU; not with adapters, biases or weights in 4 bits). `offload`: its input, which for layers of the
-        decoder is in host memory until then (by `engine`; without one inputs stay on their devices). The gradients of all are the same.
+        of the vision tower's (default: all that selective activation checkpointing can keep). `offload`: its input, which for layers of the
+        decoder is in host memory until then (by `engine`; without one inputs stay on their devices).
+        With `selective` and `offload`: with `vision_group` tower and connector keep pixels alone, and backward runs them again for so many
+        tiles at a time, of which the tower keeps what `vision_kept` says (not where ranks share sharded parameters and have different
+        numbers of tiles); with `mlp_rows` decoder layers that do not keep gate and up run their MLP on so many tokens at a time (on a GPU;
+        not with adapters, biases or weights in 4 bits). The gradients of all are the same.
         Call it before forward, as often as wanted, and after adapters with dropout were added: `recompute` repeats random numbers where a
         module draws them. Raises ValueError for another mode, and for `selective` and `offload` with dropout.
         """
@@ -216,9 +228,10 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"activation checkpointing mode {mode!r} does not restore the random state that dropout needs; set the dropout of the "
                 "adapters to 0 or use 'recompute'"
             )
-        self.vision_model.vision_model.group = vision_group if mode == "selective" else None
+        again = mode in ("selective", "offload")
+        self.vision_group = vision_group if again else None
         for layer in self.language_model.model.layers:
-            layer.mlp.rows = mlp_rows if mode == "selective" else None  # type: ignore[union-attr, assignment]
+            layer.mlp.rows = mlp_rows if again else None  # type: ignore[union-attr, assignment]
         whole = partial(checkpoint, use_reentrant=False, preserve_rng_state=True) if dropout and mode == "recompute" else None
         self._set_checkpoints(whole, partial(offload_checkpoint, engine=engine) if mode == "offload" else whole)
         tower, layers = self._tower_layers(), list(self.language_model.model.layers)
@@ -226,6 +239,9 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if mode == "selective":
             self._keep(tower, Kept.all(len(tower)) if vision_kept is None else vision_kept)
             self._keep(layers, Kept.all(len(layers)) if kept is None else kept)
+        elif mode == "offload" and vision_group is not None:
+            self._keep(tower, Kept.all(len(tower)) if vision_kept is None else vision_kept)
+            self._keep(layers, None)
         else:
             self._keep(tower, nothing if mode in ("recompute", "offload") and not dropout else None)
             self._keep(layers, nothing if mode == "recompute" and not dropout else None)
@@ -258,7 +274,7 @@ class EagleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         adapters whose layer's input needs no gradient, where the reentrant kind gives none.
         """
         recompute = partial(gradient_checkpointing_func, use_reentrant=False) if enable else None
-        self.vision_model.vision_model.group = None
+        self.vision_group = None
         for layers in (self._tower_layers(), list(self.language_model.model.layers)):
             self._keep(layers, None)
         self._set_checkpoints(recompute, recompute, every_n_layers)

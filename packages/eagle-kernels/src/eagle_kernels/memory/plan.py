@@ -66,6 +66,7 @@ def plan_memory(
     optimizer_bytes: int = 0,
     kept_bytes: int = 0,
     compute_bytes: int | None = None,
+    reduction_bytes: int | None = None,
     activation_bytes: int = 2,
     gradients_kept: bool = False,
     offload: bool = False,
@@ -87,15 +88,16 @@ def plan_memory(
     kept_bytes: of something else that is there throughout, on each rank (a moving average of the weights).
     compute_bytes: per parameter of the copies that FSDP2 computes with, one unit (a layer, or all parameters outside of layers) at a time.
     None: computation uses the weights themselves, or with shards > 1 copies of weight_bytes.
+    reduction_bytes: per element of a gradient while FSDP2 sums it over the ranks (default: gradient_bytes).
     activation_bytes: per element of an activation.
     gradients_kept: gradients exist before the step (accumulation); otherwise backward allocates them.
     offload: the stored inputs of decoder layers are in host memory, except those of `gpu_states` layers. keep_attention: attention outputs
     and LSE are stored too. mlp_rows: `rows` of `swiglu_mlp`, in layers that do not keep gate and up; without effect where
     `decoder.mlp_in_blocks` is false. labelled: number of rows with a label (default: all).
     shards: number of FSDP ranks over which weights, gradients and optimizer states are divided.
-    kept, vision_kept: what decoder layers and those of the tower keep in addition to their inputs (default: nothing); not with offload.
-    vision_group: backward runs the tower again for so many tiles at a time, which keep vision_kept. exchanged: attention runs through
-    Ulysses, which keeps more.
+    kept, vision_kept: what decoder layers and those of the tower keep in addition to their inputs (default: nothing); not with offload,
+    except for a group of tiles. vision_group: backward runs tower and connector again for so many tiles at a time, of which the tower
+    keeps vision_kept. exchanged: attention runs through Ulysses, which keeps more.
 
     Counts what torch allocates, without the CUDA context (0.5 GiB) and libraries' workspaces. Measured accuracy: see the README.
     Raises ValueError for sizes below 1; gradient_bytes, optimizer_bytes, kept_bytes, labelled, gpu_states, ranks
@@ -104,12 +106,12 @@ def plan_memory(
     labelled = tokens if labelled is None else labelled
     _check(
         decoder, vision, tokens, labelled, shards=shards, mlp_rows=mlp_rows, weight_bytes=weight_bytes, compute_bytes=compute_bytes,
-        activation_bytes=activation_bytes, gradient_bytes=gradient_bytes, optimizer_bytes=optimizer_bytes, gpu_states=gpu_states,
-        kept_bytes=kept_bytes,
+        reduction_bytes=reduction_bytes, activation_bytes=activation_bytes, gradient_bytes=gradient_bytes, optimizer_bytes=optimizer_bytes,
+        gpu_states=gpu_states, kept_bytes=kept_bytes,
     )  # fmt: skip
     act, heads, layers = activation_bytes, decoder.heads * decoder.head_dim, decoder.layers
     kept, vision_kept = kept or Kept(), vision_kept or Kept()
-    if offload and (kept.attention or vision_kept.attention):
+    if offload and (kept.attention or (vision_kept.attention and vision_group is None)):
         raise ValueError("plan_memory: kept activations and offload do not go together; use gpu_states and keep_attention")
     qkv = (decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim
     state = tokens * decoder.hidden * act
@@ -124,8 +126,9 @@ def plan_memory(
         connector = vision.connector_total(decoder.hidden)
         total, root = total + vision.total + connector, root + vision.rest + connector
     copies = compute_bytes if compute_bytes is not None else weight_bytes if shards > 1 else 0
-    # Until they are reduced, the gradients of a unit have the dtype of its copies. Without copies there is no reduction.
-    loose_bytes = copies or gradient_bytes
+    # Until they are reduced or added up, the gradients of a unit have the dtype that it computes in. Without copies there is no reduction.
+    loose_bytes = copies or min(weight_bytes, gradient_bytes)
+    reduction_bytes = gradient_bytes if reduction_bytes is None else reduction_bytes
 
     def at_rest(parameters: int) -> int:
         return parameters * gradient_bytes // shards
@@ -141,8 +144,8 @@ def plan_memory(
         # The current layer and the next one; with several ranks also the buffer that receives the next one.
         "whole weights": copies * (root.plain + (2 if shards == 1 else 3) * layer.plain),
     }
-    # The reduction's float32 input of a layer is freed at the end of the next layer's backward.
-    reduction = {"gradients in reduction": layer.trained * gradient_bytes if copies else 0}
+    # The reduction's input of a layer is freed at the end of the next layer's backward.
+    reduction = {"gradients in reduction": layer.trained * reduction_bytes if copies else 0}
     images = vision.kept(decoder.hidden, act, vision_kept, grouped=vision_group is not None) if vision is not None else {}
 
     # Stored inputs are on the host, except those of the current layer, of its neighbour, and of the first `gpu_states` layers.
@@ -238,10 +241,9 @@ def plan_memory(
         # attention is kept, the MLP is done before q, k, v are computed.
         level = vision_kept.level(vision.depth - 1, vision.depth)
         again: dict[str, int] = {}
-        if vision_group is not None:  # what the group keeps, and the gradient of the tower's output for all tiles
-            stored_again = at_once.kept(decoder.hidden, act, vision_kept)
-            again["a group of tiles"] = stored_again["vision checkpoints"] + stored_again["pixels"]
-            again["gradient of the tower's output"] = vision.patches * vision.width * act
+        if vision_group is not None:  # what the group keeps, and the gradient of the visual tokens of all tiles
+            again["a group of tiles"] = sum(at_once.kept(decoder.hidden, act, vision_kept).values())
+            again["gradient of the visual tokens"] = (vision.patches // vision.merge) * decoder.hidden * act
         live = 9 * patch_states + 3 * inner
         if level >= ATTENTION:
             live = max(9 * patch_states, 4 * patch_states + (2 if level == MLP else 3) * inner)
@@ -249,10 +251,10 @@ def plan_memory(
             static | done | {name: size for name, size in images.items() if name != "connector"} | again | {"live": live}
         )
     if copies:
-        # The last unit is reduced from the copies' dtype to a whole input and a sharded output of the gradients' dtype.
+        # The last unit is reduced from the copies' dtype to a whole input and a sharded output of the reduction's dtype.
         moments["the last reduction"] = always | {
             "gradients": at_rest(total.trained) if gradients_kept else at_rest(total.trained - root.trained),
-            "gradients in reduction": root.trained * (gradient_bytes + max(copies, gradient_bytes // shards)),
+            "gradients in reduction": root.trained * (reduction_bytes + max(copies, reduction_bytes // shards)),
         }
     if not gradients_kept:
         moments["the optimizer's step"] = always | {"gradients": at_rest(total.trained)}

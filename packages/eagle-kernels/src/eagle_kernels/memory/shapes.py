@@ -259,15 +259,16 @@ class VisionShape(_Stack):
     def kept(self, hidden: int, itemsize: int, kept: Kept | None = None, *, grouped: bool = False) -> dict[str, int]:
         """Bytes that forward stores for backward: what the tower's layers keep, the connector's activations, pixels.
 
-        hidden: width of the decoder; itemsize: bytes of an activation; kept: by the tower (default: the inputs of layers); grouped: the
-        tower keeps pixels alone.
+        hidden: width of the decoder; itemsize: bytes of an activation; kept: by the tower (default: the inputs of layers); grouped: tower
+        and connector keep pixels alone.
         """
         if not self.learns and self.connector.mode == "frozen":
             return {"pixels": self.patches * self.patch_values}
         tower = self.patches * self.width if self.learns else 0
         # The inputs of the post-layernorm, of the connector's LayerNorm, of both Linears and of GELU. The output is stored too, by the
         # operator that writes it into the embeddings.
-        connector = tower + 2 * self.patches * self.width + 3 * (self.patches // self.merge) * hidden
+        features = (self.patches // self.merge) * hidden
+        connector = features if grouped else tower + 2 * self.patches * self.width + 3 * features
         pixels = self.patches * self.patch_values * (1 + itemsize if self.learns and not grouped else 1)
         levels = [(kept or Kept()).level(index, self.depth) for index in range(self.depth)]
         stored = sum(self.layer_kept(level, itemsize) for level in levels) if self.learns and not grouped else 0

@@ -124,21 +124,12 @@ class VisionTower(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.checkpoint: Callable[..., Tensor] | None = None
         self.checkpoint_every = 1
-        #: Tiles of a group: backward runs the tower again for one group after the other, from the pixels. None: by layers.
-        self.group: int | None = None
         for module in self.encoder.modules():
             if isinstance(module, nn.Linear):
                 module.xavier = True  # type: ignore[assignment] # SigLIP's initialisation of random weights
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: uint8 [N, s, s, 3] or normalised float [N, 3, s, s] -> [N, P, d]."""
-        if self.group is None or not torch.is_grad_enabled():
-            return self._run(pixels)
-        with Recompute() as again:
-            groups = [again(self._run, part) for part in pixels.split(self.group)]
-        return groups[0] if len(groups) == 1 else torch.cat(groups)
-
-    def _run(self, pixels: Tensor) -> Tensor:
         hidden = self.embed(pixels)
         recompute = self.checkpoint if torch.is_grad_enabled() else None
         for index, layer in enumerate(self.encoder.layers[: self.depth]):

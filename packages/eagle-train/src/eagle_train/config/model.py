@@ -100,7 +100,8 @@ class ModelConfig(Section):
         default="auto",
         description="Activation checkpointing. keep: all activations stay; recompute: each layer from its input; selective: each layer "
         "from its input and from what else fits the GPU (attention first, then projections, then the MLP); offload: each layer from its "
-        "input, which waits in host memory; auto: selective on a GPU, keep on a CPU. Gradients are the same.",
+        "input, which waits in host memory; auto: selective on a GPU, or offload in stages that do not fit "
+        "with it, and keep on a CPU. Gradients are the same.",
     )
     gpu_memory: float | None = Field(
         json_schema_extra=FREE,

@@ -16,8 +16,8 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
 
     Ranks of a context group have the same parameters and different tokens, so for parameters they are data ranks too.
     With `config.replicate` (HSDP) each group of neighbouring ranks holds all shards, and gradients are summed over the groups too; with
-    `config.fsdp` false parameters are replicated and only gradients are summed. A single float32 rank stays as it is. Raises
-    ConfigError when `config.dtype` isn't the precision that `world` was started for.
+    `config.fsdp` false parameters are replicated and only gradients are summed. A model of one rank whose weights have the dtype of the
+    computation stays as it is. Raises ConfigError when `config.dtype` isn't the precision that `world` was started for.
     """
     if config.dtype == "auto":
         raise ConfigError("parallel.dtype is auto; resolve it first (eagle_train.runs.folder.resolve_dtype)")
@@ -28,8 +28,10 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    if world.size == 1 and all(parameter.dtype == dtype for parameter in model.parameters() if parameter.is_floating_point()):
+        return model  # no copies, and gradients in the memory that activations use
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
-    replicas = config.replicate if config.fsdp else world.size
+    replicas = replicas_of(config, world.size)
     mesh = init_device_mesh(world.device.type, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
     mesh = mesh["shard"] if replicas == 1 and config.fsdp else mesh
     for block in model.blocks():  # type: ignore[operator]
@@ -41,6 +43,11 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
     return model
+
+
+def replicas_of(config: ParallelConfig, ranks: int) -> int:
+    """Groups of ranks, of `ranks`, that hold all parameters each."""
+    return config.replicate if config.fsdp else ranks
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -110,20 +110,24 @@ def predict_stages(ready: Ready, gpus: int, rate: Rate, gpu: Gpu | None = None) 
 
     Raises ConfigError and ValueError for GPUs that the groups or packs can't be shared by.
     """
+    import torch
+
+    from eagle_train.training.activations import activation_mode, with_activations
     from eagle_train.training.model import grown_config
     from eagle_train.training.step_memory import stage_plans, trained_parameters
 
     config = for_gpus(ready.config)
+    mode = activation_mode(config, torch.device("cuda"))
     group = config.parallel.group_size
     described = grown_config(config, ready.tokenizer)
-    plans = stage_plans(config, described, gpus) if config.model.activations != "keep" else {}
+    plans = stage_plans(with_activations(config, mode), described, gpus) if mode != "keep" else {}
     stages = []
     for schedule in ready.schedules:
         plan, groups = schedule.plan(0), gpus // group
         assert schedule.costs is not None
         after = plan.spread(groups)
         memory, kept = plans.get(schedule.stage.name), None
-        if gpu is not None and config.model.activations == "selective":
+        if gpu is not None and mode in ("selective", "offload"):
             memory, kept = _selected(config, described, gpus, schedule.stage, gpu)
         seconds = group_seconds(plan.pack_costs(), schedule.stage.packs_per_step, groups, rate.flops * group)
         stages.append(
@@ -143,11 +147,13 @@ def predict_stages(ready: Ready, gpus: int, rate: Rate, gpu: Gpu | None = None) 
 
 
 def _selected(config: Config, described: Any, gpus: int, stage: StageConfig, gpu: Gpu) -> tuple[Any, str]:
-    """The memory plan of a stage with what `selective` keeps on an empty GPU, and what that is."""
-    from eagle_train.training.selection import select
+    """The memory plan of a stage with what is kept on an empty GPU, and what that is."""
+    import torch
+
+    from eagle_train.training.selection import choose
 
     room = min(largest_plan(gpu.gib), config.model.gpu_memory or gpu.gib)
-    chosen = select(config, stage, described, gpus, room * GIB)
+    chosen = choose(config, stage, described, gpus, room * GIB, torch.device("cuda"))
     return chosen.plan, chosen.text
 
 
@@ -158,19 +164,23 @@ def needed_gib(gib: float) -> float:
 
 def check_fits(ready: Ready, gpus: int, gpu: Gpu) -> None:
     """Raises ConfigError, with the smallest change that would help, when the longest pack of a stage does not fit on `gpus` GPUs."""
+    import torch
+
+    from eagle_train.training.activations import resolved
     from eagle_train.training.memory import smallest_change
     from eagle_train.training.model import grown_config
-    from eagle_train.training.step_memory import planned
+    from eagle_train.training.selection import fitting_plans
 
     config = for_gpus(ready.config)
     if config.model.activations == "keep":
         return
     described = grown_config(config, ready.tokenizer)
-    plan = planned(config, described, gpus)
-    if needed_gib(plan.gpu / GIB) <= gpu.gib:
+    room = largest_plan(gpu.gib) * GIB
+    plans = fitting_plans(config, described, gpus, room, torch.device("cuda"))
+    plan = max(plans.values(), key=lambda one: one.gpu)
+    if plan.gpu <= room:
         return
-    room = (gpu.gib - CONTEXT_GIB) / FRAGMENTATION * GIB
-    advice = smallest_change(config, described, gpus, room)
+    advice = smallest_change(resolved(config, torch.device("cuda")), described, gpus, room)
     needs = f"{needed_gib(plan.gpu / GIB):.1f} GiB of each of {gpus} {gpu.name}"
     raise ConfigError(
         f"it does not fit: a step needs {needs} (planned {plan.gpu / GIB:.1f}, peak in {plan.moment}; {FRAGMENTATION - 1:.0%} for "

@@ -34,10 +34,13 @@ def resources(ready: Ready, gpus: int) -> Resources:
 
     Raises ConfigError when the groups of `parallel` don't divide the GPUs.
     """
+    import torch
+
+    from eagle_train.training.activations import resolved
     from eagle_train.training.model import grown_config
     from eagle_train.training.step_memory import planned, rank_tokens
 
-    config = for_gpus(ready.config)
+    config = resolved(for_gpus(ready.config), torch.device("cuda"))
     parallel = config.parallel
     if gpus % parallel.group_size:
         raise ConfigError(
@@ -51,14 +54,10 @@ def resources(ready: Ready, gpus: int) -> Resources:
 
 
 def for_gpus(config: Config) -> Config:
-    """The configuration with the values that `auto` has on a GPU."""
-    import torch
-
-    from eagle_train.training.activations import activation_mode
-
+    """The configuration with the dtype that `auto` is on a GPU."""
     if config.parallel.dtype == "auto":
         config = config.replaced(parallel=config.parallel.replaced(dtype="bfloat16"))
-    return config.replaced(model=config.model.replaced(activations=activation_mode(config, torch.device("cuda"))))
+    return config
 
 
 def count_parameters(described: Any) -> int:

@@ -22,21 +22,32 @@ Mode = Literal["keep", "recompute", "selective", "offload"]
 
 
 def activation_mode(config: Config, device: torch.device) -> Mode:
-    """`model.activations`; auto is selective on a GPU, where packs are long, and keeps everything on a CPU."""
+    """`model.activations`; auto is selective on a GPU, where packs are long (and offload in stages that do not fit with it:
+    `selection.choose`), and keeps everything on a CPU."""
     if config.model.activations == "auto":
         return "selective" if device.type == "cuda" else "keep"
     return config.model.activations
 
 
+def resolved(config: Config, device: torch.device) -> Config:
+    """With `model.activations: auto` as it is on a device."""
+    return with_activations(config, activation_mode(config, device))
+
+
+def with_activations(config: Config, mode: Mode) -> Config:
+    """With `model.activations: <mode>`."""
+    return config.replaced(model=config.model.replaced(activations=mode))
+
+
 def host_bytes(config: Config, described: Any) -> int:
     """Host memory that one rank needs: all decoder layers' inputs but the last one's, for the longest pack's share of a context rank."""
     # Every place in the arena starts at a multiple of its alignment.
-    most = max(plan.host for plan in stage_plans(config, described, 1).values())
+    most = max(plan.host for plan in stage_plans(with_activations(config, "offload"), described, 1).values())
     return most + ALIGNMENT * described.text_config.num_hidden_layers
 
 
 def make_engine(config: Config, described: Any, world: World, *, available: int | None = None) -> OffloadEngine:
-    """The engine of a run with `model.activations: offload`; called on all ranks together.
+    """The engine for all stages of `config`, with `offload`; called on all ranks together.
 
     available: bytes that this host can spare for all of its ranks; None asks the system. Raises ConfigError, on every rank, when one host
     has less than its ranks need.

@@ -23,10 +23,10 @@ from eagle_train.distributed.world import World
 from eagle_train.errors import TrainError
 from eagle_train.loading.pack import LoadedPack
 
-from .activations import activation_mode
+from .activations import resolved
 from .optim import OPTIMIZERS
-from .selection import Selection
-from .step_memory import planned, stage_plans
+from .selection import Selection, fitting_plans
+from .step_memory import planned
 
 SMALLEST = 1024
 """Tokens below which no shorter pack is proposed."""
@@ -154,11 +154,6 @@ def smallest_change(config: Config, described: Any, ranks: int, room: float) -> 
     return f"No change of {tried} makes it fit: choose a smaller model"
 
 
-def resolved(config: Config, device: torch.device) -> Config:
-    """With `model.activations: auto` as it is on a device."""
-    return config.replaced(model=config.model.replaced(activations=activation_mode(config, device)))
-
-
 def parts_of(plan: MemoryPlan) -> str:
     """The largest parts of a plan's peak, for messages."""
     largest = sorted(plan.parts.items(), key=lambda part: -part[1])[:4]
@@ -177,11 +172,11 @@ def check_memory(
     found = [(one.free, rank, one.total) for rank, one in enumerate(seen) if one is not None]
     if not found:
         return None
+    free, rank, total = min(found)
+    plans = fitting_plans(config, described, world.size, free, world.device)
     config = resolved(config, world.device)
-    plans = stage_plans(config, described, world.size)
     stage = max(config.stages, key=lambda stage: plans[stage.name].gpu)
     plan = plans[stage.name]
-    free, rank, total = min(found)
     if plan.gpu <= free:
         return plan
     taken = f", {(total - free) / GIB:.1f} GiB of which are taken by other processes" if total - free > GIB else ""

@@ -1,4 +1,5 @@
-"""What `model.activations: selective` keeps of the layers' activations: as much as fits the GPU memory that a step may use.
+"""What `model.activations: selective` keeps of the layers' activations: as much as fits the GPU memory that a step may use; and how
+`offload`, which keeps the inputs of decoder layers in host memory, computes the rest again.
 
 Chosen for every stage, from the plan of its longest pack, before its first step; the same on every rank.
 """
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import torch
+
 from eagle_kernels import DecoderShape, Kept, MemoryPlan, VisionShape, fill_memory
 from eagle_kernels.offload import GIB
 from eagle_train.config import Config, StageConfig
 from eagle_train.distributed.world import World
 from eagle_train.planning.gpus import largest_plan
 
-from .step_memory import GROUPS, MLP_ROWS, other_sums, rank_tokens, shapes, stage_plan
+from .activations import Mode, resolved, with_activations
+from .step_memory import GROUPS, MLP_ROWS, other_sums, rank_tokens, shapes, stage_plan, stage_plans
 
 TOWER_COST = 2
 """Time of the tower's FLOPs by that of the decoder's, whose matrices are larger. With 1, groups of tiles were chosen for the 8B at 64K on
@@ -31,6 +35,7 @@ class Selection:
     vision_group: tiles for which backward runs the tower at a time, from their pixels; None: the tower keeps what `vision_kept` says.
     mlp_rows: tokens that MLPs of decoder layers work on at a time where gate and up are not kept; None: all.
     room: bytes that the plan had to fit (None: no limit is known). layers, vision_layers: of both stacks; 0 for a frozen tower.
+    offload: inputs of decoder layers are in host memory, and nothing else of them is kept.
     """
 
     kept: Kept
@@ -41,10 +46,16 @@ class Selection:
     vision_layers: int
     vision_group: int | None = None
     mlp_rows: int | None = None
+    offload: bool = False
+
+    @property
+    def mode(self) -> Mode:
+        """Of activation checkpointing."""
+        return "offload" if self.offload else "selective"
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of `set_activation_checkpointing("selective", ...)`."""
+        """Arguments of `set_activation_checkpointing`, but for the mode and the engine."""
         return {name: getattr(self, name) for name in ("kept", "vision_kept", "vision_group", "mlp_rows")}
 
     @property
@@ -55,7 +66,8 @@ class Selection:
         if self.vision_group is not None:
             tower = f"; vision tower: pixels, run again for {self.vision_group} tiles at a time"
         limit = f" of {self.room / GIB:.1f}" if self.room is not None else ""
-        return f"kept for backward: decoder: {self.kept.text(self.layers)}{blocks}{tower}; planned {self.plan.gpu / GIB:.1f}{limit} GiB"
+        decoder = f"inputs in host memory ({self.plan.host / GIB:.1f} GiB)" if self.offload else self.kept.text(self.layers)
+        return f"kept for backward: decoder: {decoder}{blocks}{tower}; planned {self.plan.gpu / GIB:.1f}{limit} GiB"
 
 
 class Planner(Protocol):
@@ -70,8 +82,8 @@ def select(config: Config, stage: StageConfig, described: Any, ranks: int, room:
     """The most that a step over the longest pack of a stage can keep with a plan of `room` bytes; None: everything."""
     decoder, tower = shapes(config, stage, described)
     groups, rows = other_sums(config, ranks)
-    plan = partial(stage_plan, config, stage, described, ranks)
-    return fill(plan, room, decoder, tower, rank_tokens(config, stage), groups=groups, mlp_rows=rows)
+    plan, offload = partial(stage_plan, config, stage, described, ranks), config.model.activations == "offload"
+    return fill(plan, room, decoder, tower, rank_tokens(config, stage), groups=groups, mlp_rows=rows, offload=offload)
 
 
 def fill(
@@ -83,8 +95,10 @@ def fill(
     *,
     groups: Sequence[int] = GROUPS,
     mlp_rows: int | None = MLP_ROWS,
+    offload: bool = False,
 ) -> Selection:
-    """The most that a step over `tokens` tokens can keep with a plan of `room` bytes; None: everything.
+    """The most that a step over `tokens` tokens can keep with a plan of `room` bytes; None: everything. With offload: nothing of the
+    decoder, and of the tower a group of tiles.
 
     The tower may keep pixels alone and run in one of `groups`, and MLPs may work on `mlp_rows` tokens at a time, which leave the decoder
     more, where less is computed again that way.
@@ -96,12 +110,15 @@ def fill(
             vision_kept = vision_kept if group is None else Kept.all(depth)
             return plan(kept=kept, vision_kept=vision_kept, vision_group=group, mlp_rows=rows)
 
-        if room is None:
+        if offload:
+            kept, vision_kept = Kept(), Kept.all(depth) if group else Kept()
+            most = plan(vision_kept=vision_kept, vision_group=group, mlp_rows=rows)
+        elif room is None:
             kept, vision_kept = Kept.all(layers), Kept.all(depth)
             most = planned(kept, vision_kept)
         else:
             kept, vision_kept, most = fill_memory(planned, room, layers=layers, vision_layers=0 if group else depth)
-        return Selection(kept, Kept.all(depth) if group else vision_kept, most, room, layers, depth, group, rows)
+        return Selection(kept, Kept.all(depth) if group else vision_kept, most, room, layers, depth, group, rows, offload)
 
     def repeated(found: Selection) -> tuple[bool, int]:
         """What decides: the FLOPs that are computed again, by the decoder's rate, or, where it does not fit, the memory."""
@@ -121,12 +138,30 @@ def _in_blocks(decoder: DecoderShape, tokens: int, rows: int | None) -> bool:
     return rows is not None and rows < tokens and decoder.mlp_in_blocks
 
 
+def choose(config: Config, stage: StageConfig, described: Any, ranks: int, room: float | None, device: torch.device) -> Selection:
+    """`select` with what `model.activations: auto` is on a device: `offload` where not even the least of `selective` fits and it helps."""
+    found = select(resolved(config, device), stage, described, ranks, room)
+    if config.model.activations != "auto" or room is None or found.plan.gpu <= room:
+        return found
+    other = select(with_activations(config, "offload"), stage, described, ranks, room)
+    return min(found, other, key=lambda one: one.plan.gpu)
+
+
+def fitting_plans(config: Config, described: Any, ranks: int, room: float, device: torch.device) -> dict[str, MemoryPlan]:
+    """The least plan of every stage, by name; with `model.activations: auto` that of `offload` where that of `selective` exceeds `room`."""
+    plans = stage_plans(resolved(config, device), described, ranks)
+    if config.model.activations == "auto":
+        others = stage_plans(with_activations(config, "offload"), described, ranks)
+        plans = {name: min(plan, others[name], key=lambda one: one.gpu) if plan.gpu > room else plan for name, plan in plans.items()}
+    return plans
+
+
 class Selector:
     """Chooses for every stage. Make it on all ranks together and before the model: it looks at what is free then."""
 
     def __init__(self, config: Config, world: World, look: Callable[[Any], Any]) -> None:
         """look: gives the memory of a device (`training.memory.usage`), or None."""
-        self.config, self.ranks = config, world.size
+        self.config, self.ranks, self.device = config, world.size, world.device
         limit = config.model.gpu_memory
         found = [largest_plan(one.free / GIB) * GIB for one in world.gather(look(world.device)) if one is not None]
         if limit is not None:
@@ -135,4 +170,4 @@ class Selector:
         self.room = min(found, default=None)
 
     def select(self, stage: StageConfig, described: Any) -> Selection:
-        return select(self.config, stage, described, self.ranks, self.room)
+        return choose(self.config, stage, described, self.ranks, self.room, self.device)

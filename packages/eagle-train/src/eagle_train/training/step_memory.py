@@ -11,6 +11,7 @@ from eagle_kernels import DecoderShape, Kept, MemoryPlan, Training, VisionShape,
 from eagle_model.memory import decoder_shape, vision_shape
 from eagle_train.config import Config, StageConfig
 from eagle_train.config.model import Part
+from eagle_train.distributed.sharding import replicas_of
 
 from .optim import OPTIMIZERS
 
@@ -29,7 +30,8 @@ def rank_tokens(config: Config, stage: StageConfig) -> int:
 
 
 def other_sums(config: Config, ranks: int) -> tuple[tuple[int, ...], int | None]:
-    """Sizes of groups of tiles, and of blocks of the MLPs' tokens, that `selective` may choose: weight gradients are then other sums.
+    """Sizes of groups of tiles, and of blocks of the MLPs' tokens, that `selective` and `offload` may choose: weight gradients are then
+    other sums.
 
     None with `run.deterministic`, where nothing that memory decides may change a bit. No groups on several ranks, which would gather the
     tower's sharded parameters for every group and have different numbers of groups; no blocks where the decoder's products are of 8-bit
@@ -43,7 +45,7 @@ def other_sums(config: Config, ranks: int) -> tuple[tuple[int, ...], int | None]
 def least_plan(config: Config, stage: StageConfig, described: Any, ranks: int) -> MemoryPlan:
     """What a step over the longest pack of a stage needs at least; with `keep`, more than that."""
     plan = partial(stage_plan, config, stage, described, ranks)
-    if config.model.activations != "selective":
+    if config.model.activations not in ("selective", "offload"):
         return plan()
     groups, rows = other_sums(config, ranks)
     tower = shapes(config, stage, described)[1]
@@ -108,23 +110,26 @@ def stage_plan(
 ) -> MemoryPlan:
     """What a step over the longest pack of a stage needs on each of `ranks` ranks, with a checkpoint a layer (so not for `keep`).
 
-    kept, vision_kept, vision_group: what decoder and vision tower keep with `selective` (default: inputs of layers alone). mlp_rows: tokens
-    that MLPs of the decoder work on at a time.
+    kept, vision_kept, vision_group: what decoder and vision tower keep (default: inputs of layers alone). mlp_rows: tokens that MLPs of the
+    decoder work on at a time.
     """
     average = averaged_parameters(config, described) if config.model.ema is not None else 0
-    low = config.parallel.dtype == "bfloat16"
-    shards = max(1, ranks // config.parallel.replicate) if config.parallel.fsdp else 1
+    compute, weights = (2 if config.parallel.dtype == "bfloat16" else 4), (2 if config.model.weights == "bfloat16" else 4)
+    shards = max(1, ranks // replicas_of(config.parallel, ranks))
+    summed = stage.packs_per_step > ranks // config.parallel.group_size
     decoder, tower = shapes(config, stage, described)
     return plan_memory(
         decoder,
         rank_tokens(config, stage),
         vision=tower,
-        weight_bytes=2 if config.model.weights == "bfloat16" else 4,
-        gradient_bytes=2 if config.model.weights == "bfloat16" else 4,
+        weight_bytes=weights,
+        gradient_bytes=4 if summed else weights,
+        reduction_bytes=4,
         optimizer_bytes=OPTIMIZERS[stage.optimizer].state_bytes,
         kept_bytes=4 * average // shards,
-        compute_bytes=(2 if low else 4) if ranks > 1 or low else None,
-        activation_bytes=2 if low else 4,
+        compute_bytes=compute if ranks > 1 or compute != weights else None,
+        activation_bytes=compute,
+        gradients_kept=summed,
         offload=config.model.activations == "offload",
         kept=kept,
         vision_kept=vision_kept,

@@ -29,7 +29,7 @@ from eagle_train.config import Config, ConfigError, StageConfig
 from eagle_train.data.ledger import Entry, Ledger
 from eagle_train.data.measure import media_limits
 from eagle_train.distributed.agreement import Totals, agree
-from eagle_train.distributed.sharding import is_sharded, shard_model
+from eagle_train.distributed.sharding import is_sharded, replicas_of, shard_model
 from eagle_train.distributed.world import RankError, World
 from eagle_train.errors import EvaluationError, TrainError, describe
 from eagle_train.loading.loader import Loader, Reading, read
@@ -42,6 +42,7 @@ from . import checkpoint, heartbeat
 from .activations import activation_mode, make_engine
 from .build import empty_model, fill_model, use_fp8
 from .ema import MovingAverage
+from .gradients import Gradients
 from .heartbeat import Heartbeat
 from .memory import check_host_memory, check_memory, explained, usage
 from .metrics import Metrics
@@ -116,10 +117,11 @@ class Trainer:
                 raise ConfigError(f"{error}, or train on fewer processes (--nproc)") from error
         if world.device.type == "cuda":
             check_memory(config, model_config(config, tokenizer), world)
-        #: What `model.activations: selective` keeps, chosen for every stage; None with other values.
-        self._selector = Selector(config, world, usage) if activation_mode(config, world.device) == "selective" else None
+        mode = activation_mode(config, world.device)
+        #: What `selective` keeps and `offload` computes again, chosen for every stage; None with other values of `model.activations`.
+        self._selector = Selector(config, world, usage) if mode in ("selective", "offload") else None
         self.selection: Selection | None = None
-        #: Host memory of `model.activations: offload`, made once and used by every model of the run.
+        #: Host memory of `offload`, made by the first stage with it for all of them.
         self.engine: OffloadEngine | None = None
         #: Its processes start, and read the first packs, while the model is made and filled.
         self._loader = self._start_reading()
@@ -238,6 +240,8 @@ class Trainer:
             checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
         set_trainable(self.model, stage.modes)
         self._select(stage)
+        replicas = replicas_of(self.config.parallel, self.world.size)
+        self._gradients = Gradients(self.model, stage.packs_per_step // self.world.data, replicas)
         optimizer = make_optimizer(self.model, stage)
         if resumed is not None:
             self._load(resumed, optimizer)
@@ -283,6 +287,7 @@ class Trainer:
                 except Interrupted as stop:  # the same command repeats the evaluation
                     self._save_and_stop(number, step + 1, optimizer, stop.signum)
                 begin = time.monotonic()
+        self._gradients.close()
 
     def _select(self, stage: StageConfig) -> None:
         """Choose what backward finds of the activations of a stage."""
@@ -290,7 +295,11 @@ class Trainer:
             return
         model: Any = self.model
         self.selection = chosen = self._selector.select(stage, model.config)
-        model.set_activation_checkpointing("selective", **chosen.options)
+        if chosen.offload and self.engine is None:
+            later = self.config.stages[self.config.stages.index(stage) :]
+            longest = [one for one in later if one is stage or self._selector.select(one, model.config).offload]
+            self.engine = make_engine(self.config.replaced(stages=longest), model.config, self.world)
+        model.set_activation_checkpointing(chosen.mode, self.engine, **chosen.options)
         if self.world.is_main:
             logger.info("stage %s: %s", stage.name, chosen.text)
 
@@ -412,8 +421,7 @@ class Trainer:
         loss = torch.zeros((), device=world.device)
         sources = SourceLosses([source.name for source in schedule.facts.sources], world.device)
         for place, pack in enumerate(packs):
-            if is_sharded(self.model):
-                self.model.set_requires_gradient_sync(place == micro - 1)  # type: ignore[operator]
+            self._gradients.begin(place)
             doing = f"forward/backward of pack {place + 1} of {micro}"
             self.beat.at(doing)
             with explained(
@@ -541,10 +549,8 @@ class Trainer:
             check_host_memory(self.config, trained, total, self.world)
         self._sharded_for = modes
         model.attention_backend = attention_backend(self.config, model.config, self.world.device)
-        mode = activation_mode(self.config, self.world.device)
-        if mode == "offload" and self.engine is None:
-            self.engine = make_engine(self.config, model.config, self.world)
-        model.set_activation_checkpointing(mode, self.engine)
+        if self._selector is None:
+            model.set_activation_checkpointing(activation_mode(self.config, self.world.device))
         sharded = shard_model(model, self.world, self.config.parallel)
         fill_model(sharded, empty.rows, self.world)
         return sharded
