@@ -38,8 +38,8 @@ class MemoryPlan:
         return "\n".join(lines + [f"  {name}: {size / GIB:.2f} GiB" for name, size in self.parts.items() if size])
 
 
-def _check(decoder: DecoderShape, vision: VisionShape | None, tokens: int, labelled: int, **sizes: int | None) -> None:
-    sizes = {"tokens": tokens} | sizes | {f"decoder.{name}": size for name, size in _sizes(decoder)}
+def _check(decoder: DecoderShape, vision: VisionShape | None, tokens: int, labelled: int, **given: float | None) -> None:
+    sizes: dict[str, float | None] = {"tokens": tokens} | given | {f"decoder.{name}": size for name, size in _sizes(decoder)}
     sizes |= {f"vision.{name}": size for name, size in (_sizes(vision) if vision else ())}
     for name, size in sizes.items():
         least = 0 if name in MAY_BE_ZERO else 1
@@ -63,7 +63,7 @@ def plan_memory(
     vision: VisionShape | None = None,
     weight_bytes: int = 2,
     gradient_bytes: int = 2,
-    optimizer_bytes: int = 0,
+    optimizer_bytes: float = 0,
     kept_bytes: int = 0,
     compute_bytes: int | None = None,
     reduction_bytes: int | None = None,
@@ -83,7 +83,8 @@ def plan_memory(
     """Peak GPU and host memory of forward, backward and optimizer step over `tokens` tokens on one rank, with activation checkpointing.
 
     decoder.training, vision.training, vision.connector: which parameters are trained, have adapters, and are in 4 bits.
-    weight_bytes: per parameter that is not in 4 bits. gradient_bytes, optimizer_bytes: per trained parameter. All outside of computation
+    weight_bytes: per parameter that is not in 4 bits. gradient_bytes, optimizer_bytes: per trained parameter, the
+    latter a mean where kinds of parameters have different states. All outside of computation
     (AdamW in float32: weights 4, gradients 4, optimizer 8; bf16 weights with a float32 copy among the optimizer's states: 2, 2 or 4, 12).
     kept_bytes: of something else that is there throughout, on each rank (a moving average of the weights).
     compute_bytes: per parameter of the copies that FSDP2 computes with, one unit (a layer, or all parameters outside of layers) at a time.
@@ -137,7 +138,7 @@ def plan_memory(
     always = {
         # FSDP does not shard what is in 4 bits.
         "weights": total.plain * weight_bytes // shards + total.quantized_bytes,
-        "optimizer": total.trained * optimizer_bytes // shards,
+        "optimizer": round(total.trained * optimizer_bytes) // shards,
         "kept": kept_bytes,
     }
     static = always | {
