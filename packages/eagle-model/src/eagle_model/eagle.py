@@ -25,6 +25,7 @@ from eagle_model.language.head import head_loss, token_scores
 from eagle_model.modules import EaglePreTrainedModel
 from eagle_model.padded import CACHE_FIELD, Arrangement, Backbone, EagleOutput, arrange, refuse_unknown
 from eagle_model.prompt import IGNORE_INDEX
+from eagle_model.replay import ReplayedSteps
 
 
 class EagleForConditionalGeneration(EaglePreTrainedModel, EagleGenerationMixin):
@@ -34,6 +35,14 @@ class EagleForConditionalGeneration(EaglePreTrainedModel, EagleGenerationMixin):
     def base_model(self) -> Any:
         """The model without its head, for callers that bring their own loss (TRL) or head (reward models)."""
         return Backbone(self)
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """As in transformers, which calls it for decode steps with a cache of fixed size. The backend `cudagraphs` replays the step as one
+        CUDA graph (`eagle_model.replay`) instead of compiling it.
+        """
+        if compile_config is not None and compile_config.backend == "cudagraphs":
+            return ReplayedSteps(self)
+        return super().get_compiled_call(compile_config)
 
     # ---- activation checkpointing ------------------------------------------------------------------------------------------------
 

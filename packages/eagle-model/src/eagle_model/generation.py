@@ -1,6 +1,5 @@
-"""What the model gives to transformers' `generate`: its inputs and masks of a step, prompts in chunks, replayed steps."""
+"""What the model gives to transformers' `generate`: its inputs and masks of a step, prompts in chunks."""
 
-from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -10,11 +9,11 @@ from transformers import GenerationMixin
 
 from eagle_model.padded import cached_mask, refuse_unknown
 from eagle_model.prefill import prefill_in_chunks
-from eagle_model.replay import ReplayedSteps
 
 
 class EagleGenerationMixin(GenerationMixin):
-    """Methods that `generate` calls, of a model with tiles next to the tokens of a prompt."""
+    """Methods that `generate` calls, of a model with tiles next to the tokens of a prompt. Transformers wants it after the `PreTrainedModel`
+    among the bases of a model, so it overrides methods of `GenerationMixin` alone."""
 
     config: Any
     tokens_per_tile: int
@@ -53,14 +52,6 @@ class EagleGenerationMixin(GenerationMixin):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         return prefill_in_chunks(self, input_ids, tiles, size, model_kwargs.get("attention_mask"), cache)
-
-    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
-        """As in transformers, which calls it for decode steps with a cache of fixed size. The backend `cudagraphs` replays the step as one
-        CUDA graph (`eagle_model.replay`) instead of compiling it.
-        """
-        if compile_config is not None and compile_config.backend == "cudagraphs":
-            return ReplayedSteps(self)
-        return super().get_compiled_call(compile_config)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
