@@ -56,7 +56,7 @@ def _unrounded(config: Config, tokenizer: Any, *, weights: bool) -> EmptyModel:
 
     described = model_config(config, tokenizer)
     torch.manual_seed(config.run.seed)
-    model = _on_meta(described)
+    model = on_meta(described)
     if config.model.path is not None or config.model.vision is not None:
         return _pretrained(config, model, len(tokenizer), weights=weights)
     _add_adapters(config, model)
@@ -73,7 +73,8 @@ def _unrounded(config: Config, tokenizer: Any, *, weights: bool) -> EmptyModel:
     return EmptyModel(model, {name: of_tensor(parameter.detach()) for name, parameter in whole.named_parameters()} | adapter)
 
 
-def _on_meta(described: Any) -> EagleForConditionalGeneration:
+def on_meta(described: Any) -> EagleForConditionalGeneration:
+    """A model in float32 on the meta device: no memory is taken and no random numbers are drawn."""
     import torch
     from transformers.initialization import no_init_weights
 

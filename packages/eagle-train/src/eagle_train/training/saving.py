@@ -8,11 +8,12 @@ can go wrong meanwhile (a full disk, a rank that is gone) is raised by `wait`, o
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from eagle_kernels.offload import ALIGNMENT, Arena
 from eagle_train.distributed.world import World
 
 from . import checkpoint
@@ -23,11 +24,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_Place = tuple[str | int, ...]
+"""Keys and indices on the way to a tensor of a state."""
+
+
 class HostCopies:
     """Copies of a state in host memory, allocated once and written again by the next `stage`: the stager of `async_save`.
 
     Not torch's `DefaultStager`: in torch 2.11 it copies once and fails after that, and gives its memory back each time.
-    pinned: page-locked memory, which a GPU fills while the host goes on.
+    pinned: page-locked memory, which a GPU fills while the host goes on. It is one range, whose pages all threads make: torch pins every
+    tensor apart, at half a second per GiB.
     """
 
     #: What `async_save` asks of a stager: `stage` returns when all is copied, so there is nothing to wait for.
@@ -35,14 +41,21 @@ class HostCopies:
 
     def __init__(self, *, pinned: bool) -> None:
         self.pinned = pinned
-        self._memory: dict[tuple[str | int, ...], torch.Tensor] = {}
+        self._arena: Arena | None = None
+        self._memory: dict[_Place, torch.Tensor] = {}
 
     def stage(self, state_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """`state_dict` with every tensor in host memory and everything else copied, complete when this returns."""
+        """`state_dict` with every tensor in host memory and everything else copied, complete when this returns.
+
+        Raises MemoryError where the host has too little.
+        """
         import torch
 
         with torch.no_grad():
-            copied = self._copy(state_dict, ())
+            tensors: dict[_Place, torch.Tensor] = {}
+            _map(state_dict, (), lambda place, tensor: tensors.setdefault(place, tensor))
+            self._allocate(tensors)
+            copied = _map(state_dict, (), lambda place, tensor: self._memory[place].copy_(tensor, non_blocking=self.pinned))
         if self.pinned:
             torch.cuda.current_stream().synchronize()
         return copied
@@ -53,27 +66,42 @@ class HostCopies:
     def close(self) -> None:
         """Give the memory back."""
         self._memory.clear()
+        self._arena = None
 
-    def _copy(self, value: Any, place: tuple[str | int, ...]) -> Any:
-        import torch
-        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+    def _allocate(self, tensors: dict[_Place, torch.Tensor]) -> None:
+        """Memory for `tensors`: what there is, where it has a place for each of them (a state without an optimizer after one with it)."""
 
-        if isinstance(value, Mapping):
-            return {key: self._copy(part, (*place, key)) for key, part in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._copy(part, (*place, index)) for index, part in enumerate(value))
-        if not isinstance(value, torch.Tensor):
-            return copy.deepcopy(value)
-        if is_traceable_wrapper_subclass(value):  # DTensor: the part of this rank, in the same place of the whole
-            names, context = value.__tensor_flatten__()
-            parts = {name: getattr(value, name) for name in names}  # from torch 2.12 on also the mesh, which stays what it is
-            parts |= {name: self._copy(part, (*place, name)) for name, part in parts.items() if isinstance(part, torch.Tensor)}
-            return type(value).__tensor_unflatten__(parts, context, value.size(), value.stride())
-        memory = self._memory.get(place)
-        if memory is None or memory.shape != value.shape or memory.dtype != value.dtype:
-            memory = torch.empty(value.shape, dtype=value.dtype, pin_memory=self.pinned)
-            self._memory[place] = memory
-        return memory.copy_(value, non_blocking=self.pinned)
+        def fits(place: _Place, tensor: torch.Tensor) -> bool:
+            memory = self._memory.get(place)
+            return memory is not None and (memory.shape, memory.dtype) == (tensor.shape, tensor.dtype)
+
+        if all(fits(place, tensor) for place, tensor in tensors.items()):
+            return
+        self.close()  # before more is taken
+        whole = sum(-(-max(1, tensor.nbytes) // ALIGNMENT) * ALIGNMENT for tensor in tensors.values())
+        self._arena = arena = Arena(max(1, whole), pin=self.pinned)
+        for place, tensor in tensors.items():
+            start = arena.take(tensor.nbytes)
+            self._memory[place] = arena.view(start, tensor.numel(), tensor.dtype).view(tensor.shape)
+
+
+def _map(value: Any, place: _Place, of_tensor: Callable[[_Place, torch.Tensor], torch.Tensor]) -> Any:
+    """A state with every tensor of this rank replaced, and everything else copied."""
+    import torch
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if isinstance(value, Mapping):
+        return {key: _map(part, (*place, key), of_tensor) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_map(part, (*place, index), of_tensor) for index, part in enumerate(value))
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    if is_traceable_wrapper_subclass(value):  # DTensor: the part of this rank, in the same place of the whole
+        names, context = value.__tensor_flatten__()
+        parts = {name: getattr(value, name) for name in names}  # from torch 2.12 on also the mesh, which stays what it is
+        parts |= {name: _map(part, (*place, name), of_tensor) for name, part in parts.items() if isinstance(part, torch.Tensor)}
+        return type(value).__tensor_unflatten__(parts, context, value.size(), value.stride())
+    return of_tensor(place, value)
 
 
 class Saver:

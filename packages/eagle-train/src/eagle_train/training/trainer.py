@@ -53,6 +53,7 @@ from .selection import Selection, Selector
 from .source_losses import SourceLosses, by_source
 from .speed import memory, peak_flops
 from .stop import Interrupted, StopSignals, what_is_saved
+from .warmup import Warmup
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Trainer:
         self.engine: OffloadEngine | None = None
         #: Its processes start, and read the first packs, while the model is made and filled.
         self._loader = self._start_reading()
+        self._warmup = Warmup(config, model_config(config, tokenizer), world.device) if world.device.type == "cuda" else None
         try:
             self.model: nn.Module = self._new_model(weights=checkpoint.latest(self.checkpoints) is None)
         except BaseException:
@@ -260,6 +262,7 @@ class Trainer:
                 self._save_and_stop(number, step, optimizer, signal.SIGTERM if totals.terminations else signal.SIGINT)
             if totals.broken:  # a checkpoint could not be written: every rank knows at the same step
                 self.saver.wait()
+            self._compiled()
             pending = self._step(number, step, optimizer, packs, totals)
             self.stop.training = True
             now = time.monotonic()
@@ -288,6 +291,13 @@ class Trainer:
                     self._save_and_stop(number, step + 1, optimizer, stop.signum)
                 begin = time.monotonic()
         self._gradients.close()
+
+    def _compiled(self) -> None:
+        """Returns when kernels are compiled."""
+        if self._warmup is not None:
+            self.beat.at("the compilation of kernels")
+            self._warmup.wait()
+            self._warmup = None
 
     def _select(self, stage: StageConfig) -> None:
         """Choose what backward finds of the activations of a stage."""
