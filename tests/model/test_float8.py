@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from eagle_kernels import Kept, OffloadEngine, use_implementation
+from eagle_kernels import Kept, OffloadEngine, Training, plan_memory, use_implementation
+from eagle_model import preset
 from eagle_model.float8 import Float8Linear, apply_together
 from eagle_model.layers import linear_layers, replace_layer
 from eagle_model.lora import Float8LoraLinear, add_lora, is_adapter, merge_lora, use_float8
+from eagle_model.memory import decoder_shape, vision_shape
 from eagle_model.quantized import QuantizedLinear
 from tests.support.models import assert_same_bits, loss_and_gradients, tiny_config, tiny_model
 from tests.support.packs import image_pack
@@ -178,3 +180,14 @@ def test_sizes_and_four_bits_are_refused_and_nothing_is_changed():
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj has weights in 4 bits"):
         use_float8(model, "language")
     assert not any(isinstance(module, Float8Linear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("kept", "vision_kept", "measured"), [(None, None, 45.07), (Kept(28, 28, 27), Kept(27, 1, 0), 127.54)], ids=["recompute", "selective"]
+)
+def test_planned_memory_of_the_8b_is_what_was_measured(kept, vision_kept, measured):
+    """GiB of one step over 32768 tokens on an H200, `step.py --only 32k --fp8` of 2026-11-28."""
+    config = preset("8b", image_token_index=151665)
+    shape, tower = decoder_shape(config, Training(float8=True)), vision_shape(config, 32768 - 2048)
+    plan = plan_memory(shape, 32768, vision=tower, labelled=2048, kept=kept, vision_kept=vision_kept)
+    assert plan.gpu / 2**30 == pytest.approx(measured, rel=0.005)

@@ -12,8 +12,10 @@ from eagle_model.prefill import prefill_in_chunks
 
 
 class EagleGenerationMixin(GenerationMixin):
-    """Methods that `generate` calls, of a model with tiles next to the tokens of a prompt. Transformers wants it after the `PreTrainedModel`
-    among the bases of a model, so it overrides methods of `GenerationMixin` alone."""
+    """Methods that `generate` calls, of a model with tiles next to the tokens of a prompt.
+
+    Transformers wants it after `PreTrainedModel` among the bases of a model, so it overrides methods of `GenerationMixin` alone.
+    """
 
     config: Any
     tokens_per_tile: int

@@ -73,6 +73,7 @@ def part_training(config: Config, stage: StageConfig, part: Part) -> Training:
         rank=0 if lora is None else lora.rank,
         targets=None if lora is None or lora.targets is None else tuple(lora.targets),
         quantized=part in config.model.quantize,
+        float8=part in config.model.fp8,
     )
 
 
