@@ -31,6 +31,7 @@ from .parts import Counts, Measuring, Work
 from .recipe import Recipe, recipe_of
 from .source_plan import SourcePlan, ledger_entries, source_plans
 from .tally import Progress, Tally
+from .users import record_user
 
 POOL_PAYS_AFTER = 5.0
 """Seconds of work before processes are started: starting one costs 2-5 s, in which this process measures 15-40 thousand rows."""
@@ -81,6 +82,7 @@ def prepare(
     plans = source_plans(config, recipe, tokenizer)
     state = Tally(config, plans, progress)
     where = "prepare eval" if evaluation else "prepare"
+    record_user(config)
     # Locked from before looking until the sources are complete: what another process is writing is neither measured twice nor removed.
     with ExitStack() as held:
         for plan in plans:
