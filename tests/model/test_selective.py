@@ -383,3 +383,27 @@ def test_gradients_to_the_bit_on_a_gpu(backend):
             assert_same_bits(step(model, "selective", kept, kept, batch=batch), expected)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("mode", "rows", "expected"), [("offload", 8, (8, True)), ("offload", 64, (None, False)), ("keep", 8, (None, False))]
+)
+def test_blocks_of_the_mlp_also_where_the_whole_layer_is_computed_again(mode, rows, expected, monkeypatch):
+    """With `offload` the fused operator sees blocks of tokens, and computes gate and up of each again."""
+    from eagle_model.language import mlp
+
+    seen, real = set(), mlp.swiglu_mlp
+    monkeypatch.setattr(
+        mlp, "swiglu_mlp", lambda *x, rows, recompute: seen.add((rows, recompute)) or real(*x, rows=rows, recompute=recompute)
+    )
+    model, ids = make().double(), torch.arange(30)
+    batch = make_pack(ids, targets=ids.roll(-1), denominator=30.0)
+    expected_step = step(model, "keep", batch=batch)
+    seen.clear()
+    model.zero_grad(set_to_none=True)
+    model.set_activation_checkpointing(mode, mlp_rows=rows)
+    loss = model(batch).loss
+    loss.backward()
+    assert seen == {expected}
+    for name, gradient in expected_step[1].items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-12, rtol=1e-9, msg=name)
