@@ -14,9 +14,10 @@ from benchmarks.results import read
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(ROOT.glob("packages/*/benchmarks/*.py"))
+PARTS = sorted(ROOT.glob("packages/*/benchmarks/*/*.py"))
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parts[-3]}/{path.name}")
+@pytest.mark.parametrize("path", SCRIPTS + PARTS, ids=lambda path: path.relative_to(ROOT / "packages").as_posix())
 def test_imports_exist(path):
     """Names that a script imports from the packages or the harness. A rename must not break a script that only runs on a GPU."""
     pytest.importorskip("triton")
@@ -42,6 +43,11 @@ def test_there_are_scripts_of_every_package():
         ("eagle-model/benchmarks/generation.py", ["--small", "--only", "131k", "2k-16", "--steps", "plain", "graph"], "131k"),
         ("eagle-sampling/benchmarks/budget.py", ["--rows", "2000"], "plan_many, ads, L_max 32768"),
         ("eagle-train/benchmarks/planning.py", ["1000"], "visual plan, 32768 tokens"),
+        (
+            "eagle-train/benchmarks/step.py",
+            ["--small", "--only", "questions", "--rival", "--rounds", "1"],
+            "7 questions, 64 visual tokens, one row",
+        ),
     ],
 )
 def test_a_script_writes_its_result(script, options, case, tmp_path, capsys):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eagle_kernels import Recompute, float8_hardware, float8_linear, float8_linears, float8_mlp, reference, swiglu_mlp, use_implementation
 from eagle_kernels.ops.float8.reference import LARGEST, columns, product, rounded, rows, scales_of
+from tests.support.live import saved_shapes
 
 E4M3 = torch.float8_e4m3fn
 RECIPES = (False, True)  # exact_weight_gradient
@@ -220,15 +221,9 @@ def test_mlp_that_recomputes_has_the_same_gradients_and_keeps_neither_gate_nor_u
     inputs = [one.requires_grad_() for one in mlp_inputs(9, 32, 48, dtype, device)]
     found = []
     for recompute in (False, True):
-        sizes: list[tuple[int, ...]] = []
-
-        def pack(tensor: torch.Tensor, sizes: list = sizes) -> torch.Tensor:
-            sizes.append(tuple(tensor.shape))
-            return tensor
-
-        with use_implementation("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with use_implementation("triton"), saved_shapes() as shapes:
             out = float8_mlp(*inputs, recompute=recompute)
-        found.append((out, torch.autograd.grad(out.square().sum(), inputs), sizes.count((9, 48))))
+        found.append((out, torch.autograd.grad(out.square().sum(), inputs), shapes.count((9, 48))))
     assert torch.equal(found[0][0], found[1][0])
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
     assert [count for *_, count in found] == [2, 0]

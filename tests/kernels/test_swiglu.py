@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from eagle_kernels import swiglu, swiglu_mlp, use_implementation
+from tests.support.live import saved_shapes
 
 WEIGHTS = ("w_gate", "w_up", "w_down")
 
@@ -63,15 +64,9 @@ def test_mlp_that_recomputes_has_the_same_gradients_and_keeps_neither_gate_nor_u
     inputs = {name: value.requires_grad_() for name, value in mlp_inputs(device, 9, 8, 12).items()}
     found = []
     for recompute in (False, True):
-        sizes: list[tuple[int, ...]] = []
-
-        def pack(tensor: torch.Tensor, sizes: list = sizes) -> torch.Tensor:
-            sizes.append(tuple(tensor.shape))
-            return tensor
-
-        with use_implementation("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with use_implementation("triton"), saved_shapes() as shapes:
             out = swiglu_mlp(**inputs, recompute=recompute)
-        found.append((out, torch.autograd.grad(out.square().sum(), list(inputs.values())), sizes.count((9, 12))))
+        found.append((out, torch.autograd.grad(out.square().sum(), list(inputs.values())), shapes.count((9, 12))))
     assert torch.equal(found[0][0], found[1][0])
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
     assert [count for *_, count in found] == [2, 0]

@@ -4,15 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from eagle_kernels import Kept, OffloadEngine, use_implementation
+from eagle_kernels import Kept, OffloadEngine, Training, plan_memory, use_implementation
+from eagle_model import preset
 from eagle_model.float8 import Float8Linear, apply_together
 from eagle_model.layers import linear_layers, replace_layer
 from eagle_model.lora import Float8LoraLinear, add_lora, is_adapter, merge_lora, use_float8
+from eagle_model.memory import decoder_shape, vision_shape
 from eagle_model.quantized import QuantizedLinear
-from tests.support.models import tiny_config, tiny_model
-from tests.support.packs import make_pack
+from tests.support.models import assert_same_bits, loss_and_gradients, tiny_config, tiny_model
+from tests.support.packs import image_pack
 
-LAYERS, TILES = 3, 2
+LAYERS = 3
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 64}
 KEPT = [Kept(), Kept(1), Kept(3), Kept(3, 1), Kept(3, 2, 1), Kept(3, 3, 3)]
 RECIPES = ("rowwise", "rowwise_with_gw_hp")
@@ -25,30 +27,13 @@ def make(recipe=None, parts=("language",), **sizes):
     return model
 
 
-def pack(lengths=(40, 21)):
-    """61 tokens, which is not a multiple of 16."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = sum(lengths)
-    ids = torch.randint(0, 100, (tokens,), generator=generator)
-    ids[4 : 4 + 4 * TILES] = 100
-    tiles = torch.randint(0, 256, (TILES, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    targets = torch.randint(0, 100, (tokens,), generator=generator)
-    return make_pack(ids, list(lengths), tiles=tiles, targets=targets, denominator=float(tokens))
+def pack():
+    return image_pack((40, 21))  # 61 tokens, which is not a multiple of 16
 
 
 def step(model, mode="keep", device="cpu", **kept):
-    model.zero_grad(set_to_none=True)
     model.set_activation_checkpointing(mode, **kept)
-    loss = model(pack().to(device)).loss
-    loss.backward()
-    return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
-
-
-def assert_same(found, expected):
-    assert found[0] == expected[0]
-    assert set(found[1]) == set(expected[1])
-    for name, gradient in expected[1].items():
-        assert torch.equal(found[1][name], gradient), name
+    return loss_and_gradients(model, pack().to(device))
 
 
 def test_weights_keep_their_names_and_values_and_the_head_is_left_out():
@@ -87,11 +72,11 @@ def test_all_policies_give_the_gradients_of_keep_to_the_bit(recipe, device):
     model = make(recipe, ("vision", "connector", "language")).to(device, torch.bfloat16)
     expected = step(model, device=device)
     assert len(expected[1]) == len(list(model.parameters()))
-    assert_same(step(model, "recompute", device), expected)
+    assert_same_bits(step(model, "recompute", device), expected)
     for kept in KEPT:
-        assert_same(step(model, "selective", device, kept=kept, vision_kept=Kept(kept.attention, kept.mlp, 0)), expected)
+        assert_same_bits(step(model, "selective", device, kept=kept, vision_kept=Kept(kept.attention, kept.mlp, 0)), expected)
     engine = OffloadEngine(1 << 24, device=torch.device(device))
-    assert_same(step(model, "offload", device, engine=engine), expected)
+    assert_same_bits(step(model, "offload", device, engine=engine), expected)
 
 
 def test_what_is_kept_takes_the_bytes_of_a_model_without_rounding():
@@ -158,7 +143,7 @@ def test_adapters_are_not_rounded_and_can_be_merged():
     expected = step(model)
     assert set(expected[1]) == set(exact[1])
     for kept in KEPT:
-        assert_same(step(model, "selective", kept=kept), expected)
+        assert_same_bits(step(model, "selective", kept=kept), expected)
     layer = model.language_model.model.layers[0].mlp.up_proj
     x = torch.randn(3, 64)
     adapted = layer(x) - Float8Linear(layer, "rowwise")(x)
@@ -195,3 +180,14 @@ def test_sizes_and_four_bits_are_refused_and_nothing_is_changed():
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj has weights in 4 bits"):
         use_float8(model, "language")
     assert not any(isinstance(module, Float8Linear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("kept", "vision_kept", "measured"), [(None, None, 45.07), (Kept(28, 28, 27), Kept(27, 1, 0), 127.54)], ids=["recompute", "selective"]
+)
+def test_planned_memory_of_the_8b_is_what_was_measured(kept, vision_kept, measured):
+    """GiB of one step over 32768 tokens on an H200, `step.py --only 32k --fp8` of 2026-11-28."""
+    config = preset("8b", image_token_index=151665)
+    shape, tower = decoder_shape(config, Training(float8=True)), vision_shape(config, 32768 - 2048)
+    plan = plan_memory(shape, 32768, vision=tower, labelled=2048, kept=kept, vision_kept=vision_kept)
+    assert plan.gpu / 2**30 == pytest.approx(measured, rel=0.005)

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from eagle_model import EagleConfig, EagleForConditionalGeneration
@@ -36,6 +37,9 @@ def test_flops_are_those_that_torch_counts(changes):
         with FlopCounterMode(display=False, custom_mapping=ON_CPUS) as whole:
             model(torch.zeros(1, tokens, dtype=torch.int64))
     assert 3 * (flops.tile + flops.connector) == pytest.approx(tower.get_total_flops(), rel=1e-6)
+    layers = model.blocks("vision")[: model.vision_model.vision_model.depth]
+    linear = sum(layer.weight.numel() for block in layers for layer in block.modules() if isinstance(layer, nn.Linear))
+    assert flops.tile_linear == 2 * (config.tile_size // config.vision_config.patch_size) ** 2 * linear
     # Padded mode has logits for every token; the counter counts every pair of a square, seen or not.
     assert tokens * (flops.token + flops.label) + tokens**2 * flops.pair == pytest.approx(whole.get_total_flops(), rel=1e-6)
 

@@ -147,7 +147,7 @@ def test_tiles_are_encoded_in_groups(chat, monkeypatch):
     hook = model.vision_model.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0]))
     whole = model.encode_tiles(tiles)
     assert whole.requires_grad
-    monkeypatch.setattr("eagle_model.eagle.ENCODED_TILES", 4)
+    monkeypatch.setattr("eagle_model.modules.ENCODED_TILES", 4)
     model.encode_tiles(tiles)
     with torch.no_grad():
         torch.testing.assert_close(model.encode_tiles(tiles), whole.detach(), atol=1e-5, rtol=1e-5)

@@ -15,8 +15,8 @@ from eagle_model.lora import add_lora, quantize
 from eagle_model.memory import decoder_shape, vision_shape
 from tests.support.interpreter import interpret
 from tests.support.live import LiveBytes
-from tests.support.models import TEXT, tiny_config, tiny_model
-from tests.support.packs import make_pack
+from tests.support.models import TEXT, assert_same_bits, loss_and_gradients, tiny_config, tiny_model
+from tests.support.packs import image_pack, make_pack
 from tests.support.ranks import run_on_ranks
 
 TOKENS, TILES, LAYERS = 64, 2, 3
@@ -38,29 +38,12 @@ def make(family="qwen2", **text):
 
 
 def pack(lengths=(40, 24)):
-    generator = torch.Generator().manual_seed(0)
-    tokens = sum(lengths)
-    ids = torch.randint(0, 100, (tokens,), generator=generator)
-    ids[4 : 4 + 4 * TILES] = 100
-    tiles = torch.randint(0, 256, (TILES, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    targets = torch.randint(0, 100, (tokens,), generator=generator)
-    return make_pack(ids, list(lengths), tiles=tiles, targets=targets, denominator=float(tokens))
+    return image_pack(lengths, tiles=TILES)
 
 
 def step(model, mode, kept=None, vision_kept=None, *, layout=None, batch=None):
-    """Loss and gradients."""
-    model.zero_grad(set_to_none=True)
     model.set_activation_checkpointing(mode, kept=kept, vision_kept=vision_kept)
-    loss = model(pack() if batch is None else batch, layout=layout).loss
-    loss.backward()
-    return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
-
-
-def assert_same(found, expected):
-    assert found[0] == expected[0]
-    assert set(found[1]) == set(expected[1])
-    for name, gradient in expected[1].items():
-        assert torch.equal(found[1][name], gradient), name
+    return loss_and_gradients(model, pack() if batch is None else batch, layout=layout)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -69,10 +52,10 @@ def test_gradients_are_those_of_keep_and_recompute_to_the_bit(family, dtype):
     model = make(family).to(dtype)
     expected = step(model, "keep")
     assert len(expected[1]) == len(list(model.parameters()))
-    assert_same(step(model, "recompute"), expected)
+    assert_same_bits(step(model, "recompute"), expected)
     for kept in KEPT:
-        assert_same(step(model, "selective", kept, Kept(kept.attention, kept.mlp, 0)), expected)
-    assert_same(step(model, "selective"), expected)
+        assert_same_bits(step(model, "selective", kept, Kept(kept.attention, kept.mlp, 0)), expected)
+    assert_same_bits(step(model, "selective"), expected)
 
 
 @pytest.mark.parametrize("bits", [False, pytest.param(True, marks=pytest.mark.integration)])
@@ -94,7 +77,7 @@ def test_adapters_and_weights_in_four_bits(bits):
     expected = step(model, "keep")
     assert len(expected[1]) == 2 * 6 * 3 + 2 * 7 * LAYERS
     for kept in KEPT:
-        assert_same(step(model, "selective", kept, kept), expected)
+        assert_same_bits(step(model, "selective", kept, kept), expected)
 
 
 @pytest.mark.parametrize("frozen", ["vision", "language"])
@@ -103,7 +86,7 @@ def test_frozen_parts(frozen):
     model.parts()[frozen].requires_grad_(False)
     expected = step(model, "keep")
     for kept in (Kept(), Kept(2, 1), Kept.all(LAYERS)):
-        assert_same(step(model, "selective", kept, kept), expected)
+        assert_same_bits(step(model, "selective", kept, kept), expected)
 
 
 def test_eager_attention_of_the_vision_tower():
@@ -111,7 +94,7 @@ def test_eager_attention_of_the_vision_tower():
     model.config.vision_config._attn_implementation = "eager"
     expected = step(model, "keep")
     for kept in KEPT:
-        assert_same(step(model, "selective", kept, kept), expected)
+        assert_same_bits(step(model, "selective", kept, kept), expected)
 
 
 def live_after_forward(model, mode, **kept):
@@ -347,7 +330,7 @@ def check_fused():
             loss.backward()
         result = loss.item(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
         expected = expected or result
-        assert_same(result, expected)
+        assert_same_bits(result, expected)
         if kept is None:
             continue
         found.append((alive, sum(decoder.kept(kept.level(index, layers), tokens, 4) for index in range(layers))))
@@ -397,7 +380,7 @@ def test_gradients_to_the_bit_on_a_gpu(backend):
         batch = pack().to("cuda")
         expected = step(model, "recompute", batch=batch)
         for kept in KEPT:
-            assert_same(step(model, "selective", kept, kept, batch=batch), expected)
+            assert_same_bits(step(model, "selective", kept, kept, batch=batch), expected)
     finally:
         torch.use_deterministic_algorithms(False)
 

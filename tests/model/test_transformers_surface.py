@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from inspect import getattr_static
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen
 from eagle_model import EagleConfig, EagleForConditionalGeneration, preset
 from eagle_model.checkpoint import save_checkpoint
 from eagle_model.fused import is_plain, is_plain_linear
+from eagle_model.generation import EagleGenerationMixin
 from eagle_model.language.attention import Norm
 from eagle_model.language.head import Head
 from eagle_model.padded import CACHE_FIELD
@@ -357,3 +359,9 @@ def test_answers_end_at_im_end_with_a_base_tokenizer(small_tokenizer, tmp_path):
     assert config.text_config.eos_token_id == end != base.eos_token_id
     EagleForConditionalGeneration(config).save_pretrained(tmp_path)
     assert EagleForConditionalGeneration.from_pretrained(tmp_path).generation_config.eos_token_id == end
+
+
+def test_no_method_for_generation_is_hidden_by_another_base():
+    for name, value in vars(EagleGenerationMixin).items():
+        if callable(value):
+            assert getattr_static(EagleForConditionalGeneration, name) is value, name

@@ -1,7 +1,10 @@
-"""Bytes of tensors that are alive, counted at every operation: what a memory planner predicts, measured without a GPU."""
+"""Bytes of tensors that are alive, counted at every operation, and what is stored for backward: what a memory planner predicts, measured
+without a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,3 +34,16 @@ class LiveBytes(TorchDispatchMode):
     def now(self) -> int:
         self._seen = {key: (ref, size) for key, (ref, size) in self._seen.items() if not ref.expired()}
         return sum(size for _, size in self._seen.values())
+
+
+@contextmanager
+def saved_shapes() -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of all tensors that operations inside store for backward, as a list that grows."""
+    shapes: list[tuple[int, ...]] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield shapes

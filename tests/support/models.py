@@ -68,3 +68,19 @@ def save_tiny_model(folder):
     model.save_pretrained(folder)
     EagleProcessor.for_config(tokenizer, model.config, min_frames=2, max_tokens=2000).save_pretrained(folder)
     return folder
+
+
+def loss_and_gradients(model, batch, **options):
+    """(loss, gradients by name) of one forward and backward pass; `options` are those of the model's forward."""
+    model.zero_grad(set_to_none=True)
+    loss = model(batch, **options).loss
+    loss.backward()
+    return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+
+def assert_same_bits(found, expected):
+    """Two results of `loss_and_gradients` are equal to the bit."""
+    assert found[0] == expected[0]
+    assert set(found[1]) == set(expected[1])
+    for name, gradient in expected[1].items():
+        assert torch.equal(found[1][name], gradient), name

@@ -30,3 +30,14 @@ def make_pack(input_ids, lengths=None, *, tiles=None, image=100, targets=None, t
         denominator=None if denominator is None else torch.as_tensor(denominator),
         prefixes=tuple(prefixes),
     )
+
+
+def image_pack(lengths, *, tiles=2):
+    """A pack of random ids and targets for the model of `tiny_config()`: the first sample has an image of these tiles."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    ids = torch.randint(0, 100, (tokens,), generator=generator)
+    ids[4 : 4 + 4 * tiles] = 100
+    pixels = torch.randint(0, 256, (tiles, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    targets = torch.randint(0, 100, (tokens,), generator=generator)
+    return make_pack(ids, list(lengths), tiles=pixels, targets=targets, denominator=float(tokens))

@@ -15,8 +15,9 @@ from eagle_model.visual import VisualSpec
 from eagle_train.config import Config, ConfigError, MixtureConfig, StageConfig, dump_config, parse_config
 from eagle_train.data.facts import FactsSource
 from eagle_train.data.recipe import recipe_of
+from eagle_train.planning.draws import choose_rows
 from eagle_train.planning.mixture import Pool, draw, targets
-from eagle_train.planning.stages import StageSchedule, choose_rows, plan_stage
+from eagle_train.planning.stages import StageSchedule, plan_stage
 from eagle_train.planning.visual import plan_visual
 
 SPEC = VisualSpec()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from eagle_train.config import ConfigError, dump_config
+from eagle_train.planning.costs import FP8_SPEEDUP
 from eagle_train.planning.gpus import Gpu
 from eagle_train.runs.prediction import (
     GIB,
@@ -17,6 +18,7 @@ from eagle_train.runs.prediction import (
     named_gpu,
     needed_gib,
     predict_stages,
+    rate_of,
 )
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.resources import for_gpus
@@ -66,6 +68,24 @@ def test_the_rate_is_that_of_measured_steps(ready):
     assert assumed_rate(named_gpu("h200")).flops == pytest.approx(0.4 * 989.4e12)
     with pytest.raises(ConfigError, match="--gpu T4: not in the table; known are"):
         named_gpu("T4")
+
+
+def test_eight_bits_shorten_steps_at_the_same_measured_rate(ready):
+    """A rate from steps with 8-bit products gives the time of those steps; an assumed rate gives less time than bfloat16 takes."""
+    plain = ready()
+    fast = ready(model={**plain.config.model.model_dump(), "fp8": {"language": "rowwise"}})
+    slow_stages, fast_stages = (predict_stages(run, 1, Rate(1e9, "given")) for run in (plain, fast))
+    for slow, quick in zip(slow_stages, fast_stages):
+        assert slow.seconds / FP8_SPEEDUP < quick.seconds < slow.seconds
+        assert quick.steps == slow.steps
+    folder = fast.config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage, schedule in zip(fast_stages, fast.schedules):
+        record = {"kind": "step", "step": 2, "total_step": 2, "stage": stage.name, "tflops": 3.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        seconds = next(one.seconds for one in predict_stages(fast, 1, rate_of(fast, named_gpu("H200"))) if one.name == stage.name)
+        plan = schedule.plan(0)
+        assert seconds == pytest.approx(plan.pack_costs().sum() / plan.steps / 3e12)
 
 
 def test_what_fits_is_accepted_and_what_does_not_names_the_smallest_change(ready):

@@ -18,8 +18,9 @@ from eagle_model.prompt.costs import PromptCosts
 from eagle_sampling import TimeTable
 from eagle_train.config import ConfigError, dump_config
 from eagle_train.data import join
-from eagle_train.data.prepare import PrepareError, load_facts, prepare, tokenizer_fingerprint
+from eagle_train.data.prepare import PrepareError, load_facts, prepare
 from eagle_train.data.sample import RowError, load_sample
+from eagle_train.data.source_plan import tokenizer_fingerprint
 from eagle_train.data.sources import open_rows
 from eagle_train.data.sources.index import index_file
 

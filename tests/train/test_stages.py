@@ -13,8 +13,10 @@ from eagle_model.visual import VisualSpec
 from eagle_train.config import Config, StageConfig
 from eagle_train.data.facts import FactsSource
 from eagle_train.planning import stages
+from eagle_train.planning.draws import draw_rows
 from eagle_train.planning.packing import sample_costs
-from eagle_train.planning.stages import StageSchedule, draw_rows, pack_costs, plan_stage
+from eagle_train.planning.stages import StageSchedule, plan_stage
+from eagle_train.planning.steps import pack_costs
 
 SPEC = VisualSpec()
 

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
 from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report
-from eagle_model.eagle import MODES
+from eagle_model.activation_checkpointing import MODES
 from eagle_model.tokenizer import train_tokenizer
 from eagle_train.config import parse_config
 from eagle_train.distributed.world import start_world

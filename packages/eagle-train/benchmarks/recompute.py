@@ -25,6 +25,7 @@ from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report
 from eagle_kernels import Kept
 from eagle_model import EagleForConditionalGeneration, PackedBatch, preset
+from eagle_model.activation_checkpointing import run_through
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -45,7 +46,7 @@ def contenders(model: Any, layers: int) -> dict[str, Callable[[], None]]:
 
     def torch_checkpoint(function: Callable[..., Any]) -> None:
         model.set_activation_checkpointing("keep")
-        model._set_checkpoints(function, function)
+        run_through(model, function, function)
 
     return {
         "kept": lambda: model.set_activation_checkpointing("keep"),

@@ -13,7 +13,8 @@ class ForwardFlops(NamedTuple):
 
     token: linear layers of the decoder, for one token. pair: attention of all decoder layers, for one query and one key that it sees (a
     sample of n tokens has n (n + 1) / 2 such pairs). label: the head, for one token with a label (others are not multiplied). tile: the
-    vision tower, for one tile. connector: the connector, for one tile.
+    vision tower, for one tile. connector: the connector, for one tile. tile_linear: the part of `tile` in the linear layers of the tower's
+    layers.
     """
 
     token: float
@@ -21,6 +22,7 @@ class ForwardFlops(NamedTuple):
     label: float
     tile: float
     connector: float
+    tile_linear: float
 
 
 def forward_flops(config: Any) -> ForwardFlops | None:
@@ -38,7 +40,8 @@ def forward_flops(config: Any) -> ForwardFlops | None:
     attention = hidden * head * (2 * heads + 2 * kv_heads)
     used = depth + 1 + config.select_layer if config.select_layer < 0 else config.select_layer
     patches = (config.tile_size // vision.patch_size) ** 2
-    of_patch = used * (4 * width**2 + 2 * width * wide + 2 * patches * width) + 3 * vision.patch_size**2 * width
+    linear = used * (4 * width**2 + 2 * width * wide)
+    of_patch = linear + used * 2 * patches * width + 3 * vision.patch_size**2 * width
     tokens = config.tokens_per_tile
     joined = patches // tokens * width
     connector = joined * hidden + (hidden**2 if config.mlp_connector_layers == 2 else 0)
@@ -48,4 +51,5 @@ def forward_flops(config: Any) -> ForwardFlops | None:
         label=2.0 * hidden * vocab,
         tile=2.0 * patches * of_patch,
         connector=2.0 * tokens * connector,
+        tile_linear=2.0 * patches * linear,
     )

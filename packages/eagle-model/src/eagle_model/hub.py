@@ -5,6 +5,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+#: Options of transformers' `from_pretrained` that say where files come from.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 #: What is downloaded of a model on the hub: configuration, weights, tokenizer and processor.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 

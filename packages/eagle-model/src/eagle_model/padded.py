@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from eagle_cp import Layout
-
-if TYPE_CHECKING:
-    from eagle_model.eagle import EagleForConditionalGeneration
 
 #: The field of a model output that holds the key/value cache: `past_key_values` before transformers 5.24, `cache` since.
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -141,6 +138,14 @@ def refuse_unknown(given: Mapping[str, Any], known: Collection[str] = ()) -> Non
         raise TypeError(f"forward has no argument {', '.join(sorted(unknown))}; its docstring lists what packed and padded mode take")
 
 
+class RunsPadded(Protocol):
+    """A model that gives hidden states of padded batches."""
+
+    def run_padded(
+        self, input_ids: Tensor | None = ..., attention_mask: Tensor | None = ..., **kwargs: Any
+    ) -> "tuple[Arrangement, EagleOutput]": ...
+
+
 class Backbone:
     """The model without its head: called with the arguments of `forward`'s padded mode, gives `last_hidden_state` and no logits.
 
@@ -149,7 +154,7 @@ class Backbone:
 
     _tp_plan = _pp_plan = None
 
-    def __init__(self, model: "EagleForConditionalGeneration") -> None:
+    def __init__(self, model: RunsPadded) -> None:
         self.model = model
 
     def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> EagleOutput:

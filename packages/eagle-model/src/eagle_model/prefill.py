@@ -3,18 +3,17 @@
 What grows with the prompt are keys and values, and one visual token's features for each visual token.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-if TYPE_CHECKING:
-    from eagle_model.eagle import EagleForConditionalGeneration
+from eagle_model.modules import EaglePreTrainedModel
 
 
 def prefill_in_chunks(
-    model: "EagleForConditionalGeneration", input_ids: Tensor, tiles: Tensor, size: int, attention_mask: Tensor | None, cache: Cache | None
+    model: EaglePreTrainedModel, input_ids: Tensor, tiles: Tensor, size: int, attention_mask: Tensor | None, cache: Cache | None
 ) -> Any:
     """The output of the last chunk, after which `cache` holds the prompt.
 
@@ -47,7 +46,7 @@ def prefill_in_chunks(
     return output
 
 
-def _features(model: "EagleForConditionalGeneration", tiles: Tensor, count: int) -> Tensor:
+def _features(model: EaglePreTrainedModel, tiles: Tensor, count: int) -> Tensor:
     """Features [n, H] of all tiles, of which `count` are encoded at a time."""
     features: Tensor | None = None
     for start in range(0, len(tiles), count):

@@ -29,12 +29,12 @@ from eagle_model.arguments import (
     wants_padding,
 )
 from eagle_model.configuration import EagleConfig
-from eagle_model.eagle import HUB_OPTIONS
+from eagle_model.hub import HUB_OPTIONS
 from eagle_model.media_parts import ImagePart, VideoPart
 from eagle_model.prompt import IGNORE_INDEX, IMG_CONTEXT, CachedEncoder, PromptError, with_system
-from eagle_model.prompt.chat import Conversation, chatml, flatten, parse_chatml
+from eagle_model.prompt.chat import chatml, flatten, parse_chatml, with_media
 from eagle_model.prompt.costs import PromptCosts
-from eagle_model.request import Processed, RequestPlan
+from eagle_model.request import Processed, RequestPlan, batched
 from eagle_model.tokenizer import CHAT_TEMPLATE, check_tokenizer, load_tokenizer
 from eagle_model.visual import (
     VisualSpec,
@@ -219,7 +219,7 @@ class EagleProcessor(ProcessorMixin):
                 processed.append(self.process(row, row_images or (), row_videos or (), **options))
                 continue
             talk = parse_chatml(row) if isinstance(row, str) else flatten(row)
-            talk = _with_media(talk, row_images, row_videos)
+            talk = with_media(talk, row_images, row_videos)
             wants = talk.answer_next or not talk.messages or talk.messages[-1]["role"] != "assistant"
             generate = (wants and not return_labels) if add_generation_prompt is None else add_generation_prompt or talk.answer_next
             processed.append(self.process(talk.messages, talk.images, talk.videos, add_generation_prompt=generate, **options))
@@ -230,7 +230,8 @@ class EagleProcessor(ProcessorMixin):
             columns["assistant_masks"] = [(row.labels != IGNORE_INDEX).astype(np.int64) for row in processed]
         if return_mm_token_type_ids:
             columns["mm_token_type_ids"] = [self._visual_types(row) for row in processed]
-        data = self._columns(columns, padding_side, wants_padding(padding, return_tensors))
+        pad = self.tokenizer.pad_token_id  # type: ignore[attr-defined]
+        data = batched(columns, padding_side, wants_padding(padding, return_tensors), 0 if pad is None else pad)
         tiles = np.concatenate([row.tiles for row in processed])
         if len(tiles):
             data["pixel_values"] = tiles
@@ -240,23 +241,6 @@ class EagleProcessor(ProcessorMixin):
         types = np.zeros(len(row.input_ids), np.int64)
         types[row.input_ids == self.costs.encoder.token_id(IMG_CONTEXT)] = row.visual_kinds
         return types
-
-    def _columns(self, columns: Mapping[str, list[np.ndarray]], padding_side: str, padded: bool) -> dict[str, Any]:
-        """Rows of each column as one array [B, L], or, unpadded, as lists; with the attention mask."""
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is {padding_side!r}; it must be 'left' or 'right'")
-        columns = {**columns, "attention_mask": [np.ones_like(ids) for ids in columns["input_ids"]]}
-        if not padded:
-            return {name: [row.tolist() for row in rows] for name, rows in columns.items()}
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0  # type: ignore[attr-defined]
-        fill = {"input_ids": pad, "labels": IGNORE_INDEX}
-        length = max(len(row) for row in columns["input_ids"])
-        result: dict[str, Any] = {}
-        for name, rows in columns.items():
-            result[name] = np.full((len(rows), length), fill.get(name, 0), np.int64)
-            for place, row in zip(result[name], rows):
-                place[length - len(row) if padding_side == "left" else 0 :][: len(row)] = row
-        return result
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -387,25 +371,6 @@ def _open(image: Any, number: int) -> Any:
         if isinstance(image, str | PathLike) and not str(image).startswith("data:"):
             raise
         raise MediaError(f"image {number}: {error}") from error
-
-
-def _with_media(talk: Conversation, images: Any, videos: Any) -> Conversation:
-    for kind, own, given in (("images", talk.images, images), ("videos", talk.videos, videos)):
-        if not own or own[0] is None:
-            continue
-        if given:
-            raise PromptError(f"{kind} stand in the content blocks and are given as an argument too; give them once")
-    return talk._replace(images=_placed("image", talk.images, images), videos=_placed("video", talk.videos, videos))
-
-
-def _placed(kind: str, own: list[Any], given: Any) -> list[Any]:
-    """The media of a conversation: those in its blocks, or those that are given for blocks that only mark their places."""
-    if own and own[0] is not None:
-        return own
-    media = list(given or ())
-    if own and len(own) != len(media):
-        raise PromptError(f"{len(own)} {kind} blocks have no {kind} in them, and {len(media)} {kind}s are given in {kind}s; give as many")
-    return media
 
 
 class Eagle2_5_VLProcessor(EagleProcessor):

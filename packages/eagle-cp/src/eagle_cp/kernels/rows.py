@@ -17,23 +17,37 @@ import triton.language as tl
 
 
 @triton.jit
-def _merge(
-    out, lse, added, added_lse, rows, first, count, out_row, out_head, lse_head, added_row, added_head, added_lse_head,
+def _places(
+    target, added, rows, first, count, target_row, target_head, added_row, added_head,
     DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
+    """One program is ROWS rows of `added` in one head: (its rows, which are real, their rows in `target`), then for the numbers of these
+    rows (pointers into `target`, which are real, the numbers of `target`, those of `added`), both in float32."""
     head = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK)
     real = i < count
     inside = real[:, None] & (d < DIM)[None, :]
     row = tl.load(rows + i, mask=real, other=0) if PICKED else first + i.to(tl.int64)
+    place = target + row[:, None] * target_row + head * target_head + d[None, :]
+    own = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(added + i.to(tl.int64)[:, None] * added_row + head * added_head + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    return i, real, row, place, inside, own, other
+
+
+@triton.jit
+def _merge(
+    out, lse, added, added_lse, rows, first, count, out_row, out_head, lse_head, added_row, added_head, added_lse_head,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PICKED: tl.constexpr,
+):  # fmt: skip
+    i, real, row, place, inside, own, other = _places(
+        out, added, rows, first, count, out_row, out_head, added_row, added_head, DIM, BLOCK, ROWS, PICKED
+    )
+    head = tl.program_id(1).to(tl.int64)
     own_lse = tl.load(lse + head * lse_head + row, mask=real, other=0.0)
     other_lse = tl.load(added_lse + head * added_lse_head + i, mask=real, other=0.0)
     larger = tl.maximum(own_lse, other_lse)
     merged = larger + tl.log(tl.exp(own_lse - larger) + tl.exp(other_lse - larger))
-    place = out + row[:, None] * out_row + head * out_head + d[None, :]
-    own = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(added + i.to(tl.int64)[:, None] * added_row + head * added_head + d[None, :], mask=inside, other=0.0).to(tl.float32)
     mixed = own * tl.exp(own_lse - merged)[:, None] + other * tl.exp(other_lse - merged)[:, None]
     tl.store(place, mixed.to(out.dtype.element_ty), mask=inside)
     tl.store(lse + head * lse_head + row, merged, mask=real)
@@ -44,15 +58,9 @@ def _add(
     target, added, rows, first, count, target_row, target_head, added_row, added_head,
     DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK)
-    real = i < count
-    inside = real[:, None] & (d < DIM)[None, :]
-    row = tl.load(rows + i, mask=real, other=0) if PICKED else first + i.to(tl.int64)
-    place = target + row[:, None] * target_row + head * target_head + d[None, :]
-    own = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(added + i.to(tl.int64)[:, None] * added_row + head * added_head + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    _, _, _, place, inside, own, other = _places(
+        target, added, rows, first, count, target_row, target_head, added_row, added_head, DIM, BLOCK, ROWS, PICKED
+    )
     tl.store(place, (own + other).to(target.dtype.element_ty), mask=inside)
 
 

@@ -9,6 +9,7 @@ inputs are released and gradients are allocated, so both the first and the last 
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from eagle_kernels.memory.float8 import linears_backward, mlp_backward
 from eagle_kernels.memory.kept import ATTENTION, MLP, NOTHING, PROJECTIONS, Kept
 from eagle_kernels.memory.shapes import DecoderShape, Training, VisionShape
 from eagle_kernels.ops.linear_cross_entropy import chunk_rows
@@ -38,8 +39,8 @@ class MemoryPlan:
         return "\n".join(lines + [f"  {name}: {size / GIB:.2f} GiB" for name, size in self.parts.items() if size])
 
 
-def _check(decoder: DecoderShape, vision: VisionShape | None, tokens: int, labelled: int, **sizes: int | None) -> None:
-    sizes = {"tokens": tokens} | sizes | {f"decoder.{name}": size for name, size in _sizes(decoder)}
+def _check(decoder: DecoderShape, vision: VisionShape | None, tokens: int, labelled: int, **given: float | None) -> None:
+    sizes: dict[str, float | None] = {"tokens": tokens} | given | {f"decoder.{name}": size for name, size in _sizes(decoder)}
     sizes |= {f"vision.{name}": size for name, size in (_sizes(vision) if vision else ())}
     for name, size in sizes.items():
         least = 0 if name in MAY_BE_ZERO else 1
@@ -63,7 +64,7 @@ def plan_memory(
     vision: VisionShape | None = None,
     weight_bytes: int = 2,
     gradient_bytes: int = 2,
-    optimizer_bytes: int = 0,
+    optimizer_bytes: float = 0,
     kept_bytes: int = 0,
     compute_bytes: int | None = None,
     reduction_bytes: int | None = None,
@@ -82,8 +83,10 @@ def plan_memory(
 ) -> MemoryPlan:
     """Peak GPU and host memory of forward, backward and optimizer step over `tokens` tokens on one rank, with activation checkpointing.
 
-    decoder.training, vision.training, vision.connector: which parameters are trained, have adapters, and are in 4 bits.
-    weight_bytes: per parameter that is not in 4 bits. gradient_bytes, optimizer_bytes: per trained parameter. All outside of computation
+    decoder.training, vision.training, vision.connector: which parameters are trained, have adapters, and are in 4 bits; and which linear
+    layers multiply 8-bit floats, whose copies exist during their products.
+    weight_bytes: per parameter that is not in 4 bits. gradient_bytes, optimizer_bytes: per trained parameter, the
+    latter a mean where kinds of parameters have different states. All outside of computation
     (AdamW in float32: weights 4, gradients 4, optimizer 8; bf16 weights with a float32 copy among the optimizer's states: 2, 2 or 4, 12).
     kept_bytes: of something else that is there throughout, on each rank (a moving average of the weights).
     compute_bytes: per parameter of the copies that FSDP2 computes with, one unit (a layer, or all parameters outside of layers) at a time.
@@ -137,7 +140,7 @@ def plan_memory(
     always = {
         # FSDP does not shard what is in 4 bits.
         "weights": total.plain * weight_bytes // shards + total.quantized_bytes,
-        "optimizer": total.trained * optimizer_bytes // shards,
+        "optimizer": round(total.trained * optimizer_bytes) // shards,
         "kept": kept_bytes,
     }
     static = always | {
@@ -195,6 +198,10 @@ def plan_memory(
         # One weight at a time is computed from its codes.
         mlp, mlp_kept = (live + decoder.hidden * decoder.intermediate * act for live in (mlp, mlp_kept))
         attention += decoder.hidden * heads * act
+    if decoder.training.float8:
+        sizes = (tokens, decoder.hidden, decoder.intermediate, act, weights_of_mlp * loose_bytes)
+        mlp, mlp_kept = (2 * state + mlp_backward(*sizes, rebuilt=again) for again in (True, False))
+        attention += max(linears_backward(tokens, *shape, act) for shape in ((decoder.hidden, qkv), (heads, decoder.hidden)))
     # Gradients of the head and the final norm, which FSDP reduces with the rest of their unit.
     last = head + decoder.hidden if learned_head else 0
 
@@ -247,6 +254,8 @@ def plan_memory(
         live = 9 * patch_states + 3 * inner
         if level >= ATTENTION:
             live = max(9 * patch_states, 4 * patch_states + (2 if level == MLP else 3) * inner)
+        if vision.training.float8:
+            live += linears_backward(at_once.patches, vision.width, vision.intermediate, act)
         moments["the vision tower's backward"] = (
             static | done | {name: size for name, size in images.items() if name != "connector"} | again | {"live": live}
         )

@@ -18,13 +18,14 @@ class Training:
     mode: `full` trains all parameters of the part and not its adapters, `lora` its adapters alone, `frozen` nothing.
     rank: of adapters on its linear layers (`W x + B A x`, arXiv 2106.09685), 0: it has none. targets: last names of the layers that have
     one, or ends of their names; None: all. quantized: whether the weights of its linear layers are NF4 with double quantisation (blocks
-    of 64 and 256, arXiv 2305.14314).
+    of 64 and 256, arXiv 2305.14314). float8: whether its linear layers multiply 8-bit floats (`eagle_kernels.ops.float8`).
     """
 
     mode: Literal["full", "lora", "frozen"] = "full"
     rank: int = 0
     targets: tuple[str, ...] | None = None
     quantized: bool = False
+    float8: bool = False
 
     def adapts(self, name: str) -> bool:
         """Whether the linear layer of this name has an adapter."""

@@ -97,6 +97,29 @@ def _block(block: Any) -> tuple[str, Any]:
     return kind.removesuffix("_url"), content
 
 
+def with_media(talk: Conversation, images: Any, videos: Any) -> Conversation:
+    """The conversation with the media that its blocks hold, or with those that are given for blocks that only mark their places.
+
+    Raises PromptError for media that are given both ways, and for another number of them than of blocks.
+    """
+    for kind, own, given in (("images", talk.images, images), ("videos", talk.videos, videos)):
+        if not own or own[0] is None:
+            continue
+        if given:
+            raise PromptError(f"{kind} stand in the content blocks and are given as an argument too; give them once")
+    return talk._replace(images=_placed("image", talk.images, images), videos=_placed("video", talk.videos, videos))
+
+
+def _placed(kind: str, own: list[Any], given: Any) -> list[Any]:
+    """The media of a conversation: those in its blocks, or those that are given for blocks that only mark their places."""
+    if own and own[0] is not None:
+        return own
+    media = list(given or ())
+    if own and len(own) != len(media):
+        raise PromptError(f"{len(own)} {kind} blocks have no {kind} in them, and {len(media)} {kind}s are given in {kind}s; give as many")
+    return media
+
+
 def chatml(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, continue_final_message: bool = False) -> str:
     """Messages as a ChatML string, placeholders as they are. Prefer messages where you can: a string can't tell data from structure.
 

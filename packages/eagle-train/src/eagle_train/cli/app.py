@@ -8,8 +8,8 @@ import typer
 from eagle_train import __version__
 
 VERBS = (
-    *("doctor", "init", "prepare", "data", "show", "plan", "train", "eval", "chat", "export", "serve", "report", "tokenizer", "lmdb"),
-    *("curate", "needle"),
+    *("doctor", "init", "prepare", "data", "show", "plan", "train", "eval", "chat", "export", "serve", "report", "clean", "tokenizer"),
+    *("lmdb", "curate", "needle"),
 )
 """In the order of the help page."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from eagle_train.evaluation.metrics import Evaluation, Score
     from eagle_train.planning.mixture import SourceDraws
     from eagle_train.planning.stages import StageSchedule
+    from eagle_train.runs.leftovers import Leftover
     from eagle_train.runs.prediction import Rate, StagePrediction
     from eagle_train.runs.ready import Ready
     from eagle_train.runs.resources import Resources
@@ -167,6 +169,16 @@ def prediction_text(stages: Sequence[StagePrediction], gpus: int, rate: Rate) ->
             *(f"  {stage.name}: {stage.kept}" for stage in stages if stage.kept),
         ]
     )
+
+
+def leftovers_table(found: Sequence[Leftover]) -> str:
+    """What `eagle clean` removes: where, what, how much, and when it was last used."""
+    rows = [("folder", "what", "files", "MiB", "last used")]
+    for one in found:
+        used = time.strftime("%Y-%m-%d", time.localtime(one.used))
+        rows.append((str(one.folder), one.what, f"{len(one.files):,}", f"{one.bytes / (1 << 20):,.1f}", used))
+    count, size = sum(len(one.files) for one in found), sum(one.bytes for one in found)
+    return table([*rows, ("all", "", f"{count:,}", f"{size / (1 << 20):,.1f}", "")])
 
 
 def start_line(trainer: Trainer) -> str:

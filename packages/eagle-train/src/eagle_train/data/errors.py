@@ -1,6 +1,6 @@
-"""The error of a row that can't be used."""
+"""Errors of data: a row that can't be used, and a preparation that stopped."""
 
-from eagle_train.errors import TrainError
+from eagle_train.errors import BAD_DATA, TrainError
 
 
 class RowError(TrainError, ValueError):
@@ -13,3 +13,9 @@ class RowError(TrainError, ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return RowError, (self.reason, self.detail)
+
+
+class PrepareError(TrainError, ValueError):
+    """Preparation stopped: too many bad rows, sources that can't be read, or facts that don't exist yet."""
+
+    exit_code = BAD_DATA

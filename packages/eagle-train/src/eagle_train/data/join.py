@@ -66,12 +66,21 @@ def join_sources(config: Config, prepared: Sequence[Prepared], costs: FrameCosts
             )
         )
         first += one.rows
-    said = [(one.content, [(part.path.name, part.first_line, part.start) for part in one.parts]) for one in prepared]
-    content = hashlib.blake2b(repr((FACTS_VERSION, said)).encode(), digest_size=16).hexdigest()
+    content = _content(prepared)
     parts = [part for one in prepared for part in one.parts]
-    path = config.facts_folder / "joined" / f"{content}.arrow"
+    path = joined_file(config, prepared)
     table = shared(path, functools.partial(_map, rows=first), functools.partial(_join, parts=parts))
     return Facts(table, tuple(sources), costs or FrameCosts(tuple((0,) * 8 for _ in range(8))), config.prompt.system, key, content)
+
+
+def joined_file(config: Config, prepared: Sequence[Prepared]) -> Path:
+    """Where the table of prepared sources is."""
+    return config.facts_folder / "joined" / f"{_content(prepared)}.arrow"
+
+
+def _content(prepared: Sequence[Prepared]) -> str:
+    said = [(one.content, [(part.path.name, part.first_line, part.start) for part in one.parts]) for one in prepared]
+    return hashlib.blake2b(repr((FACTS_VERSION, said)).encode(), digest_size=16).hexdigest()
 
 
 def _map(path: Path, *, rows: int) -> pa.Table:

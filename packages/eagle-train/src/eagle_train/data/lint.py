@@ -13,9 +13,9 @@ from eagle_train.config import Config, Source
 from .errors import RowError
 from .facts import root_of
 from .keys import ROW_KEYS, RowFormat, has_video, is_refused, says_nothing, short
-from .prepare import row_format
 from .recipe import recipe_of
 from .sample import normalise
+from .source_plan import row_format
 from .sources import files_of, open_rows
 from .sources.index import index_file
 

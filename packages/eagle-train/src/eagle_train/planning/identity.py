@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_train.config import Config, ConfigError
-from eagle_train.data.prepare import tokenizer_fingerprint
+from eagle_train.data.source_plan import tokenizer_fingerprint
 
 from .stages import StageSchedule
 

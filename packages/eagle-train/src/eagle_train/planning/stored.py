@@ -7,7 +7,7 @@ of a strategy that a program registered itself are not kept: its name doesn't sa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from eagle_model.visual import VisualPlans, VisualSpec
 from eagle_sampling.budget import STATUS, STRATEGIES
-from eagle_train.config import StageConfig
+from eagle_train.config import Config, StageConfig
 from eagle_train.data.facts import Facts
 from eagle_train.data.keys import RowFormat
 from eagle_train.data.shared import shared_arrays
@@ -44,9 +44,14 @@ def shared_visual(
 
     if folder is None:
         return make()
-    path = folder / f"visual-{max_tokens}-{_key(facts, max_tokens, spec, share_media, reserve)}.plan"
+    path = visual_file(folder, facts, max_tokens, spec, share_media=share_media, reserve=reserve)
     arrays = shared_arrays(path, lambda: {name: getattr(plans, name) for plans in (make(),) for name in _VISUAL})
     return VisualPlans(max_tokens, STATUS, result=None, **arrays)
+
+
+def visual_file(folder: Path, facts: Facts, max_tokens: int, spec: VisualSpec, *, share_media: bool, reserve: float = 0.0) -> Path:
+    """Where the visual plans of all rows at a length are."""
+    return folder / f"visual-{max_tokens}-{_key(facts, max_tokens, spec, share_media, reserve)}.plan"
 
 
 def epoch_file(
@@ -64,6 +69,16 @@ def epoch_file(
     """Where the packs of an epoch of a stage are."""
     key = _key(facts, stage.model_dump_json(), spec, share_media, reserve, seed, epoch, costs)
     return folder / f"{stage.name}-epoch-{epoch}-{key}.plan"
+
+
+def stage_files(
+    folder: Path, facts: Facts, config: Config, stage: StageConfig, spec: VisualSpec, costs: CostModel | None, epochs: Iterable[int]
+) -> set[Path]:
+    """All files of a stage's plans: of media, and of these epochs. Nothing is planned for it."""
+    share_media = config.packing.share_media
+    options = {"share_media": share_media, "reserve": config.packing.reserve if share_media else 0.0}
+    names = {visual_file(folder, facts, stage.max_tokens, spec, **options)}
+    return names | {epoch_file(folder, facts, stage, spec, seed=config.run.seed, epoch=epoch, costs=costs, **options) for epoch in epochs}
 
 
 def narrow(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

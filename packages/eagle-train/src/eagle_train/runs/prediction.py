@@ -1,20 +1,24 @@
 """What a run will need before it is started: memory of each GPU, time of a step, GPU hours, and, where it does not fit, what would help.
 
-Time is FLOPs over a rate: that of the steps which the run has already made, else a share of the GPU's peak. Memory is
+Time is FLOPs over a rate: that of the steps which the run has already made, else a share of the GPU's peak. FLOPs of `model.fp8` count as
+those of bfloat16 that take the same time, also in a measured rate. Memory is
 `eagle_kernels.plan_memory` of the stage's longest pack.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from eagle_train.config import Config, ConfigError, StageConfig
-from eagle_train.planning.costs import group_seconds
+from eagle_train.planning.costs import CostModel, group_seconds
 from eagle_train.planning.gpus import CONTEXT_GIB, FRAGMENTATION, GPUS, Gpu, find_gpu, largest_plan
+from eagle_train.planning.stages import StageSchedule
 from eagle_train.training.metrics import Metrics
+from eagle_train.training.sizes import stage_costs
 
 from .ready import Ready
 from .resources import for_gpus
@@ -60,10 +64,14 @@ def named_gpu(name: str) -> Gpu:
     return gpu
 
 
-def measured_rate(config: Config) -> Rate | None:
-    """The median rate of the steps that this run has made; the first step of a stage, which compiles kernels, does not count."""
+def measured_rate(config: Config, weights: Mapping[str, float] | None = None) -> Rate | None:
+    """The median rate of the steps that this run has made; the first step of a stage, which compiles kernels, does not count.
+
+    weights: of a stage's FLOPs in time, by its name (`_time_weights`), for steps made with the `model.fp8` that the run has now.
+    """
     path = config.run.folder / "metrics.jsonl"
-    rates = [r["tflops"] for r in Metrics(path) if r["kind"] == "step" and r["step"] > 1 and r.get("tflops")]
+    steps = [r for r in Metrics(path) if r["kind"] == "step" and r["step"] > 1 and r.get("tflops")]
+    rates = [r["tflops"] * (weights or {}).get(r.get("stage"), 1.0) for r in steps]
     if not rates:
         return None
     return Rate(float(np.median(rates)) * 1e12, f"the median of {len(rates)} measured steps in {path}")
@@ -89,8 +97,27 @@ def predict(ready: Ready, gpus: int, gpu: Gpu) -> Prediction:
     Raises ConfigError for `model.fp8` that the GPU or the model can't have, and as `predict_stages`.
     """
     _check_fp8(ready, gpu)
-    rate = measured_rate(ready.config) or assumed_rate(gpu)
+    rate = rate_of(ready, gpu)
     return Prediction(gpus, rate, predict_stages(ready, gpus, rate, gpu))
+
+
+def rate_of(ready: Ready, gpu: Gpu) -> Rate:
+    """The rate that the run was measured at, else the assumed one."""
+    return measured_rate(ready.config, _time_weights(ready)) or assumed_rate(gpu)
+
+
+def _timed(ready: Ready, schedule: StageSchedule) -> CostModel:
+    """Costs of a stage's packs in time."""
+    return stage_costs(ready.config, schedule.stage, ready.sizes, ready.tokenizer, timed=True)
+
+
+def _time_weights(ready: Ready) -> dict[str, float]:
+    """Of every stage, by its name, what an average FLOP of its packs costs in time; 1 without `model.fp8`."""
+    weights = {}
+    for schedule in ready.schedules if ready.config.model.fp8 else ():
+        plan = schedule.plan(0)
+        weights[schedule.stage.name] = float(plan.pack_costs(_timed(ready, schedule)).sum() / max(plan.pack_costs().sum(), 1.0))
+    return weights
 
 
 def _check_fp8(ready: Ready, gpu: Gpu) -> None:
@@ -129,7 +156,7 @@ def predict_stages(ready: Ready, gpus: int, rate: Rate, gpu: Gpu | None = None) 
         memory, kept = plans.get(schedule.stage.name), None
         if gpu is not None and mode in ("selective", "offload"):
             memory, kept = _selected(config, described, gpus, schedule.stage, gpu)
-        seconds = group_seconds(plan.pack_costs(), schedule.stage.packs_per_step, groups, rate.flops * group)
+        seconds = group_seconds(plan.pack_costs(_timed(ready, schedule)), schedule.stage.packs_per_step, groups, rate.flops * group)
         stages.append(
             StagePrediction(
                 schedule.stage.name,

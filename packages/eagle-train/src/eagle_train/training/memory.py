@@ -195,7 +195,7 @@ def check_host_memory(config: Config, trained: int, total: int, world: World, *,
     shards = max(1, world.size // config.parallel.replicate) if config.parallel.fsdp else 1
     choices = [OPTIMIZERS[stage.optimizer] for stage in config.stages]
     states = max(choice.host_bytes for choice in choices) * trained // shards
-    kept = max(choice.state_bytes + choice.host_bytes for choice in choices) * trained
+    kept = max(choice.most_bytes + choice.host_bytes for choice in choices) * trained
     copy = (kept + (2 if config.model.weights == "bfloat16" else 4) * total) // shards if config.checkpoint.background else 0
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     available = available_host_bytes() if available is None else available

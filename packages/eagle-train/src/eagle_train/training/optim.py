@@ -16,6 +16,7 @@ from eagle_train.config import ConfigError, PartConfig, StageConfig
 from .adamw import HostAdamW, RoundingAdamW
 from .adamw8bit import make_adamw8bit
 from .muon import Muon
+from .states import Kinds
 
 
 def _adamw(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
@@ -53,24 +54,37 @@ def _adafactor(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """make(groups, stage): the optimizer. state_bytes: of its state on the device, per parameter of a matrix. sharded: whether FSDP2's
-    tensors work. bfloat16: whether it rounds bfloat16 weights (`model.weights`) stochastically. host_bytes: of its state in host memory,
-    per parameter."""
+    """make(groups, stage): the optimizer. state_bytes: of its state on the device, per parameter of a linear layer's matrix;
+    embedding_bytes, vector_bytes: of embeddings and of vectors (`states.Kinds`), where they differ. sharded: whether FSDP2's tensors work.
+    bfloat16: whether it rounds bfloat16 weights (`model.weights`) stochastically. host_bytes: of its state in host memory, per
+    parameter."""
 
     make: Callable[[list[dict[str, Any]], StageConfig], torch.optim.Optimizer]
     state_bytes: int
     sharded: bool = True
     bfloat16: bool = False
     host_bytes: int = 0
+    embedding_bytes: int | None = None
+    vector_bytes: int | None = None
+
+    @property
+    def most_bytes(self) -> int:
+        """Of the state on the device, per parameter of the kind that takes most."""
+        return max(self.state_bytes, self.embedding_bytes or 0, self.vector_bytes or 0)
+
+    def states(self, kinds: Kinds) -> int:
+        """Bytes of the state on the device for so many parameters."""
+        sizes = (self.state_bytes, self.embedding_bytes, self.vector_bytes)
+        return sum(number * (self.state_bytes if size is None else size) for number, size in zip(kinds, sizes, strict=True))
 
 
 #: Optimizers by the name in `stages.N.optimizer`.
 OPTIMIZERS: dict[str, OptimizerChoice] = {
     "adamw": OptimizerChoice(_adamw, 8, bfloat16=True),
-    "adamw8bit": OptimizerChoice(_adamw8bit, 2, bfloat16=True),
+    "adamw8bit": OptimizerChoice(_adamw8bit, 2, bfloat16=True, vector_bytes=8),
     "adamw_host": OptimizerChoice(_adamw_host, 0, host_bytes=8),
-    "muon": OptimizerChoice(_muon, 4),
-    "adafactor": OptimizerChoice(_adafactor, 0, sharded=False),
+    "muon": OptimizerChoice(_muon, 4, embedding_bytes=8, vector_bytes=8),
+    "adafactor": OptimizerChoice(_adafactor, 0, sharded=False, vector_bytes=4),
 }
 
 

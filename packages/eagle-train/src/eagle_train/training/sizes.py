@@ -26,11 +26,14 @@ def model_sizes(config: Config, tokenizer: Any) -> Any:
     return _stated(config) or model_config(config, tokenizer)
 
 
-def stage_costs(config: Config, stage: StageConfig, sizes: Any, tokenizer: Any) -> CostModel:
-    """What packs of a stage cost. sizes: those of `model_sizes`; what they do not state is read from the run's `EagleConfig`."""
+def stage_costs(config: Config, stage: StageConfig, sizes: Any, tokenizer: Any, *, timed: bool = False) -> CostModel:
+    """What packs of a stage cost. sizes: those of `model_sizes`; what they do not state is read from the run's `EagleConfig`.
+
+    timed: with `model.fp8`, FLOPs of bfloat16 that take as long as the step's own (`cost_model`).
+    """
     flops = forward_flops(sizes) or forward_flops(model_config(config, tokenizer))
     assert flops is not None  # an EagleConfig states everything
-    return cost_model(flops, stage.modes)
+    return cost_model(flops, stage.modes, config.model.fp8 if timed else None)
 
 
 def _stated(config: Config) -> ModelSizes | None:

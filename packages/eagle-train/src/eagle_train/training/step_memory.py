@@ -14,6 +14,7 @@ from eagle_train.config.model import Part
 from eagle_train.distributed.sharding import replicas_of
 
 from .optim import OPTIMIZERS
+from .states import trained_kinds
 
 GROUPS = (32, 16, 8)
 """Tiles of a group where the tower keeps pixels alone: the most that does not cost the decoder anything. 8 tiles have 8192 patches of
@@ -72,6 +73,7 @@ def part_training(config: Config, stage: StageConfig, part: Part) -> Training:
         rank=0 if lora is None else lora.rank,
         targets=None if lora is None or lora.targets is None else tuple(lora.targets),
         quantized=part in config.model.quantize,
+        float8=part in config.model.fp8,
     )
 
 
@@ -118,6 +120,7 @@ def stage_plan(
     shards = max(1, ranks // replicas_of(config.parallel, ranks))
     summed = stage.packs_per_step > ranks // config.parallel.group_size
     decoder, tower = shapes(config, stage, described)
+    kinds = trained_kinds(decoder, tower)
     return plan_memory(
         decoder,
         rank_tokens(config, stage),
@@ -125,7 +128,7 @@ def stage_plan(
         weight_bytes=weights,
         gradient_bytes=4 if summed else weights,
         reduction_bytes=4,
-        optimizer_bytes=OPTIMIZERS[stage.optimizer].state_bytes,
+        optimizer_bytes=OPTIMIZERS[stage.optimizer].states(kinds) / max(1, sum(kinds)),
         kept_bytes=4 * average // shards,
         compute_bytes=compute if ranks > 1 or compute != weights else None,
         activation_bytes=compute,

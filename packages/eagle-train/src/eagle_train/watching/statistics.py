@@ -19,8 +19,8 @@ from eagle_train.data.facts import Facts, FactsSource
 from eagle_train.data.ledger import Ledger, top_reasons
 from eagle_train.data.prepare import load_facts
 from eagle_train.data.sample import load_sample
+from eagle_train.planning.draws import choose_rows
 from eagle_train.planning.mixture import SourceDraws, count_draws
-from eagle_train.planning.stages import choose_rows
 from eagle_train.planning.visual import plan_visual, visual_spec
 from eagle_train.training.model import load_run_tokenizer, model_config
 

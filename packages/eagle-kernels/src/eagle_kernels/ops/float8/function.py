@@ -19,7 +19,7 @@ from eagle_kernels.ops.float8.rounding import (
     by_rows,
     product,
 )
-from eagle_kernels.weights import gathered, gradient_dtype
+from eagle_kernels.weights import gathered, gradient_dtype, lowered
 
 declare("float8_linear", "float8_linears", "float8_mlp")
 
@@ -99,10 +99,7 @@ def float8_linears(
     """
     biases = biases or [None] * len(weights)
     dtypes = tuple(gradient_dtype(weight) for weight in weights)
-    if torch.is_autocast_enabled(x.device.type):
-        lower = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(lower), [weight.to(lower) for weight in weights]
-        biases = [None if bias is None else bias.to(lower) for bias in biases]
+    x, *weights = lowered(x, *weights)
     for weight in weights:
         checks.floating("float8_linear", x=x, weight=weight)
         check_width("float8_linear", "weight", weight)
@@ -110,7 +107,7 @@ def float8_linears(
     with torch.autocast(x.device.type, enabled=False):
         flat = x.reshape(-1, x.shape[-1])
         outs = _Linears.apply(flat, exact_weight_gradient, dtypes, *map(gathered, weights))
-        outs = tuple(out if bias is None else out + bias for out, bias in zip(outs, biases))  # type: ignore[arg-type]
+        outs = tuple(out if bias is None else out + bias.to(out.dtype) for out, bias in zip(outs, biases))  # type: ignore[arg-type]
     return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
 
 

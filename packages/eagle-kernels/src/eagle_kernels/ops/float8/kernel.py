@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eagle_kernels.ops.swiglu.kernel import gradients
+from eagle_kernels.ops.swiglu.kernel import gradients, read
 
 BLOCK = 2048
 WARPS = 8
@@ -26,23 +26,48 @@ def scale_of(largest):
 
 
 @triton.jit
-def round_rows_kernel(x_ptr, out_ptr, scales_ptr, rows, cols, x_stride, BLOCK: tl.constexpr):
-    """One program is one row."""
+def scale_of_row(largest, row, rows):
+    """From the absolute values of a row, or of blocks of it; 1 for a row beyond the last one."""
+    return tl.where(row < rows, scale_of(tl.max(largest, 0)), 1.0)
+
+
+@triton.jit
+def row_values(x_ptr, up_ptr, at, mask, GATED: tl.constexpr):
+    """Numbers of a row: x, or (GATED) `silu(x) * up` rounded to x's dtype as the operator that stores it does; float32."""
+    x = read(x_ptr + at, mask)
+    if GATED:
+        x = (x / (1.0 + tl.exp(-x)) * read(up_ptr + at, mask)).to(x_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def round_row(x_ptr, up_ptr, out_ptr, scales_ptr, rows, cols, x_stride, up_stride, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    """One program is one row of `row_values`."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     limit = tl.where(row < rows, cols, 0)  # nothing is read beyond the last row
     largest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, cols, BLOCK):
-        mask = start + at < limit
-        x = tl.load(x_ptr + row * x_stride + start + at, mask=mask, other=0.0).to(tl.float32)
+        x = row_values(x_ptr + row * x_stride, up_ptr + row * up_stride, start + at, start + at < limit, GATED)
         largest = tl.maximum(largest, tl.abs(x))
-    scale = scale_of(tl.max(largest, 0))
-    scale = tl.where(row < rows, scale, 1.0)
+    scale = scale_of_row(largest, row, rows)
     factor = tl.div_rn(1.0, scale)  # exact; a plain division may not be
     for start in range(0, cols, BLOCK):
-        x = tl.load(x_ptr + row * x_stride + start + at, mask=start + at < limit, other=0.0).to(tl.float32)
+        x = row_values(x_ptr + row * x_stride, up_ptr + row * up_stride, start + at, start + at < limit, GATED)
         tl.store(out_ptr + row * cols + start + at, (x * factor).to(out_ptr.dtype.element_ty), mask=start + at < cols)
     tl.store(scales_ptr + row, scale)
+
+
+@triton.jit
+def round_rows_kernel(x_ptr, out_ptr, scales_ptr, rows, cols, x_stride, BLOCK: tl.constexpr):
+    """One program is one row."""
+    round_row(x_ptr, x_ptr, out_ptr, scales_ptr, rows, cols, x_stride, x_stride, False, BLOCK)
+
+
+@triton.jit
+def swiglu_rows_kernel(gate_ptr, up_ptr, out_ptr, scales_ptr, rows, cols, gate_stride, up_stride, BLOCK: tl.constexpr):
+    """One program is one row of `silu(gate) * up`, which is never written in its own dtype."""
+    round_row(gate_ptr, up_ptr, out_ptr, scales_ptr, rows, cols, gate_stride, up_stride, True, BLOCK)
 
 
 @triton.jit
@@ -75,36 +100,6 @@ def round_columns_kernel(x_ptr, largest_ptr, out_ptr, scales_ptr, rows, cols, pa
 
 
 @triton.jit
-def swiglu_value(gate, up, dtype: tl.constexpr):
-    """`silu(gate) * up`, rounded to `dtype` as the operator that stores it does; float32."""
-    return (gate / (1.0 + tl.exp(-gate)) * up).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def swiglu_rows_kernel(gate_ptr, up_ptr, out_ptr, scales_ptr, rows, cols, gate_stride, up_stride, BLOCK: tl.constexpr):
-    """One program is one row of `silu(gate) * up`, which is never written in its own dtype."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    limit = tl.where(row < rows, cols, 0)  # nothing is read beyond the last row
-    largest = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, cols, BLOCK):
-        mask = start + at < limit
-        gate = tl.load(gate_ptr + row * gate_stride + start + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + row * up_stride + start + at, mask=mask, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(swiglu_value(gate, up, gate_ptr.dtype.element_ty)))
-    scale = scale_of(tl.max(largest, 0))
-    scale = tl.where(row < rows, scale, 1.0)
-    factor = tl.div_rn(1.0, scale)  # exact; a plain division may not be
-    for start in range(0, cols, BLOCK):
-        mask = start + at < limit
-        gate = tl.load(gate_ptr + row * gate_stride + start + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + row * up_stride + start + at, mask=mask, other=0.0).to(tl.float32)
-        value = swiglu_value(gate, up, gate_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * cols + start + at, (value * factor).to(out_ptr.dtype.element_ty), mask=start + at < cols)
-    tl.store(scales_ptr + row, scale)
-
-
-@triton.jit
 def swiglu_backward_rows_kernel(
     dout_ptr, gate_ptr, up_ptr, dup_ptr, out_ptr, dgate_8_ptr, dup_8_ptr, dgate_scales_ptr, dup_scales_ptr,
     rows, cols, gate_stride, up_stride, REBUILD: tl.constexpr, BLOCK: tl.constexpr,
@@ -116,9 +111,9 @@ def swiglu_backward_rows_kernel(
     largest_dgate, largest_dup = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, cols, BLOCK):
         mask = start + at < limit
-        dout = tl.load(dout_ptr + row * cols + start + at, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + row * gate_stride + start + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + row * up_stride + start + at, mask=mask, other=0.0).to(tl.float32)
+        dout = read(dout_ptr + row * cols + start + at, mask)
+        gate = read(gate_ptr + row * gate_stride + start + at, mask)
+        up = read(up_ptr + row * up_stride + start + at, mask)
         dgate, dup, out = gradients(dout, gate, up)
         dgate, dup = dgate.to(dout_ptr.dtype.element_ty), dup.to(dout_ptr.dtype.element_ty)
         tl.store(dout_ptr + row * cols + start + at, dgate, mask=mask)
@@ -127,14 +122,14 @@ def swiglu_backward_rows_kernel(
             tl.store(out_ptr + row * cols + start + at, out.to(out_ptr.dtype.element_ty), mask=mask)
         largest_dgate = tl.maximum(largest_dgate, tl.abs(dgate.to(tl.float32)))
         largest_dup = tl.maximum(largest_dup, tl.abs(dup.to(tl.float32)))
-    dgate_scale = tl.where(row < rows, scale_of(tl.max(largest_dgate, 0)), 1.0)
-    dup_scale = tl.where(row < rows, scale_of(tl.max(largest_dup, 0)), 1.0)
+    dgate_scale = scale_of_row(largest_dgate, row, rows)
+    dup_scale = scale_of_row(largest_dup, row, rows)
     dgate_factor, dup_factor = tl.div_rn(1.0, dgate_scale), tl.div_rn(1.0, dup_scale)
     tl.debug_barrier()  # what other threads of the program have stored is read
     for start in range(0, cols, BLOCK):
         mask, place = start + at < limit, row * cols + start + at
-        dgate = tl.load(dout_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        dup = tl.load(dup_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        dgate = read(dout_ptr + place, mask)
+        dup = read(dup_ptr + place, mask)
         tl.store(dgate_8_ptr + place, (dgate * dgate_factor).to(dgate_8_ptr.dtype.element_ty), mask=start + at < cols)
         tl.store(dup_8_ptr + place, (dup * dup_factor).to(dup_8_ptr.dtype.element_ty), mask=start + at < cols)
     tl.store(dgate_scales_ptr + row, dgate_scale)
@@ -145,11 +140,14 @@ def _rows_in_memory(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _rounded_rows(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.empty(rows, cols, dtype=torch.float8_e4m3fn, device=device), torch.empty(rows, 1, device=device)
+
+
 def launch_rows(x: Tensor, padded: int) -> tuple[Tensor, Tensor]:
     """As `reference.rows`."""
     x = _rows_in_memory(x)
-    out = torch.empty(padded, x.shape[1], dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(padded, 1, device=x.device)
+    out, scales = _rounded_rows(padded, x.shape[1], x.device)
     if out.numel():
         round_rows_kernel[(padded,)](x, out, scales, x.shape[0], x.shape[1], x.stride(0), BLOCK=BLOCK, num_warps=WARPS)
     return out, scales
@@ -159,8 +157,7 @@ def launch_columns(x: Tensor, padded: int) -> tuple[Tensor, Tensor]:
     """As `reference.columns`."""
     x = _rows_in_memory(x)
     rows, cols = x.shape
-    out = torch.empty(cols, padded, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(cols, 1, device=x.device)
+    out, scales = _rounded_rows(cols, padded, x.device)
     largest = torch.zeros(cols, device=x.device)
     if rows:
         each = 512
@@ -176,8 +173,7 @@ def launch_swiglu_rows(gate: Tensor, up: Tensor, padded: int) -> tuple[Tensor, T
     """`reference.rows` of `silu(gate) * up`. gate, up: [M, K] -> [padded, K] and [padded, 1]."""
     gate, up = _rows_in_memory(gate), _rows_in_memory(up)
     rows, cols = gate.shape
-    out = torch.empty(padded, cols, dtype=torch.float8_e4m3fn, device=gate.device)
-    scales = torch.empty(padded, 1, device=gate.device)
+    out, scales = _rounded_rows(padded, cols, gate.device)
     if out.numel():
         strides = gate.stride(0), up.stride(0)
         swiglu_rows_kernel[(padded,)](gate, up, out, scales, rows, cols, *strides, BLOCK=BLOCK, num_warps=WARPS)
@@ -195,8 +191,7 @@ def launch_swiglu_backward_rows(
     rows, cols = gate.shape
     dup = torch.empty(rows, cols, dtype=gate.dtype, device=gate.device)
     out = torch.empty((rows, cols) if rebuild else (0,), dtype=gate.dtype, device=gate.device)
-    dgate_8, dup_8 = (torch.empty(padded, cols, dtype=torch.float8_e4m3fn, device=gate.device) for _ in range(2))
-    dgate_scales, dup_scales = (torch.empty(padded, 1, device=gate.device) for _ in range(2))
+    (dgate_8, dgate_scales), (dup_8, dup_scales) = (_rounded_rows(padded, cols, gate.device) for _ in range(2))
     if dgate_8.numel():
         swiglu_backward_rows_kernel[(padded,)](
             dout, gate, up, dup, out, dgate_8, dup_8, dgate_scales, dup_scales, rows, cols, gate.stride(0), up.stride(0),

@@ -16,46 +16,37 @@ from eagle_kernels.ops.float8.function import (
 from eagle_kernels.ops.float8.rounding import by_rows, swiglu_backward_by_rows, swiglu_by_rows, uses_kernels
 from eagle_kernels.ops.swiglu import swiglu
 from eagle_kernels.ops.swiglu.function import check_mlp
-from eagle_kernels.weights import gathered, gradient_dtype
+from eagle_kernels.weights import gathered, gradient_dtype, lowered
 
 
 class _MLP(torch.autograd.Function):
     """Stores x, gate and up, or (recompute) only x."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        w_gate: Tensor,
-        w_up: Tensor,
-        w_down: Tensor,
-        recompute: bool,
-        exact: bool,
-        dtypes: tuple[torch.dtype, ...],
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, recompute: bool, exact: bool, dtypes: tuple[torch.dtype, ...], *weights: Tensor) -> Tensor:  # type: ignore[override]
         ctx.exact, ctx.dtypes = exact, dtypes
+        w_gate, w_up, w_down = weights
         gate, up = _gate_and_up(x, w_gate, w_up)
-        ctx.save_for_backward(x, w_gate, w_up, w_down, *(() if recompute else (gate, up)))
+        ctx.save_for_backward(x, *weights, *(() if recompute else (gate, up)))
         return output(swiglu_by_rows(gate, up), w_down, len(x))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, w_gate, w_up, w_down, *kept = ctx.saved_tensors
-        needs_x, *needed = ctx.needs_input_grad[:4]
+        needs_x, *_, needs_gate, needs_up, needs_down = ctx.needs_input_grad
         gate, up = kept or _gate_and_up(x, w_gate, w_up)
         rows = len(x)
         dinner = input_gradient(by_rows(dout), w_down, rows)
-        dgate, dup, dgate_rounded, dup_rounded, inner = swiglu_backward_by_rows(dinner, gate, up, needed[2])
+        dgate, dup, dgate_rounded, dup_rounded, inner = swiglu_backward_by_rows(dinner, gate, up, needs_down)
         del gate, up, kept, dinner
         dx = input_gradient(dgate_rounded, w_gate, rows).add_(input_gradient(dup_rounded, w_up, rows)) if needs_x else None
         del dgate_rounded, dup_rounded
         shared = WeightGradients(x, ctx.exact)
         return (
-            dx,
-            shared.of(dgate, ctx.dtypes[0]) if needed[0] else None,
-            shared.of(dup, ctx.dtypes[1]) if needed[1] else None,
-            WeightGradients(inner, ctx.exact).of(dout, ctx.dtypes[2]) if needed[2] else None,
-            *(None, None, None),
+            *(dx, None, None, None),
+            shared.of(dgate, ctx.dtypes[0]) if needs_gate else None,
+            shared.of(dup, ctx.dtypes[1]) if needs_up else None,
+            WeightGradients(inner, ctx.exact).of(dout, ctx.dtypes[2]) if needs_down else None,
         )
 
 
@@ -73,9 +64,7 @@ def float8_mlp(
     implementation stores its intermediate results. Raises ValueError or TypeError as `float8_linears`.
     """
     dtypes = tuple(gradient_dtype(weight) for weight in (w_gate, w_up, w_down))
-    if torch.is_autocast_enabled(x.device.type):
-        lower = torch.get_autocast_dtype(x.device.type)
-        x, w_gate, w_up, w_down = (tensor.to(lower) for tensor in (x, w_gate, w_up, w_down))
+    x, w_gate, w_up, w_down = lowered(x, w_gate, w_up, w_down)
     check_mlp("float8_mlp", x, w_gate, w_up, w_down)
     for name, weight in (("w_gate", w_gate), ("w_down", w_down)):
         check_width("float8_mlp", name, weight)
@@ -85,4 +74,4 @@ def float8_mlp(
             inner = swiglu(*float8_linears(x, weights[:2], exact_weight_gradient=exact_weight_gradient))
             return float8_linear(inner, weights[2], exact_weight_gradient=exact_weight_gradient)
         flat = x.reshape(-1, x.shape[-1])
-        return _MLP.apply(flat, *weights, recompute, exact_weight_gradient, dtypes).view(x.shape)  # type: ignore[attr-defined]
+        return _MLP.apply(flat, recompute, exact_weight_gradient, dtypes, *weights).view(x.shape)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from eagle_kernels import checks
 from eagle_kernels.dispatch import declare, register, use_triton
 from eagle_kernels.matmul import accumulate_, wide_dtype
 from eagle_kernels.ops.swiglu import reference
-from eagle_kernels.weights import gathered, gradient_dtype
+from eagle_kernels.weights import gathered, gradient_dtype, lowered
 
 declare("swiglu", "swiglu_mlp")
 
@@ -154,8 +154,7 @@ def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, rows:
     """
     dtypes = tuple(gradient_dtype(weight) for weight in (w_gate, w_up, w_down))
     if torch.is_autocast_enabled(x.device.type):
-        lower = torch.get_autocast_dtype(x.device.type)
-        x, w_gate, w_up, w_down = (tensor.to(lower) for tensor in (x, w_gate, w_up, w_down))
+        x, w_gate, w_up, w_down = lowered(x, w_gate, w_up, w_down)
         with torch.autocast(x.device.type, enabled=False):
             return swiglu_mlp(x, w_gate, w_up, w_down, rows=rows, recompute=recompute)
     check_mlp("swiglu_mlp", x, w_gate, w_up, w_down)

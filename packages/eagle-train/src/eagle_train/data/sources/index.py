@@ -33,6 +33,11 @@ class FileIndex:
         return version_of(self.path, fresh=True) != (self.size, self.version)
 
 
+def index_path(path: str, shard_rows: int, cache: Path) -> Path:
+    """Where the index of a file is kept."""
+    return cache / f"{hashlib.blake2b(identity_of(path).encode(), digest_size=12).hexdigest()}-{shard_rows}.json"
+
+
 def index_file(path: str, shard_rows: int, cache: Path) -> FileIndex:
     """The index of a file, from the folder `cache` when size and version still agree.
 
@@ -40,7 +45,7 @@ def index_file(path: str, shard_rows: int, cache: Path) -> FileIndex:
     stay what they are.
     """
     size, version = version_of(path)
-    known = cache / f"{hashlib.blake2b(identity_of(path).encode(), digest_size=12).hexdigest()}-{shard_rows}.json"
+    known = index_path(path, shard_rows, cache)
     content = read_json(known)
     sizes: list[int] = []
     if content is not None and content.get("path") is not None:

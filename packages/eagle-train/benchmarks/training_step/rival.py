@@ -1,16 +1,25 @@
 """The same training step by public packages: transformers' InternVL of our sizes, Liger's operators, flash-attn-4, a checkpoint a layer.
 
-Used by `step.py`. The loss is Liger's fused linear cross-entropy over the rows that have labels.
+The loss is Liger's fused linear cross-entropy over the rows that have labels.
 """
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.results import Result, write
+from benchmarks.rivals import Absent
 from eagle_model import PackedBatch
 
+from .inputs import described, one_sequence
+from .inputs import make as make_model
+from .measured import GIB, log, milliseconds, release
+
 NAME = "transformers + Liger + flash-attn-4"
+PLAIN_NAME = "transformers, torch's attention and loss"
 ATTENTION = "causal_fa4"  # a name with "flash" would be looked for on the hub
 
 
@@ -72,3 +81,40 @@ def loss(model: Any, pack: PackedBatch, *, plain: bool = False) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss()(model.lm_head.weight, rows, targets)
+
+
+def compare(result: Result, cases: list[tuple[str, int]], rounds: int, layers: int, out: Path | None) -> None:
+    """The steps of `policies.measure`, (name, tokens), by public packages; a case that fails does not stop the others."""
+    release()
+    config = described(layers)
+    try:
+        model = make_model(config, torch.bfloat16, make)
+    except Exception as error:
+        result.absent += [Absent(name, NAME, f"{type(error).__name__}: {error}"[:200]) for name, _ in cases]
+        return
+    losses: list[float] = []
+
+    def step(pack: PackedBatch) -> None:
+        found = loss(model, pack)
+        found.backward()
+        losses.append(found.item())
+        model.zero_grad(set_to_none=True)
+
+    for name, tokens in cases:
+        try:
+            inputs, times = one_sequence(config, tokens), []
+            for _ in range(rounds + 1):
+                release()
+                torch.cuda.reset_peak_memory_stats()
+                times.append(milliseconds(partial(step, inputs)))
+                peak = torch.cuda.max_memory_allocated() / GIB
+                log(f"{name} {NAME}: {times[-1]:.0f} ms, loss {losses[-1]:.4f}, peak {peak:.2f} GiB")
+            details = {"tokens": inputs.input_ids.numel(), "all_ms": times}
+            figures = {"ms": min(times), "tokens_per_s": tokens / min(times) * 1e3, "peak_gib": peak, "loss": losses[-1]}
+            result.add(f"{name}, {tokens} tokens", NAME, details=details, **figures)
+        except Exception as error:
+            log(f"{name} {NAME}: {type(error).__name__}: {str(error)[:300]}")
+            result.absent.append(Absent(name, NAME, f"{type(error).__name__}: {error}"[:200]))
+            model.zero_grad(set_to_none=True)
+        if out is not None:
+            write(result, out)

@@ -1,0 +1,1 @@
+"""Parts of `step.py`: inputs and models, what is measured of a step, and the cases that use them."""
