@@ -71,6 +71,23 @@ def test_copies_in_host_memory_are_allocated_once():
     assert copies.stage(state)["model"]["a"].shape == (4,)
 
 
+def test_copies_of_several_dtypes_can_be_written(tmp_path):
+    """They lie in one range of memory, and torch refuses to save storages that overlap with different dtypes."""
+    state = {
+        "weight": torch.arange(6.0).bfloat16(),
+        "codes": torch.arange(9, dtype=torch.uint8),
+        "step": torch.tensor(3.0),
+        "none": torch.empty(0, 4),
+        "scales": torch.arange(5.0),
+    }
+    copies = HostCopies(pinned=False)
+    torch.save(copies.stage(state), tmp_path / "state.pt")
+    for name, tensor in torch.load(tmp_path / "state.pt").items():
+        assert torch.equal(tensor, state[name]), name
+    assert (tmp_path / "state.pt").stat().st_size < 4096 * len(state), "not the whole range for every tensor"
+    copies.close()
+
+
 def test_one_is_in_flight_and_the_keep_rule_follows(tmp_path, monkeypatch):
     running, most, publish = [], [], checkpoint.publish
 

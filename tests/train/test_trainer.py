@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from eagle_train.runs.train import Trained, train
 from eagle_train.training import checkpoint
 from eagle_train.training.metrics import Metrics, same_run
 from eagle_train.training.trainer import Trainer, TrainingError
+from tests.support.packs import make_pack
 
 
 def run(config, **options):
@@ -132,7 +134,7 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(colour_run, every, lo
         return {"sum": float(sum(parameter.detach().double().sum() for parameter in model.parameters())), "learning": model.training}
 
     def interrupted(model, stage):
-        if trainers[-1].metrics and max(record["total_step"] for record in trainers[-1].metrics) == lost_at:
+        if trainers[-1].records.metrics and max(record["total_step"] for record in trainers[-1].records.metrics) == lost_at:
             raise Stopped
         return score(model, stage)
 
@@ -142,7 +144,7 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(colour_run, every, lo
         trainers[1].train()
     again = trainer("stopped", score)
     again.train()
-    assert same_run(again.metrics) == same_run(trainers[0].metrics)
+    assert same_run(again.records.metrics) == same_run(trainers[0].records.metrics)
 
 
 def test_it_learns_and_frozen_parts_stay(colour_run):
@@ -313,16 +315,16 @@ def test_an_evaluation_that_fails_does_not_end_the_run(colour_run, everything):
         trainers[-1].train()
     good, bad = ([record for record in trainer.records.metrics if record["kind"] == "step"] for trainer in trainers)
     assert same_run(good) == same_run(bad)
-    failed = [record for record in trainers[1].metrics if record["kind"] == "eval_failed"]
+    failed = [record for record in trainers[1].records.metrics if record["kind"] == "eval_failed"]
     assert [(record["stage"], record["total_step"]) for record in failed] == [("one", 4), ("two", 6)][: 1 + everything]
     assert "TypeError: forward has no argument cache (test_trainer.py:" in failed[0]["error"]
-    assert len(trainers[1].failed_evaluations) == len(failed)
+    assert len(trainers[1].evaluations.failed) == len(failed)
     with pytest.raises(EvaluationError, match=r"training is complete, but \d of its evaluations failed:\n  the evaluation of stage one"):
         Trained(trainers[1], None).check_evaluations()
     Trained(trainers[0], None).check_evaluations()
     # The same command again finds everything trained, and does not repeat what failed.
     assert Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=score).train() is None
-    assert sum(record["kind"] == "eval_failed" for record in trainers[1].metrics) == len(failed)
+    assert sum(record["kind"] == "eval_failed" for record in trainers[1].records.metrics) == len(failed)
 
 
 def test_packs_that_the_groups_of_ranks_cannot_share(colour_run):
@@ -333,3 +335,23 @@ def test_packs_that_the_groups_of_ranks_cannot_share(colour_run):
         ConfigError, match=r"packs_per_step is 1, which 2 data-parallel groups can't share evenly; set it to 2, or train on"
     ):
         train(get_ready(config), replace(alone("cpu"), data=2))
+
+
+def test_a_stage_after_an_evaluation_trains_every_parameter(colour_run):
+    """The forward pass of an evaluation leaves FSDP2's whole copies as the model's parameters, which no optimizer may be given."""
+    config = colour_run(stages=STAGES, parallel={"dtype": "bfloat16"})
+    ready = get_ready(config, held_out=False)
+    seen = []
+
+    def evaluate(model, _):
+        seen.append({name: parameter.full_tensor().clone() for name, parameter in model.named_parameters()})
+        with torch.no_grad():
+            model(make_pack(torch.arange(20)))
+        return {}
+
+    trainer = Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=evaluate)
+    trainer.train()
+    assert len(seen) == len(STAGES)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    for before, after in pairwise(seen):
+        assert {name for name in before if not torch.equal(before[name], after[name])} == trained

@@ -5,8 +5,10 @@ memory during the step; pinning takes about half a second per GiB.
 """
 
 import contextlib
+import math
 import mmap
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,3 +96,10 @@ class Arena:
     def view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """The memory at `offset` as a flat tensor of `count` elements."""
         return self.memory[offset : offset + count * dtype.itemsize].view(dtype)
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The memory at `offset` as a tensor with a storage of its own, which torch can save."""
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)

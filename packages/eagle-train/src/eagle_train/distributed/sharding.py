@@ -50,6 +50,13 @@ def replicas_of(config: ParallelConfig, ranks: int) -> int:
     return config.replicate if config.fsdp else ranks
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 give up the whole parameters that a forward pass without a backward pass left: the model has its shards as parameters."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 holds the parameters."""
     return hasattr(model, "set_requires_gradient_sync")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from eagle_train.config import Config
+from eagle_train.distributed.sharding import reshard
 from eagle_train.distributed.world import RankError, World
 from eagle_train.errors import EvaluationError, describe
 
@@ -72,12 +73,10 @@ class Evaluations:
             failure = describe(error)
             logger.debug("evaluation failed", exc_info=True)
         model.train()
+        reshard(model)  # the parameters outside of layers, and, where its forward raised, those of a layer
         failures = self.world.failures(failure)
         if not failures:
             return result
-        for module in model.modules():
-            if hasattr(module, "reshard"):  # FSDP2 keeps a layer's parameters gathered when its forward raises
-                module.reshard()  # type: ignore[operator]
         self._note(stage, total_step, agreed or "; ".join(failures))
         return None
 

@@ -81,8 +81,7 @@ class HostCopies:
         whole = sum(-(-max(1, tensor.nbytes) // ALIGNMENT) * ALIGNMENT for tensor in tensors.values())
         self._arena = arena = Arena(max(1, whole), pin=self.pinned)
         for place, tensor in tensors.items():
-            start = arena.take(tensor.nbytes)
-            self._memory[place] = arena.view(start, tensor.numel(), tensor.dtype).view(tensor.shape)
+            self._memory[place] = arena.tensor(arena.take(tensor.nbytes), tensor.shape, tensor.dtype)
 
 
 def _map(value: Any, place: _Place, of_tensor: Callable[[_Place, torch.Tensor], torch.Tensor]) -> Any:
