@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-WORDS = "red green blue large small round old new left right above below near far open shut first last quick slow".split()
+WORDS = ("red", "green", "blue", "large", "small", "round", "old", "new", "left", "right", "above", "below", "near", "far", "open", "shut")
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Campaign:
         command = [sys.executable, "-m", "eagle_train.cli", "train", f"{name}.yaml", "--nproc", str(self.ranks)]
         command += ["--device", self.device] if self.device else []
         mark, metrics = f"{os.getpid()}-{number}", self.folder / "runs" / name / "metrics.jsonl"
-        output = open(self.folder / f"{name}-{number}.txt", "wb")  # noqa: SIM115: closed with the command
+        output = (self.folder / f"{name}-{number}.txt").open("wb")
         file, saved = metrics.stat().st_ino if metrics.exists() else 0, self.saved(name)
         process = subprocess.Popen(command, cwd=self.folder, stdout=output, stderr=output, env=os.environ | {MARK: mark})
         return Command(process, Processes(mark), output, metrics, file, saved, time.monotonic())
@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the outputs of the commands here")
     add_out(parser)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its runs are ended too
     settings = {name: getattr(options, name) for name in ("ranks", "device", "size", "steps", "kills", "seed")}
     gpus = 0 if options.device == "cpu" else options.ranks
     result = Result("eagle-train/kills", environment(LIBRARIES, gpus=gpus), METRICS, settings=settings)
