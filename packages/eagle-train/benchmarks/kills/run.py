@@ -5,13 +5,15 @@
 
 Packs are mixed: text alone, one long video, hundreds of images. Two stages, context parallel groups of up to four ranks, sharded weights.
 One run is not disturbed. The other one loses a rank, chosen at random, at one of these moments in turn: `step` (a random time in a step),
-`checkpoint` (its files are being written), `read` (the rank reads media), `reader` (the reading process alone is killed), `start` (before
-the first step), `halt` (the rank is stopped, so that nothing ends by itself: the watchdog must name the wait; then it is killed).
+`checkpoint` (its files are being written), `read` (the rank reads media), `reader` (first the process that reads for it is killed, which
+the run must survive, then the rank), `start` (before the first step), `halt` (the rank is stopped, so that nothing ends by itself: the
+watchdog must name the wait; then it is killed).
 
-`ended_s`: from the kill to the end of the command, with no process left. `named_s`: from the halt to the line of the watchdog. `errors`:
-messages that the command printed; `lost_steps`: of those that had a record, how many the next start had to repeat. In the end, records and
-final weights of both runs are compared, bit for bit. Exits with 1 when a kill took longer than the watchdog's limit, ended with exit code
-0, left processes, or printed no error or several, and when the runs differ.
+`ended_s`: from the kill to the end of the command, with no process left. `named_s`: from the halt to the line of the watchdog; `went_on_s`:
+from the end of a reading process to the record of another step. `errors`: messages that the command printed; `lost_steps`: of those that
+had a record, how many the next start had to repeat. In the end, records and final weights of both runs are compared, bit for bit. Exits
+with 1 when a kill took longer than the watchdog's limit, ended with exit code 0, left processes, or printed no error or several, and when
+the runs differ.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ LIBRARIES = ("torch", "transformers", "triton", "flash-attn-4", "av")
 METRICS = {
     "ended_s": Metric("s", "lower"),
     "named_s": Metric("s", "lower"),
+    "went_on_s": Metric("s", "lower"),
     "exit_code": Metric("", "none"),
     "errors": Metric("messages", "none"),
     "left": Metric("processes", "lower"),
@@ -145,7 +148,11 @@ class Campaign:
         command, rank = self.start("killed"), self.draw.randrange(self.ranks)
         try:
             found = self._await(command, moment, rank, start_s, step_s)
-            named, done = {}, command.steps()
+            named: dict[str, float] = {}
+            if moment == "reader":
+                named["went_on_s"] = self._lose_reader(command, found)
+                found = self._or_late(command, moment, command.processes.rank(rank))
+            done = command.steps()
             if moment == "halt":
                 named["named_s"] = self._halt(command, found)
             killed = time.monotonic()
@@ -197,6 +204,13 @@ class Campaign:
             )
         return found
 
+    def _lose_reader(self, command: Command, number: int) -> float:
+        """Kill a process that reads; the seconds until the record of a step that was not under way."""
+        begin, before = time.monotonic(), len(command.new_steps())
+        send(number, signal.SIGKILL)
+        went_on = command.wait_for(lambda: len(command.new_steps()) > before + 1, 3 * LIMIT)
+        return time.monotonic() - begin if went_on else 3 * LIMIT
+
     def _halt(self, command: Command, number: int) -> float:
         """Stop a process; the seconds until a line says what the others wait in."""
         begin, before = time.monotonic(), len(command.text())
@@ -241,6 +255,7 @@ def broken(metrics: dict[str, float]) -> list[str]:
         "it left processes": metrics["left"] > 0,
         f"{metrics['errors']:.0f} errors were printed": metrics["errors"] != 1,
         f"no wait was named within {NAMED:.0f} s": metrics.get("named_s", 0.0) > NAMED,
+        f"no step followed within {LIMIT:.0f} s of the end of a reading process": metrics.get("went_on_s", 0.0) > LIMIT,
     }
     return [text for text, holds in rules.items() if holds]
 
