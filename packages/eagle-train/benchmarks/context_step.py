@@ -6,7 +6,8 @@ As `eagle train` does it with `model: {preset: 8b, weights: bfloat16}`, `optimiz
 ranks, one sequence of visual tokens and 2048 text tokens, which have the labels, forward, backward, clipping and the optimizer's step.
 `--splits all` measures every split ulysses x all-gather; the default is the one that `plan_context` chooses. The fastest step of the
 slowest rank counts, the largest peak of any rank, and the main rank's profile of one more step (`communication.py`). A rank that fails
-(out of memory) ends the command with exit code 3 at once; results up to then are written. `--small`: a tiny model, gloo, 1/64 of the tokens.
+(out of memory) ends the command with exit code 3 at once; results up to then are written. `--small`: a tiny model, gloo, 1/64 of the
+tokens.
 """
 
 from __future__ import annotations

@@ -40,12 +40,9 @@ class Processes:
                 return number
         return None
 
-    def reading(self, rank: int, folder: Path) -> int | None:
-        """A process of a rank that has a file under `folder` open now, or None."""
-        for number, of in self.alive().items():
-            if of == rank and _has_open(number, folder):
-                return number
-        return None
+    def of(self, rank: int) -> list[int]:
+        """All processes of a rank."""
+        return [number for number, of in self.alive().items() if of == rank]
 
     def end(self, patience: float = 3.0) -> int:
         """Wait for all processes to end, at most so many seconds; those that are left are killed. Returns how many these were."""
@@ -78,7 +75,8 @@ def _parent(number: int) -> int:
         return 0
 
 
-def _has_open(number: int, folder: Path) -> bool:
+def has_open(number: int, folder: Path) -> bool:
+    """Whether a process has a file under `folder` open now."""
     try:
         return any(_under(Path(f"/proc/{number}/fd/{name}"), folder) for name in os.listdir(f"/proc/{number}/fd"))
     except OSError:

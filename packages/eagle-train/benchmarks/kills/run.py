@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from processes import MARK, Processes, send
+from processes import MARK, Processes, has_open, send
 from rows import SIZES, configuration, write_rows
 
 sys.path.insert(0, str(Path(__file__).parents[4]))  # the repository root, where the package `benchmarks` is
@@ -189,7 +189,8 @@ class Campaign:
                 time.sleep(self.draw.uniform(0.0, 0.03))
                 found = command.processes.rank(rank)
         elif begun and moment in ("read", "reader"):
-            reader = command.wait_for(lambda: command.processes.reading(rank, media), self.seconds)
+            numbers = command.processes.of(rank)  # looking for them takes longer than a file is open
+            reader = command.wait_for(lambda: next((number for number in numbers if has_open(number, media)), None), self.seconds)
             found = command.processes.rank(rank) if reader and moment == "read" else reader
         elif begun:
             time.sleep(self.draw.uniform(0.0, step_s))
