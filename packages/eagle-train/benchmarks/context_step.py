@@ -201,7 +201,8 @@ class Bench:
         self.model.set_activation_checkpointing("selective", **chosen.options)
         return chosen.plan.gpu / GIB, chosen.text
 
-    def measure(self, tokens: int, ulysses: int, rounds: int, profile: bool) -> tuple[dict[str, float], dict[str, Any]]:
+    def measure(self, tokens: int, ulysses: int, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+        """Metrics and details of a case."""
         world, gpu = self.world, self.world.device.type == "cuda"
         layout = layout_of(world, self.setting, tokens, ulysses)
         planned, kept = self._keep(tokens, ulysses)
@@ -227,12 +228,14 @@ class Bench:
         if (rate := peak_flops(world.device, "bfloat16")) is not None:
             metrics["mfu"] = flops / seconds / rate
         details: dict[str, Any] = {"all_s": times, "kept": kept, "layout": repr(layout), "tflops": flops / seconds / 1e12}
-        if profile:
-            world.barrier()
-            metrics |= self._profile(part, layout, details)
         return metrics, details
 
-    def _profile(self, part: PackedBatch, layout: Layout, details: dict[str, Any]) -> dict[str, float]:
+    def profile(self, tokens: int, ulysses: int, details: dict[str, Any]) -> dict[str, float]:
+        """Shares of one more step of the case that was measured last, on the main rank; kernels go to `details`."""
+        layout = layout_of(self.world, self.setting, tokens, ulysses)
+        part = batch_of(self.world, self.setting, tokens, layout)
+        self.world.barrier()
+
         def once() -> None:
             step(self.model, part, layout, self.optimizer)
             if self.world.device.type == "cuda":
@@ -260,12 +263,16 @@ def run(options: argparse.Namespace, world: World, setting: Setting, result: Res
     for tokens, named in zip(lengths, options.tokens):
         for ulysses in bench.splits(tokens, options.splits):
             label = f"{named >> 10}K, {world.size} ranks"
-            metrics, details = bench.measure(tokens, ulysses, options.rounds, options.profile)
-            result.add(label, f"ours, u={ulysses} r={world.size // ulysses}, {setting.activations}", details=details, **metrics)
-            if world.is_main:
-                print(label, f"u={ulysses}", {name: round(value, 4) for name, value in metrics.items()}, details["kept"], flush=True)
-                if options.out is not None:
-                    write(result, options.out)
+            metrics, details = bench.measure(tokens, ulysses, options.rounds)
+            name = f"ours, u={ulysses} r={world.size // ulysses}, {setting.activations}"
+            case = result.add(label, name, details=details, **metrics)
+            for profile in (False, True) if options.profile else (False,):
+                if profile:  # what was measured is written by then
+                    case.metrics.update(bench.profile(tokens, ulysses, details))
+                if world.is_main:
+                    print(label, name, {key: round(value, 4) for key, value in case.metrics.items()}, details["kept"], flush=True)
+                    if options.out is not None:
+                        write(result, options.out)
 
 
 def main() -> None:
