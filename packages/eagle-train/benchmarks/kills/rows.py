@@ -35,7 +35,7 @@ _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "
 _TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES = {
     "tiny": Size(
-        "tiny", 4096, 120, 200, 48, 300, 32, 4, model={"overrides": {"vision_config": _VISION, "text_config": _TEXT}}, stage={"lr": 1e-3}
+        "tiny", 4096, 120, 200, 48, 300, 256, 4, model={"overrides": {"vision_config": _VISION, "text_config": _TEXT}}, stage={"lr": 1e-3}
     ),
     "1b": Size("1b", 32768, 80, 120, 96, 3000, 448, 10),
     "8b": Size("8b", 131072, 300, 400, 160, 6000, 448, 10, model={"weights": "bfloat16"}, stage={"optimizer": "adamw8bit"}),
@@ -60,9 +60,9 @@ def write_rows(folder: Path, size: Size) -> None:
 
     with av.open(str(media / "film.mp4"), "w") as container:
         stream: Any = container.add_stream("mpeg4", rate=Fraction(4))
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
         for _ in range(4 * size.seconds):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise(64)[:48], format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise(320)[:240], format="rgb24")))
         container.mux(stream.encode())
     for index in range(size.images):
         Image.fromarray(noise(size.pixels)).save(media / f"{index}.png")
