@@ -317,7 +317,9 @@ def campaign(runs: Campaign, options: argparse.Namespace, result: Result) -> lis
         except RuntimeError as error:
             print(f"{label}: {error}", flush=True)
             result.absent.append(Absent(label, "ours", str(error)[-300:]))
-            failed += [f"{label}: {error}"] if "exit code" in str(error) else []
+            if "the run was over" in str(error):
+                break
+            failed.append(f"{label}: {error}")
             continue
         failed += [f"{label}: {text}" for text in broken(metrics)]
         result.add(label, details=details, **metrics)
