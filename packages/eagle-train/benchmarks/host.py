@@ -67,21 +67,29 @@ def parts(host: Host) -> list[Part]:
     """In the order of their worth per minute."""
     bench, step = f"{CP}/bench.py", f"{TRAIN}/context_step.py"
     found = [Part("check", host.ranks(f"{CP}/check.py"), 400)]
-    for size in ("64K", "128K", "256K", "512K", "1M"):
-        found.append(Part(f"attention-{size}", host.ranks(bench, "--tokens", size, "--seconds", "0.5"), 600, "both_tflops"))
-    for size in ("128K", "256K", "512K", "1M"):
-        found.append(Part(f"step-{size}", host.ranks(step, "--tokens", size, "--splits", "all", "--profile"), 600, "mfu"))
+    for size, seconds in (("64K", 600), ("128K", 600), ("256K", 600), ("512K", 600), ("1M", 1200)):
+        options = ["--tokens", size, "--seconds", "0.5", "--until", str(seconds * 2 // 3)]
+        found.append(Part(f"attention-{size}", host.ranks(bench, *options), seconds, "both_tflops"))
+    # By arithmetic a step of 1M tokens takes minutes on eight H100.
+    for size, seconds, splits, rounds in (
+        ("128K", 600, "all", 2),
+        ("256K", 600, "all", 2),
+        ("512K", 900, "all", 1),
+        ("1M", 1200, "chosen", 1),
+    ):
+        options = ["--tokens", size, "--splits", splits, "--rounds", str(rounds), "--profile"]
+        found.append(Part(f"step-{size}", host.ranks(step, *options), seconds, "mfu"))
     counts = [n for n in (1, 2, 4) if n < host.gpus] + [host.gpus]
     for count in counts:
         cases = ["one-32k"] if count == 1 else ["data-32k", "context-128k"]
         found.append(Part(f"scaling-{count}", host.alone(f"{TRAIN}/scaling.py", "--only", *cases), 500, "tokens_per_s", gpus=count))
-    found.append(Part("kills", kills(host), 2400, "ended_s"))
+    found.append(Part("kills", kills(host), 3000, "ended_s"))
     return found
 
 
 def kills(host: Host) -> list[str]:
-    options = ["--ranks", str(host.gpus), "--kills", "12" if not host.small else "2"]
-    options += ["--device", "cpu", "--steps", "16"] if host.small else ["--size", "8b"]
+    options = ["--ranks", str(host.gpus), "--until", "1800"]
+    options += ["--device", "cpu", "--steps", "16", "--kills", "2"] if host.small else ["--size", "8b", "--kills", "12"]
     return [sys.executable, f"{TRAIN}/kills/run.py", *options]
 
 
@@ -157,7 +165,7 @@ def _trial(host: Host) -> Callable[[int, float], bool]:
     def trial(tokens: int, seconds: float) -> bool:
         options = ["--tokens", str(tokens), "--rounds", "1", "--activations", "recompute" if host.small else "offload"]
         part = Part(f"longest-{tokens >> 10}K", host.ranks(f"{TRAIN}/context_step.py", *options), seconds)
-        return run(part, host, min(seconds, 900))["exit_code"] == 0
+        return run(part, host, min(seconds, 1500))["exit_code"] == 0
 
     return trial
 
@@ -227,7 +235,7 @@ def main() -> None:
         plot(host, part)
     left = limit - (time.monotonic() - begin)
     if search and host.done.get("longest", {}).get("ended") != "complete" and left > 30:
-        found = longest(host, min(left, 1800.0), start=(1 << 18) if host.small else (1 << 20))
+        found = longest(host, min(left, 3600.0), start=(1 << 18) if host.small else (1 << 20))
         ended = "complete" if found["complete"] and found["tokens"] else "no length trained" if found["complete"] else "the time was up"
         record(host, "longest", {"ended": ended, "exit_code": None, "seconds": round(time.monotonic() - begin, 1)} | found)
     sys.exit(0 if all(found["ended"] == "complete" for found in host.done.values()) else 1)
