@@ -191,9 +191,7 @@ class World:
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
             self.owns_group = False
-        if failed is not None and is_lost(failed):
-            # It takes seconds to find out who reports. Others may wait for this rank alone: they notice as soon as the group is left
-            # (with 8 ranks one killed rank ended the others in turn, 25 s in all, when it was left afterwards).
+        if failed is not None and is_lost(failed):  # which can take seconds
             leave(self.store, self.rank, failed)
 
 

@@ -375,7 +375,7 @@ def work(pipe: Connection, place: Any, reading: Reading) -> None:
         while True:
             try:
                 task, skip = pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):  # the rank has ended, or was killed
                 return
             batch = read(task, encoder, reading, skip, begins)
             place.value = -1
