@@ -111,6 +111,7 @@ class Campaign:
         self.folder, self.ranks, self.device, self.seconds = folder, options.ranks, options.device, options.start_limit
         self.draw, self.starts = random.Random(options.seed), itertools.count()
         size = SIZES[options.size]
+        self.every = size.every
         write_rows(folder, size)
         for name in ("calm", "killed"):
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(configuration(name, size, self.ranks, options.steps)))
@@ -180,7 +181,7 @@ class Campaign:
             time.sleep(self.draw.uniform(0.0, start_s))
             found = command.wait_for(lambda: command.processes.rank(rank), start_s)
             return self._or_late(command, moment, found)
-        more = self.draw.randint(1, 3)  # steps that the run has continued by
+        more = self.draw.randint(1, 2 * self.every)  # steps that the run has continued by
         begun = command.wait_for(lambda: len(command.new_steps()) >= more, self.seconds)
         media, writing = self.folder / "media", self.folder / "runs/killed/checkpoints"
         found = None
