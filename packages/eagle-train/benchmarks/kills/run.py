@@ -148,7 +148,7 @@ class Campaign:
         """Start or continue the run and kill one of its ranks. Raises RuntimeError when the moment does not come."""
         command, rank = self.start("killed"), self.draw.randrange(self.ranks)
         try:
-            found = self._await(command, moment, rank, start_s, step_s)
+            found, rank = self._await(command, moment, rank, start_s, step_s)
             named: dict[str, float] = {}
             if moment == "reader":
                 named["went_on_s"] = self._lose_reader(command, found)
@@ -173,15 +173,15 @@ class Campaign:
         last = max((record["total_step"] for record in done), default=0)
         metrics = {"ended_s": seconds, "exit_code": code, "errors": len(errors), "left": left}
         metrics["lost_steps"] = max(0, last - self.saved("killed"))
-        return metrics | named, {"rank": rank, "after_step": last, "said": errors, "output": text[-3000:]}
+        return metrics | named, {"rank": rank, "after_step": last, "said": errors, "output": text.replace(str(self.folder), ".")[-3000:]}
 
-    def _await(self, command: Command, moment: str, rank: int, start_s: float, step_s: float) -> int:
-        """The process to kill, when it is time."""
+    def _await(self, command: Command, moment: str, rank: int, start_s: float, step_s: float) -> tuple[int, int]:
+        """The process to kill, when it is time, and its rank, which is another one where the moment asks for it."""
         if moment == "start":
             time.sleep(self.draw.uniform(0.0, start_s))
             found = command.wait_for(lambda: command.processes.rank(rank), start_s)
-            return self._or_late(command, moment, found)
-        more = self.draw.randint(1, 2 * self.every)  # steps that the run has continued by
+            return self._or_late(command, moment, found), rank
+        more = self.draw.randint(1, self.every + 1)  # steps that the run has continued by
         begun = command.wait_for(lambda: len(command.new_steps()) >= more, self.seconds)
         media, writing = self.folder / "media", self.folder / "runs/killed/checkpoints"
         found = None
@@ -190,13 +190,15 @@ class Campaign:
                 time.sleep(self.draw.uniform(0.0, 0.03))
                 found = command.processes.rank(rank)
         elif begun and moment in ("read", "reader"):
-            numbers = command.processes.of(rank)  # looking for them takes longer than a file is open
-            reader = command.wait_for(lambda: next((number for number in numbers if has_open(number, media)), None), self.seconds)
+            # Whichever rank reads next: looking for the processes takes longer than a file is open.
+            ranks = {number: of for number, of in command.processes.alive().items() if of is not None}
+            reader = command.wait_for(lambda: next((number for number in ranks if has_open(number, media)), None), self.seconds)
+            rank = rank if reader is None else ranks[reader]
             found = command.processes.rank(rank) if reader and moment == "read" else reader
         elif begun:
             time.sleep(self.draw.uniform(0.0, step_s))
             found = command.processes.rank(rank)
-        return self._or_late(command, moment, found)
+        return self._or_late(command, moment, found), rank
 
     def _or_late(self, command: Command, moment: str, found: int | None) -> int:
         if found is None:
