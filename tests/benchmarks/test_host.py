@@ -279,3 +279,31 @@ def test_what_counts_as_a_bad_end(script):
     assert run.broken(good) == []
     for change in ({"ended_s": 61.0}, {"exit_code": 0}, {"left": 1}, {"errors": 0}, {"errors": 2}, {"named_s": 100.0}, {"went_on_s": 90.0}):
         assert len(run.broken(good | change)) == 1, change
+
+
+@pytest.mark.slow
+def test_a_run_whose_ranks_are_killed(tmp_path):
+    """The real command on two ranks: each kill ends it with one error, and the run that continues equals one that was not disturbed."""
+    script, out = str(TRAIN / "kills/run.py"), str(tmp_path / "kills.json")
+    options = [
+        "--ranks",
+        "2",
+        "--device",
+        "cpu",
+        "--steps",
+        "10",
+        "--kills",
+        "3",
+        "--moments",
+        "step",
+        "checkpoint",
+        "reader",
+        "--out",
+        out,
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    cases = {case["case"]: case["metrics"] for case in json.loads(Path(out).read_text())["cases"]}
+    assert cases["kill 1: step"]["errors"] == 1
+    assert cases["continued to the end"]["records_equal"] == cases["continued to the end"]["weights_equal"] == 1

@@ -33,13 +33,12 @@ GRACE = 20.0
 
 @dataclass(frozen=True)
 class Part:
-    """One command. seconds: its limit; metric: of its bars; gpus: how many are visible (0: all of the run)."""
+    """One command. seconds: its limit; metric: of its bars."""
 
     name: str
     command: list[str]
     seconds: float
     metric: str = ""
-    gpus: int = 0
 
 
 @dataclass
@@ -82,7 +81,9 @@ def parts(host: Host) -> list[Part]:
     counts = [n for n in (1, 2, 4) if n < host.gpus] + [host.gpus]
     for count in counts:
         cases = ["one-32k"] if count == 1 else ["data-32k", "context-128k"]
-        found.append(Part(f"scaling-{count}", host.alone(f"{TRAIN}/scaling.py", "--only", *cases), 500, "tokens_per_s", gpus=count))
+        found.append(
+            Part(f"scaling-{count}", host.alone(f"{TRAIN}/scaling.py", "--gpus", str(count), "--only", *cases), 500, "tokens_per_s")
+        )
     found.append(Part("kills", kills(host), 3000, "ended_s"))
     return found
 
@@ -97,9 +98,6 @@ def run(part: Part, host: Host, seconds: float) -> dict[str, Any]:
     """Run a part for at most so many seconds: how it ended."""
     out = host.out / f"{part.name}.json"
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    if part.gpus and not host.small:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(host.gpus)))).split(",")
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[: part.gpus])
     begin = time.monotonic()
     with open(host.out / f"{part.name}.txt", "wb") as output:
         process = subprocess.Popen(
