@@ -22,7 +22,20 @@ from tests.support.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 CP, TRAIN = ROOT / "packages/eagle-cp/benchmarks", ROOT / "packages/eagle-train/benchmarks"
-NAMES = ("packs", "measure", "predicted", "rivals", "communication", "context_step", "host", "rows", "processes", "run")
+NAMES = (
+    "packs",
+    "measure",
+    "predicted",
+    "rivals",
+    "communication",
+    "context_step",
+    "host",
+    "host_summary",
+    "scaling",
+    "rows",
+    "processes",
+    "run",
+)
 
 
 @pytest.fixture
@@ -222,6 +235,31 @@ def test_parts_are_the_same_for_any_number_of_gpus(host):
         assert len(names) == len(set(names))
         for part in module.parts(made):
             assert any((ROOT / word).is_file() for word in part.command), part.command
+
+
+def test_the_page_of_a_host_judges_its_aims(script, host, tmp_path):
+    from benchmarks.results import write
+
+    summary, metrics = script(TRAIN, "host_summary"), script(TRAIN, "scaling").METRICS | script(TRAIN, "context_step").METRICS
+    metrics |= script(CP, "predicted").METRICS | script(TRAIN / "kills", "run").METRICS
+    contents = {
+        "attention-64K": [("one", "plan_context", {"largest_error": -0.2, "choice_over_best": 1.0}), ("one", "ours", {"step_s": 1.0})],
+        "step-1M": [("1024K, 8 ranks", "ours, u=4 r=2, selective", {"tokens_per_s": 600.0, "mfu": 0.5, "reserved_gib": 70.0})],
+        "scaling-1": [("one-32k, 1 GPU", "ours", {"tokens_per_s": 1000.0})],
+        "scaling-8": [("data-32k, 8 GPUs", "ours", {"tokens_per_s": 950.0}), ("context-128k, 8 GPUs", "ours", {"tokens_per_s": 1.0})],
+        "kills": [("kill 1: step", "ours", {"ended_s": 3.0, "errors": 1}), ("end", "ours", {"records_equal": 1, "weights_equal": 0})],
+    }
+    for name, cases in contents.items():
+        result = Result("a/b", environment([]), metrics)
+        for case, contender, figures in cases:
+            result.add(case, contender, **figures)
+        write(result, tmp_path / f"{name}.json")
+    done = {name: {"ended": "complete", "seconds": 1.0} for name in [*contents, "check"]}
+    text = summary.page(tmp_path, done | {"longest": {"ended": "complete", "seconds": 2.0, "tokens": 1 << 20, "tried": {"1024K": True}}})
+    for line in ("| one | -20.0% | 1.000 | missed |", "| 8 | 950 | 0.95 | met |", "| end |  |  | no |", "1048576 tokens train (1024K)"):
+        assert line in text, text
+    assert "| 1024K, 8 ranks | ours, u=4 r=2, selective | 600 | 0.5 | 70 |  |  |" in text
+    assert "context-128k" not in text
 
 
 def test_the_driver_refuses_results_of_another_host(host, tmp_path):

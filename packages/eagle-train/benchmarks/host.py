@@ -5,9 +5,9 @@
 
 N is all GPUs of the host by default; the parts are the same for any number. Each is a command of its own with a time limit, and its results
 are in DIR as it goes: PART.json and .md (benchmarks/README.md), the output as PART.txt, bars as PART.png where matplotlib is installed.
-`status.json` says after every part how it ended, and DIR/README.md lists them. A part that fails or runs out of time does not stop the
-others; with the same DIR, parts that have ended well are not repeated. Exits with 1 when a part failed. `--list` prints the parts and
-their commands. `--small`: a CPU with gloo and tiny models, which shows that everything runs.
+`status.json` says after every part how it ended, and DIR/README.md sums up (`host_summary.py`). A part that fails or runs out of time does
+not stop the others; with the same DIR, parts that have ended well are not repeated. Exits with 1 when a part failed. `--list` prints the
+parts and their commands. `--small`: a CPU with gloo and tiny models, which shows that everything runs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
+from host_summary import page
 
 ROOT = Path(__file__).parents[3]
 CP, TRAIN = "packages/eagle-cp/benchmarks", "packages/eagle-train/benchmarks"
@@ -180,8 +183,7 @@ def record(host: Host, name: str, status: dict[str, Any]) -> None:
     """Write how a part ended."""
     host.done[name] = status
     (host.out / "status.json").write_text(json.dumps({"gpus": host.gpus, "small": host.small, "parts": host.done}, indent=1) + "\n")
-    rows = [f"| {part} | {found['ended']} | {found['seconds']} |" for part, found in host.done.items()]
-    (host.out / "README.md").write_text("\n".join(["| part | ended | seconds |", "| --- | --- | --- |", *rows]) + "\n")
+    (host.out / "README.md").write_text(page(host.out, host.done))
     print(f"{name}: {status['ended']}, {status['seconds']} s", flush=True)
 
 
