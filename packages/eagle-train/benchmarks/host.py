@@ -166,7 +166,7 @@ def _trial(host: Host) -> Callable[[int, float], bool]:
     def trial(tokens: int, seconds: float) -> bool:
         options = ["--tokens", str(tokens), "--rounds", "1", "--activations", "recompute" if host.small else "offload"]
         part = Part(f"longest-{tokens >> 10}K", host.ranks(f"{TRAIN}/context_step.py", *options), seconds)
-        return run(part, host, min(seconds, 1500))["exit_code"] == 0
+        return run(part, host, min(seconds, 60 if host.small else 1500))["exit_code"] == 0
 
     return trial
 
