@@ -5,7 +5,7 @@
 
 TFLOP/s per GPU = (4 forward, 10 backward) x attended pairs x query heads x head dim / GPUs / time; the slowest rank's median of CUDA-event
 times. Splits with flash-attn-4 stand next to what `plan_context` predicts, and what misses its two aims is listed at the end
-(`predicted.py`). `--small`: a CPU and gloo, packs of 1/256 of the tokens, heads of 32, float32; its times only show that everything runs.
+(`predicted.py`). `--small`: a CPU and gloo, packs of 1/1024 of the tokens, heads of 32, float32; its times only show that everything runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from benchmarks.rivals import Absent, load
 from eagle_cp import ContextMesh, Layout, attention
 
 LIBRARIES = ("torch", "flash-attn-4", "nvidia-cutlass-dsl", "yunchang", "ring-flash-attn", "transformers", "triton")
-SMALL = 256
+SMALL = 1024
 Method = Callable[[list[int]], tuple[Any, list[torch.Tensor]]]
 
 

@@ -207,6 +207,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the running part is ended too
     host = Host(options.gpus, options.small, options.out.resolve())
     todo = [part for part in parts(host) if options.only is None or part.name.startswith(tuple(options.only))]
     search = options.only is None or "longest".startswith(tuple(options.only))
