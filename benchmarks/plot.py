@@ -5,6 +5,7 @@ One group of bars per case, one bar per contender. Needs matplotlib.
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         axes.barh([place for place, _ in bars], [value for _, value in bars], height, label=contender)
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(cases))], cases, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{label(result, options.metric)} ({result.benchmark}; {result.environment})", fontsize=7)
-    axes.legend(fontsize=7)
+    axes.set_xlabel(
+        "\n".join(textwrap.wrap(f"{label(result, options.metric)} ({result.benchmark}; {result.environment})", 150)), fontsize=7
+    )
+    axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3)  # above the bars, which are long
     figure.tight_layout()
     figure.savefig(options.out or options.result.with_suffix(".png"), dpi=130)
     return 0

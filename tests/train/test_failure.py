@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from eagle_train.cli.main import report
 from eagle_train.config import ConfigError
-from eagle_train.distributed.failure import KEY, is_lost, leave
+from eagle_train.distributed.failure import KEY, is_lost, launcher_reports, leave
 from tests.support.ranks import Ranks
 
 GLOO = "[pair.cc:561] Connection closed by peer [127.0.0.1]:5761. This is typically caused by a remote worker crashing."
@@ -43,6 +43,25 @@ def test_a_rank_that_was_killed_is_reported_by_the_other():
     assert "rank 0 lost its connection to another rank, which ended without a message: it was killed" in error.lost_rank.message
     leave(None, 0, error, patience=0.2)
     assert error.lost_rank.reporter is None
+
+
+def test_one_of_several_ranks_reports_a_killed_one(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    store, errors = dist.HashStore(), [RuntimeError(GLOO) for _ in range(3)]
+    for rank, error in enumerate(errors):
+        leave(store, rank, error, patience=0.05)
+    assert [error.lost_rank.reporter for error in errors] == [None, "another rank", "another rank"]
+
+
+def test_torchrun_reports_a_killed_rank_that_it_started(monkeypatch):
+    local = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+    assert launcher_reports(local)
+    assert not launcher_reports(local | {"LOCAL_WORLD_SIZE": "4"})
+    assert not launcher_reports({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"})
+    for name, value in local.items():
+        monkeypatch.setenv(name, value)
+    leave(dist.HashStore(), 0, error := RuntimeError(GLOO), patience=0.05)
+    assert error.lost_rank.reporter == "torchrun"
 
 
 def test_what_says_that_a_rank_is_gone():

@@ -9,7 +9,7 @@ import pytest
 
 from eagle_train.cli import gpu_settings, launch, threads
 from eagle_train.cli.gpu_settings import grow_segments, keep_kernels
-from eagle_train.cli.ranks import ending
+from eagle_train.cli.ranks import cause, ending
 from eagle_train.config import ConfigError
 
 
@@ -62,6 +62,14 @@ def test_torchrun():
 def test_the_launcher_says_only_what_no_rank_could(exitcode, text, code):
     said, ended = ending(3, SimpleNamespace(exitcode=exitcode))
     assert (text in said, bool(said), ended) == (True, bool(text), code)
+
+
+def test_a_rank_that_a_signal_ended_is_the_cause():
+    failures = {rank: SimpleNamespace(exitcode=code) for rank, code in {0: 1, 1: -15, 5: -9, 6: 1}.items()}
+    error = SimpleNamespace(failures=failures, get_first_failure=lambda: (0, failures[0]))
+    assert cause(error) == (5, failures[5])
+    del failures[5]
+    assert cause(error) == (0, failures[0])
 
 
 def test_a_process_per_gpu(monkeypatch):

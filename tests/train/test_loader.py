@@ -12,7 +12,7 @@ from eagle_model.visual import VisualSpec
 from eagle_sampling import Limits
 from eagle_train.data.prepare import prepare
 from eagle_train.loading import loader as loader_module
-from eagle_train.loading.loader import Loader, LoaderError, Reading, Task
+from eagle_train.loading.loader import Loader, LoaderError, Reading, Task, make_encoder, read
 from eagle_train.planning.stages import StageSchedule
 
 SPEC = VisualSpec(tile_size=32, tokens_per_tile=4)
@@ -77,6 +77,37 @@ def test_no_more_is_read_ahead_than_the_bytes_allow(tasks, reading):
         assert len(list(loader)) == len(tasks) - 1
 
 
+def kill_reader(loader, number, deadline):
+    """Kill a reading process when it is at its first sample."""
+    while loader._workers[number].place.value != 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process = loader._workers[number].process
+    os.kill(process.pid, signal.SIGKILL)
+    while loader._workers[number].process is process and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_reader_that_is_killed_once_costs_nothing(tasks, reading, tmp_path, caplog):
+    task = next(task for task in tasks if task.pack[0].address.line <= 24)
+    path = tmp_path / f"{task.pack[0].address.line - 1}.png"
+    pixels = path.read_bytes()
+    expected = read(task, make_encoder(reading.tokenizer), reading)
+    path.unlink()
+    os.mkfifo(path)  # reading it waits
+    with Loader([task], reading, workers=1) as loader:
+        while loader._workers[0].place.value != 0:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        path.unlink()
+        path.write_bytes(pixels)
+        kill_reader(loader, 0, time.monotonic() + 60)
+        _, given = loader.get()
+    assert not given.failed
+    assert given.sample_ids == expected.sample_ids
+    assert (given.batch.tiles == expected.batch.tiles).all()
+    assert "is read again: the reading process ended with exit code -9" in caplog.text
+
+
 def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(loader_module, "SLOW_SAMPLE", 2.0)
     # A named pipe without a writer: opening it never returns.
@@ -88,9 +119,8 @@ def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tm
         os.mkfifo(tmp_path / (f"{line - 1}.png" if line <= 24 else "clip.mp4.fifo"))
     begin = time.monotonic()
     with Loader(tasks[:2], reading, workers=2, stuck_after=8.0) as loader:
-        while loader._workers[1].place.value != 0 and time.monotonic() < begin + 60:
-            time.sleep(0.05)
-        os.kill(loader._workers[1].process.pid, signal.SIGKILL)
+        for _ in range(2):  # a sample is tried a second time
+            kill_reader(loader, 1, begin + 60)
         given = dict(loader)
     assert time.monotonic() - begin < 90
     for number, line, reasons in ((0, stuck, {"stuck"}), (1, dying, {"died", "stuck"})):

@@ -1,8 +1,10 @@
-"""The packs of the benchmark: one document of three lengths, three mixtures, and three packs of trees."""
+"""The packs of the benchmark: one document, three mixtures, each of any size, and three packs of trees."""
 
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -32,14 +34,33 @@ def video_and_short(tokens: int, video: int = 131072, short: int = 200, seed: in
     return [video, *lengths]
 
 
-PACKS = {
-    "one document, 64K": lambda: one(65536),
-    "one document, 128K": lambda: one(131072),
-    "one document, 256K": lambda: one(262144),
-    "32 documents of 4K": lambda: equal(131072),
-    "log-normal, 128K": lambda: log_normal(131072),
-    "video 128K + 200 short": lambda: video_and_short(131072 + 200 * 512),
-}
+def packs(sizes: Sequence[int]) -> dict[str, Callable[[int], list[int]]]:
+    """Lengths of the documents of every pack, by name: each is a function of the divisor of all lengths (1: as named)."""
+
+    def divided(lengths: list[int]) -> Callable[[int], list[int]]:
+        return lambda by: [max(1, n // by) for n in lengths]
+
+    made: dict[str, list[int]] = {}
+    for tokens in sizes:
+        name = text(tokens)
+        made[f"one document, {name}"] = one(tokens)
+        made[f"{tokens // 4096} documents of 4K"] = equal(tokens)
+        made[f"log-normal, {name}"] = log_normal(tokens)
+        made[f"video {name} + 200 short"] = video_and_short(tokens + 200 * 512, video=tokens)
+    return {name: divided(lengths) for name, lengths in made.items()}
+
+
+def parse(size: str) -> int:
+    """65536 from "64K"; raises ValueError for anything else than a multiple of 4096."""
+    found = re.fullmatch(r"(\d+)([KM]?)", size)
+    tokens = int(found[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20}[found[2]] if found else 0
+    if tokens < 4096 or tokens % 4096:
+        raise ValueError(f"size of packs {size!r}: expected a multiple of 4096 tokens, such as 64K, 1M or 65536")
+    return tokens
+
+
+def text(tokens: int) -> str:
+    return f"{tokens >> 20}M" if tokens % (1 << 20) == 0 else f"{tokens >> 10}K"
 
 
 def causal_pairs(lengths: list[int]) -> int:

@@ -1,6 +1,6 @@
 """`eagle train` of the 8B on one and several GPUs: start-up, tokens a second per GPU, memory against the plan, checkpoints.
 
-    python packages/eagle-train/benchmarks/scaling.py [--only CASE ...] [--folder DIR] [--until SECONDS] [--out FILE.json] [--small]
+    python packages/eagle-train/benchmarks/scaling.py [--only CASE ...] [--gpus N] [--until SECONDS] [--out FILE.json] [--small]
 
 Rows are questions about one long video, which is generated, so that every pack is full of frames. Random weights (`preset: 8b`), one pack
 per GPU and step, unless GPUs share a pack:
@@ -13,7 +13,7 @@ per GPU and step, unless GPUs share a pack:
 `start_s` is from the start of the command until the record of the first step is in metrics.jsonl, `first_step_s` what that step took
 (kernels are compiled in it). Rates are of the median of the steps after the second, or of the last step of a shorter run. A checkpoint is
 written in the background after the fourth step: `checkpoint_s` is what the steps after it took longer than the median. `--small`: tiny
-models on two processes of a CPU.
+models on processes of a CPU, two by default.
 """
 
 from __future__ import annotations
@@ -167,13 +167,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES[:4]])
     parser.add_argument("--folder", type=Path, help="where runs are written (default: a temporary folder); 50 GB")
     parser.add_argument("--until", type=float, default=float("inf"), help="no case starts later than so many seconds after the start")
+    parser.add_argument("--gpus", type=int, help="how many are meant by all (default: those of this host; 2 processes with --small)")
     parser.add_argument("--small", action="store_true")
     add_out(parser)
     options = parser.parse_args()
-    gpus = 2 if options.small else torch.cuda.device_count()
+    gpus = options.gpus or (2 if options.small else torch.cuda.device_count())
     if options.folder is not None and not options.folder.is_dir():
         parser.error(f"--folder {options.folder} is not a folder")
-    if gpus == 0:
+    if not options.small and gpus > torch.cuda.device_count() > 0:
+        parser.error(f"--gpus {gpus}: this host has {torch.cuda.device_count()}")
+    if gpus == 0 or not (options.small or torch.cuda.is_available()):
         parser.error("no CUDA device is available; --small runs on a CPU")
     begin = time.monotonic()
     result = Result("eagle-train/scaling", environment(LIBRARIES, gpus=0 if options.small else gpus), METRICS, settings={"gpus": gpus})

@@ -18,11 +18,21 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run.run(run.parse_args(sys.argv[1:] if arguments is None else arguments))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        text, code = ending(rank, failure)
+        text, code = ending(*cause(error))
         if text:
             print(text, file=sys.stderr)
         sys.exit(code)
+
+
+def cause(error: Any) -> tuple[int, Any]:
+    """Rank and failure that the others follow from: one that a signal ended, though not torchrun's own SIGTERM; else the first one.
+
+    Ranks that lost a killed one may have ended by the time torchrun looks.
+    """
+    for rank, failure in error.failures.items():
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            return rank, failure
+    return error.get_first_failure()
 
 
 def ending(rank: int, failure: Any) -> tuple[str, int]:

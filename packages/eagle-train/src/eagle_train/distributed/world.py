@@ -25,7 +25,7 @@ from eagle_model.language.spec import head_dim
 from eagle_train.config import ConfigError, ParallelConfig
 from eagle_train.errors import TrainError
 
-from .failure import leave
+from .failure import is_lost, leave
 from .precision import auto_dtype
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -185,11 +185,14 @@ class World:
         """Leave the process group, if it was made here. In a `finally` clause: the error that is on its way decides which rank reports
         it (`failure.leave`)."""
         error = sys.exc_info()[1]
-        if isinstance(error, Exception) and self.size > 1:
-            leave(self.store, self.rank, error)
+        failed = error if isinstance(error, Exception) and self.size > 1 else None
+        if failed is not None and not is_lost(failed):
+            leave(self.store, self.rank, failed)  # before the others notice
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
             self.owns_group = False
+        if failed is not None and is_lost(failed):  # which can take seconds
+            leave(self.store, self.rank, failed)
 
 
 def _settle() -> None:

@@ -3,7 +3,7 @@
 Each worker is a process with a pipe. It receives the tasks of some packs, publishes which sample it reads, and sends back finished batches.
 The parent (one thread) assigns tasks while the bytes of batches that are requested and not yet used stay below the bound, returns batches
 in the order of the tasks, and measures time: a worker that reads one sample for longer than `stuck_after` is killed, a new one reads the
-pack again without that sample, and the sample goes to the ledger. So does a sample whose decoder ends its process.
+pack again without that sample, and the sample goes to the ledger. So does a sample at which two processes died, one after the other.
 Order and content never depend on timing (except for what a time limit cut).
 """
 
@@ -92,6 +92,8 @@ class _Slot:
     task: Task
     nbytes: int
     skip: dict[int, Entry] = field(default_factory=dict)
+    #: Samples that were being read when a process died.
+    died: set[int] = field(default_factory=set)
     batch: LoadedPack | None = None
 
 
@@ -305,7 +307,11 @@ class Loader:
                 self._restart(worker, "stuck", f"reading took longer than {self._stuck_after:.0f} s")
 
     def _restart(self, worker: _Worker, reason: str, detail: str) -> None:
-        """A new process for one that is gone: its sample is skipped, its pack is read again."""
+        """A new process for one that is gone, which reads its pack again, without the sample that it was at.
+
+        A sample whose process died is tried a second time: a process may be killed whatever it reads (by the system when memory is short),
+        and a run in which that happened has the numbers of one in which it did not.
+        """
         worker.pipe.close()
         place = worker.place.value
         if worker.number is None or place < 0:
@@ -320,8 +326,12 @@ class Loader:
         if place >= 0:
             slot = self._slots[worker.number]
             address = slot.task.pack[place].address
-            logger.warning("%s:%d (of %s) is not used: %s", address.source, address.line, address.annotation, detail)
-            slot.skip[place] = Entry(address.source, address.line, reason, detail, "train")
+            again = reason == "died" and place not in slot.died
+            slot.died.add(place)
+            what = "is read again" if again else "is not used"
+            logger.warning("%s:%d (of %s) %s: %s", address.source, address.line, address.annotation, what, detail)
+            if not again:
+                slot.skip[place] = Entry(address.source, address.line, reason, detail, "train")
         self._send(fresh)
 
 
@@ -365,7 +375,7 @@ def work(pipe: Connection, place: Any, reading: Reading) -> None:
         while True:
             try:
                 task, skip = pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):  # the rank has ended, or was killed
                 return
             batch = read(task, encoder, reading, skip, begins)
             place.value = -1

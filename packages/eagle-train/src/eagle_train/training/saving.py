@@ -105,7 +105,7 @@ def _map(value: Any, place: _Place, of_tensor: Callable[[_Place, torch.Tensor], 
 
 class Saver:
     """Writes the checkpoints of a run under `folder` and applies its keep rule; `save` and `wait` are collectives of all
-    ranks.
+    ranks, and so is making one.
 
     background: False writes each checkpoint before `save` returns, without a copy in host memory.
     """
@@ -114,8 +114,9 @@ class Saver:
         self.folder, self.world, self.keep, self.background = folder, world, keep, background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="eagle-checkpoint")
         self._copies = HostCopies(pinned=world.device.type == "cuda")
-        #: The group of the writing thread, so that its collectives never meet those of training.
-        self._group: Any = None
+        #: The group of the writing thread, so that its collectives never meet those of training. It is made here and not when it is
+        #: needed: gloo makes a group together, and where a rank is killed meanwhile the others wait for it, until the launcher ends them.
+        self._group = _new_group() if background and world.size > 1 else None
         self._running: tuple[Progress, Future[None]] | None = None
 
     @property
@@ -144,7 +145,7 @@ class Saver:
                     state,
                     checkpoint_id=str(temporary),
                     async_stager=cast(Any, self._copies),  # the protocol has a private attribute
-                    process_group=self._own_group(),
+                    process_group=self._group,
                     no_dist=self.world.size == 1,
                 )
             else:
@@ -186,11 +187,10 @@ class Saver:
                 checkpoint.discard(self.folder, progress)
             raise
 
-    def _own_group(self) -> Any:
-        import torch.distributed as dist
 
-        from eagle_train.distributed.world import TIMEOUT
+def _new_group() -> Any:
+    import torch.distributed as dist
 
-        if self._group is None and self.world.size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        return self._group
+    from eagle_train.distributed.world import TIMEOUT
+
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)

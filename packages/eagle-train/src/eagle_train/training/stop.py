@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from eagle_train.distributed.failure import launcher_reports
+
 from . import checkpoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -101,11 +103,20 @@ class StopSignals:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-            if self._deferred:
-                self._write_line("stopping: the running step is finished and a checkpoint is written; Ctrl-C again ends the run at once")
+            if self._deferred and signum == signal.SIGTERM and launcher_reports():
+                # torchrun also ends the ranks that lost another one, which then leave before this is said.
+                announce = threading.Timer(REPEATED, self._announce)
+                announce.daemon = True
+                announce.start()
+            else:
+                self._announce()
         elif signum == signal.SIGINT and now - self._first > REPEATED:
             self._write_line(f"ended at once; {self.describe()}")
             os._exit(128 + signum)
+
+    def _announce(self) -> None:
+        if self._deferred:
+            self._write_line("stopping: the running step is finished and a checkpoint is written; Ctrl-C again ends the run at once")
 
     def _write_line(self, text: str) -> None:
         if not self.quiet:
