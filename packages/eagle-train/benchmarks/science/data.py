@@ -7,7 +7,7 @@ Sources by experiment (JSONL files next to the folder of media):
 - text: `notes` (a text with a code in it, then a video), once whole and once cut for a fixed number of frames, and `codes` (a short text
   alone); `code_*`, `card_*` are held out.
 - images: `tiles` (four single tiles), `large` (one image of four aspects), once as they are and once in the size of InternVL's grid;
-  `several` (two to four of them in a row).
+  `several` (one or two of them with a smaller letter; `one_test` and `two_test` are held out).
 - answers: `short` and `long`, the same clips with a short and a long answer.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from clips import DESCRIBE, SECOND, Batch, Clip, read_clips, row, test_row, training_row, turns, write_clips
-from letters import ASPECTS, HEIGHTS, LARGE, QUESTION, Picture, answer, draw, draw_tile, for_internvl, save, size_of
+from letters import ASPECTS, HEIGHTS, LARGE, QUESTION, SMALL_HEIGHTS, Picture, answer, draw, draw_tile, for_internvl, save, size_of
 from vocabulary import make_tokenizer
 
 SHORTEST = (4, 8)
@@ -35,8 +35,8 @@ CODE = "What is the code?"
 TEXT_WORDS = (10, 330)
 TEXT_STRATA = {"short_text": (10, 60), "long_text": (280, 330)}
 """Words of the texts next to a video, in training and held out."""
-FIXED_FRAMES, FIXED_WORDS = 24, 160
-"""Of the arm with fixed frames: frames of a video, and words of text that fit next to them in 512 tokens."""
+FIXED_WORDS = 160
+"""Of the arm with fixed frames: words of text that fit next to them (24 frames in 512 tokens, or 30 in 640)."""
 
 
 class Amounts(NamedTuple):
@@ -46,11 +46,11 @@ class Amounts(NamedTuple):
     notes: int = 3000
     tiles: int = 48_000
     pictures: int = 8000
-    several: int = 2400
+    several: int = 4000
     test: int = 60
 
 
-SMALL = Amounts((12, 12, 12, 8, 8, 4, 4, 4), 8, 32, 16, 8, 4)
+FEW = Amounts((12, 12, 12, 8, 8, 4, 4, 4), 8, 32, 16, 8, 4)
 
 
 def make(root: Path, amounts: Amounts, processes: int) -> None:
@@ -192,8 +192,9 @@ def _picture_sets(amounts: Amounts) -> dict[str, int]:
         "tiles_test": 4 * amounts.test,
         "large": amounts.pictures,
         "large_test": 4 * amounts.test,
-        "several": 4 * amounts.several,
-        "several_test": 8 * amounts.test,
+        "several": 2 * amounts.several,
+        "one_test": 2 * amounts.test,
+        "two_test": 4 * amounts.test,
     }
 
 
@@ -210,7 +211,8 @@ def _pictures(root: Path, name: str, part: int, count: int) -> list[Picture]:
         if name.startswith("tiles"):
             image, letter = draw_tile(rng)
         else:
-            image, letter = draw(*size_of(list(ASPECTS.values())[number % len(ASPECTS)], LARGE), HEIGHTS, rng)
+            heights = HEIGHTS if name.startswith("large") else SMALL_HEIGHTS
+            image, letter = draw(*size_of(list(ASPECTS.values())[number % len(ASPECTS)], LARGE), heights, rng)
         save(image, root / path)
         if name.startswith("large"):
             save(for_internvl(image, MAX_TILES), root / internvl_path(path))
@@ -231,9 +233,12 @@ def _image_rows(drawn: dict[str, list[Picture]], amounts: Amounts) -> dict[str, 
         rows["large" + suffix] = [_picture_row([one]) for one in moved["large"]]
         for index, aspect in enumerate(ASPECTS):
             rows[f"letters_{aspect}{suffix}"] = [_picture_row([one]) for one in moved["large_test"][index :: len(ASPECTS)]]
-    for name in ("several", "several_test"):
-        groups = [drawn[name][at : at + 4] for at in range(0, len(drawn[name]), 4)]
-        rows[name] = [_picture_row([four[index] for index in rng.permutation(4)[: int(rng.integers(2, 5))]]) for four in groups]
+    several = [drawn["several"][number] for number in rng.permutation(len(drawn["several"]))]
+    pairs = [several[at : at + 2] for at in range(0, len(several), 2)]
+    rows["several"] = [_picture_row(pair[: 1 + number % 2]) for number, pair in enumerate(pairs)]
+    rows["one_test"] = [_picture_row([one]) for one in drawn["one_test"]]
+    two = [drawn["two_test"][number] for number in rng.permutation(len(drawn["two_test"]))]
+    rows["two_test"] = [_picture_row(two[at : at + 2]) for at in range(0, len(two), 2)]
     return rows
 
 
