@@ -49,6 +49,11 @@ class Amounts(NamedTuple):
     several: int = 4000
     test: int = 60
 
+    def only(self, clips: bool, images: bool) -> Amounts:
+        """Few of what is not needed."""
+        some = self if clips else self._replace(clips=FEW.clips, notes=FEW.notes)
+        return some if images else some._replace(tiles=FEW.tiles, pictures=FEW.pictures, several=FEW.several)
+
 
 FEW = Amounts((12, 12, 12, 8, 8, 4, 4, 4), 8, 32, 16, 8, 4)
 

@@ -16,6 +16,9 @@ from sizes import Budget, Size
 
 FRAMES = (16, 32, 64, 128, 256, 512)
 
+IMAGE_EXPERIMENTS = frozenset({"tiling", "fill"})
+"""The others are about videos."""
+
 
 class Run(NamedTuple):
     """One training and its evaluation.
@@ -94,13 +97,9 @@ def _same(*names: str) -> dict[str, str]:
 
 
 def all_runs(root: Path, seeds: tuple[int, ...], size: Size, scale: float = 1.0) -> list[Run]:
-    """Every run in the order in which they start: bases first, then seed by seed. scale: multiplies steps."""
+    """Every run in the order in which they start: bases first, then the experiments, the longest first. scale: multiplies steps."""
     settings = [Setting(root, seed, size, scale) for seed in seeds]
-    runs = [run for setting in settings for run in _base(setting)]
-    for setting in settings:
-        for experiment in (_video, _text, _weighting, _tiling, _fill):
-            runs += experiment(setting)
-    return runs
+    return [run for experiment in (_base, _video, _text, _fill, _weighting, _tiling) for setting in settings for run in experiment(setting)]
 
 
 def _base(of: Setting) -> list[Run]:

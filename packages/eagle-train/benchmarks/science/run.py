@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import FEW, Amounts, make
-from experiments import Run, all_runs
+from experiments import IMAGE_EXPERIMENTS, Run, all_runs
 from report import join, plot, table
 from sizes import SIZES, Size, trial
 
@@ -56,6 +56,18 @@ class Options(NamedTuple):
     def runs(self) -> Path:
         """Folder of the runs."""
         return self.work / "runs"
+
+    @property
+    def data(self) -> Path:
+        """Folder of the data: with --only, of a kind of media when no other is needed."""
+        return self.work / "-".join(["data", *(self.media if len(self.media) == 1 else ())])
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The kinds of media that are needed."""
+        images = set(self.only) & IMAGE_EXPERIMENTS if self.only else {"all"}
+        clips = set(self.only) - IMAGE_EXPERIMENTS if self.only else {"all"}
+        return (*(["clips"] if clips else []), *(["images"] if images else []))
 
     @property
     def models(self) -> Size:
@@ -107,7 +119,7 @@ def main() -> None:
 
 def chosen(options: Options) -> list[Run]:
     """The runs that the options ask for, with the bases that they need, in the order in which they start."""
-    runs = all_runs(options.work / "data", tuple(range(options.seeds)), options.models, options.scale)
+    runs = all_runs(options.data, tuple(range(options.seeds)), options.models, options.scale)
     if options.only:
         wanted = [run for run in runs if run.experiment in options.only]
         needed = {run.name for run in wanted} | {run.after for run in wanted}
@@ -121,12 +133,10 @@ def everything(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     options.runs.mkdir(parents=True, exist_ok=True)
     os.environ.update(ENVIRONMENT)
-    if options.models.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no GPU is looked for
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what it has started
-    data = options.work / "data"
-    if not data.exists():
-        make(data, FEW if options.trial else Amounts(), options.parallel)
+    if not options.data.exists():
+        amounts = FEW if options.trial else Amounts().only("clips" in options.media, "images" in options.media)
+        make(options.data, amounts, max(options.parallel, len(os.sched_getaffinity(0))))
     print(f"[{time.time() - begin:5.1f} s] data are made", flush=True)
     runs = chosen(options)
     # One process for every set of sources that is measured: runs that read the same rows find what was measured.
@@ -170,6 +180,14 @@ def machine(device: str) -> str:
     return ", ".join([*card, platform.machine(), f"{os.cpu_count()} cores", f"torch {version}"])
 
 
+def gpus() -> list[str]:
+    """Of this process, as CUDA_VISIBLE_DEVICES names them."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return given.split(",")
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
+
+
 def about(run: Run) -> dict[str, Any]:
     """Which run it is."""
     return {"experiment": run.experiment, "arm": run.arm, "seed": run.seed}
@@ -192,6 +210,8 @@ class Queue:
         self.waiting = [run for run in runs if run.name not in found]
         self.machine = machine(options.models.device)
         self.running: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
+        self.gpus = gpus() if options.models.device == "cuda" else [""]
+        self.places: dict[str, str] = {}  # of running and ended runs: their GPU
 
     def go(self) -> None:
         """Until every run ended or the time is up."""
@@ -220,8 +240,11 @@ class Queue:
         command = [sys.executable, __file__, "--out", str(options.out), "--work", str(options.work), "--one", run.name]
         command += ["--size", options.size, "--seeds", str(options.seeds), "--scale", str(options.scale)]
         command += ["--trial"] if options.trial else []
+        busy = [self.places[name] for name in self.running]
+        self.places[run.name] = min(self.gpus, key=busy.count)
         with open(options.runs / f"{run.name}.log", "wb") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": self.places[run.name]}
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
     def _found(self, run: Run) -> dict[str, Any] | None:
         """The result that a process has written about exactly this run."""
