@@ -239,7 +239,7 @@ class Queue:
         options = self.options
         command = [sys.executable, __file__, "--out", str(options.out), "--work", str(options.work), "--one", run.name]
         command += ["--size", options.size, "--seeds", str(options.seeds), "--scale", str(options.scale)]
-        command += ["--trial"] if options.trial else []
+        command += ["--only", ",".join(options.only), *(["--trial"] if options.trial else [])]
         busy = [self.places[name] for name in self.running]
         self.places[run.name] = min(self.gpus, key=busy.count)
         with open(options.runs / f"{run.name}.log", "wb") as log:
