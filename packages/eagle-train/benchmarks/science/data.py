@@ -7,7 +7,7 @@ Sources by experiment (JSONL files next to the folder of media):
 - text: `notes` (a text with a code in it, then a video), once whole and once cut for a fixed number of frames, and `codes` (a short text
   alone); `code_*`, `card_*` are held out.
 - images: `tiles` (four single tiles), `large` (one image of four aspects), once as they are and once in the size of InternVL's grid;
-  `several` (one or two of them with a smaller letter; `one_test` and `two_test` are held out).
+  `several` (three of them in a row).
 - answers: `short` and `long`, the same clips with a short and a long answer.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from clips import DESCRIBE, SECOND, Batch, Clip, read_clips, row, test_row, training_row, turns, write_clips
-from letters import ASPECTS, HEIGHTS, LARGE, QUESTION, SMALL_HEIGHTS, Picture, answer, draw, draw_tile, for_internvl, save, size_of
+from letters import ASPECTS, HEIGHTS, LARGE, QUESTION, Picture, answer, draw, draw_tile, for_internvl, save, size_of
 from vocabulary import make_tokenizer
 
 SHORTEST = (4, 8)
@@ -197,9 +197,8 @@ def _picture_sets(amounts: Amounts) -> dict[str, int]:
         "tiles_test": 4 * amounts.test,
         "large": amounts.pictures,
         "large_test": 4 * amounts.test,
-        "several": 2 * amounts.several,
-        "one_test": 2 * amounts.test,
-        "two_test": 4 * amounts.test,
+        "several": 3 * amounts.several,
+        "several_test": 6 * amounts.test,
     }
 
 
@@ -216,8 +215,7 @@ def _pictures(root: Path, name: str, part: int, count: int) -> list[Picture]:
         if name.startswith("tiles"):
             image, letter = draw_tile(rng)
         else:
-            heights = HEIGHTS if name.startswith("large") else SMALL_HEIGHTS
-            image, letter = draw(*size_of(list(ASPECTS.values())[number % len(ASPECTS)], LARGE), heights, rng)
+            image, letter = draw(*size_of(list(ASPECTS.values())[number % len(ASPECTS)], LARGE), HEIGHTS, rng)
         save(image, root / path)
         if name.startswith("large"):
             save(for_internvl(image, MAX_TILES), root / internvl_path(path))
@@ -238,12 +236,9 @@ def _image_rows(drawn: dict[str, list[Picture]], amounts: Amounts) -> dict[str, 
         rows["large" + suffix] = [_picture_row([one]) for one in moved["large"]]
         for index, aspect in enumerate(ASPECTS):
             rows[f"letters_{aspect}{suffix}"] = [_picture_row([one]) for one in moved["large_test"][index :: len(ASPECTS)]]
-    several = [drawn["several"][number] for number in rng.permutation(len(drawn["several"]))]
-    pairs = [several[at : at + 2] for at in range(0, len(several), 2)]
-    rows["several"] = [_picture_row(pair[: 1 + number % 2]) for number, pair in enumerate(pairs)]
-    rows["one_test"] = [_picture_row([one]) for one in drawn["one_test"]]
-    two = [drawn["two_test"][number] for number in rng.permutation(len(drawn["two_test"]))]
-    rows["two_test"] = [_picture_row(two[at : at + 2]) for at in range(0, len(two), 2)]
+    for name in ("several", "several_test"):
+        mixed = [drawn[name][index] for index in rng.permutation(len(drawn[name]))]  # any aspects next to each other
+        rows[name] = [_picture_row(mixed[at : at + 3]) for at in range(0, len(mixed), 3)]
     return rows
 
 

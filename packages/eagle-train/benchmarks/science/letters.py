@@ -28,8 +28,6 @@ LARGE = 45.0
 """Area of a large image in tiles."""
 HEIGHTS = (10.0, 20.0)
 """Height of a letter in pixels of the large image, which either rule reduces to 0.34 to 0.67 of its size."""
-SMALL_HEIGHTS = (7.0, 14.0)
-"""The same where a context may have room for more tiles than an image gets at most, which reduce it less."""
 TILE_HEIGHTS, REDUCED = (14.0, 26.0), (0.33, 0.75)
 """Of single tiles: height of a letter, and to how much of its size either side is reduced then. Few are too small to be read."""
 

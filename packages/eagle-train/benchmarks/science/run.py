@@ -122,7 +122,10 @@ def chosen(options: Options) -> list[Run]:
     runs = all_runs(options.data, tuple(range(options.seeds)), options.models, options.scale)
     if options.only:
         wanted = [run for run in runs if run.experiment in options.only]
-        needed = {run.name for run in wanted} | {run.after for run in wanted}
+        needed = {run.name for run in wanted}
+        for run in reversed(runs):  # what they start from comes before them
+            if run.name in needed and run.after is not None:
+                needed.add(run.after)
         runs = [run for run in runs if run.name in needed]
     return [run._replace(frames=run.frames[::5]) for run in runs] if options.trial else runs
 
@@ -161,10 +164,12 @@ def one_process(options: Options, name: str) -> None:
     """The process of one run: its result, or the reason why there is none, as JSON."""
     from single import run_one, write_result
 
-    run = next(run for run in chosen(options) if run.name == name)
+    runs = chosen(options)
+    run = next(run for run in runs if run.name == name)
+    exported = any(other.after == name for other in runs)
     shutil.rmtree(options.runs / name, ignore_errors=True)  # of a run that was stopped
     try:
-        result = run_one(run, options.runs, options.models.device)
+        result = run_one(run, options.runs, options.models.device, exported)
     except BaseException:
         traceback.print_exc()
         result = about(run) | {"failed": traceback.format_exc()[-2000:]}

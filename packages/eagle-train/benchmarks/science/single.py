@@ -13,8 +13,8 @@ from typing import Any
 from experiments import Run
 
 
-def run_one(run: Run, folder: Path, device: str) -> dict[str, Any]:
-    """Train and evaluate, with one CPU thread; the model is exported to `folder/NAME/model` when others start from it."""
+def run_one(run: Run, folder: Path, device: str, exported: bool) -> dict[str, Any]:
+    """Train and evaluate, with one CPU thread. exported: the model is written to `folder/NAME/model`, for runs that start from it."""
     begin = time.time()
     import torch
 
@@ -49,7 +49,7 @@ def run_one(run: Run, folder: Path, device: str) -> dict[str, Any]:
     once = [name for name in config.data.eval_sources if name not in run.swept]
     points = [Point(None, None, evaluate(once, None)), *(Point(frames, None, evaluate(run.swept, frames)) for frames in run.frames)]
     evaluated = time.time() - started - seconds
-    if run.experiment == "base":
+    if exported:
         export(config, folder / run.name / "model", dtype="float32")
     shutil.rmtree(trainer.checkpoints)  # several gigabytes in all
     steps = [record for record in records if "loss" in record and "step" in record]
