@@ -266,12 +266,17 @@ class Queue:
             self.results.append(result)
             ok = "failed" not in result
             (self.done if ok else self.failed).add(run.name)
-            if not ok:  # runs that would start from it can't
-                for other in [other for other in self.waiting if other.after == run.name]:
-                    self.waiting.remove(other)
-                    self.results.append(about(other) | {"failed": f"{run.name} failed"})
+            if not ok:
+                self._drop_those_after(run.name)
             print(f"[{time.time() - self.begin:5.1f} s] {run.name}: {summary(result)}", flush=True)
             self._write()
+
+    def _drop_those_after(self, name: str) -> None:
+        """Runs that would start from a run that failed can't."""
+        for other in [other for other in self.waiting if other.after == name]:
+            self.waiting.remove(other)
+            self.results.append(about(other) | {"failed": f"{name} failed"})
+            self._drop_those_after(other.name)
 
     def _give_up(self) -> None:
         for run, process in self.running.values():
