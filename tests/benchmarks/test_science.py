@@ -183,9 +183,26 @@ def test_the_driver_continues_and_names_what_is_missing(science, tmp_path, monke
     capsys.readouterr()
 
 
+def test_runs_are_spread_over_the_gpus(science, tmp_path, monkeypatch):
+    run = science("run")
+    options = run.Options(tmp_path, tmp_path / "work", 3, 1e9, 2, 1.0, (), "large", False)
+    options.runs.mkdir(parents=True)
+    monkeypatch.setattr(run, "machine", lambda device: device)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    started = []
+    monkeypatch.setattr(run.subprocess, "Popen", lambda command, **given: started.append((command, given["env"]["CUDA_VISIBLE_DEVICES"])))
+    queue = run.Queue(run.chosen(options), options, 0.0)
+    queue._start()
+    assert [gpu for _, gpu in started] == ["1", "3", "1"]
+    assert all(command[command.index("--size") + 1] == "large" for command, _ in started)
+    del queue.running["base-video-0"], queue.running["base-video-1"]  # on GPU 1
+    queue._start()
+    assert [gpu for _, gpu in started[3:]] == ["1"]  # the last base
+
+
 def test_a_run_whose_base_failed_is_named(science, tmp_path, monkeypatch, capsys):
     run = science("run")
-    options = run.Options(tmp_path, tmp_path / "work", 2, 1e9, 1, 1.0, ("tiling",), "small", False)
+    options = run.Options(tmp_path, tmp_path / "work", 2, 1e9, 1, 1.0, ("fill",), "small", False)
     options.runs.mkdir(parents=True)
 
     class Ended:
@@ -201,6 +218,7 @@ def test_a_run_whose_base_failed_is_named(science, tmp_path, monkeypatch, capsys
     assert failed == {
         ("base", "letters"): "exit status 3",
         ("tiling", "iap"): "base-letters-0 failed",
-        ("tiling", "internvl"): "base-letters-0 failed",
+        ("fill", "ads"): "tiling-iap-0 failed",
+        ("fill", "ads-fill"): "tiling-iap-0 failed",
     }
     assert "FAILED: exit status 3" in capsys.readouterr().out
