@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "packages" / "eagle-train" / "benchmarks" / "science"
-NAMES = ("vocabulary", "letters", "clips", "data", "experiments", "report", "single", "run", "evidence")
+NAMES = ("vocabulary", "letters", "clips", "data", "sizes", "experiments", "report", "single", "run", "evidence")
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def science(monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.fixture
-def runs(science):
-    return science("experiments").all_runs(Path("data"), (0, 1), 1.0)
+@pytest.fixture(params=["small", "large"])
+def runs(science, request):
+    return science("experiments").all_runs(Path("data"), (0, 1), science("sizes").SIZES[request.param])
 
 
 def tokens(run) -> int:
@@ -90,13 +90,29 @@ def test_iap_gives_a_picture_in_the_size_of_a_grid_that_grid(science):
         assert tuple(select_grid(*reduced.size, max_tiles=12, tile_size=letters.TILE)) == grid
 
 
-def test_frames_cost_ten_tokens(science, tmp_path):
+@pytest.mark.parametrize(("size", "tokens"), [("small", 1), ("large", 4)])
+def test_the_words_around_a_frame_are_nine_tokens_and_the_longest_context_has_512_frames(science, tmp_path, size, tokens):
     from eagle_model.prompt.costs import PromptCosts
 
     tokenizer = science("vocabulary").make_tokenizer(["What is on the card?", "red, green"], tmp_path / "tokenizer")
     costs = PromptCosts(tokenizer)
-    assert costs.frames_tokens([0.0, 63.75, 127.75], 1) == 30
+    assert costs.frames_tokens([0.0, 63.75, 127.75], tokens) == 3 * (9 + tokens)
+    size = science("sizes").SIZES[size]
+    assert (science("letters").TILE // size.frame_patch // 2) ** 2 == tokens
+    assert costs.frames_tokens([number / 4 for number in range(512)], tokens) + 100 < size.video.tokens == size.contexts[-1]
     assert costs.digits_alike  # frames are planned exactly
+
+
+def test_large_models_have_more_than_50_million_parameters(science, tmp_path):
+    from eagle_train.config import parse_config
+    from eagle_train.training.build import empty_model
+    from eagle_train.training.model import load_run_tokenizer
+
+    science("vocabulary").make_tokenizer(["What is on the card?", "red, green"], tmp_path / "tokenizer")
+    for run in science("experiments").all_runs(tmp_path, (0,), science("sizes").LARGE)[:2]:
+        config = parse_config(run.config)
+        model = empty_model(config, load_run_tokenizer(config), weights=False).model
+        assert 50e6 < sum(parameter.numel() for parameter in model.parameters()) < 60e6
 
 
 def point(accuracy):
@@ -148,8 +164,9 @@ def test_evidence_is_given_if_a_frame_of_every_card_is_read(science, times, star
 
 def test_the_driver_continues_and_names_what_is_missing(science, tmp_path, monkeypatch, capsys):
     run = science("run")
-    options = run.Options(tmp_path, tmp_path / "work", 2, 1e9, 1, 1.0, (), False)
+    options = run.Options(tmp_path, tmp_path / "work", 2, 1e9, 1, 1.0, (), "small", False)
     options.runs.mkdir(parents=True)
+    monkeypatch.setattr(run, "machine", lambda device: device)
     monkeypatch.setattr(run.Queue, "_process", lambda self, one: pytest.fail(f"{one.name} was started"))
     every = run.chosen(options)
     made = {one.name: run.about(one) | run_result(0, 0.5) | run.about(one) for one in every}
@@ -166,9 +183,26 @@ def test_the_driver_continues_and_names_what_is_missing(science, tmp_path, monke
     capsys.readouterr()
 
 
+def test_runs_are_spread_over_the_gpus(science, tmp_path, monkeypatch):
+    run = science("run")
+    options = run.Options(tmp_path, tmp_path / "work", 3, 1e9, 2, 1.0, (), "large", False)
+    options.runs.mkdir(parents=True)
+    monkeypatch.setattr(run, "machine", lambda device: device)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    started = []
+    monkeypatch.setattr(run.subprocess, "Popen", lambda command, **given: started.append((command, given["env"]["CUDA_VISIBLE_DEVICES"])))
+    queue = run.Queue(run.chosen(options), options, 0.0)
+    queue._start()
+    assert [gpu for _, gpu in started] == ["1", "3", "1"]
+    assert all(command[command.index("--size") + 1] == "large" for command, _ in started)
+    del queue.running["base-video-0"], queue.running["base-video-1"]  # on GPU 1
+    queue._start()
+    assert [gpu for _, gpu in started[3:]] == ["1"]  # the last base
+
+
 def test_a_run_whose_base_failed_is_named(science, tmp_path, monkeypatch, capsys):
     run = science("run")
-    options = run.Options(tmp_path, tmp_path / "work", 2, 1e9, 1, 1.0, ("tiling",), False)
+    options = run.Options(tmp_path, tmp_path / "work", 2, 1e9, 1, 1.0, ("fill",), "small", False)
     options.runs.mkdir(parents=True)
 
     class Ended:
@@ -177,12 +211,14 @@ def test_a_run_whose_base_failed_is_named(science, tmp_path, monkeypatch, capsys
         def poll(self):
             return 3
 
+    monkeypatch.setattr(run, "machine", lambda device: device)
     monkeypatch.setattr(run.Queue, "_process", lambda self, one: Ended())
     run.Queue(run.chosen(options), options, 0.0).go()
     failed = {(one["experiment"], one["arm"]): one["failed"] for one in json.loads((tmp_path / "science.json").read_text())["runs"]}
     assert failed == {
         ("base", "letters"): "exit status 3",
         ("tiling", "iap"): "base-letters-0 failed",
-        ("tiling", "internvl"): "base-letters-0 failed",
+        ("fill", "ads"): "tiling-iap-0 failed",
+        ("fill", "ads-fill"): "tiling-iap-0 failed",
     }
     assert "FAILED: exit status 3" in capsys.readouterr().out

@@ -7,7 +7,7 @@ Sources by experiment (JSONL files next to the folder of media):
 - text: `notes` (a text with a code in it, then a video), once whole and once cut for a fixed number of frames, and `codes` (a short text
   alone); `code_*`, `card_*` are held out.
 - images: `tiles` (four single tiles), `large` (one image of four aspects), once as they are and once in the size of InternVL's grid;
-  `several` (two to four of them in a row).
+  `several` (three of them in a row).
 - answers: `short` and `long`, the same clips with a short and a long answer.
 """
 
@@ -35,8 +35,8 @@ CODE = "What is the code?"
 TEXT_WORDS = (10, 330)
 TEXT_STRATA = {"short_text": (10, 60), "long_text": (280, 330)}
 """Words of the texts next to a video, in training and held out."""
-FIXED_FRAMES, FIXED_WORDS = 24, 160
-"""Of the arm with fixed frames: frames of a video, and words of text that fit next to them in 512 tokens."""
+FIXED_WORDS = 160
+"""Of the arm with fixed frames: words of text that fit next to them (24 frames in 512 tokens, or 30 in 640)."""
 
 
 class Amounts(NamedTuple):
@@ -46,11 +46,16 @@ class Amounts(NamedTuple):
     notes: int = 3000
     tiles: int = 48_000
     pictures: int = 8000
-    several: int = 2400
+    several: int = 4000
     test: int = 60
 
+    def only(self, clips: bool, images: bool) -> Amounts:
+        """Few of what is not needed."""
+        some = self if clips else self._replace(clips=FEW.clips, notes=FEW.notes)
+        return some if images else some._replace(tiles=FEW.tiles, pictures=FEW.pictures, several=FEW.several)
 
-SMALL = Amounts((12, 12, 12, 8, 8, 4, 4, 4), 8, 32, 16, 8, 4)
+
+FEW = Amounts((12, 12, 12, 8, 8, 4, 4, 4), 8, 32, 16, 8, 4)
 
 
 def make(root: Path, amounts: Amounts, processes: int) -> None:
@@ -192,8 +197,8 @@ def _picture_sets(amounts: Amounts) -> dict[str, int]:
         "tiles_test": 4 * amounts.test,
         "large": amounts.pictures,
         "large_test": 4 * amounts.test,
-        "several": 4 * amounts.several,
-        "several_test": 8 * amounts.test,
+        "several": 3 * amounts.several,
+        "several_test": 6 * amounts.test,
     }
 
 
@@ -232,8 +237,8 @@ def _image_rows(drawn: dict[str, list[Picture]], amounts: Amounts) -> dict[str, 
         for index, aspect in enumerate(ASPECTS):
             rows[f"letters_{aspect}{suffix}"] = [_picture_row([one]) for one in moved["large_test"][index :: len(ASPECTS)]]
     for name in ("several", "several_test"):
-        groups = [drawn[name][at : at + 4] for at in range(0, len(drawn[name]), 4)]
-        rows[name] = [_picture_row([four[index] for index in rng.permutation(4)[: int(rng.integers(2, 5))]]) for four in groups]
+        mixed = [drawn[name][index] for index in rng.permutation(len(drawn[name]))]  # any aspects next to each other
+        rows[name] = [_picture_row(mixed[at : at + 3]) for at in range(0, len(mixed), 3)]
     return rows
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from clips import FPS
 from data import CODE, Amounts, batches_of
 from experiments import Run, all_runs
+from sizes import SIZES
 
 ARMS = ("video-longest-0", "text-ads-0", "text-fixed-0")
 Cards = tuple[Sequence[int], int]
@@ -27,10 +28,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="Folder of data and runs of run.py.")
-    root = parser.parse_args().work.absolute() / "data"
+    parser.add_argument("--size", choices=SIZES, default="small", help="As given to run.py.")
+    given = parser.parse_args()
+    root = given.work.absolute() / "data"
     cards = cards_of(root)
     print("| arm | source | most frames | frames | evidence is given |\n|---|---|---|---|---|")
-    for run in all_runs(root, (0,), 1.0):
+    for run in all_runs(root, (0,), SIZES[given.size]):
         if run.name in ARMS:
             for line in lines(run, cards):
                 print(f"| {run.experiment} {run.arm} | {line}", flush=True)

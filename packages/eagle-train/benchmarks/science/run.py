@@ -1,8 +1,10 @@
-"""What long context buys, in small models: trains and evaluates every arm of `experiments.py`, each on one CPU thread.
+"""What long context buys, in models of 55 M parameters on a GPU, or of 0.4 M on CPU threads: trains and evaluates every arm of
+`experiments.py`, each in a process of its own.
 
     python run.py --out results                          # data, then all runs, as many at a time as there are cores
+    python run.py --out results --size large --parallel 10
     python run.py --out results --deadline 480           # what has not ended by then is stopped; the same command again continues
-    python run.py --out results --small                  # every kind of arm for a few steps
+    python run.py --out results --trial                  # every kind of arm for a few steps, with a smaller model, on a CPU
     python run.py --out results --only video --seeds 1
     python run.py --join a.json b.json --out both        # one result; of runs that several have, the first that ended counts
     python run.py --plot results/science.json            # Markdown and plots of a result
@@ -28,13 +30,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data import SMALL, Amounts, make
-from experiments import Run, all_runs
+from data import FEW, Amounts, make
+from experiments import IMAGE_EXPERIMENTS, Run, all_runs
 from report import join, plot, table
+from sizes import SIZES, Size, trial
 
-# One thread a process; no GPU is looked for.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-ENVIRONMENT = THREADS | {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = THREADS | {"TOKENIZERS_PARALLELISM": "false"}
 
 
 class Options(NamedTuple):
@@ -47,12 +49,30 @@ class Options(NamedTuple):
     seeds: int
     scale: float
     only: tuple[str, ...]
-    small: bool
+    size: str
+    trial: bool
 
     @property
     def runs(self) -> Path:
         """Folder of the runs."""
         return self.work / "runs"
+
+    @property
+    def data(self) -> Path:
+        """Folder of the data: with --only, of a kind of media when no other is needed."""
+        return self.work / "-".join(["data", *(self.media if len(self.media) == 1 else ())])
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The kinds of media that are needed."""
+        images = set(self.only) & IMAGE_EXPERIMENTS if self.only else {"all"}
+        clips = set(self.only) - IMAGE_EXPERIMENTS if self.only else {"all"}
+        return (*(["clips"] if clips else []), *(["images"] if images else []))
+
+    @property
+    def models(self) -> Size:
+        """The models, and how they are trained."""
+        return trial(SIZES[self.size]) if self.trial else SIZES[self.size]
 
 
 def main() -> None:
@@ -65,7 +85,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="Seeds of every arm.")
     parser.add_argument("--scale", type=float, default=1.0, help="Multiplies the steps of every run.")
     parser.add_argument("--only", default="", help="Experiments, separated by commas; bases that they start from are added.")
-    parser.add_argument("--small", action="store_true", help="Little data, three steps a stage, one seed.")
+    parser.add_argument("--size", choices=SIZES, default="small", help="small: on CPU threads; large: on a GPU.")
+    parser.add_argument("--trial", action="store_true", help="Little data, three steps a stage, one seed, a smaller model, no GPU.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--join", type=Path, nargs="+", help="Write these results as one to --out, and nothing else.")
     parser.add_argument("--plot", type=Path, help="Write Markdown and plots next to this result, and nothing else.")
@@ -84,10 +105,11 @@ def main() -> None:
         (given.work or out / "work").absolute(),
         given.parallel,
         given.deadline,
-        1 if given.small else given.seeds,
-        0.0 if given.small else given.scale,
+        1 if given.trial else given.seeds,
+        0.0 if given.trial else given.scale,
         tuple(filter(None, given.only.split(","))),
-        given.small,
+        given.size,
+        given.trial,
     )
     if given.one is not None:
         one_process(options, given.one)
@@ -97,12 +119,15 @@ def main() -> None:
 
 def chosen(options: Options) -> list[Run]:
     """The runs that the options ask for, with the bases that they need, in the order in which they start."""
-    runs = all_runs(options.work / "data", tuple(range(options.seeds)), options.scale)
+    runs = all_runs(options.data, tuple(range(options.seeds)), options.models, options.scale)
     if options.only:
         wanted = [run for run in runs if run.experiment in options.only]
-        needed = {run.name for run in wanted} | {run.after for run in wanted}
+        needed = {run.name for run in wanted}
+        for run in reversed(runs):  # what they start from comes before them
+            if run.name in needed and run.after is not None:
+                needed.add(run.after)
         runs = [run for run in runs if run.name in needed]
-    return [run._replace(frames=run.frames[::5]) for run in runs] if options.small else runs
+    return [run._replace(frames=run.frames[::5]) for run in runs] if options.trial else runs
 
 
 def everything(options: Options) -> None:
@@ -112,22 +137,20 @@ def everything(options: Options) -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     os.environ.update(ENVIRONMENT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what it has started
-    data = options.work / "data"
-    if not data.exists():
-        make(data, SMALL if options.small else Amounts(), options.parallel)
+    if not options.data.exists():
+        amounts = FEW if options.trial else Amounts().only("clips" in options.media, "images" in options.media)
+        make(options.data, amounts, max(options.parallel, len(os.sched_getaffinity(0))))
     print(f"[{time.time() - begin:5.1f} s] data are made", flush=True)
     runs = chosen(options)
-    prepare_all(runs, options.parallel)
-    print(f"[{time.time() - begin:5.1f} s] rows are measured; {len(runs)} runs, {options.parallel} at a time", flush=True)
-    Queue(runs, options, begin).go()
-
-
-def prepare_all(runs: list[Run], processes: int) -> None:
-    """Measure the rows of every set of sources once; the runs find them."""
+    # One process for every set of sources that is measured: runs that read the same rows find what was measured.
     sets = {json.dumps(run.config["data"], sort_keys=True): run for run in runs}
-    with ProcessPoolExecutor(min(processes, len(sets))) as pool:
-        for job in [pool.submit(_prepare, run.config) for run in sets.values()]:
-            job.result()
+    with ProcessPoolExecutor(min(options.parallel, len(sets))) as pool:
+        measured = [(run, pool.submit(_prepare, run.config)) for run in sets.values()]
+        for run, job in measured:
+            if run.after is None:  # the others are measured while bases are trained
+                job.result()
+        print(f"[{time.time() - begin:5.1f} s] rows of bases are measured; {len(runs)} runs, {options.parallel} at a time", flush=True)
+        Queue(runs, options, begin).go()
 
 
 def _prepare(config: dict[str, Any]) -> None:
@@ -141,14 +164,33 @@ def one_process(options: Options, name: str) -> None:
     """The process of one run: its result, or the reason why there is none, as JSON."""
     from single import run_one, write_result
 
-    run = next(run for run in chosen(options) if run.name == name)
+    runs = chosen(options)
+    run = next(run for run in runs if run.name == name)
+    exported = any(other.after == name for other in runs)
     shutil.rmtree(options.runs / name, ignore_errors=True)  # of a run that was stopped
     try:
-        result = run_one(run, options.runs)
+        result = run_one(run, options.runs, options.models.device, exported)
     except BaseException:
         traceback.print_exc()
         result = about(run) | {"failed": traceback.format_exc()[-2000:]}
     write_result(result | {"configuration": digest(run, options.work)}, options.runs / f"{name}.json")
+
+
+def machine(device: str) -> str:
+    """Processor, cores, GPU and version of torch."""
+    # In a process of its own: this one starts many, and needs neither torch nor memory on the GPU.
+    shown = ["import torch", "print(torch.__version__)"] + (["print(torch.cuda.get_device_name())"] if device == "cuda" else [])
+    asked = subprocess.run([sys.executable, "-c", "; ".join(shown)], capture_output=True, text=True, check=False)
+    version, *card = asked.stdout.splitlines() or ["of unknown version"]
+    return ", ".join([*card, platform.machine(), f"{os.cpu_count()} cores", f"torch {version}"])
+
+
+def gpus() -> list[str]:
+    """Of this process, as CUDA_VISIBLE_DEVICES names them."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return given.split(",")
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -171,7 +213,10 @@ class Queue:
         self.results = list(found.values())
         self.done, self.failed = set(found), set[str]()
         self.waiting = [run for run in runs if run.name not in found]
+        self.machine = machine(options.models.device)
         self.running: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
+        self.gpus = gpus() if options.models.device == "cuda" else [""]
+        self.places: dict[str, str] = {}  # of running and ended runs: their GPU
 
     def go(self) -> None:
         """Until every run ended or the time is up."""
@@ -198,9 +243,13 @@ class Queue:
     def _process(self, run: Run) -> subprocess.Popen[bytes]:
         options = self.options
         command = [sys.executable, __file__, "--out", str(options.out), "--work", str(options.work), "--one", run.name]
-        command += ["--seeds", str(options.seeds), "--scale", str(options.scale), *(["--small"] if options.small else [])]
+        command += ["--size", options.size, "--seeds", str(options.seeds), "--scale", str(options.scale)]
+        command += ["--only", ",".join(options.only), *(["--trial"] if options.trial else [])]
+        busy = [self.places[name] for name in self.running]
+        self.places[run.name] = min(self.gpus, key=busy.count)
         with open(options.runs / f"{run.name}.log", "wb") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": self.places[run.name]}
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
     def _found(self, run: Run) -> dict[str, Any] | None:
         """The result that a process has written about exactly this run."""
@@ -217,12 +266,17 @@ class Queue:
             self.results.append(result)
             ok = "failed" not in result
             (self.done if ok else self.failed).add(run.name)
-            if not ok:  # runs that would start from it can't
-                for other in [other for other in self.waiting if other.after == run.name]:
-                    self.waiting.remove(other)
-                    self.results.append(about(other) | {"failed": f"{run.name} failed"})
+            if not ok:
+                self._drop_those_after(run.name)
             print(f"[{time.time() - self.begin:5.1f} s] {run.name}: {summary(result)}", flush=True)
             self._write()
+
+    def _drop_those_after(self, name: str) -> None:
+        """Runs that would start from a run that failed can't."""
+        for other in [other for other in self.waiting if other.after == name]:
+            self.waiting.remove(other)
+            self.results.append(about(other) | {"failed": f"{name} failed"})
+            self._drop_those_after(other.name)
 
     def _give_up(self) -> None:
         for run, process in self.running.values():
@@ -233,8 +287,8 @@ class Queue:
 
     def _content(self) -> dict[str, Any]:
         options = self.options
-        settings = {"parallel": options.parallel, "scale": options.scale, "seeds": options.seeds, "small": options.small}
-        settings["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+        settings = {"parallel": options.parallel, "scale": options.scale, "seeds": options.seeds, "trial": options.trial}
+        settings |= {"size": options.size, "machine": self.machine}
         return {"seconds": round(time.time() - self.begin, 1), "settings": settings, "runs": self.results}
 
     def _write(self) -> None:

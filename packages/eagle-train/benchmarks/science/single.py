@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,8 +13,8 @@ from typing import Any
 from experiments import Run
 
 
-def run_one(run: Run, folder: Path) -> dict[str, Any]:
-    """Train and evaluate on one thread; the model is exported to `folder/NAME/model` when others start from it."""
+def run_one(run: Run, folder: Path, device: str, exported: bool) -> dict[str, Any]:
+    """Train and evaluate, with one CPU thread. exported: the model is written to `folder/NAME/model`, for runs that start from it."""
     begin = time.time()
     import torch
 
@@ -32,7 +33,7 @@ def run_one(run: Run, folder: Path) -> dict[str, Any]:
         kept = {key: value for key, value in content["model"].items() if key not in ("preset", "tokenizer", "overrides")}
         content["model"] = kept | {"path": str(folder / run.after / "model")}
     config = parse_config(content)
-    world = start_world(config.parallel, "cpu")
+    world = start_world(config.parallel, device)
     ready = get_ready(config, world)
     records: list[dict[str, Any]] = []
     started = time.time()
@@ -48,8 +49,9 @@ def run_one(run: Run, folder: Path) -> dict[str, Any]:
     once = [name for name in config.data.eval_sources if name not in run.swept]
     points = [Point(None, None, evaluate(once, None)), *(Point(frames, None, evaluate(run.swept, frames)) for frames in run.frames)]
     evaluated = time.time() - started - seconds
-    if run.experiment == "base":
+    if exported:
         export(config, folder / run.name / "model", dtype="float32")
+    shutil.rmtree(trainer.checkpoints)  # several gigabytes in all
     steps = [record for record in records if "loss" in record and "step" in record]
     last = steps[-max(1, len(steps) // 20) :]
     result = {
@@ -60,6 +62,7 @@ def run_one(run: Run, folder: Path) -> dict[str, Any]:
         "steps": trainer.total_steps,
         **{key: sum(record[key] for record in steps) for key in ("tokens", "tiles", "samples", "labels", "missing")},
         "loss": sum(record["loss"] for record in last) / max(1, len(last)),
+        "losses": [round(record["loss"], 4) for record in steps[:: max(1, len(steps) // 40)]],
         "seconds": {"start": round(started - begin, 1), "train": round(seconds, 1), "evaluate": round(evaluated, 1)},
         "points": [row for point in points for row in point.rows()],
     }

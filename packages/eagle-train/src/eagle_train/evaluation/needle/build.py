@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from .cards import KINDS, OPTIONS, Needle
 from .hosts import Host, NeedleError, find_hosts, host_frames
@@ -181,8 +182,10 @@ def _encode(path: Path, frames: Iterable[np.ndarray] | Iterator[np.ndarray], set
         stream = container.add_stream("libx264", rate=settings.fps, options=options)
         stream.width = stream.height = settings.side
         stream.pix_fmt = "yuv420p"
+        reformatter = VideoReformatter()  # one for all frames, one thread: starting others takes longer than a small frame
         for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(format="yuv420p")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame = reformatter.reformat(frame, format="yuv420p", threads=1)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(), format="yuv420p")))
         container.mux(stream.encode(None))
 
