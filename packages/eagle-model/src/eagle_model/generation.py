@@ -1,7 +1,7 @@
 """What the model gives to transformers' `generate`: its inputs and masks of a step, prompts in chunks."""
 
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ class EagleGenerationMixin(GenerationMixin):
     """
 
     config: Any
-    tokens_per_tile: int
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """Also refuses arguments of `generate` that transformers defines for models of other kinds."""
         super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
-        refuse_unknown(model_kwargs, signature(type(self).forward).parameters)
+        refuse_unknown(model_kwargs, self._parameters_of_forward())
+
+    def _parameters_of_forward(self) -> Any:
+        model: Any = type(self)
+        return signature(model.forward).parameters
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # releases of transformers have other parameters in other places
         self, input_ids: Any, *, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -34,7 +37,7 @@ class EagleGenerationMixin(GenerationMixin):
         arguments that `generate` itself adds, for models of other kinds.
         """
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
-        known = {*signature(type(self).forward).parameters, "output_attentions"}
+        known = {*self._parameters_of_forward(), "output_attentions"}
         return {name: value for name, value in inputs.items() if name in known}
 
     def create_masks_for_generate(
@@ -53,7 +56,7 @@ class EagleGenerationMixin(GenerationMixin):
         if size is None or tiles is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
-        return prefill_in_chunks(self, input_ids, tiles, size, model_kwargs.get("attention_mask"), cache)
+        return prefill_in_chunks(cast(Any, self), input_ids, tiles, size, model_kwargs.get("attention_mask"), cache)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
@@ -67,7 +70,7 @@ class EagleGenerationMixin(GenerationMixin):
             raise ValueError(f"row {filled.int().argmin().item()} of the batch has no token")
         tiles = model_kwargs.pop("pixel_values", None)
         if tiles is not None and expand_size > 1:
-            counts = (input_ids == self.config.image_token_index).sum(1) // self.tokens_per_tile
+            counts = (input_ids == self.config.image_token_index).sum(1) // cast(Any, self).tokens_per_tile
             blocks = tiles.split(counts.tolist())
             tiles = torch.cat([block for block in blocks for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]

@@ -3,7 +3,7 @@
 The decoder runs on flat hidden states [T, H]. `arrange` finds the T tokens of a batch [B, L], `Arrangement.pad` puts results back.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate
@@ -141,9 +141,8 @@ def refuse_unknown(given: Mapping[str, Any], known: Collection[str] = ()) -> Non
 class RunsPadded(Protocol):
     """A model that gives hidden states of padded batches."""
 
-    def run_padded(
-        self, input_ids: Tensor | None = ..., attention_mask: Tensor | None = ..., **kwargs: Any
-    ) -> "tuple[Arrangement, EagleOutput]": ...
+    @property
+    def run_padded(self) -> "Callable[..., tuple[Arrangement, EagleOutput]]": ...
 
 
 class Backbone:

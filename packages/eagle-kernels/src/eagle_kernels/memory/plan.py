@@ -174,11 +174,11 @@ def plan_memory(
 
     # Backward of a layer rebuilds what it does not keep. Its MLP needs the second norm's output and the residual; if attention is rebuilt
     # for that, also all before it: the first norm's output, q, k, v, attention output and LSE. Its attention needs the latter.
-    everything = 3 * state + tokens * (qkv + heads) * act + lse
+    before_mlp = state + tokens * (qkv + heads) * act + lse
 
     def rebuilt(level: int, name: str) -> int:
         if level == NOTHING:
-            return everything
+            return before_mlp + (2 * state if name == "MLP" else 0)
         if name == "MLP":
             return 2 * state
         return state + tokens * qkv * act if level < PROJECTIONS else tokens * (heads + decoder.kv_heads * decoder.head_dim) * act
@@ -191,8 +191,9 @@ def plan_memory(
     # Six of [rows, I]: gate, up, their gradients, the activation and its gradient (freed before the weight gradients are computed).
     mlp = max(6 * block, 5 * block + weights_of_mlp * loose_bytes) if whole else 6 * block + weights_of_mlp * (4 + loose_bytes)
     mlp += 2 * state
-    # Gate and up are not rebuilt where they are kept.
-    mlp_kept = max(4 * block, 3 * block + weights_of_mlp * loose_bytes) + 2 * state
+    # Gate and up are not rebuilt where they are kept, and all tokens are worked on at once.
+    wide = tokens * decoder.intermediate * act
+    mlp_kept = max(4 * wide, 3 * wide + weights_of_mlp * loose_bytes) + 2 * state
     attention = 3 * state + tokens * (qkv + 2 * heads) * act + 4 * tokens * heads
     if decoder.training.quantized:
         # One weight at a time is computed from its codes.

@@ -71,7 +71,7 @@ def measured_rate(config: Config, weights: Mapping[str, float] | None = None) ->
     """
     path = config.run.folder / "metrics.jsonl"
     steps = [r for r in Metrics(path) if r["kind"] == "step" and r["step"] > 1 and r.get("tflops")]
-    rates = [r["tflops"] * (weights or {}).get(r.get("stage"), 1.0) for r in steps]
+    rates = [r["tflops"] * (weights or {}).get(str(r.get("stage")), 1.0) for r in steps]
     if not rates:
         return None
     return Rate(float(np.median(rates)) * 1e12, f"the median of {len(rates)} measured steps in {path}")
