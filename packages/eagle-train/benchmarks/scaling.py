@@ -3,12 +3,15 @@
     python packages/eagle-train/benchmarks/scaling.py [--only CASE ...] [--gpus N] [--until SECONDS] [--out FILE.json] [--small]
 
 Rows are questions about one long video, which is generated, so that every pack is full of frames. Random weights (`preset: 8b`), one pack
-per GPU and step, unless GPUs share a pack:
+per GPU and step, unless said otherwise:
 
 - `one-32k`, `data-32k`: one GPU, and all of them with a pack each. bfloat16 weights and 8-bit AdamW, which one GPU can hold.
 - `context-128k`: all GPUs share a pack of 131072 tokens (all-gather of keys and values), bfloat16 weights and 8-bit AdamW.
 - `adamw-32k`: as `data-32k` with float32 weights and AdamW, which needs several GPUs.
-- `one-256k`: one GPU, one sample of 262144 tokens, bfloat16 weights and 8-bit AdamW; a single step.
+- `one-256k`, `one-512k`: one GPU, one sample of 262144 or 524288 tokens, bfloat16 weights and 8-bit AdamW; a single step. 512K keeps the
+  inputs of decoder layers in host memory (94.5 GiB).
+- `sums-32k`: as `one-32k` with three packs a step, whose gradients are summed in float32.
+- `one-2b-32k`: the 2B with float32 weights, AdamW, and two packs a step: FSDP2 on one rank.
 
 `start_s` is from the start of the command until the record of the first step is in metrics.jsonl, `first_step_s` what that step took
 (kernels are compiled in it). Rates are of the median of the steps after the second, or of the last step of a shorter run. A checkpoint is
@@ -61,7 +64,8 @@ LOW: dict[str, Any] = {"model": {"weights": "bfloat16"}, "stage": {"optimizer": 
 
 @dataclass(frozen=True)
 class Case:
-    """One run. processes: 0 is all GPUs. shared: whether all of them share a pack."""
+    """One run. processes: 0 is all GPUs. shared: whether all of them share a pack. packs: of a step, for every GPU or, where they are
+    shared, in all. frames: of a video at most."""
 
     name: str
     processes: int
@@ -69,6 +73,8 @@ class Case:
     steps: int
     shared: bool = False
     save: bool = False
+    packs: int = 1
+    frames: int = 1024
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,6 +84,9 @@ CASES = [
     Case("context-128k", 0, 131072, 4, shared=True, settings=LOW),
     Case("adamw-32k", 0, 32768, 5),
     Case("one-256k", 1, 262144, 1, settings=LOW),
+    Case("one-512k", 1, 524288, 1, frames=2048, settings=LOW | {"model": {"weights": "bfloat16", "activations": "offload"}}),
+    Case("sums-32k", 1, 32768, 4, packs=3, settings=LOW),
+    Case("one-2b-32k", 1, 32768, 4, packs=2, settings={"model": {"preset": "2b"}}),
 ]
 
 
@@ -106,13 +115,13 @@ def make_rows(folder: Path, seconds: int, rows: int) -> None:
 def configuration(case: Case, processes: int, small: bool) -> dict[str, Any]:
     tokens = case.tokens // 16 if small else case.tokens
     settings = {} if small else case.settings
-    packs = 1 if case.shared else processes
+    packs = case.packs * (1 if case.shared else processes)
     stage = {"name": case.name, "max_tokens": tokens, "packs_per_step": packs, "steps": case.steps, "lr": 1.0e-5}
     return {
         "run": {"name": case.name, "log_every": 1},
         "model": {"preset": "tiny" if small else "8b", "tokenizer": "tokenizer"} | settings.get("model", {}),
         "data": {"sources": {"film": {"annotation": "rows.jsonl"}}},
-        "sampling": {"fps": 2.0, "max_frames": 1024},
+        "sampling": {"fps": max(2.0, case.frames / 512), "max_frames": case.frames},
         "stages": [stage | settings.get("stage", {})],
         "parallel": {"all_gather": processes} if case.shared else {},
         "checkpoint": {"every": 4 if case.save else 1000, "keep": 1},

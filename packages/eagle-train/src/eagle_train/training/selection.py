@@ -55,7 +55,7 @@ class Selection:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of `set_activation_checkpointing`, but for the mode and the engine."""
+        """Arguments of `set_activation_checkpointing` except mode and engine."""
         return {name: getattr(self, name) for name in ("kept", "vision_kept", "vision_group", "mlp_rows")}
 
     @property
