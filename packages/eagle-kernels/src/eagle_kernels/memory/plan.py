@@ -129,7 +129,7 @@ def plan_memory(
         connector = vision.connector_total(decoder.hidden)
         total, root = total + vision.total + connector, root + vision.rest + connector
     copies = compute_bytes if compute_bytes is not None else weight_bytes if shards > 1 else 0
-    # Until they are reduced or added up, the gradients of a unit have the dtype that it computes in. Without copies there is no reduction.
+    # Until they are reduced or added up, the gradients of a unit have the dtype that it computes in. Without copies nothing is reduced.
     loose_bytes = copies or min(weight_bytes, gradient_bytes)
     reduction_bytes = gradient_bytes if reduction_bytes is None else reduction_bytes
 
