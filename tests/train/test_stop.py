@@ -132,10 +132,10 @@ def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_repeated(colo
         stopped = trainer("stopped", interrupted, stop)
         with pytest.raises(Interrupted, match=r"continues after step 2 of stage one \(checkpoint one-00000002\)"):
             stopped.train()
-    assert [record["kind"] for record in stopped.metrics] == ["step", "step"]
+    assert [record["kind"] for record in stopped.records.metrics] == ["step", "step"]
     again = trainer("stopped", score)
     again.train()
-    assert same_run(again.metrics) == same_run(straight.metrics)
+    assert same_run(again.records.metrics) == same_run(straight.records.metrics)
 
 
 def test_a_second_interrupt_ends_at_once_and_says_what_was_saved(colour_run, tmp_path):
