@@ -65,7 +65,7 @@ def plan(
     ready.record_drops()
     needed = predicted = None
     if gpus is not None:
-        needed, predicted = resources(ready, gpus), predict(ready, gpus, named_gpu(gpu))
+        needed, predicted = resources(ready, gpus, named_gpu(gpu)), predict(ready, gpus, named_gpu(gpu))
     written = 0
     if rows is not None:
         from eagle_train.runs.draws import write_draws

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eagle_train.config import Config, ConfigError
+from eagle_train.planning.gpus import Gpu, largest_plan
 
 from .ready import Ready
 
 if TYPE_CHECKING:
     from eagle_kernels import MemoryPlan
+
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,9 @@ class Resources:
     tokens: int
 
 
-def resources(ready: Ready, gpus: int) -> Resources:
-    """Resources of a run on `gpus` GPUs, one rank each, with `auto` resolved as on a GPU. No weights are allocated.
+def resources(ready: Ready, gpus: int, gpu: Gpu | None = None) -> Resources:
+    """Resources of a run on `gpus` GPUs, one rank each, with `auto` as on `gpu` (None: on one that is large enough). No weights are
+    allocated.
 
     Raises ConfigError when the groups of `parallel` don't divide the GPUs.
     """
@@ -38,9 +43,11 @@ def resources(ready: Ready, gpus: int) -> Resources:
 
     from eagle_train.training.activations import resolved
     from eagle_train.training.model import grown_config
-    from eagle_train.training.step_memory import planned, rank_tokens
+    from eagle_train.training.selection import fitting_plans
+    from eagle_train.training.step_memory import rank_tokens
 
-    config = resolved(for_gpus(ready.config), torch.device("cuda"))
+    device, given = torch.device("cuda"), for_gpus(ready.config)
+    config = resolved(given, device)
     parallel = config.parallel
     if gpus % parallel.group_size:
         raise ConfigError(
@@ -49,8 +56,13 @@ def resources(ready: Ready, gpus: int) -> Resources:
         )
     described = grown_config(config, ready.tokenizer)
     tokens = max(rank_tokens(config, stage) for stage in config.stages)
-    memory = planned(config, described, gpus) if config.model.activations != "keep" else None
-    return Resources(count_parameters(described), memory, gpus, parallel.dtype, config.model.activations, tokens)
+    memory, activations = None, config.model.activations
+    if activations != "keep":
+        room = math.inf if gpu is None else largest_plan(gpu.gib) * GIB
+        plans = fitting_plans(given, described, gpus, room, device)
+        memory = max(plans.values(), key=lambda plan: plan.gpu)
+        activations = "offload" if memory.host else activations
+    return Resources(count_parameters(described), memory, gpus, parallel.dtype, activations, tokens)
 
 
 def for_gpus(config: Config) -> Config:
