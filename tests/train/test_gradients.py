@@ -100,14 +100,17 @@ def test_one_rank_with_bfloat16_weights_has_no_copies_and_sums_in_float32(packs,
     monkeypatch.setenv("WORLD_SIZE", "1")
     parallel = ParallelConfig(dtype="bfloat16")
     world = start_world(parallel, "cpu")
-    model = shard_model(tiny_model(seed=0).bfloat16(), world, parallel)
-    assert not is_sharded(model)
-    gradients = Gradients(model, packs, 1)
-    step(model, gradients, 0)
-    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32 if packs > 1 else torch.bfloat16}
-    if packs > 1:
-        for name, value in one_by_one(1).items():
-            if "embed_tokens" not in name:  # tied to the head: there are two gradients of each pack, rounded apart or together
-                assert torch.equal(tensors(model)[name], value), name
-    gradients.close()
-    assert is_sharded(shard_model(tiny_model(seed=0), world, parallel)), "float32 weights need copies"
+    try:
+        model = shard_model(tiny_model(seed=0).bfloat16(), world, parallel)
+        assert not is_sharded(model)
+        gradients = Gradients(model, packs, 1)
+        step(model, gradients, 0)
+        assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32 if packs > 1 else torch.bfloat16}
+        if packs > 1:
+            for name, value in one_by_one(1).items():
+                if "embed_tokens" not in name:  # tied to the head: there are two gradients of each pack, rounded apart or together
+                    assert torch.equal(tensors(model)[name], value), name
+        gradients.close()
+        assert is_sharded(shard_model(tiny_model(seed=0), world, parallel)), "float32 weights need copies"
+    finally:
+        world.close()

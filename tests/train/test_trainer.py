@@ -349,9 +349,13 @@ def test_a_stage_after_an_evaluation_trains_every_parameter(colour_run):
             model(make_pack(torch.arange(20)))
         return {}
 
-    trainer = Trainer(config, ready.schedules, ready.tokenizer, start_world(config.parallel, "cpu"), on_evaluate=evaluate)
-    trainer.train()
+    world = start_world(config.parallel, "cpu")
+    try:
+        trainer = Trainer(config, ready.schedules, ready.tokenizer, world, on_evaluate=evaluate)
+        trainer.train()
+        trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    finally:
+        world.close()
     assert len(seen) == len(STAGES)
-    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     for before, after in pairwise(seen):
         assert {name for name in before if not torch.equal(before[name], after[name])} == trained
