@@ -120,8 +120,9 @@ def test_nothing_is_removed_when_a_run_cannot_be_told(run, tmp_path):
     (other.run.folder / "config.yaml").write_text(text.replace("rows.jsonl", "missing.jsonl"))
     record = next(path for path in (kept.facts_folder / "runs").glob("*.yaml") if "name: other" in path.read_text())
     record.unlink()
-    with pytest.raises(CleanError, match=r"nothing is removed: what the run in .*other needs can't be told .*missing\.jsonl"):
+    with pytest.raises(CleanError, match=r"nothing is removed: what the run in .*other needs can't be told .*missing\.jsonl") as caught:
         leftovers(kept, days=0)
+    assert f"remove that folder and {other.run.folder / 'config.yaml'}, if nobody needs the run" in str(caught.value)
 
 
 def test_a_source_that_is_prepared_now_is_refused(run):

@@ -1,6 +1,7 @@
 """The model's modules and weights, and the tokens of tiles; `eagle_model.eagle` adds forward and generation."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,20 @@ logger = logging.getLogger(__name__)
 VISION_KERNELS = (None, "sdpa", "eager")
 #: Most tiles that the tower encodes at a time without gradients: 32768 patches of 448-pixel tiles, 0.6 GiB for their widest activation.
 ENCODED_TILES = 32
+
+
+def in_groups(encode: Callable[[Tensor], Tensor], tiles: Tensor, count: int) -> Tensor:
+    """`encode(tiles)`, [N, k, H], of `count` tiles at a time, into memory that is taken once; not for gradients."""
+    if len(tiles) <= count:
+        return encode(tiles)
+    features: Tensor | None = None
+    for start in range(0, len(tiles), count):
+        part = encode(tiles[start : start + count])
+        if features is None:
+            features = part.new_empty(len(tiles), *part.shape[1:])
+        features[start : start + len(part)] = part
+    assert features is not None
+    return features
 
 
 class EaglePreTrainedModel(PreTrainedModel):
@@ -122,16 +137,7 @@ class EaglePreTrainedModel(PreTrainedModel):
         if torch.is_grad_enabled() or any(isinstance(p, DTensor) for p in self.vision_model.parameters()):
             return self.image_features(tiles)
         group = tiles_at_once(self.config.vision_config, next(self.vision_model.parameters()), ENCODED_TILES)
-        if len(tiles) <= group:
-            return self.image_features(tiles)
-        features: Tensor | None = None
-        for start in range(0, len(tiles), group):
-            part = self.image_features(tiles[start : start + group])
-            if features is None:
-                features = part.new_empty(len(tiles), *part.shape[1:])
-            features[start : start + len(part)] = part
-        assert features is not None
-        return features
+        return in_groups(self.image_features, tiles, group)
 
     def get_image_features(self, pixel_values: Tensor, return_dict: bool | None = None) -> Any:
         """Features of tiles as transformers' vision-language models return them.

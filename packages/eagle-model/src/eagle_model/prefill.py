@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from eagle_model.modules import EaglePreTrainedModel
+from eagle_model.modules import EaglePreTrainedModel, in_groups
 
 
 def prefill_in_chunks(
@@ -31,7 +31,7 @@ def prefill_in_chunks(
     ids = input_ids[:, past:] if input_ids.shape[1] == attention_mask.shape[1] else input_ids
     visual = ids == model.config.image_token_index
     model.check_features(int(visual.sum()), tiles.shape[0] * model.tokens_per_tile)
-    features = _features(model, tiles, max(size // model.tokens_per_tile, 1))
+    features = in_groups(model.encode_tiles, tiles, max(size // model.tokens_per_tile, 1)).flatten(0, 1)
     padded = not bool(attention_mask.all())
     rows = visual.flatten().cumsum(0).view_as(visual) - 1  # which feature a visual token gets
     output: Any = None
@@ -44,14 +44,3 @@ def prefill_in_chunks(
         output = None  # the logits of the last chunk
         output = model(inputs_embeds=hidden, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True)
     return output
-
-
-def _features(model: EaglePreTrainedModel, tiles: Tensor, count: int) -> Tensor:
-    """Features [n, H] of all tiles, of which `count` are encoded at a time."""
-    features: Tensor | None = None
-    for start in range(0, len(tiles), count):
-        part = model.encode_tiles(tiles[start : start + count])
-        if features is None:
-            features = part.new_empty(len(tiles), *part.shape[1:])
-        features[start : start + len(part)] = part
-    return model.image_features(tiles).flatten(0, 1) if features is None else features.flatten(0, 1)

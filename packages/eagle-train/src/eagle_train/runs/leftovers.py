@@ -161,7 +161,7 @@ def _needed_by_run(path: Path, folder: Path) -> Needed:
     if len(problems) == len(ways):
         raise CleanError(
             f"nothing is removed: what the run in {folder} needs can't be told ({describe(problems[0])}); make its configuration and its "
-            "annotation files readable, or remove the run folder and {path} if the run is no longer needed"
+            f"annotation files readable, or remove that folder and {path}, if nobody needs the run"
         ) from problems[0]
     return needed
 
