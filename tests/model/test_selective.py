@@ -256,7 +256,7 @@ def split_step(model, ulysses, kepts):
             group.record = []
         with LiveBytes() as live:
             loss = model(batch, layout=layout).loss
-            alive = live.now
+            alive = live.settled()
             forward = sum(len(group.record) for group in mesh.groups())
             loss.backward()
         backward = sum(len(group.record) for group in mesh.groups()) - forward

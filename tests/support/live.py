@@ -3,6 +3,7 @@ without a GPU."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,16 @@ class LiveBytes(TorchDispatchMode):
     def now(self) -> int:
         self._seen = {key: (ref, size) for key, (ref, size) in self._seen.items() if not ref.expired()}
         return sum(size for _, size in self._seen.values())
+
+    def settled(self, seconds: float = 0.25, limit: float = 10.0) -> int:
+        """`now`, once it has not changed for `seconds`, at most `limit` seconds from now: gloo's threads hold the tensors of a collective
+        for a while after it has ended, on a loaded machine a long one."""
+        alive, since, end = self.now, time.monotonic(), time.monotonic() + limit
+        while time.monotonic() < min(since + seconds, end):
+            time.sleep(0.01)
+            if self.now != alive:
+                alive, since = self.now, time.monotonic()
+        return alive
 
 
 @contextmanager
