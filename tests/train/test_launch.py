@@ -44,11 +44,10 @@ def test_slurm_tasks_join():
 def test_torchrun():
     arguments = launch.without_launch_options(["train", "c.yaml", "--nproc", "4", "--set", "run.seed=1", "--nodes=2", "--rdzv", "h"])
     assert arguments == ["train", "c.yaml", "--set", "run.seed=1"]
-    head = [sys.executable, "-m", "eagle_train.cli.ranks", "--nproc-per-node"]
-    assert launch.torchrun(arguments, 4, 1, None, "r") == [*head, "4", "--standalone", "-m", "eagle_train.cli", *arguments]
+    assert launch.torchrun(arguments, 4, 1, None, "r") == ["--nproc-per-node", "4", "--standalone", "-m", "eagle_train.cli", *arguments]
     several = launch.torchrun(arguments, 8, 2, "node1", "r")
-    assert several[: len(head) + 9] == [
-        *head, "8", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node1:29500", "--rdzv-id", "r",
+    assert several[:10] == [
+        "--nproc-per-node", "8", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node1:29500", "--rdzv-id", "r",
     ]  # fmt: skip
     assert "node1:4000" in launch.torchrun(arguments, 8, 2, "node1:4000", "r")
     with pytest.raises(ConfigError, match=r"--nodes 2 needs --rdzv HOST"):

@@ -76,6 +76,23 @@ def test_a_signal_saves_after_the_running_step(colour_run, tmp_path, signum, ran
     assert f"resuming from {config.run.folder}/checkpoints/one-{progress.step:08d}" in again[0].communicate()[1]
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_the_launcher_waits_for_its_ranks(colour_run, tmp_path, signum):
+    """The signal of a terminal reaches the launcher alone: its ranks have sessions of their own."""
+    config = colour_run(stages=STAGES, checkpoint={"every": 1000}, loader={"workers": 0})
+    command = [sys.executable, "-m", "eagle_train.cli", "train", str(written(config, tmp_path)), "--device", "cpu", "--nproc", "2"]
+    processes = start_processes(command, 1, stderr=subprocess.PIPE, COLUMNS="200")
+    wait_for(lambda: steps_written(config) >= 3, processes)
+    os.killpg(processes[0].pid, signum)
+    _, error = processes[0].communicate(timeout=120)
+    assert processes[0].returncode == 128 + (signal.SIGTERM if signum == signal.SIGHUP else signum), error
+    progress = checkpoint.read_progress(checkpoint.latest(config.run.folder / "checkpoints"))
+    assert 3 <= progress.step < 60
+    assert error.count("the same command continues after step") == 1
+    assert "nothing was trained" not in error
+    assert "Traceback" not in error
+
+
 def test_a_stopped_and_continued_run_is_the_run_that_was_not(colour_run):
     torch.set_num_threads(1)
     straight, stopped = (colour_run(run={"name": name}) for name in ("straight", "stopped"))

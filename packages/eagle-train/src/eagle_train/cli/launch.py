@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import sys
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import NoReturn
 
 from eagle_train.config import ConfigError
 
@@ -61,11 +59,11 @@ def gpus(device: str | None) -> int:
 
 
 def torchrun(arguments: Sequence[str], nproc: int, nodes: int, rendezvous: str | None, name: str) -> list[str]:
-    """The command that starts `nproc` processes of `eagle <arguments>` on this machine, one of `nodes`.
+    """torchrun's arguments for `nproc` processes of `eagle <arguments>` on this machine, one of `nodes`.
 
     rendezvous: HOST[:PORT] of the first machine, which every machine of a run of several gives. name: of the run.
     """
-    command = [sys.executable, "-m", "eagle_train.cli.ranks", "--nproc-per-node", str(nproc)]
+    command = ["--nproc-per-node", str(nproc)]
     if nodes == 1:
         command.append("--standalone")
     elif rendezvous is None:
@@ -74,13 +72,6 @@ def torchrun(arguments: Sequence[str], nproc: int, nodes: int, rendezvous: str |
         endpoint = rendezvous if ":" in rendezvous else f"{rendezvous}:{PORT}"
         command += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", name]
     return [*command, "-m", "eagle_train.cli", *arguments]
-
-
-def start(command: Sequence[str]) -> NoReturn:
-    """Become the launcher: signals reach it, and its exit code is that of the command."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(command[0], list(command))
 
 
 def slurm_script(arguments: Sequence[str], nproc: int | None, nodes: int, name: str) -> str:

@@ -48,7 +48,7 @@ def run(given: list[str]) -> NoReturn:
     except KeyboardInterrupt:
         interrupted(given)
     except SystemExit as end:
-        if end.code != INTERRUPTED:
+        if end.code != INTERRUPTED or hasattr(end, "reported"):  # the launcher's ranks have said what was saved
             raise
         interrupted(given)  # typer has made a code of the KeyboardInterrupt
     except BrokenPipeError:

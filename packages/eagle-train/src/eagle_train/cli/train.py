@@ -85,10 +85,11 @@ def _print_launch(system: str, path: str, overrides: list[str] | None, nproc: in
 
 
 def _launch(path: str, overrides: list[str] | None, device: str | None, nproc: int | None, nodes: int, rdzv: str | None) -> None:
-    """Replace this process by torchrun when there is more than one process to start."""
+    """When there is more than one process to start, this one becomes their launcher and exits with their exit code."""
     from eagle_train.config import load_config
 
     from . import launch
+    from .ranks import run_ranks
     from .threads import share_cores
 
     config = load_config(path, overrides or ())  # what is wrong with it is reported once
@@ -96,7 +97,7 @@ def _launch(path: str, overrides: list[str] | None, device: str | None, nproc: i
     if count * nodes > 1:
         if not launch.gpus(device):
             share_cores(count)
-        launch.start(launch.torchrun(launch.without_launch_options(sys.argv[1:]), count, nodes, rdzv, config.run.name))
+        run_ranks(launch.torchrun(launch.without_launch_options(sys.argv[1:]), count, nodes, rdzv, config.run.name))
 
 
 def _quickstart(folder: Path | None, fresh: bool, overrides: list[str] | None, device: str | None, stop: StopSignals) -> None:
