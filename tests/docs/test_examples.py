@@ -80,7 +80,7 @@ def run_folder_is_as_documented(folder: Path) -> None:
     steps, evaluations = ([record for record in records if record["kind"] == kind] for kind in ("step", "eval"))
     assert len(steps) == 60
     assert len(evaluations) == 2
-    sometimes = {"losses", "mfu", "memory_planned"}  # with several sources, and on a GPU
+    sometimes = {"losses", "mfu", "memory_planned", "start"}  # with several sources, on a GPU, of the first step
     assert {frozenset(record) - {"kind"} | sometimes for record in steps} == {frozenset(documented_keys(page, "`kind` = `step`"))}
     assert {frozenset(record) - {"kind"} for record in evaluations} == {frozenset(documented_keys(page, "`kind` = `eval`"))}
     [entry] = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]

@@ -13,10 +13,10 @@ per GPU and step, unless said otherwise:
 - `sums-32k`: as `one-32k` with three packs a step, whose gradients are summed in float32.
 - `one-2b-32k`: the 2B with float32 weights, AdamW, and two packs a step: FSDP2 on one rank.
 
-`start_s` is from the start of the command until the record of the first step is in metrics.jsonl, `first_step_s` what that step took
-(kernels are compiled in it). Rates are of the median of the steps after the second, or of the last step of a shorter run. A checkpoint is
-written in the background after the fourth step: `checkpoint_s` is what the steps after it took longer than the median. `--small`: tiny
-models on processes of a CPU, two by default.
+`start_s` is from the start of the command until the record of the first step is in metrics.jsonl, which is after the second step; the
+phases until the end of the first are listed, too. Rates are of the median of the steps after the second, or of the last step of a shorter
+run. A checkpoint is written in the background after the fourth step: `checkpoint_s` is what the steps after it took longer than the
+median. `--small`: tiny models on processes of a CPU, two by default.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ GIB = 1 << 30
 LIBRARIES = ("torch", "transformers", "triton", "flash-attn-4", "torchao", "av")
 METRICS = {
     "start_s": Metric("s until the first step's record", "lower"),
-    "first_step_s": Metric("s", "lower"),
     "step_s": Metric("s, median", "lower"),
     "tokens_per_s": Metric("per GPU", "higher"),
     "mfu": Metric("", "higher"),
@@ -59,6 +58,9 @@ METRICS = {
     "checkpoint_s": Metric("s longer", "lower"),
     "command_s": Metric("s", "none"),
 }
+PHASES = ("launch", "imports", "process group", "facts", "plans", "model", "first packs", "kernels", "first step")
+"""Of the start, as `eagle train` prints them."""
+METRICS |= {phase.replace(" ", "_") + "_s": Metric("s of the start", "lower") for phase in PHASES}
 LOW: dict[str, Any] = {"model": {"weights": "bfloat16"}, "stage": {"optimizer": "adamw8bit"}}
 
 
@@ -160,8 +162,9 @@ def run(folder: Path, case: Case, processes: int, small: bool) -> dict[str, floa
     later = steps[2:] or steps[-1:]
     usual = statistics.median(record["seconds"] for record in later)
     rate = statistics.median(record["tokens_per_second"] for record in later) / processes
-    found = {"start_s": watch.found, "first_step_s": steps[0]["seconds"], "step_s": usual, "tokens_per_s": rate, "command_s": seconds}
+    found = {"start_s": watch.found, "step_s": usual, "tokens_per_s": rate, "command_s": seconds}
     found |= {"reserved_gib": steps[-1]["memory_peak"] / GIB, "data_wait": statistics.mean(record["data_wait"] for record in later)}
+    found |= {phase.replace(" ", "_") + "_s": seconds for phase, seconds in steps[0]["start"].items()}
     if "memory_planned" in steps[-1]:
         found["planned_gib"] = steps[-1]["memory_planned"] / GIB
     if "mfu" in steps[-1]:

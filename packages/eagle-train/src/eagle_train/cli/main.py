@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(given: list[str]) -> NoReturn:
     """Run a verb and exit with its exit code."""
+    from eagle_train.training.startup import note_beginning
+
+    note_beginning()
     from .app import command
     from .gpu_settings import grow_segments, keep_kernels
     from .threads import sleep_while_waiting

@@ -13,6 +13,7 @@ from .app import app
 from .options import Device, Overrides, ShowDefaults
 
 if TYPE_CHECKING:
+    from eagle_train.training.startup import StartUp
     from eagle_train.training.stop import StopSignals
     from eagle_train.training.trainer import Trainer
 
@@ -59,6 +60,10 @@ def train(
         # Its operations are too small for more threads: with two, a run took 332 s on two idle cores (2026-11-28).
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     from eagle_train.config import ConfigError
+    from eagle_train.training.startup import StartUp
+
+    startup = StartUp.of_command()
+    startup.over("launch")
     from eagle_train.training.stop import StopSignals
 
     from .progress import is_main_rank, quiet
@@ -70,7 +75,7 @@ def train(
                 raise ConfigError("--profile is for a run of your own; the quickstart has a fixed course")
             _quickstart(folder, fresh, overrides, device, stop)
         else:
-            _train(config, folder is not None or fresh, overrides, device, show_defaults, stop, profile)
+            _train(config, folder is not None or fresh, overrides, device, show_defaults, stop, profile, startup)
 
 
 def _print_launch(system: str, path: str, overrides: list[str] | None, nproc: int | None, nodes: int) -> None:
@@ -118,6 +123,7 @@ def _train(
     show_defaults: bool,
     stop: StopSignals,
     profile: int | None,
+    startup: StartUp,
 ) -> None:
     from eagle_train.config import ConfigError, load_config
     from eagle_train.training.stop import what_is_saved
@@ -138,19 +144,23 @@ def _train(
     from .progress import Printer
     from .tables import defaults_text, plan_table, position_warnings, rows_line, score_table, start_line
 
+    startup.over("imports")
     device = device_kind(device)
     config = resolve_dtype(config, device)
     world = start_world(config.parallel, device)
+    startup.over("process group")
     printer = Printer(silent=not world.is_main)
     if show_defaults:
         printer.message(defaults_text(config))
     try:
         with printer.preparing() as progress:
             ready = get_ready(config, world, progress)
+        startup.over("facts")
         if world.is_main:  # a summary reads the whole plan
             printer.message(plan_table(ready.schedules))
             for warning in position_warnings(ready):
                 printer.message(warning)
+        startup.over("plans")
         printer.message(f"loading {config.model.origin}, {config.parallel.dtype} on {world.device.type}")
 
         def started(trainer: Trainer) -> None:
@@ -160,6 +170,8 @@ def _train(
         with open_trackers(config, main=world.is_main) as trackers:
 
             def recorded(record: dict[str, Any]) -> None:
+                if "start" in record:
+                    printer.message(startup.line())
                 printer.record(record)
                 trackers.record(record)
 
@@ -172,6 +184,7 @@ def _train(
                 on_slow=printer.message,
                 on_answers=lambda answers: trackers.answers(answers, pictures),
                 profile=profile,
+                startup=startup,
             )
         result = trained.final_evaluation(limit=config.eval.limit)
         if world.is_main and result is not None:

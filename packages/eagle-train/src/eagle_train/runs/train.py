@@ -19,6 +19,7 @@ from eagle_train.errors import EvaluationError
 from eagle_train.evaluation.metrics import Answer, Evaluation
 from eagle_train.training.deterministic import deterministic
 from eagle_train.training.profile import StepProfile
+from eagle_train.training.startup import StartUp
 from eagle_train.training.stop import StopSignals
 from eagle_train.training.trainer import Trainer
 
@@ -85,13 +86,14 @@ def train(
     on_slow: Callable[[str], None] | None = None,
     on_answers: Callable[[Sequence[Answer]], None] | None = None,
     profile: int | None = None,
+    startup: StartUp | None = None,
 ) -> Trained:
     """Train the remaining steps of the run, with its evaluations. Raises ConfigError when the folder holds, or is used by, another run.
 
     stop: signals that are handled (default: none). The first one ends training with a checkpoint and `Interrupted`; an evaluation ends
     after its running batch of questions. on_slow: called on the main rank with a line about a step that takes longer than a minute.
     on_answers: called on every rank with the answers of an evaluation, before its record. profile: steps of which the main rank writes a
-    torch profile to `<run folder>/profile`.
+    torch profile to `<run folder>/profile`. startup: phases before this call, for the record of the first step.
     """
     ready = replace(ready, config=resolve_dtype(ready.config, world.device.type))
     config = ready.config
@@ -125,6 +127,7 @@ def train(
             on_evaluate=on_evaluate if evaluator is not None else None,
             stop=stop,
             on_slow=on_slow,
+            startup=startup,
         )
         if world.is_main:
             ready.record_drops()

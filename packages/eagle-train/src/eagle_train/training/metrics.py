@@ -10,7 +10,10 @@ from typing import Any
 
 from eagle_train.data.atomic import naming
 
-TIMED = ("seconds", "tokens_per_second", "tiles_per_second", "data_wait", "eta", "tflops", "mfu", "memory", "memory_peak", "memory_planned")
+TIMED = (
+    "start", "seconds", "tokens_per_second", "tiles_per_second", "data_wait", "eta", "tflops", "mfu",
+    "memory", "memory_peak", "memory_planned",
+)  # fmt: skip
 """Fields that depend on the machine; all others are equal when the same run is repeated."""
 
 
@@ -57,11 +60,13 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no NaN: a number that is not finite is written as text.
-    return {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else round(value, 3) if key in TIMED else value
-        for key, value in record.items()
-    }
+    return {key: _number(value, key in TIMED) if isinstance(value, float) else value for key, value in record.items()}
+
+
+def _number(value: float, timed: bool) -> float | str:
+    if not math.isfinite(value):  # JSON has no NaN: such a number is written as text
+        return str(value)
+    return round(value, 3) if timed else value
 
 
 def same_run(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from eagle_train.planning.stages import StageSchedule
 from .metrics import Metrics
 from .source_losses import SourceLosses, by_source
 from .speed import memory, peak_flops
+from .startup import StartUp
 
 
 class TrainingError(TrainError, RuntimeError):
@@ -41,16 +42,23 @@ class Pending:
 
 
 class Records:
-    """Of a run in `folder`. on_record: called on the main rank with every record."""
+    """Of a run in `folder`. on_record: called on the main rank with every record. startup: its phases are in the first record of a step."""
 
     def __init__(
-        self, config: Config, schedules: Sequence[StageSchedule], world: World, on_record: Callable[[dict[str, Any]], None] | None
+        self,
+        config: Config,
+        schedules: Sequence[StageSchedule],
+        world: World,
+        on_record: Callable[[dict[str, Any]], None] | None,
+        startup: StartUp,
     ) -> None:
         self.config, self.schedules, self.world, self.on_record = config, schedules, world, on_record
         self.folder: Path = config.run.folder
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self._pending: Pending | None = None
         self._pace: float | None = None
+        self.startup: StartUp | None = startup
+        self._start: dict[str, Any] = {}
         self._peak = peak_flops(world.device, config.parallel.dtype)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -73,6 +81,9 @@ class Records:
             return
         sums = torch.cat([pending.loss.double().reshape(1), pending.sources.sums.flatten()]).cpu()
         self.world.sum(sums)
+        if self.startup is not None:
+            self.startup.over("first step")
+            self.startup, self._start = None, {"start": self.startup.phases}
         loss, names = sums[0].item(), pending.sources.names
         norm, stage, step = float(pending.norm), pending.record["stage"], pending.record["step"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -85,7 +96,8 @@ class Records:
         if self.world.is_main and (step % self.config.run.log_every == 0 or step == pending.record["steps"]):
             losses = by_source(names, sums[1:].view(2, -1)) if len(names) > 1 else {}
             losses = {"losses": losses} if losses else {}
-            self.write(pending.record | {"loss": loss, "grad_norm": norm, "eta": self._left(pending.record)} | losses)
+            start, self._start = self._start, {}
+            self.write(pending.record | {"loss": loss, "grad_norm": norm, "eta": self._left(pending.record)} | losses | start)
 
     def use(self, rate: float) -> dict[str, Any]:
         """What a rank does with its device, at `rate` FLOP/s."""

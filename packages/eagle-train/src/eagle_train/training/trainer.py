@@ -51,6 +51,7 @@ from .records import Pending, Records, TrainingError
 from .saving import Saver
 from .selection import Selection, Selector
 from .source_losses import SourceLosses
+from .startup import StartUp
 from .stop import Interrupted, StopSignals, what_is_saved
 from .warmup import Warmup
 
@@ -63,7 +64,8 @@ class Trainer:
     on_record: called on the main rank with every metrics record. on_evaluate: called on every rank with (model, steps of the run) when
     an evaluation is due; what it returns is written as an "eval" record. When it fails on any rank, an "eval_failed" record is written,
     `failed_evaluations` gets an entry on every rank, and training continues. stop: signals that are handled (default: none). on_slow:
-    called on the main rank with a line about a step that takes longer than a minute (default: it is logged).
+    called on the main rank with a line about a step that takes longer than a minute (default: it is logged). startup: phases before
+    this; those until the first step follow.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Trainer:
         on_evaluate: Callable[[nn.Module, int], dict[str, Any]] | None = None,
         stop: StopSignals | None = None,
         on_slow: Callable[[str], None] | None = None,
+        startup: StartUp | None = None,
     ) -> None:
         self.config, self.tokenizer, self.world = config, tokenizer, world
         #: The plan of every stage, made before the model.
@@ -89,7 +92,8 @@ class Trainer:
         #: Called after every step, for example by a profile.
         self.after_step: Callable[[], None] = lambda: None
         self.folder: Path = config.run.folder
-        self.records = Records(config, self.schedules, world, on_record)
+        self.startup = startup or StartUp()
+        self.records = Records(config, self.schedules, world, on_record, self.startup)
         self.evaluations = Evaluations(config, world, self.records, self.total_steps, on_evaluate)
         self.ledger = Ledger(self.folder / f"ledger-train{world.rank or ''}.jsonl")
         check_optimizers(config.stages)
@@ -120,6 +124,7 @@ class Trainer:
         #: Stage and step of the newest checkpoint, and when it was written.
         self._saved, self._saved_at = (0, 0), time.monotonic()
         self.saver = Saver(self.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.background)
+        self.startup.over("model")
 
     @property
     def missing(self) -> int:
@@ -274,9 +279,11 @@ class Trainer:
     def _compiled(self) -> None:
         """Returns when kernels are compiled."""
         if self._warmup is not None:
+            self.startup.over("first packs")
             self.beat.at("the compilation of kernels")
             self._warmup.wait()
             self._warmup = None
+            self.startup.over("kernels")
 
     def _select(self, stage: StageConfig) -> None:
         """Choose what backward finds of the activations of a stage."""
