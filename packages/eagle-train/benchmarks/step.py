@@ -10,8 +10,9 @@ policy also with products of 8-bit floats in the decoder's linear layers, in tur
 `frozen`: the trainer's configuration, which is FSDP2 on one rank, float32 weights and AdamW, with as many layers as fit. `shards`: the
 same with all 28 layers over several ranks, each with its own sequence; the worst rank counts. Peaks are recorded at every moment of the
 step, so that an error in one part of the plan is visible. `questions`: seven rows about a video of 512 frames as one tree, next to one
-row alone. `--rival`: the same steps by transformers, Liger and flash-attn-4 too (`training_step/rival.py`); `questions` compares with its
-step of one row. `--small`: `questions` at tiny sizes on the CPU, to see that it runs; its times say nothing.
+row alone. `--rival`: the same steps by transformers, Liger and flash-attn-4 too (`training_step/rival.py`), or by those that it names
+(NeMo AutoModel: `training_step/nemo.py`); `questions` compares with the former's step of one row. `--small`: `questions` at tiny sizes on
+the CPU, to see that it runs; its times say nothing.
 """
 
 import argparse
@@ -23,10 +24,11 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as th
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
-from training_step import rival
 from training_step.measured import METRICS, release
+from training_step.nemo import NEMO
 from training_step.policies import POLICIES, measure
 from training_step.questions import shared_media
+from training_step.rival import LIGER, compare
 from training_step.sharded import trained
 
 from benchmarks.cuda import ceilings
@@ -38,8 +40,10 @@ WHOLE = {"32k": 32768, "64k": 65536, "128k": 131072}
 SHARDED = {"optimizer": (12, False), "frozen": (16, True), "shards": (LAYERS, False)}
 """Layers, and whether the vision tower is frozen, by case."""
 QUESTIONS = "questions"
+DEFAULT = "liger"
+RIVALS = {DEFAULT: LIGER} | NEMO
 RECIPES = ["rowwise", "rowwise_with_gw_hp"]
-LIBRARIES = ("torch", "triton", "transformers", "flash-attn-4")
+LIBRARIES = ("torch", "triton", "transformers", "flash-attn-4", "liger-kernel", "nemo-automodel")
 
 
 def parse() -> argparse.Namespace:
@@ -47,7 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", default=[*WHOLE, "optimizer", "frozen"], metavar="CASE")
     parser.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES, help="of 32k, 64k and 128k")
     parser.add_argument("--rounds", type=int, default=2, help="steps of every policy, and of every contender of questions")
-    parser.add_argument("--rival", action="store_true", help="also 32k, 64k, 128k and questions by public packages")
+    parser.add_argument("--rival", nargs="*", choices=RIVALS, help=f"also 32k, 64k and 128k by public packages ({DEFAULT} by default)")
     recipes = f"of 32k, 64k and 128k, also with 8-bit floats: {', '.join(RECIPES)} (both)"
     parser.add_argument("--fp8", nargs="*", choices=RECIPES, metavar="RECIPE", help=recipes)
     parser.add_argument("--profile", action="store_true", help="of 32k, 64k and 128k: one more step each, with the time of every kernel")
@@ -80,12 +84,13 @@ def main() -> None:
     if cases:
         recipes = [] if options.fp8 is None else options.fp8 or RECIPES
         measure(result, cases, LAYERS, options.out, recipes, options.profile)
-        if options.rival and ranks == 1:
-            rival.compare(result, [(name, tokens) for name, tokens, _ in cases], options.rounds, LAYERS, options.out)
+        names = [] if options.rival is None or ranks > 1 else options.rival or [DEFAULT]
+        for name in names:
+            compare(result, RIVALS[name], [(name, tokens) for name, tokens, _ in cases], options.rounds, LAYERS, options.out)
         release()
     if QUESTIONS in options.only:
         tokens = 64 if options.small else 131072
-        shared_media(result, tokens, options.rounds, options.out, small=options.small, with_rival=options.rival)
+        shared_media(result, tokens, options.rounds, options.out, small=options.small, with_rival=options.rival is not None)
     for name in (name for name in SHARDED if name in options.only):
         if main_rank and options.out is not None:
             write(result, options.out)  # the cases so far, in case the next one runs out of memory
