@@ -43,6 +43,7 @@ def test_there_are_scripts_of_every_package():
         ("eagle-model/benchmarks/generation.py", ["--small", "--only", "131k", "2k-16", "--steps", "plain", "graph"], "131k"),
         ("eagle-sampling/benchmarks/budget.py", ["--rows", "2000"], "plan_many, ads, L_max 32768"),
         ("eagle-train/benchmarks/planning.py", ["1000"], "visual plan, 32768 tokens"),
+        ("eagle-train/benchmarks/optimizers.py", ["--small"], "adamw, bfloat16 weights, 0.00 B parameters"),
         (
             "eagle-train/benchmarks/step.py",
             ["--small", "--only", "questions", "--rival", "--rounds", "1"],

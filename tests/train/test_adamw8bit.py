@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 pytest.importorskip("torchao")
 
 
+from eagle_train.training import codes
 from eagle_train.training.adamw8bit import make_adamw8bit
 from eagle_train.training.rounding import key_of
 from tests.support.interpreter import interpret
@@ -65,12 +66,14 @@ def test_weights_are_those_of_adamw(dtype, bound):
 
 def check_kernel(device):
     """The kernel next to the step in torch on a CPU, from the same states: 8-bit and float32 ones, a lost mean square among them."""
-    from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_unsigned
+    from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
 
     from eagle_train.training.adamw_kernel import launch
 
     torch.compile = lambda function, **_: function
     smallest = sorted(get_qmap_unsigned())[1]
+    tables = [torch.tensor(table()) for table in (get_qmap_signed, get_qmap_unsigned)]
+    borders = tuple(codes.thresholds(table).to(device) for table in tables)
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         for count in (256 * 21, 1000):
@@ -92,8 +95,8 @@ def check_kernel(device):
                 other.copy_(weight.detach())
                 block = 256 if isinstance(states[0], OptimState8bit) else 0
                 launch(
-                    other, gradient.to(device), *copies, block, step=number, lr=SETTINGS["lr"], betas=SETTINGS["betas"], decay=0.1,
-                    eps=SETTINGS["eps"], smallest=smallest, key=key_of("0", number), first=0,
+                    other, gradient.to(device), *copies, block, borders if block else None, step=number, lr=SETTINGS["lr"],
+                    betas=SETTINGS["betas"], decay=0.1, eps=SETTINGS["eps"], smallest=smallest, key=key_of("0", number), first=0,
                 )  # fmt: skip
                 weight.grad = gradient
                 optimizer.step()

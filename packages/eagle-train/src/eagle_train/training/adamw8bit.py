@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from eagle_model.weights import local_rows
 
+from . import codes
 from .adamw import load_without_casts
 from .rounding import HAS_TRITON, key_of, round_into
 
@@ -32,9 +34,17 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
     names: of parameters in bfloat16, which give each its own random numbers. Raises ImportError without torchao.
     """
     from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_unsigned  # pyright: ignore[reportMissingImports]
+    from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned  # pyright: ignore[reportMissingImports]
 
-    smallest = sorted(get_qmap_unsigned())[1]
+    tables = [torch.tensor(table(), dtype=torch.float32) for table in (get_qmap_signed, get_qmap_unsigned)]
+    smallest = tables[1][1].item()
+    # The kernel computes codes of these tables; of others, should torchao ever change them, the compiled step looks them up.
+    known = HAS_TRITON and all(codes.is_dynamic(table, signed) for table, signed in zip(tables, (True, False)))
+
+    @cache
+    def thresholds(device: torch.device) -> tuple[Tensor, Tensor]:
+        mean, square = (codes.thresholds(table).to(device) for table in tables)
+        return mean, square
 
     def flat(tensor: Any) -> Tensor:
         """The same memory in one dimension, so that one compiled step serves all shapes; by `data`, because views carry their shapes."""
@@ -93,11 +103,12 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
                     key = key_of(names[parameter], number) if low else 0
                     first = local_rows(parameter.detach())[1] * (parameter[:1].numel() if parameter.ndim else 1) if low else 0
                     settings = {"betas": group["betas"], "decay": group["weight_decay"], "eps": group["eps"]}
-                    if weights.is_cuda and HAS_TRITON:
+                    if weights.is_cuda and known:
                         from .adamw_kernel import launch
 
                         more = {"step": number, "lr": float(group["lr"]), "smallest": smallest, "key": key, "first": first}
-                        launch(weights, gradient.contiguous(), mean, square, block, **settings, **more)
+                        borders = thresholds(weights.device) if block else None
+                        launch(weights, gradient.contiguous(), mean, square, block, borders, **settings, **more)
                         continue
                     whole = weights.float()
                     compiled(whole, gradient, state["step"], mean, square, block, group["lr"], **settings)

@@ -6,7 +6,7 @@ of 256 values between which codes choose (arXiv 2110.02861). Each number is read
 
 # Triton's language has no types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportMissingTypeStubs=false
+# pyright: reportArgumentType=false, reportMissingParameterType=false, reportUnknownParameterType=false, reportMissingTypeStubs=false
 
 from __future__ import annotations
 
@@ -24,21 +24,25 @@ ELEMENTS = 1024
 
 
 @triton.jit
-def _nearest(table, value):
-    """The number of the entry of a sorted table of 256 that is nearest to each value; of two, the larger."""
-    code = tl.zeros(value.shape, tl.int32)
-    for power in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
-        half = 128 >> power
-        code = tl.where(value >= tl.load(table + code + half), code + half, code)
-    above = tl.minimum(code + 1, 255)
-    low = tl.load(table + code)
-    return tl.where(value - low >= (tl.load(table + above) - low) * 0.5, above, code)
+def _nearest(thresholds, value, ZERO: tl.constexpr, FIRST: tl.constexpr):
+    """The code of each value, between -1 and 1, in a dynamic table (`codes.py`): code ZERO is 0, and the first decade has FIRST values.
+
+    Counted by arithmetic, values of the table that are not larger than a magnitude are as many as its code is away from ZERO, or one less:
+    one comparison with the threshold between the two tells. Counting wrongly by half a step, or where a decade ends, does no harm.
+    """
+    size = tl.abs(value)
+    decade = tl.minimum(tl.maximum(tl.floor(tl.log2(size) * 0.30102999566) + 7.0, 0.0), 6.0)
+    number = FIRST << decade.to(tl.int32)  # of values in it; those below it are FIRST fewer
+    inside = tl.floor((size * tl.exp2((6.0 - decade) * 3.32192809489) - 0.1) * (number.to(tl.float32) / 0.9) + 0.5)
+    away = number - FIRST + tl.minimum(tl.maximum(inside.to(tl.int32), 0), number)
+    code = tl.where(value < 0, ZERO - 1 - away, ZERO + away)
+    return code + (value >= tl.load(thresholds + code + 1)).to(tl.int32)
 
 
 @triton.jit
 def _step(
-    weights, gradients, means, squares, mean_scales, square_scales, mean_table, square_table, count, lr, decay, beta1, beta2, eps,
-    correction1, correction2, smallest, first, key,
+    weights, gradients, means, squares, mean_scales, square_scales, mean_table, square_table, mean_thresholds,
+    square_thresholds, count, lr, decay, beta1, beta2, eps, correction1, correction2, smallest, first, key,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, QUANTISED: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -62,8 +66,8 @@ def _step(
         largest = tl.max(new_square, axis=1)
         mean_scale = tl.maximum(tl.max(tl.abs(new_mean), axis=1), 1e-12)
         square_scale = tl.maximum(largest, 1e-12)
-        tl.store(means + i, _nearest(mean_table, tl.div_rn(new_mean, mean_scale[:, None])).to(tl.uint8), mask=real)
-        tl.store(squares + i, _nearest(square_table, tl.div_rn(new_square, square_scale[:, None])).to(tl.uint8), mask=real)
+        tl.store(means + i, _nearest(mean_thresholds, tl.div_rn(new_mean, mean_scale[:, None]), 127, 1).to(tl.uint8), mask=real)
+        tl.store(squares + i, _nearest(square_thresholds, tl.div_rn(new_square, square_scale[:, None]), 0, 2).to(tl.uint8), mask=real)
         tl.store(mean_scales + block, mean_scale, mask=inside)
         tl.store(square_scales + block, square_scale, mask=inside)
         lost = (square == 0.0) & (mean != 0.0)
@@ -80,21 +84,23 @@ def _step(
 
 
 def launch(
-    weights: Tensor, gradient: Tensor, mean: Any, square: Any, block: int, *,
+    weights: Tensor, gradient: Tensor, mean: Any, square: Any, block: int, thresholds: tuple[Tensor, Tensor] | None = None, *,
     step: int, lr: float, betas: tuple[float, float], decay: float, eps: float, smallest: float, key: int, first: int,
 ) -> None:  # fmt: skip
     """One step of n elements, in place; all tensors are contiguous.
 
     weights: float32 or bfloat16, rounded stochastically by `key` and `first` (`round_into`). mean, square: torchao's 8-bit states with
-    blocks of `block` elements, n a multiple of it; float32 tensors where block is 0. step: from 1.
+    blocks of `block` elements, n a multiple of it, whose tables are dynamic ones; float32 tensors where block is 0. thresholds: of the two
+    tables (`codes.thresholds`), on the device. step: from 1.
     """
     quantised = block > 0
+    assert quantised == (thresholds is not None)
     block = block or ELEMENTS
     rows = max(1, ELEMENTS // block)
     tensors = (
-        (mean.codes, square.codes, mean.scale, square.scale, mean.qmap, square.qmap)
-        if quantised
-        else (mean, square, weights, weights, weights, weights)  # the last four are not read
+        (mean.codes, square.codes, mean.scale, square.scale, mean.qmap, square.qmap, *thresholds)
+        if thresholds is not None
+        else (mean, square, *[weights] * 6)  # the last six are not read
     )
     kernel: Any = _step[(triton.cdiv(weights.numel(), rows * block),)]
     kernel(
