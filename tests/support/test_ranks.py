@@ -43,7 +43,7 @@ def test_results_and_failures():
         began = time.monotonic()
         with pytest.raises(AssertionError, match=r"ranks \[1\] of 3 did not answer within 1 s"):
             ranks.call(hang, timeout=1)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
 
 
 def test_functions_and_arguments_are_inherited():

@@ -183,7 +183,7 @@ def test_a_second_interrupt_ends_at_once_and_says_what_was_saved(colour_run, tmp
     time.sleep(1.5)
     assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=10)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Ctrl-C again ends the run at once" in error
     assert "ended at once; the same command continues after step 2 of stage one (checkpoint one-00000002)" in error
