@@ -8,6 +8,7 @@ Everything is a function of (configuration, facts, step): a run that is killed a
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import signal
@@ -215,6 +216,7 @@ class Trainer:
             # FSDP2 remembers at sharding what is trained: another choice needs a new model, from the end of the last stage.
             self.saver.wait()
             self.model = None  # type: ignore[assignment]
+            gc.collect()  # FSDP2's modules refer to each other in circles; the next model needs the GPU memory of this one
             self.model = self._new_model(stage.modes, weights=False)
             checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
         set_trainable(self.model, stage.modes)
