@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -98,7 +99,7 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
                     block = self.block_size if isinstance(square, OptimState8bit) else 0
                     low, number = weights.dtype == torch.bfloat16, int(state["step"])
                     key = key_of(names[parameter], number) if low else 0
-                    first = local_rows(parameter.detach())[1] * (parameter[:1].numel() if parameter.ndim else 1) if low else 0
+                    first = local_rows(parameter.detach())[1] * math.prod(parameter.shape[1:]) if low else 0
                     settings = {"betas": group["betas"], "decay": group["weight_decay"], "eps": group["eps"]}
                     if weights.is_cuda and HAS_TRITON:
                         from .adamw_kernel import launch
