@@ -1,7 +1,10 @@
 """Activations kept, rebuilt, or rebuilt from host memory train the same run; bfloat16 computes, float32 remembers."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
 
 import eagle_kernels.offload.engine
 from eagle_kernels.offload import GIB, Arena
@@ -12,6 +15,8 @@ from eagle_train.runs.train import train
 from eagle_train.training import activations
 from eagle_train.training.activations import activation_mode, host_bytes, make_engine
 from eagle_train.training.metrics import Metrics, same_run
+from eagle_train.training.model import model_config
+from tests.support.ranks import run_on_ranks
 
 MODES = ("keep", "recompute", "selective", "offload")
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -114,6 +119,30 @@ def test_too_little_host_memory_is_said_with_numbers_before_the_first_step(colou
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"94.\d\d GiB for the 4 on the host of rank 0, which can spare 60.00 GiB"):
         make_engine(config, described, world, available=60 * GIB)
+
+
+def engine_of(config, described):
+    """The error of each rank where the second one may not pin memory."""
+    rank = dist.get_rank()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    if rank == 1:
+        activations.OffloadEngine = cannot_pin
+    try:
+        make_engine(config, described, start_world(config.parallel, "cpu"))
+    except ConfigError as error:
+        return str(error)
+
+
+def cannot_pin(*_, **__):
+    raise MemoryError("Arena: CUDA cannot pin 3.00 GiB of host memory (error 2); raise `ulimit -l` or request less")
+
+
+def test_memory_that_one_rank_cannot_pin_is_an_error_of_all(colour_run):
+    config = colour_run(model=colour_run().model.model_dump() | {"activations": "offload"})
+    described = model_config(config, get_ready(config, held_out=False).tokenizer)
+    errors = run_on_ranks(2, engine_of, config, described)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("model.activations is offload: rank 1: Arena: CUDA cannot pin 3.00 GiB of host memory")
 
 
 def test_auto_is_selective_on_a_gpu_and_keeps_on_a_cpu(colour_run):

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor.debug import CommDebugMode
 
 from eagle_train.config import ConfigError, ParallelConfig, StageConfig
 from eagle_train.distributed.sharding import shard_model
@@ -18,7 +20,7 @@ from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
 from eagle_train.training import checkpoint, rounding
 from eagle_train.training.metrics import Metrics, same_run
-from eagle_train.training.optim import make_optimizer
+from eagle_train.training.optim import OPTIMIZERS, make_optimizer
 from eagle_train.training.rounding import hashed, key_of, round_into
 from tests.support.interpreter import interpret
 from tests.support.models import tiny_model
@@ -236,6 +238,32 @@ def test_what_does_not_go_together_is_refused(colour_run):
         train(get_ready(config), alone("cpu"))
     with pytest.raises(ConfigError, match=r"stages.s.optimizer: muon does not round weights stochastically.*use adamw or adamw8bit"):
         make_optimizer(tiny_model().to(torch.bfloat16), stage(optimizer="muon"))
+
+
+def collectives_of_steps():
+    """Of each optimizer's step over shards, by optimizer and weights."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    torch.compile = lambda function, **_: function
+    found = {}
+    for name in ("adamw", "adamw_host", "adamw8bit", "muon"):
+        for weights in (torch.float32, torch.bfloat16):
+            if name == "adamw8bit" and find_spec("torchao") is None or weights == torch.bfloat16 and not OPTIMIZERS[name].bfloat16:
+                continue
+            config = ParallelConfig(dtype="bfloat16")
+            model = shard_model(tiny_model().to(weights), start_world(config, "cpu"), config)
+            optimizer = make_optimizer(model, stage(optimizer=name))
+            model(pack_of(0)).loss.backward()
+            with CommDebugMode() as seen:
+                optimizer.step()
+            found[name, str(weights)] = seen.get_total_counts()
+    return found
+
+
+def test_only_muon_gathers_what_ranks_hold():
+    [found, _] = run_on_ranks(2, collectives_of_steps)
+    assert {name for (name, _), count in found.items() if count} == {"muon"}, found
+    assert len(found) >= 4
 
 
 @pytest.mark.integration

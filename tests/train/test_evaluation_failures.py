@@ -1,13 +1,21 @@
 """An evaluation that fails on one of two ranks or on both: no rank hangs, and training continues where that is possible."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from eagle_train.config import dump_config
+from eagle_train.distributed.world import start_world
+from eagle_train.errors import EvaluationError
+from eagle_train.training.evaluations import Evaluations
 from eagle_train.training.metrics import Metrics, same_run
-from tests.support.ranks import outputs_of, start_processes
+from eagle_train.training.records import Records
+from tests.support.ranks import outputs_of, run_on_ranks, start_processes
 
 CHILD = Path(__file__).with_name("evaluate_on_ranks.py")
 SECTIONS = {
@@ -61,3 +69,41 @@ def test_a_failure_inside_a_collective_ends_the_run_and_says_so(colour_run):
     assert "the same command continues from the newest checkpoint" in outputs[1]
     assert {(record["kind"], record["stage"]) for record in records} == {("step", "one"), ("eval_failed", "one")}
     assert "rank 1 failed" in records[1]["error"]
+
+
+class Silent(Records):
+    """Records in a list."""
+
+    def __init__(self):
+        self.written = []
+
+    def write(self, record):
+        self.written.append(record)
+
+
+def attempts(config):
+    """What each rank has of evaluations of which the main rank's part fails, and of one that succeeds after them."""
+    rank = dist.get_rank()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    world, records, model = start_world(config.parallel, "cpu"), Silent(), nn.Linear(1, 1)
+    evaluations = Evaluations(config, world, records, 6, None)
+
+    def fail(error):
+        raise error
+
+    errors = [OSError("the rows are gone"), EvaluationError("the judge does not answer")]
+    results = [evaluations.attempt(model, "one", 3, lambda error=error: world.first(lambda: fail(error))) for error in errors]
+    results.append(evaluations.attempt(model, "one", 4, lambda: world.sum(torch.ones(())).item()))
+    return results, evaluations.failed, [record["error"] for record in records.written]
+
+
+def test_what_only_the_main_rank_does_may_fail(colour_run):
+    """The judge, or the text-only baseline: training continues on all ranks, as it does on one."""
+    main, other = run_on_ranks(2, attempts, colour_run())
+    assert main[0] == other[0] == [None, None, 2.0]
+    for failed in (main[1], other[1]):
+        assert len(failed) == 2
+        assert "the evaluation of stage one after step 3 failed: rank 0: OSError: the rows are gone" in failed[0]
+        assert "the judge does not answer" in failed[1]
+    assert len(main[2]) == 2
+    assert other[2] == []

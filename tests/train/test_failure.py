@@ -64,6 +64,23 @@ def test_torchrun_reports_a_killed_rank_that_it_started(monkeypatch):
     assert error.lost_rank.reporter == "torchrun"
 
 
+class GoneStore:
+    """The process that had the store has ended."""
+
+    def check(self, _):
+        raise dist.DistNetworkError("failed to recv, got 0 bytes")
+
+
+def test_a_rank_without_the_store_says_where_to_look(monkeypatch):
+    """Rank 0 may have failed with a message of its own, and took the store along: nobody can say that it was killed."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    leave(GoneStore(), 3, error := RuntimeError(GLOO))
+    assert error.lost_rank.reporter is None
+    assert "rank 3 lost its connection to rank 0, whose process ended. If rank 0 printed an error, that is the cause; else it was killed" in (
+        error.lost_rank.message
+    )
+
+
 def test_what_says_that_a_rank_is_gone():
     assert is_lost(RuntimeError(GLOO))
     assert is_lost(dist.DistNetworkError("failed to recv, got 0 bytes"))

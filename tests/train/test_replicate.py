@@ -88,3 +88,20 @@ def test_numbers_that_do_not_fit_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"replicate \(2\) is for sharded parameters, and fsdp: false replicates all of them"):
         parse_config({"parallel": {"replicate": 2, "fsdp": False}})
     assert for_evaluation(ParallelConfig(replicate=2)).replicate == 1
+
+
+
+def groups_of_models():
+    """Process groups that exist after each of three models, as in a run of three stages, for every way."""
+    found = {}
+    for way, parallel in (WAYS | {"replicated": ParallelConfig(dtype="float32", fsdp=False)}).items():
+        world, found[way] = world_of(parallel), []
+        for seed in range(3):
+            shard_model(tiny_model(seed=seed), world, parallel)
+            found[way].append(len(dist.distributed_c10d._world.pg_map))
+    return found
+
+
+def test_the_models_of_all_stages_share_process_groups():
+    [found, *_] = run_on_ranks(4, groups_of_models)
+    assert all(first == second == third for first, second, third in found.values()), found

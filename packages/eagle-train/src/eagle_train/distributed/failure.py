@@ -30,12 +30,15 @@ _LOST = re.compile(
 class LostRank:
     """What an error that followed from another rank's end carries (`error.lost_rank`). reporter: the rank that reports the cause."""
 
-    def __init__(self, rank: int, reporter: str | None) -> None:
+    def __init__(self, rank: int, reporter: str | None, *, without_store: bool = False) -> None:
+        """without_store: the store, which the process of rank 0 has where torchrun does not, is gone: nobody can say why."""
         self.reporter = reporter
-        self.message = (
-            f"rank {rank} lost its connection to another rank, which ended without a message: it was killed (a signal, or the host ran out "
-            "of memory; the system log has it) or its host is gone. The same command continues the run"
-        )
+        killed = "killed (a signal, or the host ran out of memory; the system log has it) or its host is gone"
+        if without_store:
+            cause = f"rank 0, whose process ended. If rank 0 printed an error, that is the cause; else it was {killed}"
+        else:
+            cause = f"another rank, which ended without a message: it was {killed}"
+        self.message = f"rank {rank} lost its connection to {cause}. The same command continues the run"
 
 
 def is_lost(error: BaseException) -> bool:
@@ -56,13 +59,17 @@ def leave(store: Any, rank: int, error: BaseException, patience: float = PATIENC
             except RuntimeError:  # the host of the store is gone: the others report what they see
                 return
         return
+    reporter, without_store = None, False
     if launcher_reports():
         # Nothing to find out, and each rank that stays keeps the connections open that others wait on: 8 ranks of gloo ended 5 s one after
         # the other, 25 s in all.
         reporter = "torchrun"
-    else:
-        reporter = _reporter(store, patience) or _other_reporter(store)
-    error.lost_rank = LostRank(rank, reporter)  # type: ignore[attr-defined]
+    elif store is not None:
+        try:
+            reporter = _reporter(store, patience) or _other_reporter(store)
+        except RuntimeError:
+            without_store = True
+    error.lost_rank = LostRank(rank, reporter, without_store=without_store)  # type: ignore[attr-defined]
 
 
 def launcher_reports(environment: Mapping[str, str] = os.environ) -> bool:
@@ -72,21 +79,15 @@ def launcher_reports(environment: Mapping[str, str] = os.environ) -> bool:
 
 def _other_reporter(store: Any) -> str | None:
     """Who reports a rank that was killed, if not this one."""
-    try:
-        return "another rank" if store is not None and store.add(NOTICED, 1) > 1 else None
-    except RuntimeError:  # the host of the store is gone, and nobody knows who else is left
-        return None
+    return "another rank" if store.add(NOTICED, 1) > 1 else None
 
 
 def _reporter(store: Any, patience: float) -> str | None:
+    """The rank that says that it failed, as soon as one does. Both raise RuntimeError when the store is gone."""
     deadline = time.monotonic() + patience
-    while store is not None:
-        try:
-            if store.check([KEY]):
-                return store.get(KEY).decode()
-        except RuntimeError:
-            return None
+    while True:
+        if store.check([KEY]):
+            return store.get(KEY).decode()
         if time.monotonic() > deadline:
             return None
         time.sleep(0.1)
-    return None

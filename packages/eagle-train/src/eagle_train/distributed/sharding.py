@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from eagle_train.config import ConfigError, ParallelConfig
 
@@ -32,7 +31,7 @@ def shard_model(model: nn.Module, world: World, config: ParallelConfig) -> nn.Mo
         return model  # no copies, and gradients in the memory that activations use
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
     replicas = replicas_of(config, world.size)
-    mesh = init_device_mesh(world.device.type, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
+    mesh = world.shards(replicas)
     mesh = mesh["shard"] if replicas == 1 and config.fsdp else mesh
     for block in model.blocks():  # type: ignore[operator]
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

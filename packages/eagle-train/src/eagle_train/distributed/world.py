@@ -80,6 +80,7 @@ class World:
     hardware: Hardware | None = field(default=None, repr=False)
     #: How many packs were split in which way, with `parallel.context: auto`.
     chosen: Counter[str] = field(default_factory=Counter, repr=False)
+    _shards: dict[int, DeviceMesh] = field(default_factory=dict, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -110,6 +111,14 @@ class World:
             mesh, whole = self.splits[plan.ulysses], plan.whole
             self.chosen["whole samples" if whole else f"ulysses {plan.ulysses} x all_gather {plan.all_gather}"] += 1
         return Layout.build(cu_seqlens, mesh, prefixes=prefixes or None, whole=whole, **heads)
+
+    def shards(self, replicas: int) -> DeviceMesh:
+        """All ranks as `replicate` groups of `shard` neighbouring ranks. Made once: process groups take memory of a GPU, and every stage
+        that trains other parts shards a new model."""
+        if replicas not in self._shards:
+            shape = replicas, self.size // replicas
+            self._shards[replicas] = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        return self._shards[replicas]
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""

@@ -65,4 +65,12 @@ def make_engine(config: Config, described: Any, world: World, *, available: int 
                 f"{spare / GIB:.2f} GiB; share packs over more ranks (parallel.ulysses, parallel.all_gather), "
                 "lower stages.*.max_tokens, or choose recompute"
             )
-    return OffloadEngine(need, device=world.device, host_available=need)
+    engine, failure = None, None
+    try:
+        engine = OffloadEngine(need, device=world.device, host_available=need)
+    except MemoryError as error:  # a limit on pinned memory, on this host
+        failure = str(error)
+    if failures := world.failures(failure):
+        raise ConfigError(f"model.activations is offload: {'; '.join(failures)}; or choose recompute")
+    assert engine is not None
+    return engine

@@ -6,6 +6,7 @@ Both keep float32 moments under torch's names (`step`, `exp_avg`, `exp_avg_sq`),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -86,7 +87,7 @@ class RoundingAdamW(_Float32States):
             steps, (first, second) = int(state["step"]), group["betas"]
             weight, offset = local_rows(parameter.detach())
             gradient, mean, square = (_local(tensor) for tensor in (parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
-            width = parameter[:1].numel() if parameter.ndim else 1
+            width = math.prod(parameter.shape[1:])  # a slice of a sharded parameter would gather it
             key = key_of(self._names[parameter], steps) if weight.dtype == torch.bfloat16 else 0
             if weight.is_cuda and HAS_TRITON and all(x.is_contiguous() for x in (weight, mean, square)):
                 from .adamw_kernel import launch

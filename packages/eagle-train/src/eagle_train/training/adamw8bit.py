@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -13,10 +14,17 @@ from eagle_model.weights import local_rows
 
 from . import codes
 from .adamw import load_without_casts
+from .block_states import BlockStates
 from .rounding import HAS_TRITON, key_of, round_into
 
 SMALLEST = 4096
 """Elements from which torchao keeps a state in 8 bits."""
+BLOCK = 256
+
+
+def in_blocks(elements: int) -> bool:
+    """Whether states of so many elements of a rank are kept in 8 bits, and not in float32."""
+    return elements >= SMALLEST and elements % BLOCK == 0
 
 
 def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, str], **options: Any) -> torch.optim.Optimizer:
@@ -75,9 +83,7 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
             return OptimState8bit.zeros(p.shape, signed, block_size, p.device)
 
         def _new_buffer(self, p: Any, signed: bool) -> Tensor:
-            local = _local(p)
-            whole = local.numel() < SMALLEST or local.numel() % self.block_size
-            return super()._new_buffer(torch.empty_like(p, dtype=torch.float32) if whole else p, signed)
+            return super()._new_buffer(p if in_blocks(_local(p).numel()) else torch.empty_like(p, dtype=torch.float32), signed)
 
         def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
             state = self.state[parameter]
@@ -92,16 +98,18 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
             compiled = torch.compile(update, fullgraph=True, dynamic=True)
             for group in self.param_groups:
                 for parameter in group["params"]:
-                    if parameter.grad is None or _local(parameter).numel() == 0:
+                    if parameter.grad is None:
                         continue
                     state = self._state_of(parameter)
                     state["step"] += 1
+                    if _local(parameter).numel() == 0:  # a checkpoint is read only where every rank has a state of every parameter
+                        continue
                     tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
                     weights, gradient, mean, square = (flat(_local(tensor)) for tensor in tensors)
                     block = self.block_size if isinstance(square, OptimState8bit) else 0
                     low, number = weights.dtype == torch.bfloat16, int(state["step"])
                     key = key_of(names[parameter], number) if low else 0
-                    first = local_rows(parameter.detach())[1] * (parameter[:1].numel() if parameter.ndim else 1) if low else 0
+                    first = local_rows(parameter.detach())[1] * math.prod(parameter.shape[1:]) if low else 0
                     settings = {"betas": group["betas"], "decay": group["weight_decay"], "eps": group["eps"]}
                     if weights.is_cuda and known:
                         from .adamw_kernel import launch
@@ -116,10 +124,14 @@ def make_adamw8bit(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, st
                         round_into(weights, whole, key, first)
             return loss
 
+        def load_planner(self) -> BlockStates:
+            """How a checkpoint's states are read, whichever ranks wrote them."""
+            return BlockStates(("exp_avg", "exp_avg_sq"), BLOCK, in_blocks)
+
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             load_without_casts(self, state_dict, lambda _, name, value: value)  # torchao's states have no `clone`
 
-    return Float32States(groups, **options)
+    return Float32States(groups, block_size=BLOCK, **options)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -157,7 +157,7 @@ def read(
     with_optimizer = optimizer if not progress.done else None
     state = state_of(model, with_optimizer, average)  # tensors of the average are filled in place
     try:
-        dcp.load(state, checkpoint_id=str(path), no_dist=world.size == 1)
+        dcp.load(state, checkpoint_id=str(path), no_dist=world.size == 1, planner=_planner(with_optimizer))
     except dcp.api.CheckpointException as error:
         raise CheckpointError(
             f"{path}: can't be read, or does not fit this model: {reasons(error)}. If it is damaged, remove that folder: "
@@ -175,7 +175,6 @@ def carry_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Learning rates and the other settings of its groups stay. Raises CheckpointError when the checkpoint holds no optimizer state.
     """
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import DefaultLoadPlanner
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
     keys = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
@@ -186,13 +185,22 @@ def carry_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             f"{path}: holds no optimizer state for the parameters of the next stage, which carry_optimizer asks for; set it to false"
         )
     wanted = {"optimizer": {"state": {name: state["state"][name] for name in sorted(kept)}}}
-    dcp.load(wanted, checkpoint_id=str(path), no_dist=world.size == 1, planner=DefaultLoadPlanner(allow_partial_load=False))
+    dcp.load(wanted, checkpoint_id=str(path), no_dist=world.size == 1, planner=_planner(optimizer))
     state["state"] |= wanted["optimizer"]["state"]
     set_optimizer_state_dict(model, optimizer, state)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for parameter in list(optimizer.state):
         if names[id(parameter)] not in kept:  # reading made a state of zeros after one step
             del optimizer.state[parameter]
+
+
+def _planner(optimizer: torch.optim.Optimizer | None) -> Any:
+    """What torch.distributed.checkpoint plans reading by: an optimizer may have its own (`load_planner`), for states that it keeps in a
+    form of its own. Everything in the state must be in the checkpoint."""
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+
+    own = getattr(optimizer, "load_planner", None)
+    return own() if own is not None else DefaultLoadPlanner()
 
 
 def _reason(error: BaseException) -> str:

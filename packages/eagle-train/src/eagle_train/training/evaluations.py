@@ -10,7 +10,7 @@ from torch import nn
 
 from eagle_train.config import Config
 from eagle_train.distributed.sharding import reshard
-from eagle_train.distributed.world import RankError, World
+from eagle_train.distributed.world import MainRankError, RankError, World
 from eagle_train.errors import EvaluationError, describe
 
 from .checkpoint import Progress
@@ -64,6 +64,8 @@ class Evaluations:
         model.eval()
         try:
             result = evaluate()
+        except MainRankError:  # in what it does while all ranks wait: they left that together, and it says why below
+            pass
         except RankError as error:
             self._note(stage, total_step, str(error), everywhere=False)
             raise

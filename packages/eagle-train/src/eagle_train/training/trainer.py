@@ -8,6 +8,7 @@ Everything is a function of (configuration, facts, step): a run that is killed a
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import signal
@@ -220,18 +221,20 @@ class Trainer:
             # FSDP2 remembers at sharding what is trained: another choice needs a new model, from the end of the last stage.
             self.saver.wait()
             self.model = None  # type: ignore[assignment]
+            gc.collect()  # FSDP2's modules refer to each other in circles; the next model needs the GPU memory of this one
             self.model = self._new_model(stage.modes, weights=False)
             checkpoint.read(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, None, self.world)
         set_trainable(self.model, stage.modes)
         self._select(stage)
-        replicas = replicas_of(self.config.parallel, self.world.size)
-        self._gradients = Gradients(self.model, stage.packs_per_step // self.world.data, replicas)
         optimizer = make_optimizer(self.model, stage)
         if resumed is not None:
             self._load(resumed, optimizer)
         elif stage.carry_optimizer:
             self.saver.wait()
             checkpoint.carry_optimizer(self.checkpoints / f"{self.config.stages[number - 1].name}-end", self.model, optimizer, self.world)
+        # Once the optimizer has its state: torch makes it by a step with gradients of zeros in the weights' dtype.
+        replicas = replicas_of(self.config.parallel, self.world.size)
+        self._gradients = Gradients(self.model, stage.packs_per_step // self.world.data, replicas)
         self.model.train()
         done_before = sum(schedule.steps for schedule in self.schedules[:number])
         begin, waited = time.monotonic(), loader.waited

@@ -34,27 +34,39 @@ class Warmup:
     reported, in the first step."""
 
     def __init__(self, config: Config, described: Any, device: torch.device) -> None:
-        self._thread = threading.Thread(target=self._run, args=(config, described, device), name="eagle-warmup", daemon=True)
+        self._thread: threading.Thread | None = None
+        try:
+            # In the caller's thread: transformers switches initialisation off for the whole process while a model is made without values,
+            # and next to this the run's own weights are drawn.
+            model = one_layer_model(config, described, device)
+        except Exception:
+            logger.debug("kernels are not compiled ahead", exc_info=True)
+            return
+        self._thread = threading.Thread(target=self._run, args=(model, described, device), name="eagle-warmup", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
-    def _run(self, config: Config, described: Any, device: torch.device) -> None:
+    def _run(self, model: Any, described: Any, device: torch.device) -> None:
         begin = time.monotonic()
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            step_once(config, described, device)
+            step_once(model, described, device)
         except Exception:
             logger.debug("kernels were not compiled ahead", exc_info=True)
         else:
             logger.debug("kernels are compiled after %.1f s", time.monotonic() - begin)
 
 
-def step_once(config: Config, described: Any, device: torch.device) -> None:
-    """Forward and backward of a model with one layer of each kind, in the dtype of the run's computation."""
-    model = one_layer_model(config, described, device)
+def step_once(model: Any, described: Any, device: torch.device) -> None:
+    """Forward and backward of `one_layer_model`, which gets memory and constants as weights."""
+    allocate(model, device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
     batch = _batch(described, model.tokens_per_tile).to(device)
     model(batch, layout=Layout.single(batch.cu_seqlens)).loss.backward()
     if device.type == "cuda":
@@ -62,7 +74,7 @@ def step_once(config: Config, described: Any, device: torch.device) -> None:
 
 
 def one_layer_model(config: Config, described: Any, device: torch.device) -> Any:
-    """The run's model with the first layer of the tower and of the decoder alone, and constants as weights."""
+    """The run's model with the first layer of the tower and of the decoder alone, in the dtype of the computation, without memory."""
     small = copy.deepcopy(described)
     text, vision = small.text_config, small.vision_config
     text.num_hidden_layers = vision.num_hidden_layers = 1
@@ -76,10 +88,6 @@ def one_layer_model(config: Config, described: Any, device: torch.device) -> Any
     set_trainable(model, {part: "frozen" if mode == "frozen" else "full" for part, mode in config.stages[0].modes.items()})
     model.attention_backend = attention_backend(config, described, device)
     model.set_activation_checkpointing("recompute")
-    allocate(model, device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(0.01)
     return model
 
 
