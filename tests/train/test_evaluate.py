@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,6 +205,8 @@ def test_later_questions_add_media_and_a_failed_one_changes_nothing(tmp_path, ti
         "Is <image-3> darker than <image-1>?",
     ]
     assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    with pytest.raises(FileNotFoundError, match="addresses are not read; download the file and name it"):
+        chat.answer("And this?", images=[Path("https://example.org/cat.jpg")])
     assert chat.images == [str(tmp_path / f"{number}.png") for number in range(3)]
     assert all(options["max_tiles"] == 1 for _, options in seen)
 
