@@ -165,6 +165,10 @@ def test_a_time_table_is_exact(steps, start, unit):
     assert again == table
     assert all(type(value) is int for value in table.to_list())
     assert table.times().tolist() == [tick * unit.numerator / unit.denominator for tick in ticks.tolist()]
+    assert np.asarray(table).tolist() == list(table) == table[:].tolist() == table.times().tolist()
+    assert np.asarray(table, np.float32).dtype == np.float32
+    if len(ticks):
+        assert table[-1] == table.times()[-1]
 
 
 @pytest.mark.parametrize(

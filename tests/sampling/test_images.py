@@ -253,6 +253,15 @@ def test_heic(orientation):
         open_image(data.getvalue()[:-2000])
 
 
+def test_heic_without_exif_is_tiled():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    tiling = pytest.importorskip("eagle_tiling")
+    data = io.BytesIO()
+    pillow_heif.from_pillow(random_image(0, (8, 6)).resize((96, 64))).save(data, quality=-1)
+    image = open_image(data.getvalue())
+    assert tiling.load_rgb(image).size == image_size(data.getvalue()) == (96, 64)
+
+
 def test_missing_empty_and_foreign_files(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.jpg").write_bytes(b"this is not an image" * 10)

@@ -45,6 +45,12 @@ def test_damaged_exif_leaves_the_picture(noise, exif):
     assert np.array_equal(pixels(image), noise(40, 24))
 
 
+def test_no_exif_may_be_stated_as_none(noise):
+    image = Image.fromarray(noise(8, 8))
+    image.info["exif"] = None  # as pillow-heif does
+    assert np.array_equal(pixels(image), noise(8, 8))
+
+
 def test_upright_rgb_is_not_copied(noise):
     image = Image.fromarray(noise(8, 8))
     assert load_rgb(image) is image

@@ -166,7 +166,7 @@ def test_only_decoding_sees_a_damaged_middle(folder, row, picture, make_config, 
     data = bytearray(picture(200, 200))
     data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
     (folder / "middle.png").write_bytes(bytes(data))
-    write_jsonl(folder / "rows.jsonl", [row(image="middle.png")])
+    write_jsonl(folder / "rows.jsonl", [row(), row(image="middle.png")])
     bad = [
         prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"verify": level}), tokenizer).bad_rows
         for level in ("ends", "decode")
@@ -197,7 +197,7 @@ def test_exif_thumbnail_does_not_hide_a_cut_jpeg(folder, row, picture, make_conf
     block = b"Exif\0\0" + inner
     whole = outer[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + outer[2:]
     (folder / "outer.jpg").write_bytes(whole[:-20000])
-    write_jsonl(folder / "rows.jsonl", [row(image="outer.jpg")])
+    write_jsonl(folder / "rows.jsonl", [row(), row(image="outer.jpg")])
     assert prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer).reasons == {"bad-image": 1}
 
 

@@ -114,6 +114,11 @@ def test_paths_start_from_the_file(tmp_path, monkeypatch):
 
 
 def test_unreadable_files_say_where(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder, not a file; give a YAML file"):
+        load_config(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"is a folder, not a file; that of the run in it is .*config.yaml"):
+        load_config(tmp_path)
     with pytest.raises(ConfigError, match=r"nothing.yaml: can't be read"):
         load_config(tmp_path / "nothing.yaml")
     path = tmp_path / "config.yaml"

@@ -1,7 +1,9 @@
 """Answers are compared by exact match; the text-only answer is the most frequent one; batches change no answer."""
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from eagle_train.cli.chat import converse
 from eagle_train.config import Source, dump_config, load_config
 from eagle_train.data.prepare import prepare
 from eagle_train.data.sample import load_sample
+from eagle_train.distributed.sharding import is_sharded
 from eagle_train.distributed.world import start_world
 from eagle_train.evaluation.metrics import Answer, Evaluation
 from eagle_train.evaluation.options import normalised
@@ -202,8 +205,35 @@ def test_later_questions_add_media_and_a_failed_one_changes_nothing(tmp_path, ti
         "Is <image-3> darker than <image-1>?",
     ]
     assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    with pytest.raises(FileNotFoundError, match="addresses are not read; download the file and name it"):
+        chat.answer("And this?", images=[Path("https://example.org/cat.jpg")])
     assert chat.images == [str(tmp_path / f"{number}.png") for number in range(3)]
     assert all(options["max_tiles"] == 1 for _, options in seen)
+
+
+def test_a_sharded_model_is_evaluated_before_it_is_trained(colour_run):
+    """Generated answers come first in the process: of a complete run, and of one that was killed before an evaluation."""
+    rows = {"rows": {"annotation": "rows.jsonl"}}
+    config = colour_run(
+        data={"sources": rows, "eval_sources": rows, "workers": 1},
+        eval={"limit": 2, "max_new_tokens": 4},
+        stages=[{"name": name, "max_tokens": 1280, "steps": 2, "packs_per_step": 1} for name in ("short", "longer")],
+        parallel={"dtype": "bfloat16"},
+        checkpoint={"keep": 9},
+    )
+    world = start_world(config.parallel, "cpu")
+    first = train(get_ready(config), world)
+    assert is_sharded(first.trainer.model)
+    complete = train(get_ready(config), world)
+    assert complete.final_evaluation() is not None
+    complete.check_evaluations()
+    for folder in (config.run.folder / "checkpoints").glob("longer-*"):
+        shutil.rmtree(folder)
+    metrics = config.run.folder / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.open() if json.loads(line)["kind"] != "eval"))
+    train(get_ready(config), world).check_evaluations()
+    kinds = [json.loads(line)["kind"] for line in metrics.open() if json.loads(line)["kind"] in ("step", "eval", "eval_failed")]
+    assert kinds == ["step", "step", "eval", "step", "step", "eval"]
 
 
 def test_temperature_samples(tiny_folder):

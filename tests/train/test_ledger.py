@@ -47,4 +47,4 @@ def test_a_cut_last_line_is_left_out(tmp_path):
 
 def test_top_reasons_give_an_example():
     found = [Entry("s", line, "rare" if line == 5 else "common", f"file {line}") for line in range(1, 10)]
-    assert top_reasons(found) == ["common: 8 rows, for example s:1: file 1", "rare: 1 rows, for example s:5: file 5"]
+    assert top_reasons(found) == ["common: 8 rows, for example s:1: file 1", "rare: 1 row, for example s:5: file 5"]

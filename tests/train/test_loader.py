@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -106,6 +108,29 @@ def test_a_reader_that_is_killed_once_costs_nothing(tasks, reading, tmp_path, ca
     assert given.sample_ids == expected.sample_ids
     assert (given.batch.tiles == expected.batch.tiles).all()
     assert "is read again: the reading process ended with exit code -9" in caplog.text
+
+
+FIRST_PROCESS = """
+import multiprocessing, signal, time
+from pathlib import Path
+from eagle_train.loading.loader import _without_signals
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+    with _without_signals():
+        process.start()
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    process.kill()
+    blocked = int(next(line for line in status.splitlines() if line.startswith("SigBlk")).split()[1], 16)
+    print([bool(blocked & 1 << number - 1) for number in (signal.SIGINT, signal.SIGTERM)])
+"""
+
+
+def test_the_first_reading_process_ignores_signals_too(tmp_path):
+    script = tmp_path / "first.py"
+    script.write_text(FIRST_PROCESS)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[True, True]"
 
 
 def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tmp_path, caplog, monkeypatch):

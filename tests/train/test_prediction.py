@@ -99,7 +99,10 @@ def test_what_fits_is_accepted_and_what_does_not_names_the_smallest_change(ready
     assert "The smallest change that helps: parallel.all_gather: 2 (packs shared by 2 GPUs)" in str(error.value)
     with pytest.raises(ConfigError, match="choose a smaller model"):
         check_fits(run, 2, Gpu("tiny", 1.0, 0.4, (9, 0)))
-    check_fits(ready(model=run.config.model.model_dump() | {"activations": "keep"}), 2, Gpu("tiny", 1.0, 0.4, (9, 0)))  # not modelled
+    keeping = ready(model=run.config.model.model_dump() | {"activations": "keep"})  # needs more than what is modelled
+    check_fits(keeping, 2, Gpu("large", 1.0, 80.0, (9, 0)))
+    with pytest.raises(ConfigError, match=r"a step needs at least .* of each of 2 tiny"):
+        check_fits(keeping, 2, Gpu("tiny", 1.0, 0.4, (9, 0)))
 
 
 def test_plan_prints_it_and_fails(colour_run, tmp_path, eagle_here, monkeypatch):
@@ -116,3 +119,8 @@ def test_plan_prints_it_and_fails(colour_run, tmp_path, eagle_here, monkeypatch)
     assert failed.returncode == 2
     assert "GPU hours" in failed.stdout
     assert "error: it does not fit: a step needs 0.5 GiB of each of 2 H100" in failed.stderr
+    document = json.loads(eagle_here("plan", tmp_path / "run.yaml", "--gpus", 2, "--json").stdout)
+    assert document["problem"] in failed.stderr
+    uneven = eagle_here("plan", tmp_path / "run.yaml", "--gpus", 3)
+    assert uneven.returncode == 2
+    assert "packs_per_step is 2, which 3 data-parallel groups can't share evenly" in uneven.stderr

@@ -380,6 +380,25 @@ def test_a_handful_of_bad_rows_is_no_share(tmp_path, row, make_config, write_jso
         prepare(make_config({"s": {"annotation": "rows.jsonl"}}, data={"limits": {"max_bad_fraction": 0}}), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (b"", r"source other: .*other.jsonl: no rows"),
+        (b"\n\n", r"source other: .*other.jsonl: no rows"),
+        (b"<!DOCTYPE html><html>404</html>\n", r"source other: its row can't be used; (.|\n)*broken-json: 1 row"),
+        (b"{\n{\n", r"source other: all of its 2 rows can't be used; (.|\n)*broken-json: 2 rows"),
+    ],
+)
+def test_a_source_without_a_usable_row_stops(tmp_path, row, make_config, write_jsonl, tokenizer, lines, message):
+    """A failed download must not become a run without that source."""
+    write_jsonl(tmp_path / "rows.jsonl", [row(), row()])
+    (tmp_path / "other.jsonl").write_bytes(lines)
+    sources = {"s": {"annotation": "rows.jsonl"}, "other": {"annotation": "other.jsonl"}}
+    with pytest.raises(PrepareError, match=message):
+        prepare(make_config(sources), tokenizer)
+    assert prepare(make_config(sources, data={"limits": {"max_bad_fraction": 1}}), tokenizer).good_rows == 2
+
+
 def test_recipe_length_is_compared(tmp_path, row, make_config, write_jsonl, tokenizer):
     write_jsonl(tmp_path / "rows.jsonl", [row()])
     (tmp_path / "recipe.json").write_text(json.dumps({"s": {"annotation": "rows.jsonl", "root": "", "length": 7}}))
@@ -462,7 +481,8 @@ def test_sources_without_good_rows_keep_their_place(tmp_path, row, make_config, 
     write_jsonl(tmp_path / "good.jsonl", [row(), row()])
     names = ("empty", "bad", "good", "last")
     files = {"last": "empty"}
-    report = prepare(make_config({name: {"annotation": f"{files.get(name, name)}.jsonl"} for name in names}), tokenizer)
+    data = {"limits": {"max_bad_fraction": 1}}  # otherwise refused
+    report = prepare(make_config({name: {"annotation": f"{files.get(name, name)}.jsonl"} for name in names}, data=data), tokenizer)
     assert [(source.name, source.first, source.rows, source.bad_rows) for source in report.facts.sources] == [
         ("empty", 0, 0, 0),
         ("bad", 0, 0, 1),
@@ -471,6 +491,6 @@ def test_sources_without_good_rows_keep_their_place(tmp_path, row, make_config, 
     ]
     assert [report.facts.source_of(index).name for index in range(2)] == ["good", "good"]
     assert report.facts.lists("image_width")[0].tolist() == [0, 0, 0]
-    nothing = prepare(make_config({"empty": {"annotation": "empty.jsonl"}}), tokenizer)
+    nothing = prepare(make_config({"empty": {"annotation": "empty.jsonl"}}, data=data), tokenizer)
     assert (len(nothing.facts), nothing.rows) == (0, 0)
     assert nothing.facts.lists("video_seconds")[0].tolist() == [0]

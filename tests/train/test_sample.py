@@ -46,6 +46,17 @@ def test_frames_of_a_video_are_images_by_content():
         assert (video.frames, video.times, video.fps) == ((picture, other), (0.0, 0.5), 2)
 
 
+def test_a_turn_may_say_the_same_twice():
+    both = [{**a, **b} for a, b in zip(TALK, MESSAGES)]
+    assert of({"conversations": both}).messages == MESSAGES
+
+
+def test_a_webp_file_may_be_a_video():
+    assert of({"conversations": TALK, "video": "cat.webp"}).videos == (VideoRef("/media/cat.webp"),)
+    [frames] = of({"conversations": TALK, "video": ["1.webp", "2.webp"]}).videos
+    assert frames.frames == ("/media/1.webp", "/media/2.webp")
+
+
 def test_words_of_an_answer_stay_text_where_questions_place_the_media():
     said = [{"from": "human", "value": "<image>\nWrite HTML."}, {"from": "gpt", "value": "<image> and <video>"}]
     assert of({"image": "a.png", "conversations": said}).messages[1]["content"] == "<image> and <video>"
@@ -375,6 +386,8 @@ def test_content_parts_stand_where_they_are_shown():
         ({"conversations": [TALK[0], {**TALK[1], "weight": 0.5}]}, "bad-row", "weight of turn 2 is 0.5"),
         ({"conversations": [TALK[0], {**TALK[1], "loss": True, "train": False}]}, "bad-row", "keep one of them"),
         ({"conversations": [{**TALK[0], "loss": True}, TALK[1]]}, "bad-row", "only turns of the assistant are learned"),
+        ({"conversations": [{**TALK[0], "role": "assistant"}, TALK[1]]}, "bad-row", "turn 1 is from 'human' and has the role 'assistant'"),
+        ({"conversations": [TALK[0], {**TALK[1], "content": "B"}]}, "bad-row", "turn 2 has a value and another content"),
         ({"system": "S", "messages": [{"role": "system", "content": "T"}, *MESSAGES]}, "bad-row", "with another text"),
         ({"system": 5, "messages": MESSAGES}, "bad-row", "system is a int"),
         ({"conversations": TALK, "video": ["v.mp4", "w.mp4"], "start": 1}, "bad-media", "stands next to 2 videos"),

@@ -10,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from eagle_model.visual import VisualSpec
+from eagle_train.config import ConfigError
 from eagle_train.data.prepare import prepare
 from eagle_train.data.sample import load_sample
 from eagle_train.planning.visual import plan_visual, sample_plan
@@ -96,6 +97,18 @@ def test_a_run_is_shown_with_its_own_limits(colour_run, tmp_path, picture, token
     (tmp_path / "0.png").write_bytes(picture(300, 300))  # it has grown since it was prepared
     [shown] = preview.view(config, row="rows:1", stage=None, pack=0, evaluation=False).views
     assert any("100000" in note for note in shown.notes)
+
+
+def test_a_row_in_the_ledger_is_shown_with_its_reason(colour_run, tokenizer):
+    config = colour_run()
+    annotation = config.data.sources["rows"].annotation
+    annotation.write_text(annotation.read_text() + "{\n")
+    prepare(config, tokenizer)
+    options = {"stage": None, "pack": 0, "evaluation": False}
+    with pytest.raises(ConfigError, match=r"rows:26 can't be used: broken-json: "):
+        preview.view(config, row="rows:26", **options)
+    with pytest.raises(ConfigError, match=r"source rows has no usable row in line 27"):
+        preview.view(config, row="rows:27", **options)
 
 
 def test_documents_show_their_pages(view, row):

@@ -92,7 +92,7 @@ def test_numbers_are_those_of_the_rows(colour_run, tmp_path, capsys):
             for edge, count in zip(length.edges, counts):
                 below += count
                 assert below == np.count_nonzero(lengths < edge)
-    assert numbers.reasons[0].startswith("bad-row: 1 rows")
+    assert numbers.reasons[0].startswith("bad-row: 1 row,")
     page = to_html(numbers)
     assert page.count("<tr>") == 2 + sum(1 + len(length.edges) + 2 for length in numbers.lengths)  # 2: the draws of one source
     (tmp_path / "run.yaml").write_text(dump_config(config))

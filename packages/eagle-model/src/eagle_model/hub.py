@@ -26,9 +26,7 @@ def checkpoint_folder(name: str | Path) -> Path:
         files = sorted(folder.glob("*.gguf"))
         return files[0] if len(files) == 1 and not (folder / "config.json").is_file() else folder
     if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"{name} is not a folder; name a folder with config.json and safetensors, or a model on the hub (owner/name)"
-        )
+        raise FileNotFoundError(f"there is no folder {name}; check the path, or name a model on the Hugging Face hub (owner/name)")
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
     except (RepositoryNotFoundError, HFValidationError) as error:

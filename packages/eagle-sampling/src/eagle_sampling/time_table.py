@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeTable:
-    """Presentation times in order: `unit` seconds per tick (exact) and the runs of ticks."""
+    """Presentation times in order: `unit` seconds per tick (exact) and the runs of ticks. numpy and indexing see `times()`, in seconds."""
 
     unit: Fraction
     runs: tuple[Run, ...]
@@ -62,6 +62,16 @@ class TimeTable:
     def times(self) -> NDArray[np.float64]:
         """float64 [n] seconds on the file's own timeline, each correctly rounded."""
         return self.ticks() * np.float64(self.unit.numerator) / np.float64(self.unit.denominator)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """`times()[index]`: seconds of one frame, or float64 of several."""
+        return self.times()[index]
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.times().tolist())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self.times().astype(np.float64 if dtype is None else dtype, copy=False)
 
     def to_list(self) -> list[int]:
         """Plain integers for JSON or Parquet: the unit as two, then five per run."""

@@ -37,8 +37,8 @@ def load_rgb(image: Image.Image) -> Image.Image:
         raise TypeError(f"load_rgb takes a Pillow image, not {type(image).__name__}; pass arrays to tile_image directly")
     if image.width < 1 or image.height < 1:
         raise ValueError(f"image is {image.width} x {image.height} pixels: both sides must be at least 1")
-    image.load()  # before the orientation is read: a TIFF applies it while loading and then has none
-    transpose = _TRANSPOSE.get(exif_orientation(image.info.get("exif", b"")))
+    image.load()  # before the orientation is read: a TIFF applies it while loading and then has none; HEIC without EXIF has exif=None
+    transpose = _TRANSPOSE.get(exif_orientation(image.info.get("exif") or b""))
     rgb = _to_rgb(image)
     if transpose is not None:
         rgb = rgb.transpose(transpose)

@@ -112,7 +112,7 @@ def _parsed(head: bytes, read: Reader, file_size: Callable[[], int], name: str) 
 def _pillow_size(source: Any, name: str, problem: str) -> tuple[int, int]:
     try:
         with open_lazily(source, name) as image:
-            size, exif = image.size, image.info.get("exif", b"")
+            size, exif = image.size, image.info.get("exif") or b""
     except MediaError as error:
         if not problem:
             raise

@@ -32,10 +32,14 @@ def write(document: dict[str, Any]) -> None:
 
 
 def plan_document(
-    ready: Ready, needed: Resources | None = None, predicted: Prediction | None = None, defaults: Config | None = None
+    ready: Ready,
+    needed: Resources | None = None,
+    predicted: Prediction | None = None,
+    defaults: Config | None = None,
+    problem: Exception | None = None,
 ) -> dict[str, Any]:
-    """`eagle plan`: a summary per stage, where all rows went, warnings; resources and predicted times with `--gpus`, defaults with
-    `--show-defaults`."""
+    """`eagle plan`: a summary per stage, where all rows went, warnings; resources, predicted times and why it does not fit (null: it fits)
+    with `--gpus`, defaults with `--show-defaults`."""
     from eagle_train.config import explain_defaults
 
     from .tables import position_warnings, row_counts
@@ -56,6 +60,7 @@ def plan_document(
         hours = {stage.name: stage.gpu_hours(predicted.gpus) for stage in predicted.stages}
         stages = [asdict(stage) | {"gpu_hours": hours[stage.name]} for stage in predicted.stages]
         document["prediction"] = asdict(predicted) | {"stages": stages}
+        document["problem"] = None if problem is None else str(problem)
     if defaults is not None:
         document["defaults"] = {default.path: default.value for default in explain_defaults(defaults)}
     return document

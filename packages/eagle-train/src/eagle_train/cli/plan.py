@@ -40,7 +40,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Print stages, steps and packs, and what does not fit."""
-    from eagle_train.config import load_config
+    from eagle_train.config import ConfigError, load_config
     from eagle_train.runs.prediction import check_fits, named_gpu, predict
     from eagle_train.runs.ready import get_ready
     from eagle_train.runs.resources import resources
@@ -72,9 +72,15 @@ def plan(
 
         written = write_draws(ready.schedules, rows)
     if as_json:
-        write(plan_document(ready, needed, predicted, loaded if show_defaults else None))
+        problem: ConfigError | None = None
         if predicted is not None:
-            check_fits(ready, predicted.gpus, named_gpu(gpu))
+            try:
+                check_fits(ready, predicted.gpus, named_gpu(gpu))
+            except ConfigError as error:
+                problem = error
+        write(plan_document(ready, needed, predicted, loaded if show_defaults else None, problem))
+        if problem is not None:
+            raise problem
         return
     print(plan_table(ready.schedules))
     print(PLAN_LEGEND)

@@ -55,6 +55,10 @@ def read_yaml(path: Path) -> Any:
     """The content of a YAML or JSON file; raises ConfigError, with the line, when it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except IsADirectoryError as error:
+        inside = path / "config.yaml"  # of a run
+        what = f"that of the run in it is {inside}" if inside.is_file() else "give a YAML file"
+        raise ConfigError(f"{path}: is a folder, not a file; {what}") from error
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror or error}); check the path") from error
     except UnicodeDecodeError as error:

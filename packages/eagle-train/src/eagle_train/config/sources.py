@@ -125,7 +125,8 @@ class LimitsConfig(Section):
         default=0.01,
         ge=0,
         le=1,
-        description="Share of a source's rows that may go to the ledger (10 rows always may, unless 0). Twice the share stops on the way.",
+        description="Share of a source's rows that may go to the ledger (10 rows always may, unless 0, but not all unless 1). Twice the "
+        "share stops on the way.",
     )
     max_bad_rows: int | None = Field(default=None, ge=0, description="Bad rows over all sources that stop prepare; null: no such limit.")
     max_pixels: int = Field(

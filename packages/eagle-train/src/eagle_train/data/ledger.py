@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from eagle_train.errors import counted
+
 from .atomic import naming, replacing
 from .lock import waited_for
 
@@ -97,6 +99,6 @@ def top_reasons(entries: Iterable[Entry], count: int = 5) -> list[str]:
         numbers[entry.reason] += 1
         examples.setdefault(entry.reason, entry)
     return [
-        f"{reason}: {number} rows, for example {examples[reason].source}:{examples[reason].line}: {examples[reason].detail}"
+        f"{reason}: {counted(number, 'row')}, for example {examples[reason].source}:{examples[reason].line}: {examples[reason].detail}"
         for reason, number in numbers.most_common(count)
     ]

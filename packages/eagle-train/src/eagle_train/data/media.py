@@ -120,7 +120,8 @@ class Media:
             return self.video({**place, **{key: value for key, value in about.items() if key != "video"}}, {})
         if isinstance(place, list):
             return self._frames(place, about, start, end)
-        if _is_image(place if item.get("bytes") is None else item):
+        # A WebP file may be an animation, which only its content says: measuring a still one refuses it.
+        if _is_image(place if item.get("bytes") is None else item) and not str(place).lower().endswith(".webp"):
             raise RowError("bad-media", f"the video {short(place)} is an image; give it as an image, or the frames of a video as a list")
         if rates := [key for key in RATES if about.get(key) is not None]:
             why = "which is for lists of frames; sampling.fps sets how many frames of a file are taken"

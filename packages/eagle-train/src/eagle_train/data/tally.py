@@ -83,6 +83,12 @@ class Tally:
                     f"source {plan.name}: {bad} of {seen} rows can't be used, data.limits.max_bad_fraction allows {fraction:.2%}",
                     [plan],
                 )
+            # A download that failed is a file of one bad row, or of none: without this the run would train without the source.
+            if final and not good and fraction < 1:
+                if not bad:
+                    files = ", ".join(str(file.path) for file in plan.files[:3])
+                    raise PrepareError(f"source {plan.name}: {files}: no rows; repair the annotation, or remove the source")
+                self._stop(f"source {plan.name}: {'its row' if bad == 1 else f'all of its {bad} rows'} can't be used", [plan])
 
     def _stop(self, message: str, plans: list[SourcePlan]) -> None:
         lines = "".join(f"\n  {line}" for line in top_reasons(ledger_entries(plans, "prepare")))

@@ -44,7 +44,7 @@ def messages_of(row: Mapping[str, Any], media: Media, form: RowFormat) -> list[M
         if not isinstance(turn, Mapping):
             raise RowError("bad-row", f"turn {index + 1} is a {type(turn).__name__}, expected an object")
         name = turn.get("from", turn.get("role"))
-        role = ROLES.get(name) if isinstance(name, str) else None
+        role = _role(name)
         if role is None:
             raise RowError("bad-row", f"turn {index + 1} is from {name!r}; known are {', '.join(ROLES)}")
         if role == "system" and index:
@@ -113,6 +113,14 @@ def _check_turn(turn: Mapping[str, Any], index: int) -> None:
         where = "media stand in the row itself, or in parts of the turn's content"
         raise RowError("unknown-key", f"turn {index + 1} has {kinds[0]!r}; {where}")
     check_keys(turn, _TURN_KEYS, f"turn {index + 1}")
+    if {"from", "role"} <= turn.keys() and _role(turn["from"]) != _role(turn["role"]):
+        raise RowError("bad-row", f"turn {index + 1} is from {turn['from']!r} and has the role {turn['role']!r}; keep one of them")
+    if {"value", "content"} <= turn.keys() and turn["value"] != turn["content"]:
+        raise RowError("bad-row", f"turn {index + 1} has a value and another content; keep one of them")
+
+
+def _role(name: Any) -> str | None:
+    return ROLES.get(name) if isinstance(name, str) else None
 
 
 def _learned(turn: Mapping[str, Any], role: str, index: int) -> bool:

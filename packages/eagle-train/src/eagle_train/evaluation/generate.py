@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from eagle_model.prompt import IM_END
+from eagle_train.distributed.sharding import is_sharded
 
 
 def generate(
@@ -39,7 +40,8 @@ def generate(
     for place, prompt in enumerate(rows):
         ids[place, length - len(prompt) :] = torch.from_numpy(prompt)
         mask[place, length - len(prompt) :] = 1
-    with torch.inference_mode():
+    # FSDP2 keeps the buffers that it gathers parameters into: made in inference mode, neither a loss nor training could use them.
+    with torch.no_grad() if is_sharded(model) else torch.inference_mode():
         made = model.generate(  # type: ignore[operator]
             input_ids=ids.to(device),
             attention_mask=mask.to(device),

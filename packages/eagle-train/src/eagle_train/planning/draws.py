@@ -11,6 +11,7 @@ import numpy as np
 
 from eagle_model.visual import VisualPlans
 from eagle_train.config import StageConfig
+from eagle_train.data.errors import PrepareError
 from eagle_train.data.facts import Facts, FactsSource
 
 from .mixture import Pool, draw_mixture
@@ -75,10 +76,10 @@ def _times(rows: np.ndarray, factor: float, seed: int) -> np.ndarray:
     return np.concatenate([np.repeat(rows, whole), picked])
 
 
-def nothing_to_train(facts: Facts, stage: StageConfig, visual: VisualPlans, seed: int) -> ValueError:
+def nothing_to_train(facts: Facts, stage: StageConfig, visual: VisualPlans, seed: int) -> PrepareError:
     """The error of a stage without a step."""
     drawable = np.unique(drawable_rows(facts, stage, seed))
-    return ValueError(
+    return PrepareError(
         f"stage {stage.name}: none of {len(facts)} rows can be used ({np.count_nonzero(visual.status[drawable])} do not fit "
         f"{stage.max_tokens} tokens, {len(facts) - len(drawable)} are never drawn); raise max_tokens, or check the ledger and the "
         "stage's sources, their repeat_time and weight"

@@ -118,7 +118,7 @@ class StagePlan:
     def packs_of(self, step: int, rank: int = 0, ranks: int = 1) -> range:
         """Packs that data rank `rank` of `ranks` trains in step `step`, one per micro-step (accumulation).
 
-        Raises ValueError when the packs of a step can't be shared evenly, naming the numbers that can.
+        Raises ConfigError when the packs of a step can't be shared evenly, naming the numbers that can.
         """
         check_groups(self.stage, ranks)
         per_step = self.stage.packs_per_step
@@ -215,7 +215,7 @@ class StagePlan:
         return self.pack_costs()
 
     def spread(self, groups: int, costs: CostModel | None = None) -> float:
-        """`costs.spread` over data groups. Raises ValueError when the packs of a step can't be shared evenly."""
+        """`costs.spread` over data groups. Raises ConfigError when the packs of a step can't be shared evenly."""
         check_groups(self.stage, groups)
         return spread(self.pack_costs(costs), self.stage.packs_per_step, groups)
 

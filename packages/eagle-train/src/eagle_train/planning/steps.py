@@ -6,7 +6,7 @@ none can be split, are some packs of an epoch empty.
 
 import numpy as np
 
-from eagle_train.config import StageConfig
+from eagle_train.config import ConfigError, StageConfig
 
 from .balance import deal_steps
 from .packing import Packs, shuffled
@@ -19,12 +19,12 @@ def pack_costs(weights: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def check_groups(stage: StageConfig, groups: int) -> None:
-    """Raises ValueError when the packs of a step can't be shared evenly by `groups` data-parallel groups, naming the numbers that can."""
+    """Raises ConfigError when the packs of a step can't be shared evenly by `groups` data-parallel groups, naming the numbers that can."""
     per_step = stage.packs_per_step
     if per_step % groups:
         lower, upper = per_step // groups * groups, -(-per_step // groups) * groups
         near = f"{lower} or {upper}" if lower else f"{upper}"
-        raise ValueError(
+        raise ConfigError(
             f"stage {stage.name}: packs_per_step is {per_step}, which {groups} data-parallel groups can't share evenly; set it to {near}"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event, Thread
@@ -213,5 +214,8 @@ def existing(media: Sequence[Any]) -> list[Any]:
     """The media, paths as text; raises FileNotFoundError for a path that is not a file."""
     for medium in media:
         if isinstance(medium, str | Path) and not Path(medium).is_file():
-            raise FileNotFoundError(f"{medium}: there is no such file")
+            # A Path of an address has lost one of its slashes.
+            remote = re.match(r"[a-z][a-z0-9+.-]*:/", str(medium))
+            what = "addresses are not read; download the file and name it" if remote else "there is no such file"
+            raise FileNotFoundError(f"{medium}: {what}")
     return [str(medium) if isinstance(medium, Path) else medium for medium in media]

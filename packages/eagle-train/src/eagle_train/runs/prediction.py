@@ -135,7 +135,7 @@ def _check_fp8(ready: Ready, gpu: Gpu) -> None:
 def predict_stages(ready: Ready, gpus: int, rate: Rate, gpu: Gpu | None = None) -> list[StagePrediction]:
     """Every stage on `gpus` GPUs, one rank each; `selective` fills the memory of `gpu` (None: it keeps nothing).
 
-    Raises ConfigError and ValueError for GPUs that the groups or packs can't be shared by.
+    Raises ConfigError for GPUs that the groups or packs can't be shared by.
     """
     import torch
 
@@ -190,7 +190,10 @@ def needed_gib(gib: float) -> float:
 
 
 def check_fits(ready: Ready, gpus: int, gpu: Gpu) -> None:
-    """Raises ConfigError, with the smallest change that would help, when the longest pack of a stage does not fit on `gpus` GPUs."""
+    """Raises ConfigError, with the smallest change that would help, when the longest pack of a stage does not fit on `gpus` GPUs.
+
+    With `model.activations: keep` a step needs more than the plan, so only what cannot fit is refused, as by training.
+    """
     import torch
 
     from eagle_train.training.activations import resolved
@@ -199,8 +202,6 @@ def check_fits(ready: Ready, gpus: int, gpu: Gpu) -> None:
     from eagle_train.training.selection import fitting_plans
 
     config = for_gpus(ready.config)
-    if config.model.activations == "keep":
-        return
     described = grown_config(config, ready.tokenizer)
     room = largest_plan(gpu.gib) * GIB
     plans = fitting_plans(config, described, gpus, room, torch.device("cuda"))
@@ -208,7 +209,8 @@ def check_fits(ready: Ready, gpus: int, gpu: Gpu) -> None:
     if plan.gpu <= room:
         return
     advice = smallest_change(resolved(config, torch.device("cuda")), described, gpus, room)
-    needs = f"{needed_gib(plan.gpu / GIB):.1f} GiB of each of {gpus} {gpu.name}"
+    least = "at least " if config.model.activations == "keep" else ""
+    needs = f"{least}{needed_gib(plan.gpu / GIB):.1f} GiB of each of {gpus} {gpu.name}"
     raise ConfigError(
         f"it does not fit: a step needs {needs} (planned {plan.gpu / GIB:.1f}, peak in {plan.moment}; {FRAGMENTATION - 1:.0%} for "
         f"fragmentation, {CONTEXT_GIB} for the CUDA context), which have {gpu.gib:.1f} GiB. {advice}"

@@ -101,7 +101,7 @@ class Trainer:
         for stage in config.stages:
             try:
                 check_groups(stage, world.data)
-            except ValueError as error:
+            except ConfigError as error:
                 raise ConfigError(f"{error}, or train on fewer processes (--nproc)") from error
         if world.device.type == "cuda":
             check_memory(config, model_config(config, tokenizer), world)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from eagle_train.config import Config, ConfigError
 from eagle_train.data.facts import Facts
+from eagle_train.data.ledger import read_entries
 from eagle_train.data.measure import media_limits
 from eagle_train.data.prepare import load_facts
 from eagle_train.data.sample import load_sample
@@ -44,7 +45,10 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
             raise ConfigError(f"stage {chosen.name} has packs 0 ... {plan.packs - 1}, there is no {pack}")
         plans, title, capacity = plan.samples(pack), f"stage {chosen.name}, pack {pack} of {plan.packs}", chosen.max_tokens
     else:
-        number = find_row(facts, row)
+        try:
+            number = find_row(facts, row)
+        except ConfigError as error:
+            raise _with_reason(error, config, row, "prepare eval" if evaluation else "prepare") from error
         share_media = config.packing.share_media and not evaluation
         visual = plan_visual(facts, chosen.max_tokens, spec, share_media=share_media, reserve=config.packing.reserve)
         plans = [Planned(facts.address(number), sample_plan(facts, visual, number, spec))]
@@ -53,6 +57,15 @@ def view(config: Config, *, row: str | None, stage: str | None, pack: int, evalu
     views = [view_sample(load_sample(one.address), one.plan, spec, tokenizer, budget=chosen.max_tokens, limits=limits) for one in plans]
     shared = [one.media_tokens if follows(plans, place) else 0 for place, one in enumerate(plans)]
     return View([replace(one, shared=tokens) for one, tokens in zip(views, shared)], title, capacity)
+
+
+def _with_reason(error: ConfigError, config: Config, row: str, where: str) -> ConfigError:
+    """The error with the reason that the ledger has for the row, if it has one."""
+    ledger = config.run.folder / "ledger.jsonl"
+    for entry in read_entries(ledger) if ledger.is_file() else ():
+        if f"{entry.source}:{entry.line}" == row and entry.where == where:
+            return ConfigError(f"{row} can't be used: {entry.reason}: {entry.detail}")
+    return error
 
 
 def find_row(facts: Facts, name: str) -> int:
