@@ -1,5 +1,6 @@
 """How ranks are started: the command of torchrun, SLURM's variables, and what a user sees."""
 
+import json
 import os
 import subprocess
 import sys
@@ -112,6 +113,30 @@ def test_two_processes_train_a_run(colour_run, tmp_path):
     wrong = eagle("train", "c.yaml", "--nproc", "2", "--set", "stages.0.lr=-1", folder=tmp_path)
     assert wrong.returncode == 2
     assert wrong.stderr.count("stages.0.lr") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(colour_run, tmp_path):
+    from eagle_train.config import dump_config
+    from eagle_train.distributed.world import start_world
+    from eagle_train.runs.ready import get_ready
+    from eagle_train.runs.train import train
+
+    config = colour_run()
+    train(get_ready(config), start_world(config.parallel, "cpu"))
+    rows = dump_config(config).split("annotation: ")[1].split()[0]
+    found = []
+    for number in ("1", "2"):
+        options = ("--device", "cpu", "--data", rows, "--limit", "6", "--json", "--nproc", number)
+        done = eagle("eval", str(config.run.folder), *options, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    [one], [two] = (document["scores"] for document in found)
+    assert one["questions"] == 6
+    assert one["loss"] > 0
+    assert two == pytest.approx(one)
+    wrong = eagle("eval", str(config.run.folder), "--nproc", "2", "--set", "train.x=1", folder=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("--set 'train.x=1'")) == (2, 1)
 
 
 def test_threads_sleep_while_they_wait():

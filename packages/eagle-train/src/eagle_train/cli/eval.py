@@ -11,10 +11,10 @@ import typer
 
 from .app import app
 from .documents import AsJson, evaluation_document, write
-from .options import Checkpoint, Device, ModelFolder
+from .options import Checkpoint, Device, ModelFolder, Processes
 
 if TYPE_CHECKING:
-    from eagle_train.config import Source
+    from eagle_train.config import Config, Source
     from eagle_train.data.facts import Facts
     from eagle_train.runs.sweep import Point
 
@@ -99,11 +99,13 @@ def evaluate(
         ),
     ] = None,
     device: Device = None,
+    nproc: Processes = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate held-out questions, or tasks of lmms-eval.
 
-    Every source of questions has its metric. For a run, accuracies are next to those of the text-only baseline.
+    Every source of questions has its metric. For a run, accuracies are next to those of the text-only baseline. One process per visible GPU
+    is started, which share the questions, unless torchrun or SLURM started this one among others.
     """
     from eagle_train.config import ConfigError
 
@@ -114,7 +116,7 @@ def evaluate(
         from .lmms import evaluate_with_lmms
 
         others = {"--data": data, "--root": root, "--metric": metric, "--lengths": lengths, "--set": overrides}
-        others |= {"--ulysses": ulysses > 1 or None, "--all-gather": all_gather > 1 or None}
+        others |= {"--ulysses": ulysses > 1 or None, "--all-gather": all_gather > 1 or None, "--nproc": nproc}
         evaluate_with_lmms(
             folder,
             lmms,
@@ -152,10 +154,41 @@ def evaluate(
         all_gather,
         as_json,
     )
-    if (folder / "config.yaml").is_file():
+    run = (folder / "config.yaml").is_file()
+    _launch(request, run, nproc)
+    if run:
         _evaluate_run(request)
     else:
         _evaluate_model(request)
+
+
+def _launch(request: Request, run: bool, nproc: int | None) -> None:
+    from . import launch
+
+    if launch.join_slurm() or launch.is_launched():
+        return
+    from .ranks import launch_ranks
+
+    check = _run_config if run else _check_model
+    check(request)  # what is wrong is reported once
+    if request.out is not None:
+        evaluation_folder(request.out, "", request.out)
+
+    launch_ranks(nproc, request.device, request.folder.name)
+
+
+def _check_model(request: Request) -> Source:
+    """The source on which the model of a folder is evaluated. Raises ConfigError for a folder, or options, that do not go with that."""
+    from eagle_train.config import ConfigError
+    from eagle_train.training.model import check_model_folder
+
+    model = request.folder
+    check_model_folder(model)
+    if request.source is None:
+        raise ConfigError(f"{model} is the folder of a model, which has no held-out rows; name an annotation file with --data FILE")
+    if request.checkpoint is not None:
+        raise ConfigError(f"--checkpoint {request.checkpoint}: {model} is the folder of a model; only a run has checkpoints")
+    return request.source
 
 
 def _source(data: str, root: str | None) -> Source:
@@ -199,23 +232,30 @@ def numbers(option: str, text: str | None) -> list[int]:
         ) from None
 
 
-def _evaluate_run(request: Request) -> None:
-    from eagle_train.distributed.world import for_evaluation, start_world
-    from eagle_train.runs.evaluate import Evaluator, eval_overrides
-    from eagle_train.runs.export import load_trained
+def _run_config(request: Request) -> Config:
+    """The configuration of a run with the request's source and overrides. Raises ConfigError."""
+    from eagle_train.runs.evaluate import eval_overrides
     from eagle_train.runs.folder import open_run
-    from eagle_train.runs.ready import get_ready
-    from eagle_train.runs.sweep import sweep
-    from eagle_train.training.checkpoint import find_checkpoint
-
-    from .progress import Printer
 
     config, source = open_run(request.folder), request.source
     if source is not None:
         remote = config.data.remote.replaced(schemes=sorted({*config.data.remote.schemes, *source.schemes}))
         data = config.data.replaced(eval_recipe=None, eval_sources={source.stem: source}, remote=remote)
         config = config.replaced(data=data, eval=config.eval.replaced(metrics={}))
-    config = eval_overrides(config, request.overrides)
+    return eval_overrides(config, request.overrides)
+
+
+def _evaluate_run(request: Request) -> None:
+    from eagle_train.distributed.world import for_evaluation, start_world
+    from eagle_train.runs.evaluate import Evaluator
+    from eagle_train.runs.export import load_trained
+    from eagle_train.runs.ready import get_ready
+    from eagle_train.runs.sweep import sweep
+    from eagle_train.training.checkpoint import find_checkpoint
+
+    from .progress import Printer
+
+    config = _run_config(request)
     path = find_checkpoint(config.run.folder / "checkpoints", request.checkpoint) if request.checkpoint is not None else None
     world = start_world(for_evaluation(config.parallel, ulysses=request.ulysses, all_gather=request.all_gather), request.device)
     printer = Printer(silent=not world.is_main or request.as_json)
@@ -242,19 +282,13 @@ def _evaluate_run(request: Request) -> None:
 
 
 def _evaluate_model(request: Request) -> None:
-    from eagle_train.config import ConfigError, ParallelConfig
+    from eagle_train.config import ParallelConfig
     from eagle_train.distributed.world import for_evaluation, start_world
     from eagle_train.runs.exported import evaluate_exported
-    from eagle_train.training.model import check_model_folder
 
     from .progress import Printer
 
-    model, source = request.folder, request.source
-    check_model_folder(model)
-    if source is None:
-        raise ConfigError(f"{model} is the folder of a model, which has no held-out rows; name an annotation file with --data FILE")
-    if request.checkpoint is not None:
-        raise ConfigError(f"--checkpoint {request.checkpoint}: {model} is the folder of a model; only a run has checkpoints")
+    model, source = request.folder, _check_model(request)
     world = start_world(for_evaluation(ParallelConfig(), ulysses=request.ulysses, all_gather=request.all_gather), request.device)
     printer = Printer(silent=not world.is_main or request.as_json)
     folder = world.gather(evaluation_folder(Path("evaluations").absolute(), f"{model.resolve().name}-", request.out))[0]

@@ -27,6 +27,12 @@ Device = Annotated[
         help="cpu or cuda; default: a GPU when there is one.", metavar="DEVICE", show_default=False, autocompletion=lambda: ["cpu", "cuda"]
     ),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc", min=1, help="Processes on this machine; default: one per visible GPU, else 1.", metavar="N", show_default=False
+    ),
+]
 Executor = Annotated[
     str | None,
     typer.Option(

@@ -12,6 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import launch
+from .threads import share_cores
+
 PASSED_ON = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGTERM}
 """Signals of the command, and what its ranks get for them. A terminal that closes stops a run as SIGTERM does."""
 
@@ -20,6 +23,18 @@ class RanksEnded(SystemExit):
     """The exit code of a rank, which has printed why."""
 
     reported = True
+
+
+def launch_ranks(nproc: int | None, device: str | None, name: str, *, nodes: int = 1, rendezvous: str | None = None) -> None:
+    """When there is more than one process to start, this one becomes their launcher and exits as they do.
+
+    They run the command line of this process. nproc, device: as `launch.processes` takes them. name: of the job.
+    """
+    count = launch.processes(nproc, device)
+    if count * nodes > 1:
+        if not launch.gpus(device):
+            share_cores(count)
+        run_ranks(launch.torchrun(launch.without_launch_options(sys.argv[1:]), count, nodes, rendezvous, name))
 
 
 def run_ranks(arguments: Sequence[str]) -> NoReturn:

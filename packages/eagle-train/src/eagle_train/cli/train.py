@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import app
-from .options import Device, Overrides, ShowDefaults
+from .options import Device, Overrides, Processes, ShowDefaults
 
 if TYPE_CHECKING:
     from eagle_train.training.startup import StartUp
@@ -28,10 +28,7 @@ def train(
         Path | None, typer.Option("--dir", help="quickstart only: folder of its data and its run; default: runs.", show_default=False)
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="quickstart only: remove an earlier quickstart run first.")] = False,
-    nproc: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes on this machine; default: one per visible GPU, else 1.", metavar="N", show_default=False),
-    ] = None,
+    nproc: Processes = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines, each with the same command.", metavar="N")] = 1,
     rdzv: Annotated[
         str | None,
@@ -90,19 +87,12 @@ def _print_launch(system: str, path: str, overrides: list[str] | None, nproc: in
 
 
 def _launch(path: str, overrides: list[str] | None, device: str | None, nproc: int | None, nodes: int, rdzv: str | None) -> None:
-    """When there is more than one process to start, this one becomes their launcher and exits with their exit code."""
     from eagle_train.config import load_config
 
-    from . import launch
-    from .ranks import run_ranks
-    from .threads import share_cores
+    from .ranks import launch_ranks
 
     config = load_config(path, overrides or ())  # what is wrong with it is reported once
-    count = launch.processes(nproc, device)
-    if count * nodes > 1:
-        if not launch.gpus(device):
-            share_cores(count)
-        run_ranks(launch.torchrun(launch.without_launch_options(sys.argv[1:]), count, nodes, rdzv, config.run.name))
+    launch_ranks(nproc, device, config.run.name, nodes=nodes, rendezvous=rdzv)
 
 
 def _quickstart(folder: Path | None, fresh: bool, overrides: list[str] | None, device: str | None, stop: StopSignals) -> None:
