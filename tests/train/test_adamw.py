@@ -282,7 +282,7 @@ def collectives_of_steps():
     found = {}
     for name in ("adamw", "adamw_host", "adamw8bit", "muon"):
         for weights in (torch.float32, torch.bfloat16):
-            if name == "adamw8bit" and find_spec("torchao") is None or weights == torch.bfloat16 and not OPTIMIZERS[name].bfloat16:
+            if (name == "adamw8bit" and find_spec("torchao") is None) or (weights == torch.bfloat16 and not OPTIMIZERS[name].bfloat16):
                 continue
             config = ParallelConfig(dtype="bfloat16")
             model = shard_model(tiny_model().to(weights), start_world(config, "cpu"), config)

@@ -1,5 +1,5 @@
-"""Whole runs on ranks are the run of one rank in float32: every way of sharing packs and parameters with every optimizer, part, precision and
-way of activation checkpointing at least once, in pairs; and runs that continue on another number of ranks.
+"""Whole runs on ranks are the run of one rank in float32: ways of sharing packs and parameters, optimizers, trained parts, precisions and
+activation checkpointing, each at least once, in pairs; and runs that continue on another number of ranks.
 
 The rows hold images of one and of many tiles, a video, text alone and questions that share an image; some images vanish before training, so
 that packs lose samples, up to all of them.
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 
 import eagle_kernels.offload.engine
