@@ -18,7 +18,7 @@ from eagle_train.distributed.world import alone, start_world
 from eagle_train.runs.export import load_trained
 from eagle_train.runs.ready import get_ready
 from eagle_train.runs.train import train
-from eagle_train.training import checkpoint, rounding
+from eagle_train.training import adamw, checkpoint, rounding
 from eagle_train.training.metrics import Metrics, same_run
 from eagle_train.training.optim import OPTIMIZERS, make_optimizer
 from eagle_train.training.rounding import hashed, key_of, round_into
@@ -153,6 +153,40 @@ def test_states_in_host_memory_are_adamw_bit_for_bit():
         assert torch.equal(a, b)
 
 
+def test_states_that_are_copied_as_for_a_gpu_are_adamw_bit_for_bit(monkeypatch):
+    """The path of a GPU without one: copies stay where they are, and steps are counted apart from them."""
+
+    class Stream:
+        def wait_stream(self, _):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    class Streams(adamw._Streams):
+        def __init__(self, device):
+            super().__init__(device)
+            self.gpu, self._in, self._out = True, Stream(), Stream()
+
+    monkeypatch.setattr(adamw, "_Streams", Streams)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    models = [tiny_model(), tiny_model()]
+    optimizers = [make_optimizer(model, stage(optimizer=name)) for model, name in zip(models, ("adamw", "adamw_host"))]
+    for model, optimizer in zip(models, optimizers):
+        steps(model, optimizer, 4)
+    for a, b in zip(*(model.parameters() for model in models)):
+        assert torch.equal(a, b)
+    assert {int(state["step"]) for state in optimizers[1].state.values()} == {4}
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("adamw", torch.bfloat16), ("adamw_host", torch.float32)])
 def test_a_checkpoint_gives_the_optimizer_back_bit_for_bit(tmp_path, name, dtype):
     def make(seed):
@@ -248,7 +282,7 @@ def collectives_of_steps():
     found = {}
     for name in ("adamw", "adamw_host", "adamw8bit", "muon"):
         for weights in (torch.float32, torch.bfloat16):
-            if name == "adamw8bit" and find_spec("torchao") is None or weights == torch.bfloat16 and not OPTIMIZERS[name].bfloat16:
+            if (name == "adamw8bit" and find_spec("torchao") is None) or (weights == torch.bfloat16 and not OPTIMIZERS[name].bfloat16):
                 continue
             config = ParallelConfig(dtype="bfloat16")
             model = shard_model(tiny_model().to(weights), start_world(config, "cpu"), config)

@@ -76,9 +76,8 @@ def test_a_rank_without_the_store_says_where_to_look(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     leave(GoneStore(), 3, error := RuntimeError(GLOO))
     assert error.lost_rank.reporter is None
-    assert "rank 3 lost its connection to rank 0, whose process ended. If rank 0 printed an error, that is the cause; else it was killed" in (
-        error.lost_rank.message
-    )
+    text = "rank 3 lost its connection to rank 0, whose process ended. If rank 0 printed an error, that is the cause; else it was killed"
+    assert error.lost_rank.message.startswith(text)
 
 
 def test_what_says_that_a_rank_is_gone():

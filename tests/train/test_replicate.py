@@ -90,7 +90,6 @@ def test_numbers_that_do_not_fit_are_refused(monkeypatch):
     assert for_evaluation(ParallelConfig(replicate=2)).replicate == 1
 
 
-
 def groups_of_models():
     """Process groups that exist after each of three models, as in a run of three stages, for every way."""
     found = {}

@@ -32,11 +32,11 @@ def end_after(steps):
 #: Optimizer, weights and dtype of the computation.
 WAYS = [
     ("adamw", "bfloat16", "bfloat16"),
-    ("adamw", "float32", "bfloat16"),
-    ("adamw8bit", "bfloat16", "bfloat16"),
+    pytest.param("adamw", "float32", "bfloat16", marks=pytest.mark.slow),
+    pytest.param("adamw8bit", "bfloat16", "bfloat16", marks=pytest.mark.slow),  # compiles
     ("adamw_host", "float32", "float32"),
-    ("muon", "float32", "bfloat16"),
-    ("adafactor", "float32", "float32"),
+    pytest.param("muon", "float32", "bfloat16", marks=pytest.mark.slow),
+    pytest.param("adafactor", "float32", "float32", marks=pytest.mark.slow),
 ]
 
 

@@ -19,6 +19,8 @@ from eagle_model.weights import local_rows
 
 from .rounding import HAS_TRITON, key_of, round_into
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def _clone(parameter: nn.Parameter, name: str, value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
@@ -56,7 +58,7 @@ class _Float32States(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in MOMENTS:
                 state[name] = torch.zeros_like(parameter, dtype=torch.float32)
         return state
 
@@ -120,7 +122,7 @@ class HostAdamW(_Float32States):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in MOMENTS:
                 state[name] = _on_host(parameter, torch.zeros(_local(parameter).shape, dtype=torch.float32))
         return state
 
@@ -180,7 +182,8 @@ class _Streams:
         if not self.gpu:
             return local
         with torch.cuda.stream(self._in):
-            return {name: tensor.to(self.device, non_blocking=True) for name, tensor in local.items()}
+            staged = {name: local[name].to(self.device, non_blocking=True) for name in MOMENTS}
+            return staged | {"step": torch.full((), float(local["step"]), device=self.device)}
 
     def ready(self, staged: dict[str, Tensor]) -> None:
         """Computation that follows waits for what was fetched."""
@@ -195,10 +198,11 @@ class _Streams:
         if not self.gpu:
             return
         self._out.wait_stream(torch.cuda.current_stream(self.device))
+        state["step"] += 1  # counted here: it is not in pinned memory, and copying it back would wait for the parameter's update
         with torch.cuda.stream(self._out):
-            for name, tensor in staged.items():
-                _local(state[name]).copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._out)
+            for name in MOMENTS:
+                _local(state[name]).copy_(staged[name], non_blocking=True)
+                staged[name].record_stream(self._out)
 
 
 def _local(tensor: Any) -> Tensor:

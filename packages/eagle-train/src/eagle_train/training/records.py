@@ -1,6 +1,7 @@
 """Records of a run: the metrics of every step, written when its loss has arrived, and those of evaluations.
 
-Nothing waits for the device: a step's loss and gradient norm are read one step later, and before anything is saved.
+A step's loss and gradient norm are read when the work of the next step is queued, for which the host waits (so the time of a step is that
+of the device), and before anything is saved.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Records:
         self._pending = replace(pending, record=pending.record | speed)
 
     def settle(self) -> None:
-        """Wait for the loss and gradient norm of the step that is held, which have had a step's time to arrive, and write its record.
+        """Wait for the device, and write the record of the step that is held, with its loss and gradient norm.
 
         A collective of all ranks. Raises TrainingError on all of them when one of the two is not finite.
         """

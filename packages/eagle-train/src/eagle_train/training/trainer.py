@@ -1,8 +1,8 @@
 """The loop: stages in order, each step a number of packs over all ranks, every label counted once, on whichever rank it is read.
 
 One optimizer step of a rank: its packs of the step one after the other (accumulation), each loss divided by the label weights of all
-packs of all ranks, gradients summed, clipped by their global norm, one optimizer step. Nothing in it waits for the device: loss and
-gradient norm are read one step later, and before anything is saved.
+packs of all ranks, gradients summed, clipped by their global norm, one optimizer step. The host waits for the device once a step, when
+all work of the step is queued: it then reads the loss and gradient norm of the step before. It also does so before anything is saved.
 Everything is a function of (configuration, facts, step): a run that is killed and resumed gives the same numbers as one that is not.
 """
 
