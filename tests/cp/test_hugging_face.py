@@ -1,5 +1,7 @@
 """The transformers integration refuses what it can't compute exactly, and does not change other models."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -42,6 +44,20 @@ def test_refusals(changes, message):
 
 def test_a_window_longer_than_every_document_is_no_window():
     torch.testing.assert_close(call(query=torch.ones(1, 4, 6, 8), sliding_window=4)[0].shape, call()[0].shape)
+
+
+def test_positions_of_other_tokens_are_warned_of_once():
+    """What a model makes without position_ids is wrong for the second branch of a tree."""
+    tree = Layout.single([0, 2, 4, 6], prefixes=[-1, 0, 0])
+    module = Module()
+    arguments = {"query": torch.randn(1, 4, 6, 8), "key": torch.randn(1, 2, 6, 8), "value": torch.randn(1, 2, 6, 8), "eagle_layout": tree}
+    with pytest.warns(UserWarning, match=r"token 4 of the pack has position 4, in its document 2\); call the model with position_ids="):
+        hugging_face_attention(module, **arguments, position_ids=torch.arange(6)[None])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hugging_face_attention(module, **arguments, position_ids=torch.arange(6)[None])
+        call(eagle_layout=tree, position_ids=tree.position_ids()[None])
+        call(position_ids=torch.arange(6)[None])
 
 
 @pytest.mark.parametrize("padded", [0, 2])

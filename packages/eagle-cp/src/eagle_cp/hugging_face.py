@@ -10,11 +10,17 @@ batch into one sequence."""
 
 from __future__ import annotations
 
+import warnings
+from weakref import WeakSet
+
 import torch
 from torch import Tensor
 
 from eagle_cp.attention import attention
 from eagle_cp.layout import Layout
+
+_checked: WeakSet[torch.nn.Module] = WeakSet()
+"""First layers whose positions were looked at."""
 
 
 def register_attention(name: str = "eagle_cp") -> None:
@@ -49,12 +55,13 @@ def hugging_face_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention with transformers' calling convention: `query: [1, Hq, T, D]`, `key`, `value: [1, Hk, T, D]` -> `[1, T, Hq, D]`.
 
     Raises ValueError for what can't be computed exactly: a mask, dropout, a sliding window shorter than the longest document, soft-capped
-    scores, attention sinks, a cache."""
+    scores, attention sinks, a cache. Warns once for a model whose positions are not those of the rank's tokens."""
     if eagle_layout is None:
         raise ValueError("eagle_cp attention: no layout; call the model with eagle_layout=Layout.single(...) or Layout.build(...)")
     if attention_mask is not None:
@@ -72,7 +79,33 @@ def hugging_face_attention(
             f"eagle_cp attention: query {tuple(query.shape)}, key {tuple(key.shape)}; pack the batch into one sequence and call with"
             " use_cache=False"
         )
+    if getattr(module, "layer_idx", 0) == 0 and module not in _checked and not torch.compiler.is_compiling():
+        _checked.add(module)
+        _check_positions(position_ids, eagle_layout)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = attention(q, k, v, eagle_layout, causal=causal, scale=scaling)
     return out[None], None
+
+
+def _check_positions(given: Tensor | None, layout: Layout) -> None:
+    """Models count positions from 0 when they get none, which on a part of a pack is wrong without an error.
+
+    A warning, because positions may be chosen on purpose, and because an error of one rank would leave the others in a collective.
+    """
+    alone = layout.mesh.size == 1 and not layout.prefixes  # positions from 0 then differ from a document's by a constant
+    if given is None or given.ndim != 2 or given.shape[1] != layout.local or alone:
+        return
+    tokens = layout.local_tokens()
+    held = tokens >= 0  # the others are pad rows
+    tokens, positions = tokens[held], given[0].cpu()[held]
+    expected = layout.position_ids()[tokens]
+    if torch.equal(positions, expected) or (not layout.prefixes and torch.equal(positions, tokens)):
+        return
+    row = int((positions != expected).nonzero()[0])
+    warnings.warn(
+        f"eagle_cp attention: position_ids are not those of this rank's tokens (token {int(tokens[row])} of the pack has position "
+        f"{int(positions[row])}, in its document {int(expected[row])}); call the model with "
+        "position_ids=layout.shard(layout.position_ids())[None]",
+        stacklevel=2,
+    )

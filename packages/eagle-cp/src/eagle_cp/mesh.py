@@ -36,6 +36,9 @@ class ContextMesh:
         self.all_gather_gb_s = 200.0
         self.watchdog: Watchdog | None = None
 
+    def __repr__(self) -> str:
+        return f"ContextMesh({self.all_gather.size} all_gather x {self.ulysses.size} ulysses ranks, rank {self.rank})"
+
     @classmethod
     def single(cls) -> ContextMesh:
         """A mesh of one rank: nothing is communicated."""

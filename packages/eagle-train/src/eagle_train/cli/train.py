@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -183,7 +184,8 @@ def _train(
         if world.is_main:
             write_report(config.run.folder)
             printer.message(rows_line(ready.schedules, trained.trainer.missing, trained.trainer.concealed))
-            printer.message(f"run folder: {config.run.folder}\ntry it: eagle chat {config.run.folder} --image picture.png 'a question'")
+            folder = shlex.quote(str(config.run.folder))
+            printer.message(f"run folder: {config.run.folder}\ntry it: eagle chat {folder} --image picture.png 'a question'")
         trained.check_evaluations()
     finally:
         world.close()
