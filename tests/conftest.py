@@ -16,6 +16,15 @@ if os.environ.get("CI"):
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first matmul of the process, whichever test makes it
 
 
+@pytest.fixture(autouse=True)
+def closed_process_group():
+    """A process group that a test leaves open is closed: ranks that later tests fork would inherit it."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 @pytest.fixture
 def cluster(monkeypatch):
     """(cluster, second node): Ray with two nodes of one CPU each on this machine, connected; tests' modules can be imported there."""
