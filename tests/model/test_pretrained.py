@@ -107,7 +107,7 @@ def test_what_is_not_a_part_is_refused(folders, small_tokenizer, tmp_path):
     (tmp_path / "weights.gguf").touch()
     with pytest.raises(FileNotFoundError, match=r"weights\.gguf is a GGUF file, which can be the language model only"):
         from_pretrained_parts(tmp_path, folders / "qwen", small_tokenizer)
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; check the path"):
         from_pretrained_parts(tmp_path / "nowhere", folders / "qwen", small_tokenizer)
 
 

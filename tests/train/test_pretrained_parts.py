@@ -134,7 +134,7 @@ def test_the_key_that_is_wrong_is_named(parts, tmp_path, monkeypatch):
     tokenizer = load_run_tokenizer(parse_config({"model": here}))
     for change, message in (
         ({"language": str(tmp_path / "lost.gguf")}, r"model.language: .*lost.gguf: there is no such file"),
-        ({"vision": str(tmp_path / "nowhere")}, r"model.vision: there is no folder .*nowhere"),
+        ({"vision": str(tmp_path / "nowhere")}, r"model.vision: there is no folder .*nowhere; check the path"),
         (
             {"language": "owner/name"},
             r"model.language: owner/name is not a folder here, is not in the .* cache.*hf download owner/name",
