@@ -47,6 +47,18 @@ def test_what_cannot_fit_is_refused_with_the_smallest_change(large):
     assert float(named[2]) <= 80
 
 
+@pytest.mark.parametrize("activations", ["recompute", "selective"])
+def test_a_limit_of_the_configuration_that_cannot_be_met_is_refused(large, activations):
+    config, described = large(model={"activations": activations})
+    need = planned(config, described, 1).gpu / GIB
+    within, _ = large(model={"activations": activations, "gpu_memory": need + 0.1})
+    assert check_memory(within, described, alone("cpu"), look=a_card(500)).gpu <= (need + 0.1) * GIB
+    beyond, _ = large(model={"activations": activations, "gpu_memory": need - 5})
+    message = rf"model.gpu_memory: [\d.]+ GiB are too few for stages.32k: a step is planned to need at least {need:.1f} GiB.* or the smallest"
+    with pytest.raises(ConfigError, match=message):
+        check_memory(beyond, described, alone("cpu"), look=a_card(500))
+
+
 def test_changes_need_less_and_the_first_that_fits_is_named(large):
     config, described = large(stage={"max_tokens": "128K"})
     need = planned(config, described, 8).gpu

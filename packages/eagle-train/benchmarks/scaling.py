@@ -8,6 +8,7 @@ per GPU and step, unless said otherwise:
 - `one-32k`, `data-32k`: one GPU, and all of them with a pack each. bfloat16 weights and 8-bit AdamW, which one GPU can hold.
 - `context-128k`: all GPUs share a pack of 131072 tokens (all-gather of keys and values), bfloat16 weights and 8-bit AdamW.
 - `adamw-32k`: as `data-32k` with float32 weights and AdamW, which needs several GPUs.
+- `limited-128k`: as `context-128k` with float32 weights and AdamW, in a plan of 58 GiB per GPU (four GPUs).
 - `one-256k`, `one-512k`: one GPU, one sample of 262144 or 524288 tokens, bfloat16 weights and 8-bit AdamW; a single step. 512K keeps the
   inputs of decoder layers in host memory (94.5 GiB).
 - `sums-32k`: as `one-32k` with three packs a step, whose gradients are summed in float32.
@@ -85,6 +86,7 @@ CASES = [
     Case("data-32k", 0, 32768, 9, save=True, settings=LOW),
     Case("context-128k", 0, 131072, 4, shared=True, settings=LOW),
     Case("adamw-32k", 0, 32768, 5),
+    Case("limited-128k", 0, 131072, 4, shared=True, settings={"model": {"gpu_memory": 58}}),
     Case("one-256k", 1, 262144, 1, settings=LOW),
     Case("one-512k", 1, 524288, 1, frames=2048, settings=LOW | {"model": {"weights": "bfloat16", "activations": "offload"}}),
     Case("sums-32k", 1, 32768, 4, packs=3, settings=LOW),

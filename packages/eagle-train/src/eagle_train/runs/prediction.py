@@ -197,12 +197,13 @@ def check_fits(ready: Ready, gpus: int, gpu: Gpu) -> None:
     import torch
 
     from eagle_train.training.activations import resolved
-    from eagle_train.training.memory import smallest_change
+    from eagle_train.training.memory import check_limit, smallest_change
     from eagle_train.training.model import grown_config
     from eagle_train.training.selection import fitting_plans
 
     config = for_gpus(ready.config)
     described = grown_config(config, ready.tokenizer)
+    check_limit(config, described, gpus, torch.device("cuda"))
     room = largest_plan(gpu.gib) * GIB
     plans = fitting_plans(config, described, gpus, room, torch.device("cuda"))
     plan = max(plans.values(), key=lambda one: one.gpu)

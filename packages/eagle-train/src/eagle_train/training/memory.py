@@ -160,6 +160,22 @@ def parts_of(plan: MemoryPlan) -> str:
     return f"{plan.gpu / GIB:.1f} GiB, the peak in {plan.moment}: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
 
 
+def check_limit(config: Config, described: Any, ranks: int, device: torch.device) -> None:
+    """Raises ConfigError when the least plan of a stage exceeds `model.gpu_memory`."""
+    limit = config.model.gpu_memory
+    if limit is None:
+        return
+    plans = fitting_plans(config, described, ranks, limit * GIB, device)
+    name, plan = max(plans.items(), key=lambda one: one[1].gpu)
+    if plan.gpu <= limit * GIB:
+        return
+    advice = smallest_change(resolved(config, device), described, ranks, limit * GIB)
+    raise ConfigError(
+        f"model.gpu_memory: {limit:g} GiB are too few for stages.{name}: a step is planned to need at least {parts_of(plan)}. Raise it, or "
+        f"{advice[0].lower()}{advice[1:]}"
+    )
+
+
 def check_memory(
     config: Config, described: Any, world: World, *, look: Callable[[torch.device], Usage | None] = usage
 ) -> MemoryPlan | None:
@@ -172,6 +188,7 @@ def check_memory(
     found = [(one.free, rank, one.total) for rank, one in enumerate(seen) if one is not None]
     if not found:
         return None
+    check_limit(config, described, world.size, world.device)
     free, rank, total = min(found)
     plans = fitting_plans(config, described, world.size, free, world.device)
     config = resolved(config, world.device)
