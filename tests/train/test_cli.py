@@ -296,6 +296,7 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     assert "name an annotation file with --data FILE" in eagle_here(*model).stderr
     assert "only a run has checkpoints" in eagle_here(*model, "--data", tmp_path / "rows.jsonl", "--checkpoint", "one-end").stderr
     missing = eagle_here("export", config.run.folder, tmp_path / "other", "--checkpoint", "one-finish")
+    assert missing.returncode == 2
     assert "one-finish is neither a checkpoint of the run nor the folder of one" in missing.stderr
     assert "holds: one-end, two-end" in missing.stderr.replace("one-00000003, ", "")
     answered = eagle_here(

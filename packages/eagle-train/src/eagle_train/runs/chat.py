@@ -19,6 +19,7 @@ from eagle_model.processor import EagleProcessor, RequestPlan
 from eagle_model.prompt import IM_END, IMG_CONTEXT
 from eagle_model.visual import read_tiles
 from eagle_train.distributed.world import alone
+from eagle_train.errors import WRONG_USE, TrainError
 
 
 class Chat:
@@ -210,12 +211,18 @@ class _Kept:
         return known, tiles[whole:]
 
 
+class MissingMediumError(TrainError, FileNotFoundError):
+    """A path that the caller gave is not a file."""
+
+    exit_code = WRONG_USE
+
+
 def existing(media: Sequence[Any]) -> list[Any]:
-    """The media, paths as text; raises FileNotFoundError for a path that is not a file."""
+    """The media, paths as text; raises MissingMediumError for a path that is not a file."""
     for medium in media:
         if isinstance(medium, str | Path) and not Path(medium).is_file():
             # A Path of an address has lost one of its slashes.
             remote = re.match(r"[a-z][a-z0-9+.-]*:/", str(medium))
             what = "addresses are not read; download the file and name it" if remote else "there is no such file"
-            raise FileNotFoundError(f"{medium}: {what}")
+            raise MissingMediumError(f"{medium}: {what}")
     return [str(medium) if isinstance(medium, Path) else medium for medium in media]

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eagle_train.errors import TrainError, disk_is_full
+from eagle_train.errors import WRONG_USE, TrainError, disk_is_full
 
 if TYPE_CHECKING:  # torch is imported where weights are written or read: what is saved can be said without it
     import torch
@@ -51,6 +51,12 @@ class Progress:
 
 class CheckpointError(TrainError, ValueError):
     """A checkpoint that can't be read or does not fit the run."""
+
+
+class UnknownCheckpointError(CheckpointError):
+    """The name of a checkpoint that is not there."""
+
+    exit_code = WRONG_USE
 
 
 class WriteError(CheckpointError):
@@ -255,13 +261,13 @@ def latest(folder: Path) -> Path | None:
 def find_checkpoint(folder: Path, name: str) -> Path:
     """The checkpoint `name` (for example `warmup-end`) of a run's `folder` of checkpoints, or the one at the path `name`.
 
-    Raises CheckpointError, naming those that exist, when there is none.
+    Raises UnknownCheckpointError, naming those that exist, when there is none.
     """
     for path in (folder / name, Path(name)):
         if (path / "state.json").is_file():
             return path
     names = ", ".join(path.name for path in whole(folder)) or "none yet"
-    raise CheckpointError(f"{name} is neither a checkpoint of the run nor the folder of one; {folder} holds: {names}")
+    raise UnknownCheckpointError(f"{name} is neither a checkpoint of the run nor the folder of one; {folder} holds: {names}")
 
 
 def clean(folder: Path) -> None:
