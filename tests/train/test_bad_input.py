@@ -104,6 +104,7 @@ def test_every_bad_row_is_in_the_ledger(folder, row, make_config, write_jsonl, t
         (row(document="text.pdf"), "bad-document"),
         (b'{"conversations": [', "broken-json"),
         (b"[1, 2]", "broken-json"),
+        (b'{"id": 1, "conversations": [{"from": "human", "value": "a", "value": "b"}]}', "broken-json"),
         (b"\xff\xfe\x00", "broken-json"),
         (b"[" * 60_000, "broken-json"),
         (answerless, "no-assistant-turn"),
