@@ -80,7 +80,12 @@ def test_a_signal_saves_after_the_running_step(colour_run, tmp_path, signum, ran
 def test_the_launcher_waits_for_its_ranks(colour_run, tmp_path, signum):
     """The signal of a terminal reaches the launcher alone: its ranks have sessions of their own."""
     config = colour_run(stages=STAGES, checkpoint={"every": 1000}, loader={"workers": 0})
-    command = [sys.executable, "-m", "eagle_train.cli", "train", str(written(config, tmp_path)), "--device", "cpu", "--nproc", "2"]
+    # Tests that run under nohup would hand down that the signal is ignored.
+    heard = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", heard, "-m", "eagle_train.cli", "train", str(written(config, tmp_path)), "--device", "cpu"]
+    command += ["--nproc", "2"]
     processes = start_processes(command, 1, stderr=subprocess.PIPE, COLUMNS="200")
     wait_for(lambda: steps_written(config) >= 3, processes)
     os.killpg(processes[0].pid, signum)
