@@ -157,8 +157,21 @@ def test_a_run_on_a_full_disk_ends_with_that_error_at_the_next_step(colour_run, 
     config = colour_run(checkpoint={"every": 2})
     ready = get_ready(config)
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full_disk)
+
+    def started(trainer):
+        done = []
+
+        def failed():
+            done.append(1)
+            deadline = time.monotonic() + 60
+            while len(done) == 3 and not trainer.saver.broken:  # steps are faster than the disk fails
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+        trainer.after_step = failed
+
     with pytest.raises(WriteError, match=r"one-00000002 could not be written.*No space left.*the same command starts again"):
-        train(ready, alone("cpu"))
+        train(ready, alone("cpu"), on_start=started)
     steps = [record["step"] for record in Metrics(config.run.folder / "metrics.jsonl") if record["kind"] == "step"]
     assert steps[-1] in (2, 3), "known at the latest one step after it failed"
     monkeypatch.undo()
