@@ -144,13 +144,19 @@ def test_updates_that_are_too_small_for_bfloat16_are_not_lost():
     assert weight.float().mean().item() == pytest.approx(1 - 100 * 1e-4, abs=1e-3)
 
 
-def test_states_in_host_memory_are_adamw_bit_for_bit():
+def host_states_are_adamw():
+    """Four steps of both; the optimizer with states in host memory."""
     models = [tiny_model(), tiny_model()]
     optimizers = [make_optimizer(model, stage(optimizer=name)) for model, name in zip(models, ("adamw", "adamw_host"))]
     for model, optimizer in zip(models, optimizers):
         steps(model, optimizer, 4)
     for a, b in zip(*(model.parameters() for model in models)):
         assert torch.equal(a, b)
+    return optimizers[1]
+
+
+def test_states_in_host_memory_are_adamw_bit_for_bit():
+    host_states_are_adamw()
 
 
 def test_states_that_are_copied_as_for_a_gpu_are_adamw_bit_for_bit(monkeypatch):
@@ -178,13 +184,7 @@ def test_states_that_are_copied_as_for_a_gpu_are_adamw_bit_for_bit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    models = [tiny_model(), tiny_model()]
-    optimizers = [make_optimizer(model, stage(optimizer=name)) for model, name in zip(models, ("adamw", "adamw_host"))]
-    for model, optimizer in zip(models, optimizers):
-        steps(model, optimizer, 4)
-    for a, b in zip(*(model.parameters() for model in models)):
-        assert torch.equal(a, b)
-    assert {int(state["step"]) for state in optimizers[1].state.values()} == {4}
+    assert {int(state["step"]) for state in host_states_are_adamw().state.values()} == {4}
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("adamw", torch.bfloat16), ("adamw_host", torch.float32)])

@@ -20,6 +20,7 @@ from eagle_train.config import Config, ConfigError, Source
 from eagle_train.config.load import describe_errors, nearest, read_yaml
 
 from . import remote
+from .unique_keys import RepeatedKeyError, unique
 
 # Keys of the originals' recipes that change nothing here, and why; anything else unknown is an error.
 _LEFT_ASIDE = {
@@ -142,17 +143,11 @@ def is_pattern(path: Path) -> bool:
 
 
 def _read_json(path: Path) -> Any:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            names = [name for name, _ in items]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"{path}: key {twice!r} is written twice")
-        return result
-
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror or error}); check the path") from error
+    except RepeatedKeyError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
