@@ -1,5 +1,7 @@
 """A long step is reported with what it does; short ones are not."""
 
+import itertools
+import json
 import re
 import time
 
@@ -13,6 +15,14 @@ from eagle_train.training.heartbeat import Heartbeat
 from eagle_train.training.trainer import Trainer
 
 
+def wait_for(condition):
+    """Until it holds, at most a minute: a loaded machine may suspend a thread for seconds."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_only_what_takes_long_is_reported():
     lines = []
     with Heartbeat(lines.append, every=1.5) as beat:  # so much longer than a step that a loaded machine does not make one slow
@@ -23,10 +33,9 @@ def test_only_what_takes_long_is_reported():
     with Heartbeat(lines.append, every=0.2) as beat:
         beat.begin("step 20")
         beat.at("forward/backward of pack 3 of 32")
-        time.sleep(0.55)
+        wait_for(lambda: len(lines) >= 2)
     reported = len(lines)
-    assert reported >= 2
-    assert {re.sub(r"\d s", "0 s", line) for line in lines} == {"step 20: 0 s, now in forward/backward of pack 3 of 32"}
+    assert {re.sub(r"\d+ s", "0 s", line) for line in lines} == {"step 20: 0 s, now in forward/backward of pack 3 of 32"}
     time.sleep(0.5)
     assert len(lines) == reported  # nothing after the end
 
@@ -39,11 +48,26 @@ def test_the_main_rank_names_what_the_others_wait_in():
         for beat, place in zip(beats, ("forward/backward of pack 1 of 2", "the sums over all ranks", "the sums over all ranks")):
             beat.begin("step 5")
             beat.at(place)
-        time.sleep(0.7)
-    expected = "step 5: 0 s, now in forward/backward of pack 1 of 2; rank 1, 2: the sums over all ranks for 0 s; rank 3: has not reported"
-    assert lines
-    assert set(map(re.sub, [r"\d s"] * len(lines), ["0 s"] * len(lines), lines)) == {expected}
+        wait_for(lambda: lines and "rank 1, 2" in lines[-1])
+    duration = r"\d+ s( to \d+ s)?"  # a loaded machine may suspend any of the threads
+    assert re.fullmatch(
+        rf"step 5: {duration}, now in forward/backward of pack 1 of 2; rank 1, 2: the sums over all ranks for {duration}; "
+        r"rank 3: has not reported",
+        lines[-1],
+    ), lines
     assert silent == []
+
+
+def test_ranks_in_one_place_are_named_together_with_their_shortest_and_longest_wait():
+    store, lines = torch.distributed.HashStore(), []
+    for rank, what in ((1, ["step 5", "the sums", 61.0]), (2, ["step 4", "", 70.0]), (3, ["step 5", "the sums", 2.4])):
+        store.set(f"doing/{rank}", json.dumps(what))
+    with Heartbeat(lines.append, 0.05, store=store, size=5) as beat:
+        beat.begin("step 5")
+        wait_for(lambda: lines)
+    assert re.sub("^step 5: [^;]*", "step 5", lines[0]) == (
+        "step 5; rank 1, 3: the sums for 2 s to 1:01; rank 2: step 4, its beginning for 1:10; rank 4: has not reported"
+    )
 
 
 def test_a_store_that_is_gone_leaves_the_own_state():
@@ -54,23 +78,21 @@ def test_a_store_that_is_gone_leaves_the_own_state():
     lines = []
     with Heartbeat(lines.append, 0.2, store=Gone(), size=2) as beat:
         beat.begin("step 1")
-        time.sleep(0.35)
-    assert lines[0] == "step 1: 0 s"
+        wait_for(lambda: lines)
+    assert re.fullmatch(r"step 1: \d+ s", lines[0])
 
 
 def test_a_slow_step_of_a_run(colour_run, monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(heartbeat, "EVERY", 0.4)
-    forward, waited = Trainer._forward_backward, []
+    forward, lines, calls = Trainer._forward_backward, [], itertools.count(1)
 
     def slow(self, *arguments):
-        if not waited or len(waited) == 1:
-            waited.append(arguments)
-            time.sleep(0.6 * (len(waited) == 2))
+        if next(calls) == 2:
+            wait_for(lambda: lines and "pack 2" in lines[-1])
         return forward(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_forward_backward", slow)
-    lines = []
     config = colour_run()
     train(get_ready(config), start_world(config.parallel, "cpu"), on_slow=lines.append)
-    assert any(re.fullmatch(r"step 1 of stage one: \d s, now in forward/backward of pack 2 of 2", line) for line in lines), lines
+    assert any(re.fullmatch(r"step 1 of stage one: \d+ s, now in forward/backward of pack 2 of 2", line) for line in lines), lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .metrics import duration
@@ -75,21 +75,33 @@ class Heartbeat:
             self._store = None
 
     def _others(self, step: str) -> str:
-        """What the other ranks do, those that do the same in one group; empty for one rank."""
+        """What the other ranks do, those in the same place together, with the shortest and longest wait; empty for one rank."""
         if self._store is None:
             return ""
-        groups: dict[str, list[int]] = {}
+        waits: dict[str, dict[int, float]] = {}
+        silent = []
         try:
             for rank in range(self._size):
+                key = f"doing/{rank}"
                 if rank == self._rank:
                     continue
-                key, text = f"doing/{rank}", "has not reported"
-                if self._store.check([key]):
-                    named, place, seconds = json.loads(self._store.get(key))
-                    where = "" if named == step else f"{named}, "
-                    text = f"{where}{place or 'its beginning'} for {duration(seconds)}"
-                groups.setdefault(text, []).append(rank)
+                if not self._store.check([key]):
+                    silent.append(rank)
+                    continue
+                named, place, seconds = json.loads(self._store.get(key))
+                where = "" if named == step else f"{named}, "
+                waits.setdefault(f"{where}{place or 'its beginning'}", {})[rank] = seconds
         except RuntimeError:
             self._store = None
             return ""
-        return "".join(f"; rank {', '.join(map(str, ranks))}: {text}" for text, ranks in groups.items())
+        parts = []
+        for place, ranks in waits.items():
+            least, most = duration(min(ranks.values())), duration(max(ranks.values()))
+            parts.append(f"; rank {_listed(ranks)}: {place} for {least if least == most else f'{least} to {most}'}")
+        if silent:
+            parts.append(f"; rank {_listed(silent)}: has not reported")
+        return "".join(parts)
+
+
+def _listed(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks))
