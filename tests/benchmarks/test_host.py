@@ -31,6 +31,7 @@ NAMES = (
     "context_step",
     "host",
     "host_summary",
+    "parts",
     "scaling",
     "rows",
     "processes",
@@ -218,7 +219,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(host):
     ]
     begin = time.monotonic()
     for part in parts:
-        module.record(made, part.name, module.run(part, made, part.seconds))
+        module.record(made, part.name, module.run(part, made.out, part.seconds))
     assert time.monotonic() - begin < 45
     status = json.loads((made.out / "status.json").read_text())["parts"]
     assert [found["ended"] for found in status.values()] == ["exit code 5", "stopped after 1 s", "complete"]

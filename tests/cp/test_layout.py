@@ -59,19 +59,33 @@ def bad_input(meshes, case):
     return None
 
 
+def wait_for(*paths):
+    """Until all of them exist, at most a minute: a loaded machine may suspend a thread for seconds."""
+    end = time.monotonic() + 60
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def hang(meshes, folder):
-    """Rank 1 is 1.2 s late for a collective; the watchdogs of the others report it."""
+    """Rank 1 comes to a collective when the watchdogs of the others have reported that it is late."""
     mesh, reports = meshes[1], []
-    store = dist.FileStore(folder, mesh.size)
-    with Watchdog(mesh.groups(), timeout=0.3, store=store, report=reports.append):
+    store = dist.FileStore(str(folder / "store"), mesh.size)
+
+    def report(text):
+        reports.append(text)
+        (folder / f"reported-{mesh.rank}").touch()
+
+    with Watchdog(mesh.groups(), timeout=0.3, store=store, report=report):
         if mesh.rank == 1:
-            time.sleep(1.2)
+            wait_for(folder / "reported-0", folder / "reported-2")
+        before = list(reports)
         mesh.context.all_gather_rows(torch.zeros(3))
-    return reports
+    return before if mesh.rank == 1 else reports
 
 
-def lost_store(meshes):
-    """The host of the store (rank 0) closes it; rank 1 then waits for a collective for which rank 0 is late."""
+def lost_store(meshes, folder):
+    """The host of the store (rank 0) closes it, and comes to a collective when rank 1 has reported that it waits."""
     mesh, reports = meshes[1], []
     port = torch.tensor(free_ports(1))
     port = int(mesh.context.all_gather_rows(port)[0])
@@ -79,13 +93,14 @@ def lost_store(meshes):
 
     def report(text):
         reports.append(text)
+        (folder / f"reported-{mesh.rank}").touch()
         raise OSError("no space left for reports")
 
+    mesh.context.all_gather_rows(torch.zeros(3))
     with Watchdog(mesh.groups(), timeout=0.3, store=store if mesh.rank else None, report=report) as watchdog:
-        mesh.context.all_gather_rows(torch.zeros(3))
         if mesh.rank == 0:
             del store
-            time.sleep(1.2)
+            wait_for(folder / "reported-1")
         mesh.context.all_gather_rows(torch.zeros(4))
         return reports, watchdog._thread.is_alive()
 
@@ -151,7 +166,7 @@ def test_ranks_that_disagree_are_named(ranks):
 
 
 def test_watchdog_reports_who_waits_for_what(ranks, tmp_path):
-    reports = ranks(3).call(hang, str(tmp_path / "store"))
+    reports = ranks(3).call(hang, tmp_path)
     for rank in (0, 2):
         text = "\n".join(reports[rank])
         assert f"rank {rank} has waited" in text
@@ -160,8 +175,8 @@ def test_watchdog_reports_who_waits_for_what(ranks, tmp_path):
     assert reports[1] == []
 
 
-def test_watchdog_outlives_its_store_and_its_report(ranks):
-    (_, alive), (reports, still_alive) = ranks(2).call(lost_store)
+def test_watchdog_outlives_its_store_and_its_report(ranks, tmp_path):
+    (_, alive), (reports, still_alive) = ranks(2).call(lost_store, tmp_path)
     assert alive
     assert still_alive
     assert len(reports) == 1

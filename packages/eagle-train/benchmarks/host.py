@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -27,21 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where the package `benchmarks` is
 from host_summary import page
+from parts import NOT_STARTED, ROOT, Part, run
 
-ROOT = Path(__file__).parents[3]
 CP, TRAIN = "packages/eagle-cp/benchmarks", "packages/eagle-train/benchmarks"
-GRACE = 20.0
-"""Seconds between asking a part to end and ending it."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One command. seconds: its limit; metric: of its bars."""
-
-    name: str
-    command: list[str]
-    seconds: float
-    metric: str = ""
 
 
 @dataclass
@@ -84,9 +71,13 @@ def parts(host: Host) -> list[Part]:
     counts = [n for n in (1, 2, 4) if n < host.gpus] + [host.gpus]
     for count in counts:
         cases = ["one-32k"] if count == 1 else ["data-32k", "context-128k"]
+        if count == 4:
+            cases.append("limited-128k")  # whose plan needs four
         found.append(
             Part(f"scaling-{count}", host.alone(f"{TRAIN}/scaling.py", "--gpus", str(count), "--only", *cases), 500, "tokens_per_s")
         )
+    trees = ["--trees", "--tokens", "128K", "--seconds", "0" if host.small else "0.5", "--until", "200"]
+    found.append(Part("trees", host.ranks(bench, *trees), 300, "both_tflops"))
     found.append(Part("kills", kills(host), 3000, "ended_s"))
     return found
 
@@ -95,36 +86,6 @@ def kills(host: Host) -> list[str]:
     options = ["--ranks", str(host.gpus), "--until", "1800"]
     options += ["--device", "cpu", "--steps", "16", "--kills", "2"] if host.small else ["--size", "8b", "--kills", "12"]
     return [sys.executable, f"{TRAIN}/kills/run.py", *options]
-
-
-def run(part: Part, host: Host, seconds: float) -> dict[str, Any]:
-    """Run a part for at most so many seconds: how it ended."""
-    out = host.out / f"{part.name}.json"
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    begin = time.monotonic()
-    with open(host.out / f"{part.name}.txt", "wb") as output:
-        process = subprocess.Popen(
-            [*part.command, "--out", str(out)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            code = process.wait(timeout=seconds)
-            ended = "complete" if code == 0 else f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            ended, code = f"stopped after {seconds:.0f} s", None
-        finally:
-            end(process)
-    return {"ended": ended, "exit_code": code, "seconds": round(time.monotonic() - begin, 1), "command": shlex.join(part.command)}
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a command and what it started: asked first, so that it can end ranks that are in sessions of their own."""
-    for signum, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 5.0)):
-        if process.poll() is None:
-            try:
-                os.killpg(process.pid, signum)
-                process.wait(timeout=patience)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
 
 
 def longest(host: Host, seconds: float, start: int = 1 << 20, trial: Callable[[int, float], bool] | None = None) -> dict[str, Any]:
@@ -166,7 +127,7 @@ def _trial(host: Host) -> Callable[[int, float], bool]:
     def trial(tokens: int, seconds: float) -> bool:
         options = ["--tokens", str(tokens), "--rounds", "1", "--activations", "recompute" if host.small else "offload"]
         part = Part(f"longest-{tokens >> 10}K", host.ranks(f"{TRAIN}/context_step.py", *options), seconds)
-        return run(part, host, min(seconds, 60 if host.small else 1500))["exit_code"] == 0
+        return run(part, host.out, min(seconds, 60 if host.small else 1500))["exit_code"] == 0
 
     return trial
 
@@ -230,9 +191,9 @@ def main() -> None:
         if host.done.get(part.name, {}).get("ended") == "complete":
             continue
         if left < 30:
-            record(host, part.name, {"ended": "not started: the time was up", "exit_code": None, "seconds": 0.0})
+            record(host, part.name, {"ended": "not started: the time was up"} | NOT_STARTED)
             continue
-        record(host, part.name, run(part, host, min(part.seconds, left)))
+        record(host, part.name, run(part, host.out, min(part.seconds, left)))
         plot(host, part)
     left = limit - (time.monotonic() - begin)
     if search and host.done.get("longest", {}).get("ended") != "complete" and left > 30:
