@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-av.logging.set_level(av.logging.PANIC)
-
 # With weighted prediction six of 60 encodings of one clip differed (x264 in PyAV 18.1), which moves what tests
 # damage; without it none did.
 X264 = {"preset": "veryfast", "g": "24", "bf": "3", "x264-params": "scenecut=0:weightp=0"}

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from ..limits import Limits
 from .av1 import join, needed_parts
 from .beginning import DECODERS, DEFERRED, packet_of
-from .containers.demux import choose_stream, open_container
+from .containers.demux import choose_stream
 from .containers.source import Source
 from .containers.track import Track
 from .dependencies import Group, droppable_test, earlier_start
 from .keyframes import Start, start_test
+from .libav import at_rest, open_container
 
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 
@@ -157,7 +158,8 @@ class Decoder:
         start: int | None = group.start
         reason = None
         for attempt in range(4):
-            reason = self._decode(start, max(left) + 1, left, places)
+            with at_rest(self.reader.context):
+                reason = self._decode(start, max(left) + 1, left, places)
             # An apparent damage may be a reference to before an open GOP's keyframe: decoding from one keyframe earlier decides.
             start = earlier_start(self.track, start, attempt) if left and (reason is None or attempt == 0) else None
             if start is None:
@@ -270,7 +272,6 @@ class Decoder:
                 take(frame)
         except av.FFmpegError as error:
             reason = reason or error.strerror or str(error)
-        context.flush_buffers()
         if deferred and given != whole:
             damaged, reason = min(damaged, *(given - whole)), reason or deferred
         if not is_keyframe:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import av
 
 from .beginning import DEFERRED
-from .containers.demux import choose_stream, open_container
+from .containers.demux import choose_stream
 from .containers.track import Track
+from .libav import at_rest, open_container
 
 _REORDERED = 16  # most frames that a decoder of H.264 or HEVC holds: none is shown further before its place in the file
 
@@ -70,9 +71,7 @@ def decode_linear(
     sent = shown = 0
     reason = "some packets before it give no frame, so that its number is not known"
     try:
-        with open_container(path) as container:
-            stream = choose_stream(container)
-            context = stream.codec_context
+        with open_container(path) as container, at_rest(choose_stream(container).codec_context) as context:
             threads = 1 if track.opens else threads  # so that an error is raised at its own packet
             context.thread_count = threads
             context.thread_type = "FRAME" if threads > 1 else "NONE"
@@ -81,7 +80,7 @@ def decode_linear(
                 **({"strict": "1"} if track.codec == "h264" else {}),
             }
             number = 0
-            for packet in container.demux(stream):
+            for packet in container.demux(choose_stream(container)):
                 check()
                 if packet.size and not packet.is_discard:
                     number += 1

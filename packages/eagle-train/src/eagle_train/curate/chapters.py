@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
-
+from eagle_sampling.video.libav import open_container
 from eagle_train.config import ConfigError
 
 
@@ -70,12 +68,13 @@ def of_video(video: str, known: Mapping[str, list[Chapter]]) -> list[Chapter]:
         except (OSError, ValueError) as error:
             raise BadChapters(f"{sidecar}: can't be read as chapters: {error}") from error
         return sorted(_chapters(content, str(sidecar)))
-    with av.open(os.path.abspath(video), metadata_errors="replace") as container:
+    with open_container(video) as container:
         found = []
         for chapter in container.chapters():
             base = float(chapter["time_base"] or 0)
             title = str(chapter["metadata"].get("title") or "")
-            found.append(Chapter(max(chapter["start"] * base, 0.0), chapter["end"] * base, title))
+            readable = title.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            found.append(Chapter(max(chapter["start"] * base, 0.0), chapter["end"] * base, readable))
     return sorted(found)
 
 

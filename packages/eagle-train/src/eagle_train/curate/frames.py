@@ -1,6 +1,5 @@
 """Every frame of a video, small: what shot detection reads. Nothing is kept in full size."""
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -10,6 +9,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from eagle_sampling import MediaError
+from eagle_sampling.video.libav import at_rest, open_container
 
 CHUNK = 256
 """Frames of a chunk: 0.5 MB at 48 x 27 pixels."""
@@ -51,22 +51,22 @@ def small_frames(
     times: list[float] = []
     count = 0
     try:
-        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+        with open_container(path) as container:
             if not container.streams.video:
                 raise MediaError(f"{path}: has no video track")
             stream = container.streams.video[0]
-            context = stream.codec_context
-            context.thread_count = threads
-            context.thread_type = "FRAME" if threads > 1 else "NONE"
-            context.options = {"skip_loop_filter": "all", "flags2": "+fast"}
-            for frame in container.decode(stream):
-                reduce.add(frame)
-                time = frame.time
-                times.append(np.nan if time is None else time)
-                count += 1
-                if len(times) == CHUNK:
-                    yield reduce.take(), np.array(times)
-                    times = []
+            with at_rest(stream.codec_context) as context:
+                context.thread_count = threads
+                context.thread_type = "FRAME" if threads > 1 else "NONE"
+                context.options = {"skip_loop_filter": "all", "flags2": "+fast"}
+                for frame in container.decode(stream):
+                    reduce.add(frame)
+                    time = frame.time
+                    times.append(np.nan if time is None else time)
+                    count += 1
+                    if len(times) == CHUNK:
+                        yield reduce.take(), np.array(times)
+                        times = []
     except av.FFmpegError as error:
         at = f"after {count} frames" if count else "before its first frame"
         raise MediaError(f"{path}: can't be decoded {at}: {error.strerror or error}") from error

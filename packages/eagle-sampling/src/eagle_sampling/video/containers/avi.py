@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ...limits import Limits
 from ..beginning import start_of
 from ..keyframes import Start, start_test
-from .demux import KEYFRAMES_UNKNOWN, choose_stream, codec_name, open_container, silent_packets
+from ..libav import open_container
+from .demux import KEYFRAMES_UNKNOWN, choose_stream, codec_name, silent_packets
 from .source import Damaged, Source
 from .track import Track, Unsupported
 

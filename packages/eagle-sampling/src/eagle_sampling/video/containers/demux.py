@@ -6,11 +6,9 @@ times, frames are known by their order only.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
 
 import av
 import numpy as np
@@ -18,10 +16,10 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from ...files import open_stream
 from ...limits import Limits, MediaError
 from ..beginning import FIRST_WITHIN, LEADING, whole_pictures
 from ..keyframes import Start, StartOf, start_test
+from ..libav import open_container
 from .cut_off import is_cut_off
 from .track import Track, orientation
 
@@ -34,16 +32,7 @@ _FIRST_FRAME_WITHIN = 64  # packets to decode at most to get one frame
 # Bare streams without a frame rate, for which libavformat takes 25 frames a second.
 _NO_RATE = ("mjpeg", "mjpeg_2000", "obu")
 
-# PyAV 18 raises UnicodeDecodeError for tags that are not UTF-8 unless this is given. PyAV 19 never raises and has no such argument.
-_OPEN: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
-
 Turn = tuple[int, bool, bool]  # as `orientation` returns it
-
-
-def open_container(path: str) -> InputContainer:
-    """The file opened by libavformat, by its absolute path: "12:30.avi" would be read as a protocol."""
-    source = open_stream(path)
-    return av.open(os.path.abspath(path) if source is path else source, **_OPEN)
 
 
 def codec_name(decoder: str) -> str:

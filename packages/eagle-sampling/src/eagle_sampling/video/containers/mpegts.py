@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...limits import Limits
-from .demux import choose_stream, open_container
+from ..libav import open_container
+from .demux import choose_stream
 from .source import Damaged, Source
 from .track import Track, Unsupported
 
