@@ -12,7 +12,7 @@ from av.container import InputContainer
 
 from ..files import open_stream
 
-# PyAV 18 raises UnicodeDecodeError for tags that are not UTF-8 unless it is told otherwise. PyAV 19 gives them with surrogate characters,
+# PyAV 18 raises UnicodeDecodeError for tags that are not UTF-8 without this argument. PyAV 19 gives them with surrogate characters,
 # and has no such argument.
 _TAGS: dict[str, Any] = {"metadata_errors": "surrogateescape"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
