@@ -171,6 +171,7 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_allocated(tmp_p
     assert done.returncode == 2
     assert message in done.stderr
     assert "give the folder of a run of eagle train" in done.stderr
+    (tmp_path / "rows.jsonl").touch()
     done = eagle_here("eval", tmp_path, "--device", "cpu", "--data", tmp_path / "rows.jsonl")
     assert done.returncode == 2
     assert message in done.stderr
@@ -294,6 +295,10 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
         wrong = eagle_here(*evaluate, tmp_path / "rows.jsonl", *options)
         assert (wrong.returncode, text in wrong.stderr) == (2, True), wrong.stderr
     assert "name an annotation file with --data FILE" in eagle_here(*model).stderr
+    for option in ("--data", "--root"):
+        missing = eagle_here(*model, *(() if option == "--data" else ("--data", tmp_path / "rows.jsonl")), option, tmp_path / "missing")
+        assert missing.returncode == 2
+        assert missing.stderr.splitlines()[-1] == f"error: {option} {tmp_path / 'missing'} does not exist"
     assert "only a run has checkpoints" in eagle_here(*model, "--data", tmp_path / "rows.jsonl", "--checkpoint", "one-end").stderr
     missing = eagle_here("export", config.run.folder, tmp_path / "other", "--checkpoint", "one-finish")
     assert missing.returncode == 2

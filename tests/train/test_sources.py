@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -162,6 +163,10 @@ def test_what_names_no_file_is_said(tmp_path, make_config, tokenizer):
     (tmp_path / "rows.csv").write_bytes("Größe,answer\n1,2\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"rows.csv: its first line can't be read .*utf-8"):
         prepare(make_config({"s": {"annotation": "rows.csv"}}), tokenizer)
+    for name, mark in (("semicolons.csv", ";"), ("tabs.csv", "\t"), ("bars.tsv", "|")):
+        (tmp_path / name).write_text(f"question{mark}answer\na{mark}b\n")
+        with pytest.raises(ConfigError, match=rf"{name}: its first line has {re.escape(repr(mark))} between cells, .* save it with"):
+            prepare(make_config({"s": {"annotation": name}}), tokenizer)
     (tmp_path / "hidden").write_bytes(gzip.compress(b"x"))
     with pytest.raises(ConfigError, match=r"is compressed \(gzip\)"):
         prepare(make_config({"s": {"annotation": "hidden"}}), tokenizer)

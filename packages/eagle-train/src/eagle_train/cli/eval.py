@@ -192,13 +192,17 @@ def _check_model(request: Request) -> Source:
 
 
 def _source(data: str, root: str | None) -> Source:
-    """The source that `--data` and `--root` name. Raises ConfigError for an address with credentials in it."""
+    """The source that `--data` and `--root` name. Raises ConfigError for a place that is not there and for an address with credentials."""
     from pydantic import ValidationError
 
     from eagle_train.config import ConfigError, Source
     from eagle_train.config.addresses import scheme_of
+    from eagle_train.data.recipe import is_pattern
 
     places = [None if place is None else place if scheme_of(place) else Path(place).absolute() for place in (data, root)]
+    for option, place in zip(("--data", "--root"), places):
+        if isinstance(place, Path) and not place.exists() and not (option == "--data" and is_pattern(place)):
+            raise ConfigError(f"{option} {place} does not exist")
     try:
         return Source(annotation=places[0], root=places[1])  # type: ignore[arg-type]
     except ValidationError as error:

@@ -42,6 +42,12 @@ class CsvTable:
             raise ConfigError(
                 f"{self.path}: its first line can't be read ({error}); save it as UTF-8, with {self.delimiter!r} between cells"
             ) from error
+        other = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
+        if other is not None:
+            raise ConfigError(
+                f"{self.path}: its first line has {other!r} between cells, {self.delimiter!r} is expected (a tab in .tsv, else a comma); "
+                f"save it with {self.delimiter!r} between cells"
+            )
         if not any(names) or len(set(names)) != len(names):
             raise ConfigError(f"{self.path}: the first line must name the columns, each once; it says {names}")
         return names
