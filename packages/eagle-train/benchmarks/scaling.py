@@ -10,7 +10,7 @@ per GPU and step, unless said otherwise:
 - `adamw-32k`: as `data-32k` with float32 weights and AdamW, which needs several GPUs.
 - `limited-128k`: as `context-128k` with float32 weights and AdamW, in a plan of 58 GiB per GPU (four GPUs).
 - `one-256k`, `one-512k`: one GPU, one sample of 262144 or 524288 tokens, bfloat16 weights and 8-bit AdamW; a single step. 512K keeps the
-  inputs of decoder layers in host memory (94.5 GiB).
+  inputs of decoder layers in host memory (94.5 GiB). They are killed after it, without the checkpoint.
 - `sums-32k`: as `one-32k` with three packs a step, whose gradients are summed in float32.
 - `one-2b-32k`: the 2B with float32 weights, AdamW, and two packs a step: FSDP2 on one rank.
 
@@ -23,12 +23,13 @@ median. `--small`: tiny models on processes of a CPU, two by default.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -68,7 +69,7 @@ LOW: dict[str, Any] = {"model": {"weights": "bfloat16"}, "stage": {"optimizer": 
 @dataclass(frozen=True)
 class Case:
     """One run. processes: 0 is all GPUs. shared: whether all of them share a pack. packs: of a step, for every GPU or, where they are
-    shared, in all. frames: of a video at most."""
+    shared, in all. frames: of a video at most. cut: the command is killed when its last step is recorded, before it writes 33 GB."""
 
     name: str
     processes: int
@@ -78,6 +79,7 @@ class Case:
     save: bool = False
     packs: int = 1
     frames: int = 1024
+    cut: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -87,8 +89,8 @@ CASES = [
     Case("context-128k", 0, 131072, 4, shared=True, settings=LOW),
     Case("adamw-32k", 0, 32768, 5),
     Case("limited-128k", 0, 131072, 4, shared=True, settings={"model": {"gpu_memory": 58}}),
-    Case("one-256k", 1, 262144, 1, settings=LOW),
-    Case("one-512k", 1, 524288, 1, frames=2048, settings=LOW | {"model": {"weights": "bfloat16", "activations": "offload"}}),
+    Case("one-256k", 1, 262144, 1, cut=True, settings=LOW),
+    Case("one-512k", 1, 524288, 1, frames=2048, cut=True, settings=LOW | {"model": {"weights": "bfloat16", "activations": "offload"}}),
     Case("sums-32k", 1, 32768, 4, packs=3, settings=LOW),
     Case("one-2b-32k", 1, 32768, 4, packs=2, settings={"model": {"preset": "2b"}}),
 ]
@@ -132,19 +134,35 @@ def configuration(case: Case, processes: int, small: bool) -> dict[str, Any]:
     }
 
 
-class Watch(threading.Thread):
-    """Notes when metrics.jsonl got its first line."""
+def records(path: Path) -> int:
+    """Lines of a file that may not be there yet."""
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(daemon=True)
-        self.path, self.found, self.over = path, 0.0, threading.Event()
-        self.begin = time.monotonic()
 
-    def run(self) -> None:
-        while not self.over.wait(0.1):
-            if self.path.is_file() and self.path.stat().st_size:
-                self.found = time.monotonic() - self.begin
-                return
+def watched(command: list[str], folder: Path, metrics: Path, cut_after: int | None) -> tuple[float, float]:
+    """Run a command. Seconds until it wrote its first record to `metrics`, and until it ended, or was killed after `cut_after` records.
+
+    Raises RuntimeError with the end of its output when it fails.
+    """
+    begin, first = time.monotonic(), 0.0
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                written = records(metrics)
+                first = first or (time.monotonic() - begin) * (written > 0)
+                if cut_after is not None and written >= cut_after:
+                    break
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        seconds = time.monotonic() - begin
+        code = process.wait()
+        if code and not (cut_after is not None and records(metrics) >= cut_after):
+            output.seek(0)
+            raise RuntimeError(f"exit code {code}: {output.read().decode(errors='replace')[-1500:]}")
+    return first, seconds
 
 
 def run(folder: Path, case: Case, processes: int, small: bool) -> dict[str, float]:
@@ -152,19 +170,14 @@ def run(folder: Path, case: Case, processes: int, small: bool) -> dict[str, floa
     (folder / f"{case.name}.yaml").write_text(yaml.safe_dump(configuration(case, processes, small)))
     command = [sys.executable, "-m", "eagle_train.cli", "train", f"{case.name}.yaml", "--nproc", str(processes)]
     command += ["--device", "cpu"] if small else []
-    watch = Watch(folder / "runs" / case.name / "metrics.jsonl")
-    watch.start()
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - watch.begin
-    watch.over.set()
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
-    steps = [record for record in Metrics(watch.path) if record["kind"] == "step"]
+    metrics = folder / "runs" / case.name / "metrics.jsonl"
+    start, seconds = watched(command, folder, metrics, case.steps if case.cut else None)
+    steps = [record for record in Metrics(metrics) if record["kind"] == "step"]
     shutil.rmtree(folder / "runs" / case.name)  # with checkpoints of 50 GB
     later = steps[2:] or steps[-1:]
     usual = statistics.median(record["seconds"] for record in later)
     rate = statistics.median(record["tokens_per_second"] for record in later) / processes
-    found = {"start_s": watch.found, "step_s": usual, "tokens_per_s": rate, "command_s": seconds}
+    found = {"start_s": start, "step_s": usual, "tokens_per_s": rate, "command_s": seconds}
     found |= {"reserved_gib": steps[-1]["memory_peak"] / GIB, "data_wait": statistics.mean(record["data_wait"] for record in later)}
     found |= {phase.replace(" ", "_") + "_s": seconds for phase, seconds in steps[0]["start"].items()}
     if "memory_planned" in steps[-1]:
