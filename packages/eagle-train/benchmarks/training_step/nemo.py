@@ -2,7 +2,8 @@
 
 Its model of transformers' InternVL with Liger's operators, its activation checkpointing, and its fused loss. `full` computes every layer
 again, with flash-attn-4 in the decoder as in `rival.py`; `selective` keeps the results of every second product and of torch's attention,
-which it uses because others are not kept.
+which it uses because others are not kept. Next to this suite `pip install --no-deps nemo-automodel==0.7.0 transformers==5.18.0`, Liger and
+cut-cross-entropy are enough.
 """
 
 from functools import partial
