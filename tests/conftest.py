@@ -1,4 +1,4 @@
-"""Hypothesis on a CI machine: the same examples every time, and no complaint about a slow machine. On a GPU, cuBLAS in one order.
+"""Hypothesis without limits on time, and on a CI machine with the same examples every time. On a GPU, cuBLAS in one order.
 
 A fixture for tests of several folders: a cluster of two nodes.
 """
@@ -9,9 +9,9 @@ import sys
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("ci", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# A loaded machine may suspend a test for seconds.
+settings.register_profile("eagle", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI")))
+settings.load_profile("eagle")
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first matmul of the process, whichever test makes it
 
