@@ -238,3 +238,16 @@ def test_the_order_checker_can_fail():
     for other in (calls[::-1], calls[:1], [calls[0], [1, "reduce_scatter", "all_gather", 9, "float32"]]):
         with pytest.raises(AssertionError, match="order of collectives differs"):
             assert_same_order([agreed, {"all_gather": ([0, 1], other)}])
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_kernels_do_not_take_is_refused(scale):
+    q, k = torch.randn(10, 4, 8), torch.randn(10, 2, 8)
+    with pytest.raises(ValueError, match=r"attention: scale is .*; expected a finite number above 0"):
+        attention(q, k, k, Layout.single([0, 7, 10]), scale=scale)
+
+
+def test_heads_have_a_dimension():
+    q, k = torch.randn(10, 4, 0), torch.randn(10, 2, 0)
+    with pytest.raises(ValueError, match="the head dimension is 0"):
+        attention(q, k, k, Layout.single([0, 10]))

@@ -49,3 +49,16 @@ def test_on_a_gpu(batch, length, keys):
     k, v = (torch.randn(batch, 4, keys + 64, 128, device="cuda", dtype=torch.bfloat16)[:, :, :keys].transpose(1, 2) for _ in "kv")
     expected = reference(*(x.float().cpu() for x in (q, k, v)))
     torch.testing.assert_close(cached_attention(q, k, v).float().cpu(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_scale_that_kernels_do_not_take_is_refused(length):
+    q, k = torch.randn(1, length, 4, 8), torch.randn(1, 5, 2, 8)
+    for scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"cached_attention: scale is .*; expected a finite number above 0"):
+            cached_attention(q, k, k, scale=scale)
+
+
+def test_packed_tensors_are_refused_by_shape():
+    with pytest.raises(ValueError, match=r"cached_attention: q \(3, 4, 8\), k \(5, 2, 8\).*expected \[B, L, Hq, D\]"):
+        cached_attention(torch.randn(3, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8))

@@ -227,3 +227,12 @@ def test_shard_of_the_wrong_length():
     layout = Layout.build([0, 4], ContextMesh.single(), num_heads=1, num_kv_heads=1)
     with pytest.raises(ValueError, match="should have the pack's 4 tokens"):
         layout.shard(torch.zeros(3))
+
+
+@pytest.mark.parametrize(("x", "dim"), [(torch.arange(10), 1), (torch.tensor(5), 0), (torch.arange(10), -2)])
+def test_a_dimension_that_is_not_there_is_refused(x, dim):
+    layout = Layout.single([0, 7, 10])
+    with pytest.raises(ValueError, match=f"shard: dimension {dim} of"):
+        layout.shard(x, dim)
+    with pytest.raises(ValueError, match=f"unshard: dimension {dim} of"):
+        layout.unshard(x, dim)

@@ -120,3 +120,9 @@ def test_the_plan_is_the_fastest_that_was_measured():
             row = found[c.ulysses]
             assert c.total_ms == pytest.approx(row["both_ms"], rel=0.07 if row["both_ms"] < 50 else 0.04), pack
             assert c.peak_mib / 1024 == pytest.approx(row["peak_gib"], rel=0.1), pack
+
+
+@pytest.mark.parametrize("head_dim", [0, -128, float("nan"), 64.5])
+def test_a_head_dimension_is_a_positive_integer(head_dim):
+    with pytest.raises(ValueError, match=r"plan_context: (head_dim is|ranks and head_dim: expected integers)"):
+        plan_context([500], ranks=2, num_heads=4, num_kv_heads=2, head_dim=head_dim)

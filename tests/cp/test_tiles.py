@@ -139,3 +139,11 @@ def test_features_that_do_not_fit_the_plan():
         exchange_tiles(torch.ones(1, 4, 3), layout, plan)
     with pytest.raises(ValueError, match="the plan was made for another layout"):
         exchange_tiles(torch.ones(2, 4, 3), other, plan)
+
+
+def test_tokens_per_tile_and_the_mask_are_not_floats():
+    layout, mask = Layout.single([0, 10]), torch.zeros(10, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"plan_tiles: tokens_per_tile: expected integers, got 2\.0"):
+        plan_tiles(layout, mask, 2.0)
+    with pytest.raises(ValueError, match=r"plan_tiles: is_feature is torch.float32, expected bool"):
+        plan_tiles(layout, torch.full((10,), float("nan")), 2)

@@ -310,3 +310,15 @@ def test_gpu_product_of_padded_rows(relative_error):
         assert relative_error(out, product(*by_rows(x), *by_rows(weight), torch.float64)[:height]) < 4e-3
         pair = by_columns(dout), by_columns(x)
         assert relative_error(on_gpu(*pair, 48, torch.bfloat16, fast=False), product(*pair[0], *pair[1], torch.float64)) < 4e-3
+
+
+@pytest.mark.parametrize("shape", [(1,), (15,), (6, 16), ()])
+def test_a_bias_has_one_value_for_each_row_of_the_weight(shape):
+    with pytest.raises(ValueError, match=r"float8_linear: bias has shape .*, expected \(16,\)"):
+        float8_linear(torch.randn(6, 32), torch.randn(16, 32), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("biases", [[], [None], [None] * 3])
+def test_every_weight_has_a_bias_or_none(biases):
+    with pytest.raises(ValueError, match=f"{len(biases)} biases for 2 weights"):
+        float8_linears(torch.randn(6, 32), [torch.randn(16, 32), torch.randn(32, 32)], biases)

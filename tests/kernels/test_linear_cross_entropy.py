@@ -362,3 +362,9 @@ def test_stores_one_chunk_of_logits():
     extra = torch.cuda.max_memory_allocated() - before - vocab * hidden * 4
     assert extra <= 1.3 * 2**30
     assert chunk_rows(tokens, vocab, 2) * vocab * 2 <= extra, "the bound would hold for any implementation"
+
+
+@pytest.mark.parametrize("z_loss", [float("nan"), float("inf"), -1.0])
+def test_z_loss_is_finite(z_loss):
+    with pytest.raises(ValueError, match=r"z_loss is .*, expected 0 or more"):
+        linear_cross_entropy(torch.randn(6, 32), torch.randn(50, 32), torch.arange(6), z_loss=z_loss)

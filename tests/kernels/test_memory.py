@@ -180,3 +180,25 @@ def test_what_is_not_trained_saves_memory():
     assert trained_as(LORA, kept_bytes=GIB).gpu == plans[1] + GIB
     forward_only = dataclasses.replace(SIGLIP, training=FROZEN, connector=FROZEN).kept(3584, 2)
     assert forward_only == {"pixels": SIGLIP.patches * SIGLIP.patch_values}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tokens": 1.5}, r"tokens is 1\.5, expected a whole number"),
+        ({"shards": 1.5}, r"shards is 1\.5, expected a whole number"),
+        ({"labelled": 1.5}, r"labelled is 1\.5, expected a whole number from 0 to 100"),
+        ({"weight_bytes": float("nan")}, "weight_bytes is nan, expected 1 or more"),
+        ({"optimizer_bytes": float("inf")}, "optimizer_bytes is inf"),
+        ({"vision_group": 0}, "vision_group is 0, expected 1 or more"),
+    ],
+)
+def test_sizes_that_are_not_whole_numbers_are_refused(given, words):
+    decoder = DecoderShape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=100)
+    with pytest.raises(ValueError, match=words):
+        plan_memory(decoder, **({"tokens": 100} | given))
+
+
+def test_an_unknown_mode_of_training_is_refused():
+    with pytest.raises(ValueError, match="mode is 'qlora', expected 'full', 'lora' or 'frozen'"):
+        Training(mode="qlora")

@@ -131,3 +131,9 @@ def test_mlp_memory_does_not_grow_with_the_sequence():
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         swiglu_mlp(**(mlp_inputs("cpu", 3, 8, 12) | change))
+
+
+@pytest.mark.parametrize("rows", [1.5, float("nan"), "4"])
+def test_rows_are_whole_numbers(rows):
+    with pytest.raises(ValueError, match=r"swiglu_mlp: rows is .*, expected a positive whole number"):
+        swiglu_mlp(torch.randn(6, 32), torch.randn(16, 32), torch.randn(16, 32), torch.randn(32, 16), rows=rows)

@@ -180,6 +180,10 @@ def test_impossible_configurations(make_config):
         ({"force_image_size": 64}, "force_image_size"),
         ({"downsample_ratio": 0.4}, "downsample_ratio"),
         ({"downsample_ratio": 1 / 3}, "downsample_ratio"),
+        ({"downsample_ratio": 0}, "downsample_ratio 0 must be 1/n"),
+        ({"downsample_ratio": 2.0}, "downsample_ratio 2.0 must be 1/n"),
+        ({"downsample_ratio": float("nan")}, "downsample_ratio nan must be 1/n"),
+        ({"select_layer": 1.5}, r"select_layer is 1\.5"),
         ({"text_config": {"attention_dropout": 0.1}}, "text_config.attention_dropout"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -277,3 +281,9 @@ def test_autocast_stays_near_float32(make_model, pack):
     torch.testing.assert_close(rest.float(), logits[:, 25:], atol=0.05 * logits.abs().max().item(), rtol=0)
     rounded.backward()
     assert all(parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_visual_tokens_without_tiles_are_refused(make_model, pack):
+    batch = packed(pack)
+    with pytest.raises(ValueError, match=rf"{len(batch.visual_index)} visual tokens \(visual_index\) but no tiles"):
+        make_model()(replace(batch, tiles=None))

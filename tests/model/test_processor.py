@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from eagle_model import EagleProcessor, PromptError, VideoSpan, encode, register, render
+from eagle_model import EagleProcessor, PromptError, VideoRef, VideoSpan, encode, register, render
 from eagle_model.visual import BudgetError, VisualSpec, as_video, load_image, size_of
 from eagle_sampling import MediaError
 from eagle_tiling import load_rgb, select_grid, tile_image
@@ -453,3 +453,29 @@ def test_an_answer_that_has_begun_is_continued(processor):
     for wrong in ({"conversation": messages[:1]}, {"conversation": messages, "add_generation_prompt": True}):
         with pytest.raises(PromptError, match="continue_final_message"):
             processor.apply_chat_template(tokenize=True, continue_final_message=True, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("ref", "words"),
+    [
+        (VideoRef(), "it has neither"),
+        (VideoRef("a.mp4", frames=("1.jpg",)), "it has both"),
+        (VideoRef(frames=("1.jpg",), times=(0.0, 1.0)), "1 frames but 2 times"),
+    ],
+)
+def test_references_to_nothing_or_to_two_things(processor, ref, words):
+    with pytest.raises(ValueError, match=words):
+        processor(text="<video-1>", videos=[ref])
+
+
+def test_numbers_are_not_videos_text_or_messages(processor):
+    with pytest.raises(ValueError, match=r"a video must be a path, .*; got int"):
+        processor(text="<video-1>", videos=[5])
+    for arguments in ({"text": 5}, {"messages": 5}):
+        with pytest.raises(TypeError, match=r"the processor takes text .* or messages .*, not int"):
+            processor(**arguments)
+
+
+def test_a_spec_has_no_more_tiles_than_grids():
+    with pytest.raises(ValueError, match="max_tiles is 65; it must be at most 64"):
+        VisualSpec(max_tiles=65)

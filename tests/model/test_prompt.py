@@ -239,3 +239,14 @@ def test_segments_say_which_medium():
         VisualTokens(2, "video", 1, 2),
         VisualTokens(5, "image", 1),
     ]
+
+
+def test_half_of_a_surrogate_pair_is_refused_by_place(small_tokenizer):
+    segments = render([{"role": "user", "content": "hi \ud83d there"}])
+    with pytest.raises(PromptError, match=r"half of a surrogate pair, '\\ud83d' after 'user\\nhi '"):
+        encode(segments, small_tokenizer)
+
+
+def test_what_is_not_a_segment_is_refused(small_tokenizer):
+    with pytest.raises(TypeError, match="encode takes the segments that render gives, not 'a'"):
+        encode(["a"], small_tokenizer)

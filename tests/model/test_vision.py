@@ -124,3 +124,12 @@ def test_tiles_at_once(width, dtype, device, tiles):
     """On a CPU the activation of the MLP is at most 32 MiB, unless one tile's is larger."""
     config = SiglipVisionConfig(image_size=448, patch_size=14, intermediate_size=width)
     assert tiles_at_once(config, torch.empty(1, dtype=dtype, device=device), 32) == tiles
+
+
+@pytest.mark.parametrize(
+    "pixels", [torch.zeros(1, 32, 32, 3), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(32, 32, 3, dtype=torch.uint8)]
+)
+def test_pixels_of_another_form_are_refused(pixels):
+    _, ours = towers(-1)
+    with pytest.raises(ValueError, match=r"^pixels are torch\..*; need tiles as uint8 \[N, s, s, 3\]"):
+        ours(pixels)

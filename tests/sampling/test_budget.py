@@ -241,6 +241,12 @@ def test_exact_fits():
         ({"text_tokens": -1}, "negative"),
         ({"strategy": "uniform", "cap": 7}, "cap = 7"),
         ({"strategy": "uniform", "frames_per_video": 0}, "frames_per_video = 0"),
+        ({"videos": [VideoRequest(2**62, 1, 4)]}, "wanted \\* frame_tokens is 1.84e\\+19 at index 0: more than 2\\^62"),
+        ({"images": [[2**62] * 6] * 4}, "image_tokens is 4.61e\\+18 at index 0"),
+        ({"max_tokens": 2**63}, "max_tokens = 9223372036854775808: need at most"),
+        ({"videos": [(10, 1, 2, 3)]}, r"a video is \(10, 1, 2, 3\): need a VideoRequest"),
+        ({"videos": VideoRequest(10, 1, 5)}, "a video is 10: need a VideoRequest"),
+        ({"images": [[]]}, r"\(1, 0\): need \[images, 6\]"),
     ],
 )
 def test_refusals(change, words):
@@ -264,3 +270,15 @@ def test_tile_caps():
     for limits in ((0, 12), (7, 6)):
         with pytest.raises(ValueError, match="1 <= min_tiles <= max_tiles"):
             tile_caps(*limits)
+
+
+@pytest.mark.parametrize("option", [{"max_tokens": 1.5}, {"frames_per_video": 1.5}, {"caps": (1.5,)}])
+def test_options_are_whole_numbers(option):
+    with pytest.raises(TypeError, match=r"= 1.5: need a whole number"):
+        plan(1, [], [], **({"max_tokens": 10} | option))
+
+
+@pytest.mark.parametrize("limits", [(1.5, 3), (1, 12.5)])
+def test_tile_caps_are_whole_numbers(limits):
+    with pytest.raises(TypeError, match="need a whole number"):
+        tile_caps(*limits)

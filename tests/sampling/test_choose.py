@@ -115,6 +115,9 @@ def test_wanted_frames_of_columns_are_those_of_each_video(videos, fps, min_frame
         ({"duration": 1, "fps": None}, "give available"),
         ({"duration": 1, "max_frames": 0}, "max_frames must be at least 1"),
         ({"duration": 1, "min_frames": 0}, "min_frames must be at least 1"),
+        ({"duration": 1, "min_frames": float("nan")}, "min_frames must be a whole number of at least 1, not nan"),
+        ({"duration": 1, "max_frames": 1.5}, "max_frames must be a whole number"),
+        ({"duration": 1, "available": 2.5}, "available must be a whole number"),
         ({"duration": np.array([1.0, 1.0]), "available": np.array([1, 0])}, "available must be at least 1, not 0"),
     ],
 )
@@ -191,3 +194,37 @@ def test_invalid_tables():
     for wrong in ([], [1], [1, 1000, 0], [0, 1], [1, 1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 1, 2, 2]):
         with pytest.raises(ValueError):
             TimeTable.from_list(wrong)
+
+
+@pytest.mark.parametrize("choose", [lambda times: choose_times(times, 2), clip_range, lambda times: choose_chapters(times, [(0, 1)])])
+@pytest.mark.parametrize(
+    ("times", "at"), [([0.0, float("nan"), 1.0], 1), ([0.0, 1.0, float("inf")], 2), ([2.0, 1.0, 0.0], 1), ([0.0, 2.0, 1.0], 2)]
+)
+def test_times_that_are_not_finite_or_not_in_order_are_refused(choose, times, at):
+    with pytest.raises(ValueError, match=rf"finite seconds in rising order, but times\[{at}\] is"):
+        choose(times)
+
+
+@pytest.mark.parametrize("border", ["start", "end"])
+def test_a_border_that_is_nan_is_refused(border):
+    with pytest.raises(ValueError, match=f"the clip's {border} is NaN"):
+        choose_times([0.0, 1.0], 1, **{border: float("nan")})
+
+
+def test_counts_are_whole_numbers():
+    with pytest.raises(TypeError, match=r"count = 1.5: need a whole number"):
+        choose_times([0.0, 1.0], 1.5)
+    with pytest.raises(TypeError, match=r"available = 5.5: need a whole number"):
+        choose_pages(5.5, 2)
+
+
+@pytest.mark.parametrize("ticks", [[1.5], np.array([1.5, 2.5]), [[1, 2]], ["a"]])
+def test_ticks_are_integers(ticks):
+    with pytest.raises(ValueError, match="need a list of integers"):
+        TimeTable.from_ticks(ticks, Fraction(1))
+
+
+@pytest.mark.parametrize(("values", "words"), [([1.5, 2], "a list of integers"), ([1, 1, 0, 2, -5, 1, 0], "step not negative")])
+def test_lists_that_no_table_makes(values, words):
+    with pytest.raises(ValueError, match=words):
+        TimeTable.from_list(values)

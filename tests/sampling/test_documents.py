@@ -160,3 +160,43 @@ def test_other_files(tmp_path):
     for name in ("a\0.pdf", "\ud800.pdf"):
         with pytest.raises(MediaError, match="can't be read"):
             page_count(name)
+
+
+def test_a_missing_document_is_named_with_the_reason(tmp_path):
+    for read in (pdf_size, lambda path: render_pages(path, [0], 8)):
+        with pytest.raises(MediaError, match=r"nope\.pdf: can't be read: No such file or directory$"):
+            read(tmp_path / "nope.pdf")
+
+
+@pytest.mark.parametrize("pages", [[0.5], ["0"], [True], 0, [[0]], [10**30]])
+def test_pages_are_whole_numbers(pages, pdf):
+    for read in (lambda: render_pages(pdf, pages, 8), lambda: read_pages(pdf, pages)):
+        with pytest.raises(ValueError, match=r"^pages are .*: need a list of whole numbers, 0-based"):
+            read()
+
+
+@pytest.mark.parametrize("side", [0, -1])
+def test_sides_are_positive(side, pdf):
+    with pytest.raises(ValueError, match=f"^side = {side}: need at least 1 pixel"):
+        render_pages(pdf, [0], side)
+    with pytest.raises(ValueError, match=f"^size = {side}: need at least 1 pixel"):
+        read_pages(pdf, [0], size=side)
+
+
+def test_a_size_that_is_not_a_whole_number_is_refused(pdf):
+    with pytest.raises(TypeError, match=r"^size = 1\.5: need a whole number"):  # it was searched for without end
+        read_pages(pdf, [0], size=1.5)
+
+
+@pytest.mark.parametrize("dpi", [0, -1, float("nan"), float("inf"), None])
+def test_resolutions_are_positive(dpi, pdf):
+    for read in (page_sizes, read_pages):
+        with pytest.raises(ValueError, match=r"^dpi = .*: need a number of pixels per inch above 0"):
+            read(pdf, dpi=dpi)
+
+
+def test_tiles_of_pages_are_written_to_a_writable_array(pdf):
+    out = np.zeros((1, 8, 8, 3), np.uint8)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        render_pages(pdf, [0], 8, out)

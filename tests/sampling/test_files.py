@@ -87,3 +87,14 @@ def test_without_an_opener_addresses_are_refused(files):
     for read in (image_size, read_bytes, probe):
         with pytest.raises(MediaError, match="is an address"):
             read("here://a.png")
+
+
+@pytest.mark.parametrize("scheme", ["s3://", "", "a b", "/tmp"])
+def test_a_scheme_is_a_word(scheme):
+    with pytest.raises(ValueError, match=r"scheme = .*: need a word such as 's3'"):
+        register_opener(scheme, None)
+
+
+def test_an_opener_is_a_function():
+    with pytest.raises(TypeError, match="opener = 5: need a function"):
+        register_opener("s9", 5)

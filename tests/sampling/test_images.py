@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
 
@@ -392,3 +394,22 @@ def test_sizes_of_members_are_read_from_their_heads(tmp_path, monkeypatch):
     os.truncate(tmp_path / "all.tar", sum(places[last]) - 1)
     with pytest.raises(MediaError, match="is cut off"):
         image_size({"tar": str(tmp_path / "all.tar"), "member": last, "offset": places[last][0], "size": places[last][1]})
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.parametrize("read", ["image_size", "open_image", "page_count", "pdf_size", "whole_pages", "animation_times"])
+def test_a_pipe_is_refused_instead_of_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    # in a process, which can be ended where the call waits for a writer
+    code = f"import eagle_sampling\ntry:\n    eagle_sampling.{read}('pipe.png')\nexcept eagle_sampling.MediaError as e:\n    print(e)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "pipe.png" in done.stdout, done
+    assert "it is not a regular file but a folder, a pipe or a device" in done.stdout
+
+
+@pytest.mark.parametrize("at_least", [5, (0, 1), (1,), (float("nan"), 1), ("a", "b")])
+def test_sides_of_at_least_are_checked(at_least, tmp_path):
+    Image.new("RGB", (64, 40)).save(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=r"^at_least = .*: need \(width, height\) in pixels") as caught:
+        open_image(tmp_path / "a.jpg", at_least=at_least)
+    assert not isinstance(caught.value, MediaError)  # which says that the file is bad

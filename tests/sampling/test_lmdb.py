@@ -466,3 +466,8 @@ def test_the_map_grows(tmp_path, monkeypatch):
         random_image(i, (80, 80)).save(folder / f"{i}.png")
     assert build_lmdb(tmp_path / "store", [folder]).written == 6
     assert check_lmdb(tmp_path / "store").ok
+
+
+def test_one_path_is_not_a_list_of_sources(tmp_path):
+    with pytest.raises(TypeError, match=r"sources is 'images': need a list of folders and files, \['images'\]"):
+        build_lmdb(tmp_path / "out", "images")

@@ -212,7 +212,7 @@ def test_repeats_order_size_and_out(small_mp4, truth):
     expected = truth(small_mp4, (48, 32))
     for i, time in enumerate((1.5, 0.1, 1.5)):
         assert (out[i] == expected[round(time * 15360)]).all()
-    with pytest.raises(ValueError, match="out must be"):
+    with pytest.raises(ValueError, match="need uint8"):
         read_frames(small_mp4, [0.0], 32, out=out)
 
 
@@ -510,3 +510,30 @@ def test_damage_does_not_hang_where_the_program_logs_what_libav_reports(media, t
     path.write_bytes(data)
     done = subprocess.run([sys.executable, "-c", DAMAGED_WITH_LOGGING, path], capture_output=True, text=True, timeout=100, check=True)
     assert int(done.stdout) >= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"times": ["a"]}, ValueError, "times are <U1, for example .*: need seconds"),
+        ({"times": [1j]}, ValueError, "times are complex128"),
+        ({"size": (4.5, 4)}, TypeError, r"whole pixels, not \(4\.5, 4\)"),
+        ({"size": (3,)}, ValueError, r"whole pixels, not \(3,\)"),
+        ({"size": 1.5}, TypeError, r"whole pixels, not 1\.5"),
+        ({"workers": 1.5}, TypeError, r"workers = 1\.5: need a whole number"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance = nan"),
+        ({"timeout": float("nan")}, ValueError, "timeout = nan"),
+        ({"timeout": float("inf")}, ValueError, "timeout = inf"),
+        ({"out": [1]}, ValueError, "out is list"),
+        ({"out": np.broadcast_to(np.uint8(0), (1, 8, 8, 3))}, ValueError, "out is read-only"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, words, small_mp4):
+    arguments = {"times": [0.0], "size": 8} | arguments
+    with pytest.raises(error, match=words):
+        read_frames(small_mp4, **arguments)
+
+
+def test_too_many_frames_name_the_file(small_mp4):
+    with pytest.raises(MediaError, match=rf"{small_mp4.name}: \d+ frames is over the limit of 3"):
+        probe(small_mp4, limits=Limits(max_frames=3))

@@ -140,3 +140,21 @@ def test_into_a_batch(noise):
             tile_image(array, (2, 1), tile_size=20, out=wrong)
     with pytest.raises(TypeError, match="out is only for"):
         tile_image(torch.from_numpy(array), (2, 1), tile_size=20, out=part)
+
+
+def test_out_that_is_read_only_is_refused():
+    out = np.zeros((3, 8, 8, 3), np.uint8)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^out is read-only"):
+        tile_image(Image.new("RGB", (16, 8)), (2, 1), tile_size=8, out=out)
+
+
+@pytest.mark.parametrize("tile_size", [1.5, 8.0, None, "8"])
+def test_a_tile_size_that_is_not_a_whole_number_is_named(tile_size):
+    with pytest.raises(TypeError, match=r"^tile_size = .*: need a whole number"):
+        tile_image(Image.new("RGB", (16, 8)), (2, 1), tile_size=tile_size)
+
+
+def test_tiles_that_do_not_fit_in_memory():
+    with pytest.raises(MemoryError, match=r"no memory for tiles of shape \(1, 1000000000, 1000000000, 3\)"):
+        tile_image(Image.new("RGB", (16, 8)), (1, 1), tile_size=10**9)

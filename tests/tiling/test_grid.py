@@ -130,7 +130,7 @@ def test_array_kinds():
     [
         (lambda: select_grid(0, 10), ValueError, "0 x 10"),
         (lambda: select_grid(10, -1), ValueError, "10 x -1"),
-        (lambda: select_grid(10.5, 10), TypeError, "float"),
+        (lambda: select_grid(10.5, 10), TypeError, "width = 10.5"),
         (lambda: select_grid(10, 10, min_tiles=0), ValueError, "min_tiles = 0"),
         (lambda: select_grid(10, 10, min_tiles=5, max_tiles=4), ValueError, "max_tiles = 4"),
         (lambda: select_grid(10, 10, max_tiles=65), ValueError, "64"),
@@ -150,3 +150,39 @@ def test_refusals(call, error, words):
 def test_does_not_import_torch():
     code = "import sys, eagle_tiling; assert not {'torch', 'torchvision', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("grid", [(1.5, 2), (float("nan"), 1), (2.0, 2), (None, 1), ("2", "3"), 5])
+def test_grids_that_are_not_of_whole_numbers_are_refused(grid):
+    for call in (tile_count, lambda grid: tile_tokens(grid, 256)):
+        with pytest.raises(TypeError, match=r"^grid = .*: need two whole numbers, \(columns, rows\)"):
+            call(grid)
+
+
+@pytest.mark.parametrize("grid", [(1,), (1, 2, 3)])
+def test_a_grid_has_two_sides(grid):
+    with pytest.raises(ValueError, match="need two whole numbers"):
+        tile_count(grid)
+
+
+@pytest.mark.parametrize("k", [1.5, float("nan"), None])
+def test_tokens_are_whole_numbers(k):
+    with pytest.raises(TypeError, match=r"^k = .*: need a whole number"):
+        tile_tokens((2, 2), k)
+
+
+def test_small_integers_of_numpy_do_not_wrap_around():
+    assert tile_count((np.int8(100), np.int8(100))) == 10001
+    assert tile_tokens((2, 2), np.int8(100)) == 500
+
+
+def test_a_scalar_that_is_not_a_whole_number_is_named():
+    with pytest.raises(TypeError, match=r"^height = 2\.5: need a whole number"):
+        select_grid(4, 2.5)
+    with pytest.raises(TypeError, match=r"^tile_size = None"):
+        select_grids([4], [2], tile_size=None)
+
+
+def test_sides_beyond_int64_are_refused():
+    with pytest.raises(ValueError, match=r"^image 1 is 18446744073709551615 x 2 pixels"):
+        select_grids(np.array([1, 2**64 - 1], np.uint64), np.array([1, 2], np.uint64))

@@ -19,7 +19,7 @@ from eagle_cp.backends import KERNELS, choose
 from eagle_cp.heads import HeadShare, split_heads
 from eagle_cp.kernels.kernel import Kernel
 from eagle_cp.layout import Layout
-from eagle_cp.segments import Segments
+from eagle_cp.segments import Segments, score_factor
 from eagle_cp.ulysses import repeats_kv, to_heads, to_tokens
 
 
@@ -99,16 +99,17 @@ def attention(
 
     causal: a token attends to itself and to earlier tokens of its document; False: to its whole document. A token of a branch attends to
         its whole prefix too.
-    scale: factor of the scores; default: `D ** -0.5`.
+    scale: factor of the scores, finite and above 0; default: `D ** -0.5`.
     backend: a name in `eagle_cp.backends.KERNELS`; default: the fastest that can run. Attention over prefixes has no causal mask; a named
         kernel that needs one (cuDNN) leaves that part to the fastest kernel that can run.
 
     Raises ValueError, before any collective, for shapes, heads or dtypes that do not fit, and when no kernel can run."""
     problem: str | None = None
     kernels: tuple[Kernel, Kernel, Kernel] | None = None
-    heads = layout.heads
+    heads, factor = layout.heads, 0.0
     try:
         heads = _check(q, k, v, layout)
+        factor = score_factor("attention", scale, q.shape[2])
         rank = layout.rank_attention(causal)
         pieces = rank.pieces.segments if rank.pieces is not None else None
         where = q.device, q.dtype, q.shape[2], causal, backend
@@ -119,7 +120,6 @@ def attention(
     layout.check("attention", problem, (q.dtype, q.shape, k.shape, causal, scale), "dtype, shapes, causal or scale")
     assert kernels is not None
     assert heads is not None
-    factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     made = Problem(layout, heads, causal, factor, kernels, q.shape[2])
     return cast(Tensor, _Attention.apply(q, k, v, made))  # pyright: ignore[reportUnknownMemberType]
 

@@ -11,25 +11,26 @@ from torch import Tensor
 
 from eagle_cp.backends import choose
 from eagle_cp.kernels import torch_flash
-from eagle_cp.segments import Segments
+from eagle_cp.segments import Segments, score_factor
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
     """`q: [B, L, Hq, D]`, `k`, `v: [B, K, Hk, D]` (any strides) -> `[B, L, Hq, D]`.
 
     The L queries of a row are the last of its K keys: query i sees the keys up to `K - L + i`. No key is padding.
-    scale: factor of the scores; default: `D ** -0.5`.
+    scale: factor of the scores, finite and above 0; default: `D ** -0.5`.
     backend: a name in `eagle_cp.backends.KERNELS` for L > 1; default: the fastest that can run. One query has no causal mask and little
         arithmetic; it takes torch's kernel, which shares the keys of a row among many multiprocessors.
 
     Raises ValueError for shapes that do not fit, and when no kernel can run."""
-    batch, length, heads, dim = q.shape
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != dim or k.shape[1] < length or heads % k.shape[2]:
+    fits = q.ndim == k.ndim == 4
+    batch, length, heads, dim = q.shape if fits else (0, 0, 0, 0)
+    if not fits or k.shape != v.shape or k.shape[0] != batch or k.shape[3] != dim or k.shape[1] < length or heads % k.shape[2]:
         raise ValueError(
             f"cached_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected [B, L, Hq, D] and twice [B, K, Hk, D]"
             " with L <= K and Hq a multiple of Hk"
         )
-    factor = float(dim**-0.5 if scale is None else scale)
+    factor = score_factor("cached_attention", scale, dim)
     if length == 1:
         return _one_query(q, k, v, factor)
     keys = k.shape[1]

@@ -179,7 +179,7 @@ class Layout:
 
         Shift labels before sharding, because the neighbour of a row may be on another rank. Differentiable: the gradient of tokens of
         other ranks is zero here."""
-        if x.shape[dim] != self.total:
+        if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.total:
             raise ValueError(f"shard: dimension {dim} of {tuple(x.shape)} should have the pack's {self.total} tokens")
         if self.mesh.size == 1:
             return x
@@ -188,7 +188,7 @@ class Layout:
     def unshard(self, x: Tensor, dim: int = 0) -> Tensor:
         """The inverse of `shard`: all `total` tokens in order on every rank, by one all-gather. Its backward sums the gradients of all
         ranks. Raises ValueError unless `x` has `local` rows along `dim`."""
-        if x.shape[dim] != self.local:
+        if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.local:
             raise ValueError(f"unshard: dimension {dim} of {tuple(x.shape)} should have this rank's {self.local} rows")
         if self.mesh.size == 1:
             return x

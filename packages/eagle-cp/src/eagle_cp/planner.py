@@ -90,10 +90,13 @@ def plan_context(
     whole: also consider to leave all documents whole (`Layout.build`), where no rank gets more than `WHOLE_ROWS` times an equal share.
     token_flops: of the linear layers of one decoder layer, forward, for one token; what unequal shares cost.
 
-    Raises ValueError for lengths that are not integers of at least 1, for prefixes that are not trees, and, with the reason of each split,
-    when none can be used.
+    Raises ValueError for lengths, ranks or a head_dim that are not integers of at least 1, for prefixes that are not trees, and, with the
+    reason of each split, when none can be used.
     """
     lengths = integers("plan_context: lengths", lengths)
+    ranks, head_dim = integers("plan_context: ranks and head_dim", [ranks, head_dim])
+    if head_dim < 1:
+        raise ValueError(f"plan_context: head_dim is {head_dim}; expected at least 1")
     if not lengths or min(lengths) < 1 or ranks < 1:
         raise ValueError(
             f"plan_context: needs documents of at least one token and at least one rank, got {len(lengths)} documents, {ranks} ranks"

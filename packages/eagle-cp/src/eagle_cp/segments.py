@@ -79,6 +79,16 @@ def integers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
     return tuple(whole)
 
 
+def score_factor(name: str, scale: float | None, head_dim: int) -> float:
+    """The factor of scores: `scale`, or `head_dim ** -0.5`. Raises ValueError unless it is finite and above 0, as all kernels need it."""
+    if head_dim < 1:
+        raise ValueError(f"{name}: the head dimension is {head_dim}; expected at least 1")
+    factor = head_dim**-0.5 if scale is None else float(scale)
+    if not 0.0 < factor < float("inf"):
+        raise ValueError(f"{name}: scale is {scale}; expected a finite number above 0, or None for {head_dim} ** -0.5")
+    return factor
+
+
 def int_list(x: Tensor) -> list[int]:
     """A 1-D tensor of integers as ints; waits for the device."""
     return cast(list[int], x.tolist())  # pyright: ignore[reportUnknownMemberType]

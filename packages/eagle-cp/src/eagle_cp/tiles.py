@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from eagle_cp.layout import Layout
-from eagle_cp.segments import int_list
+from eagle_cp.segments import int_list, integers
 
 
 class TilePlan:
@@ -30,6 +30,9 @@ class TilePlan:
             raise ValueError(
                 f"plan_tiles: is_feature has shape {tuple(is_feature.shape)}, expected [{layout.total}], one flag per token of the pack"
             )
+        if is_feature.is_floating_point():
+            raise ValueError(f"plan_tiles: is_feature is {is_feature.dtype}, expected bool (input_ids == image_token_id)")
+        (tokens_per_tile,) = integers("plan_tiles: tokens_per_tile", [tokens_per_tile])
         mask = is_feature.to("cpu", torch.bool)
         features = int(mask.sum())
         if tokens_per_tile < 1 or features % tokens_per_tile:

@@ -189,6 +189,10 @@ class EagleForConditionalGeneration(EaglePreTrainedModel, EagleGenerationMixin):
             if batch.tile_plan is not None:
                 features = exchange_tiles(features, layout, batch.tile_plan)
             hidden = self.place_features(hidden, features, batch.visual_index)
+        elif batch.visual_index is not None and len(batch.visual_index):
+            raise ValueError(
+                f"the packed batch has {len(batch.visual_index)} visual tokens (visual_index) but no tiles; give both, or neither"
+            )
         inputs = AttentionInputs(batch.position_ids, self._inv_freq(hidden), layout, backend=self.attention_backend)
         hidden = self.language_model.model(hidden, inputs)
         head = self.language_model.lm_head

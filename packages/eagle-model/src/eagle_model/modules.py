@@ -74,8 +74,9 @@ class EaglePreTrainedModel(PreTrainedModel):
                 "set vision_config.image_size to the same size and resize its position embedding"
             )
         side = vision.image_size // vision.patch_size
-        block = round(1 / config.downsample_ratio) if config.use_pixel_shuffle else 1
-        if config.use_pixel_shuffle and (side % block or abs(block * config.downsample_ratio - 1) > 1e-6):
+        ratio = config.downsample_ratio
+        block = round(1 / ratio) if config.use_pixel_shuffle and 0 < ratio <= 1 else 1
+        if config.use_pixel_shuffle and (side % block or not abs(block * ratio - 1) <= 1e-6):
             raise ValueError(f"downsample_ratio {config.downsample_ratio} must be 1/n, and n divide the {side} patches a side of a tile")
         width = vision.hidden_size * block**2
         self.vision_model = VisionModel(vision, config.select_layer)

@@ -206,6 +206,8 @@ class EagleProcessor(ProcessorMixin):
         if isinstance(images, str) and messages is None and text is not None and not isinstance(text, str | list | tuple):
             raise TypeError("images come first: call the processor as processor(images, text), or with text=... and images=...")
         given = messages if messages is not None else text
+        if given is not None and not hasattr(given, "__len__"):
+            raise TypeError(f"the processor takes text (a string or a list) or messages (a list), not {type(given).__name__}")
         if given is None or (not isinstance(given, str) and len(given) == 0):
             raise PromptError("the processor needs text or messages")
         single = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], Mapping))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .limits import whole_number
 from .time_table import TimeTable
 
 if TYPE_CHECKING:
@@ -47,13 +48,17 @@ def wanted_frames(
 
     Raises:
         ValueError: a duration that is negative or infinite, no rate and no `available`, fps that is not positive, or `min_frames`,
-            `max_frames` or `available` below 1.
+            `max_frames` or `available` below 1 or not of whole numbers.
     """
     seconds = np.asarray(duration, np.float64)
     if fps is not None and not (np.isfinite(fps) and fps > 0):
         raise ValueError(f"fps must be positive, not {fps}")
     for name, value in (("min_frames", min_frames), ("max_frames", max_frames), ("available", available)):
-        if value is not None and np.size(value) and np.min(value) < 1:
+        if value is None or not np.size(value):
+            continue
+        if np.asarray(value).dtype.kind not in "iu":
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if np.min(value) < 1:
             raise ValueError(f"{name} must be at least 1, not {np.min(value)}")
     without_rate = np.isnan(seconds) if fps is not None else np.ones(seconds.shape, bool)
     bad = ~((np.isfinite(seconds) & (seconds >= 0)) | (np.isnan(seconds) & (available is not None)))
@@ -76,12 +81,16 @@ def clip_range(times: ArrayLike | TimeTable | VideoInfo, start: float | None = N
 
     times: presentation times in seconds, sorted, a TimeTable or a VideoInfo. The frame that is on the screen at `start` belongs to the
     clip; a frame that appears at `end` does not.
-    Raises ValueError when there are no frames, the clip is empty, ends before the first frame or starts after the video's end.
+    Raises ValueError when there are no frames, times are not finite or not in order, a border is NaN, or the clip is empty, ends before
+    the first frame or starts after the video's end.
     """
     seconds = _seconds(times)
     n = len(seconds)
     if n == 0:
         raise ValueError("there are no frames to choose from")
+    for name, border in (("start", start), ("end", end)):
+        if border is not None and np.isnan(border):
+            raise ValueError(f"the clip's {name} is NaN: give seconds, or None for the video's own")
     if start is not None and end is not None and end <= start:
         raise ValueError(f"the clip from {start} to {end} s is empty: its end must be after its start")
     if end is not None and end <= seconds[0]:
@@ -106,8 +115,10 @@ def choose_times(
     "linspace": the first and the last frame of the clip and, evenly in time between them, the nearest frames, as in the original.
     "center": the clip is divided into `count` equal parts, and the frame on the screen at the centre of each is chosen.
     Even in time, not in frame number, so that a variable frame rate does not favour its dense parts.
-    Raises ValueError when `count` is below 1 or above the number of frames in the clip.
+    Raises ValueError when `count` is below 1 or above the number of frames in the clip, and as `clip_range`; TypeError when `count` is
+    not a whole number.
     """
+    count = whole_number("count", count)
     seconds = _seconds(times)
     first, stop = clip_range(seconds, start, end)
     clip = seconds[first:stop]
@@ -137,8 +148,9 @@ def choose_times(
 def choose_pages(available: int, count: int) -> NDArray[np.int64]:
     """`count` of `available` pages, evenly from the first to the last, 0-based, int64 [count], strictly increasing; one page: the first.
 
-    Raises ValueError unless 1 <= count <= available.
+    Raises ValueError unless 1 <= count <= available, and TypeError for numbers that are not whole.
     """
+    available, count = whole_number("available", available), whole_number("count", count)
     if not 1 <= count <= available:
         raise ValueError(f"{count} of {available} pages: need 1 <= count <= available")
     return np.round(np.linspace(0, available - 1, count)).astype(np.int64)
@@ -168,9 +180,16 @@ def _seconds(times: ArrayLike | TimeTable | VideoInfo) -> NDArray[np.float64]:
         if info.times is None:
             raise ValueError(f"{info.path}: the times of its frames are not known: probe it with exact=True")
         times = info.times
-    seconds = times.times() if isinstance(times, TimeTable) else np.asarray(cast(ArrayLike, times), dtype=np.float64)
+    if isinstance(times, TimeTable):
+        return times.times()
+    seconds = np.asarray(cast(ArrayLike, times), dtype=np.float64)
     if seconds.ndim != 1:
         raise ValueError(f"times must be one-dimensional, not of shape {seconds.shape}")
+    bad = ~np.isfinite(seconds)
+    bad[1:] |= seconds[1:] < seconds[:-1]
+    if bad.any():
+        at = int(bad.argmax())
+        raise ValueError(f"times must be finite seconds in rising order, but times[{at}] is {seconds[at]}; sort them first")
     return seconds
 
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
-from .files import open_remote, read_whole
+from .files import check_regular, open_remote, read_whole
 from .images import decoding, open_lazily
-from .limits import DEFAULT_LIMITS, Limits, MediaError, path_text, unreadable
+from .limits import DEFAULT_LIMITS, Limits, MediaError, checked_out, path_text, unreadable, whole_number
 
 LONGEST_SIDE = 8
 """A page is rendered at most this many times as long as its tile: 8 * 448 * 448 pixels, 5 MB as RGB, for any size that the file states."""
@@ -47,22 +47,22 @@ def render_pages(path: str | os.PathLike[str], pages: npt.ArrayLike, side: int, 
     """Pages of a PDF or TIFF as tiles, uint8 [n, side, side, 3]: each page is resized (bicubic) to one square tile.
 
     pages: 0-based numbers, int [n]. out: array of the result's shape to fill and return.
-    Raises MediaError when the file cannot be read as a PDF or a page does not exist or cannot be drawn, ValueError for an `out` of another
-    shape or dtype.
+    Raises MediaError when the file cannot be read as a PDF or a page does not exist or cannot be drawn, ValueError for pages that are not a
+    list of whole numbers, a `side` below 1, or an `out` of another shape or dtype or that is read-only, TypeError for a `side` that is not
+    a whole number.
     """
     name = path_text(path, "the path of a document")
-    numbers = np.asarray(pages, np.int64)
+    numbers = _numbers(pages)
+    side = _side("side", side)
     shape = (len(numbers), side, side, 3)
-    tiles = np.empty(shape, np.uint8) if out is None else out
-    if tiles.shape != shape or tiles.dtype != np.uint8:
-        raise ValueError(f"out is {tiles.dtype} {tiles.shape}: need uint8 {shape}")
+    tiles = np.empty(shape, np.uint8) if out is None else checked_out(out, shape)
     if _is_tiff(name):
-        for place, image in enumerate(read_pages(name, numbers.tolist())):
+        for place, image in enumerate(read_pages(name, numbers)):
             with decoding(f"{name}: page {numbers[place]} can't be shown in RGB"):
                 tiles[place] = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
         return tiles
     with _open_pdf(name) as document:
-        for place, number in enumerate(numbers.tolist()):
+        for place, number in enumerate(numbers):
             page = document[_existing(number, len(document), name)]
             width, height = page.get_size()
             # The short side is rendered no smaller than the tile, so that small print survives the resize to a square. A page may be very
@@ -100,7 +100,11 @@ def whole_pages(path: str | os.PathLike[str]) -> int:
 
 
 def page_sizes(path: str | os.PathLike[str], *, dpi: float = 144.0, limits: Limits = DEFAULT_LIMITS) -> list[tuple[int, int]]:
-    """(width, height) in pixels of every page: a PDF's at `dpi`, a picture's own. Raises MediaError as `page_count`."""
+    """(width, height) in pixels of every page: a PDF's at `dpi`, a picture's own.
+
+    Raises MediaError as `page_count`, and ValueError for a `dpi` that is not above 0.
+    """
+    _check_dpi(dpi)
     name = path_text(path, "the path of a document")
     count = page_count(name, limits=limits)
     if _is_pdf(name):
@@ -121,11 +125,15 @@ def read_pages(
     """The chosen pages (0-based; None: all) as RGB images, or in the picture's own mode for TIFF, GIF and WebP.
 
     dpi: resolution at which PDF pages are drawn; size: the longer side in pixels instead.
-    Raises MediaError when a page does not exist, cannot be drawn, or is over the limits.
+    Raises MediaError when a page does not exist, cannot be drawn, or is over the limits, ValueError for pages that are not a list of whole
+    numbers and for a `dpi` or `size` that is not above 0, TypeError for a `size` that is not a whole number.
     """
     name = path_text(path, "the path of a document")
+    _check_dpi(dpi)
+    size = None if size is None else _side("size", size)
+    numbers = None if pages is None else _numbers(pages)
     count = page_count(name, limits=limits)
-    wanted = [_existing(page, count, name) for page in (range(count) if pages is None else pages)]
+    wanted = [_existing(page, count, name) for page in (range(count) if numbers is None else numbers)]
     if not _is_pdf(name):
         return [_picture(name, page, limits) for page in wanted]
     images: list[Image.Image] = []
@@ -139,7 +147,10 @@ def read_pages(
 
 
 def animation_times(path: str | os.PathLike[str]) -> NDArray[np.float64]:
-    """Presentation times of an animated GIF's or WebP's pictures, float64 [n] seconds; a delay of 0 counts as 0.1 s, as in browsers."""
+    """Presentation times of an animated GIF's or WebP's pictures, float64 [n] seconds; a delay of 0 counts as 0.1 s, as in browsers.
+
+    Raises MediaError when it cannot be read.
+    """
     name = path_text(path, "the path of a document")
     durations: list[float] = []
     with open_lazily(name, name) as image, decoding(f"{name}: its pictures can't be decoded"):
@@ -147,6 +158,26 @@ def animation_times(path: str | os.PathLike[str]) -> NDArray[np.float64]:
             page.load()
             durations.append(float(page.info.get("duration", 0)) or 100.0)
     return np.cumsum([0.0, *durations[:-1]]) / 1000
+
+
+def _numbers(pages: npt.ArrayLike) -> list[int]:
+    """Page numbers as ints."""
+    numbers = np.asarray(pages)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise ValueError(f"pages are {pages!r}: need a list of whole numbers, 0-based")
+    return [int(number) for number in numbers]
+
+
+def _side(name: str, value: int) -> int:
+    value = whole_number(name, value)
+    if value < 1:
+        raise ValueError(f"{name} = {value}: need at least 1 pixel")
+    return value
+
+
+def _check_dpi(dpi: float) -> None:
+    if not isinstance(dpi, (int, float, np.number)) or not 0 < dpi < math.inf:
+        raise ValueError(f"dpi = {dpi!r}: need a number of pixels per inch above 0")
 
 
 def _checked_count(count: int, name: str, limits: Limits) -> int:
@@ -182,6 +213,7 @@ def _is_pdf(name: str) -> bool:
         remote.close()
         return b"%PDF-" in head
     try:
+        check_regular(name)
         with open(name, "rb") as file:
             return b"%PDF-" in file.read(1024)
     except (OSError, ValueError) as error:
@@ -212,6 +244,8 @@ def _open_pdf(name: str) -> Iterator[Any]:
     content = read_whole(name, DEFAULT_LIMITS)  # not by PDFium: it hides the errors of a stream
     with _pdfium_lock:
         try:
+            if content is None:
+                check_regular(name)
             document = pdfium.PdfDocument(content if content is not None else Path(name))
         except pdfium.PdfiumError as error:
             raise MediaError(f"{name}: can't be read as a PDF: {error}") from error

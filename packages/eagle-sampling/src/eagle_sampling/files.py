@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -39,7 +40,14 @@ _OPENERS: dict[str, Opener] = {}
 
 
 def register_opener(scheme: str, opener: Opener | None) -> None:
-    """Read addresses that begin with `scheme://` by `opener`, in this process; None: not any more."""
+    """Read addresses that begin with `scheme://` by `opener`, in this process; None: not any more.
+
+    Raises ValueError for what no address begins with, TypeError for an opener that cannot be called.
+    """
+    if not _SCHEME.fullmatch(f"{scheme}://"):
+        raise ValueError(f"scheme = {scheme!r}: need a word such as 's3', without '://'")
+    if opener is not None and not callable(opener):  # pyright: ignore[reportUnnecessaryComparison]
+        raise TypeError(f"opener = {opener!r}: need a function from an address to a MediaFile, or None")
     if opener is None:
         _OPENERS.pop(scheme.lower(), None)
     else:
@@ -55,6 +63,12 @@ def scheme_of(path: str) -> str | None:
 def opener_of(path: str | os.PathLike[str]) -> Opener | None:
     """The opener of an address; None for a local path, and for a scheme without one."""
     return _OPENERS.get(scheme_of(path) or "") if isinstance(path, str) else None
+
+
+def check_regular(path: str) -> None:
+    """Raise OSError unless a regular file is at the local `path`: opening a FIFO would wait for a writer."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is not a regular file but a folder, a pipe or a device")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

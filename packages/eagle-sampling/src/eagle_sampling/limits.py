@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from operator import index
+from typing import ClassVar, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class MediaError(ValueError):
@@ -71,6 +75,26 @@ class FrameError:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+def checked_out(out: object, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """`out` as an array of pixels to fill. Raises ValueError when it is not a writable uint8 array of this shape."""
+    if not isinstance(out, np.ndarray):
+        raise ValueError(f"out is {type(out).__name__}: need a numpy array, uint8 {shape}")
+    array = cast("NDArray[np.uint8]", out)
+    if array.shape != shape or array.dtype != np.uint8:
+        raise ValueError(f"out is {array.dtype} {array.shape}: need uint8 {shape}")
+    if not array.flags.writeable:
+        raise ValueError(f"out is read-only: need an array that can be written to, uint8 {shape}; pass a copy")
+    return array
+
+
+def whole_number(name: str, value: object) -> int:
+    """`value` as a Python integer. Raises TypeError, which names it."""
+    try:
+        return index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise TypeError(f"{name} = {value!r}: need a whole number") from None
 
 
 def path_text(path: object, accepted: str) -> str:

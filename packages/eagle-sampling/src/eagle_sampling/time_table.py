@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,11 +42,14 @@ class TimeTable:
     def from_ticks(cls, ticks: Iterable[int] | NDArray[np.integer], unit: Fraction) -> TimeTable:
         """Compress sorted integer ticks. Exact: `from_ticks(t, u).ticks()` is `t`.
 
-        Raises ValueError when the ticks are not in order or the unit is not positive.
+        Raises ValueError when the ticks are not integers or not in order, or the unit is not positive.
         """
         if unit <= 0:
             raise ValueError(f"the unit of time must be positive, not {unit}")
-        values = np.asarray(ticks if isinstance(ticks, np.ndarray) else list(ticks), dtype=np.int64)
+        given = np.asarray(ticks if isinstance(ticks, np.ndarray) else list(ticks))
+        if given.size and (given.ndim != 1 or given.dtype.kind not in "iu"):
+            raise ValueError(f"ticks are {given.dtype} of shape {given.shape}: need a list of integers, in units of {unit} s")
+        values = given.astype(np.int64, copy=False)
         deltas = np.diff(values)
         if len(deltas) and int(deltas.min()) < 0:
             raise ValueError("presentation times must be in order; sort them first")
@@ -80,13 +84,19 @@ class TimeTable:
     @classmethod
     def from_list(cls, values: Iterable[int]) -> TimeTable:
         """The inverse of `to_list`. Raises ValueError when `to_list` cannot have made the list."""
-        numbers = [int(value) for value in values]
+        given = list(values)
+        try:
+            numbers = [index(value) for value in given]
+        except TypeError:
+            raise ValueError(f"a time table is a list of integers, not {given[:8]}") from None
         if len(numbers) < 2 or (len(numbers) - 2) % 5 or numbers[0] <= 0 or numbers[1] <= 0:
             raise ValueError(f"a time table is 2 + 5 * runs integers, beginning with a positive unit; got {len(numbers)}: {numbers[:8]}")
         runs = tuple(Run(*numbers[i : i + 5]) for i in range(2, len(numbers), 5))
         for run in runs:
-            if run.length < 1 or run.den < 1 or not 0 <= run.phase < run.den:
-                raise ValueError(f"a time table can't hold the run {run}: length and den must be positive and 0 <= phase < den")
+            if run.length < 1 or run.step < 0 or run.den < 1 or not 0 <= run.phase < run.den:
+                raise ValueError(
+                    f"a time table can't hold the run {run}: length and den must be positive, step not negative and 0 <= phase < den"
+                )
         return cls(Fraction(numbers[0], numbers[1]), runs)
 
     @property

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eagle_tiling.color import load_rgb, scale_16_bit
-from eagle_tiling.grid import tile_count
+from eagle_tiling.grid import grid_sides, tile_count, whole_number
 from eagle_tiling.tensor import tile_tensor
 
 Tiles: TypeAlias = NDArray[np.uint8]
@@ -48,12 +48,14 @@ def tile_image(image: Any, grid: tuple[int, int], *, tile_size: int = 448, thumb
     written into one batch without a copy.
 
     Raises:
-        TypeError: an image of another type or dtype, or `out` with a tensor.
+        TypeError: an image of another type or dtype, `out` with a tensor, or a grid or `tile_size` that is not of integers.
         ValueError: no pixels, another shape, a grid or `tile_size` below 1, a mode that cannot be converted to RGB, or an `out` of another
-            shape or dtype.
+            shape or dtype, or that is read-only.
+        MemoryError: the tiles do not fit in memory.
     """
     tiles = tile_count(grid, thumbnail=thumbnail)
-    cols, rows = grid
+    cols, rows = grid_sides(grid)
+    tile_size = whole_number("tile_size", tile_size)
     if tile_size < 1:
         raise ValueError(f"tile_size = {tile_size}: need at least 1")
     shape = (tiles, tile_size, tile_size, 3)
@@ -82,6 +84,8 @@ def _checked_out(out: object, shape: tuple[int, ...]) -> Tiles:
     array = cast(_Array, out)
     if array.shape != shape or array.dtype != np.uint8:
         raise ValueError(f"out is {array.dtype} {array.shape}: need a numpy array, uint8 {shape}")
+    if not array.flags.writeable:
+        raise ValueError(f"out is read-only: need a numpy array that can be written to, uint8 {shape}; pass a copy")
     return array
 
 
@@ -97,7 +101,10 @@ def new_tiles(shape: tuple[int, ...]) -> Tiles:
     size = math.prod(shape)
     if size < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(shape, np.uint8)
-    memory = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no memory for tiles of shape {shape}, {size / 1e9:.1f} GB; a smaller grid or tile_size needs less") from error
     with contextlib.suppress(OSError):  # a kernel without huge pages uses ordinary ones
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8, size).reshape(shape)

@@ -7,7 +7,7 @@ import math
 from PIL import Image, ImageDraw, ImageFont
 
 from eagle_tiling.color import load_rgb
-from eagle_tiling.grid import tile_count
+from eagle_tiling.grid import grid_sides, tile_count, whole_number
 
 _PAPER, _INK, _FAINT, _FRAME, _BADGE = (255, 255, 255), (33, 37, 41), (108, 117, 125), (214, 51, 132), (214, 51, 132)
 
@@ -22,9 +22,11 @@ def draw_grid(
 
     Raises:
         ValueError: a grid, `tile_size` or `longest` too small to be drawn, or an image that `load_rgb` refuses.
+        TypeError: a grid, `tile_size` or `longest` that is not of integers.
     """
     tiles = tile_count(grid, thumbnail=thumbnail)
-    cols, rows = grid
+    cols, rows = grid_sides(grid)
+    tile_size, longest = whole_number("tile_size", tile_size), whole_number("longest", longest)
     if tile_size < 1:
         raise ValueError(f"tile_size = {tile_size}: need at least 1")
     side = min(tile_size, longest // max(cols, rows))

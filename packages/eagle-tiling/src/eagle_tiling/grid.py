@@ -59,7 +59,13 @@ def select_grid(width: int, height: int, *, min_tiles: int = 1, max_tiles: int =
         ValueError: a side or `tile_size` below 1, or limits without 1 <= min_tiles <= max_tiles <= 64.
         TypeError: an argument that is not an integer.
     """
-    return _select(index(width), index(height), index(min_tiles), index(max_tiles), index(tile_size))
+    try:
+        return _select(index(width), index(height), index(min_tiles), index(max_tiles), index(tile_size))
+    except TypeError:
+        given = {"width": width, "height": height, "min_tiles": min_tiles, "max_tiles": max_tiles, "tile_size": tile_size}
+        for name, value in given.items():
+            whole_number(name, value)
+        raise
 
 
 def select_grids(
@@ -68,7 +74,7 @@ def select_grids(
     """`select_grid` for arrays: `widths` and `heights` [N] in pixels, integers -> int64 [N, 2] of (columns, rows).
 
     Raises:
-        ValueError: arrays of different lengths, a side below 1 (its position is named), or limits as in `select_grid`.
+        ValueError: arrays of different lengths, a side below 1 or beyond 2^63 - 1 (its position is named), or limits as in `select_grid`.
         TypeError: arrays that are not of integers.
     """
     w, h = _sides(widths, heights)
@@ -82,12 +88,35 @@ def select_grids(
 
 
 def tile_count(grid: tuple[int, int], *, thumbnail: bool = True) -> int:
-    """Tiles that `tile_image` makes for `grid`: columns x rows, plus the thumbnail when there is more than one tile. Raises ValueError."""
-    cols, rows = grid
+    """Tiles that `tile_image` makes for `grid` = (columns, rows): their product, plus the thumbnail when there is more than one tile.
+
+    Raises:
+        ValueError: a side below 1, or not two of them.
+        TypeError: not two integers.
+    """
+    cols, rows = grid_sides(grid)
     tiles = cols * rows
+    return tiles + 1 if thumbnail and tiles > 1 else tiles
+
+
+def grid_sides(grid: tuple[int, int]) -> tuple[int, int]:
+    """`grid` as two Python integers of at least 1. Raises as `tile_count`."""
+    try:
+        cols, rows = grid
+        cols, rows = index(cols), index(rows)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"grid = {grid!r}: need two whole numbers, (columns, rows)") from None
     if cols < 1 or rows < 1:
         raise ValueError(f"grid {cols} x {rows}: a grid has at least one column and one row")
-    return tiles + 1 if thumbnail and tiles > 1 else tiles
+    return cols, rows
+
+
+def whole_number(name: str, value: int) -> int:
+    """`value` as a Python integer. Raises TypeError, which names it."""
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} = {value!r}: need a whole number") from None
 
 
 def tile_counts(
@@ -108,14 +137,21 @@ def tile_counts(
 
 
 def tile_tokens(grid: tuple[int, int], k: int, *, thumbnail: bool = True) -> int:
-    """Visual tokens of an image with this `grid` at `k` tokens per tile, thumbnail included. Raises ValueError."""
+    """Visual tokens of an image with this `grid` at `k` tokens per tile, thumbnail included.
+
+    Raises:
+        ValueError: `k` below 1, or a grid as in `tile_count`.
+        TypeError: `k` or the grid is not of integers.
+    """
+    k = whole_number("k", k)
     if k < 1:
         raise ValueError(f"k = {k}: a tile has at least one token")
     return k * tile_count(grid, thumbnail=thumbnail)
 
 
 def _limits(min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int, int]:
-    min_tiles, max_tiles, tile_size = index(min_tiles), index(max_tiles), index(tile_size)
+    min_tiles, max_tiles = whole_number("min_tiles", min_tiles), whole_number("max_tiles", max_tiles)
+    tile_size = whole_number("tile_size", tile_size)
     if not 1 <= min_tiles <= max_tiles <= MOST_TILES:
         raise ValueError(f"min_tiles = {min_tiles}, max_tiles = {max_tiles}: need 1 <= min_tiles <= max_tiles <= {MOST_TILES}")
     if tile_size < 1:
@@ -134,6 +170,9 @@ def _sides(widths: npt.ArrayLike, heights: npt.ArrayLike) -> tuple[NDArray[np.in
     if w.min() < 1 or h.min() < 1:
         at = int(np.argmax((w < 1) | (h < 1)))
         raise ValueError(f"image {at} is {w[at]} x {h[at]} pixels: both sides must be at least 1")
+    if max(w.max(), h.max()) > np.iinfo(np.int64).max:
+        at = int(np.argmax((w > np.iinfo(np.int64).max) | (h > np.iinfo(np.int64).max)))
+        raise ValueError(f"image {at} is {w[at]} x {h[at]} pixels: a side is beyond 2^63 - 1; a negative number stored as uint64?")
     return w.astype(np.int64, copy=False), h.astype(np.int64, copy=False)
 
 

@@ -44,10 +44,14 @@ def _check(decoder: DecoderShape, vision: VisionShape | None, tokens: int, label
     sizes |= {f"vision.{name}": size for name, size in (_sizes(vision) if vision else ())}
     for name, size in sizes.items():
         least = 0 if name in MAY_BE_ZERO else 1
-        if size is not None and size < least:
+        if size is None:
+            continue
+        if not least <= size < float("inf"):
             raise ValueError(f"plan_memory: {name} is {size}, expected {least} or more")
-    if not 0 <= labelled <= tokens:
-        raise ValueError(f"plan_memory: labelled is {labelled}, expected 0 to {tokens}, the number of tokens")
+        if name != "optimizer_bytes" and size % 1:  # the only mean
+            raise ValueError(f"plan_memory: {name} is {size}, expected a whole number")
+    if not 0 <= labelled <= tokens or labelled % 1:
+        raise ValueError(f"plan_memory: labelled is {labelled}, expected a whole number from 0 to {tokens}, the number of tokens")
 
 
 def _sizes(shape: Any) -> list[tuple[str, int]]:
@@ -103,14 +107,14 @@ def plan_memory(
     keeps vision_kept. exchanged: attention runs through Ulysses, which keeps more.
 
     Counts what torch allocates, without the CUDA context (0.5 GiB) and libraries' workspaces. Measured accuracy: see the README.
-    Raises ValueError for sizes below 1; gradient_bytes, optimizer_bytes, kept_bytes, labelled, gpu_states, ranks
-    of adapters and the number of patches can be 0.
+    Raises ValueError for sizes below 1 or, except optimizer_bytes, not whole. gradient_bytes, optimizer_bytes, kept_bytes, labelled,
+    gpu_states, ranks of adapters and the number of patches can be 0.
     """
     labelled = tokens if labelled is None else labelled
     _check(
         decoder, vision, tokens, labelled, shards=shards, mlp_rows=mlp_rows, weight_bytes=weight_bytes, compute_bytes=compute_bytes,
         reduction_bytes=reduction_bytes, activation_bytes=activation_bytes, gradient_bytes=gradient_bytes, optimizer_bytes=optimizer_bytes,
-        gpu_states=gpu_states, kept_bytes=kept_bytes,
+        gpu_states=gpu_states, kept_bytes=kept_bytes, vision_group=vision_group,
     )  # fmt: skip
     act, heads, layers = activation_bytes, decoder.heads * decoder.head_dim, decoder.layers
     kept, vision_kept = kept or Kept(), vision_kept or Kept()

@@ -27,6 +27,10 @@ class Training:
     quantized: bool = False
     float8: bool = False
 
+    def __post_init__(self) -> None:
+        if self.mode not in ("full", "lora", "frozen"):
+            raise ValueError(f"Training: mode is {self.mode!r}, expected 'full', 'lora' or 'frozen'")
+
     def adapts(self, name: str) -> bool:
         """Whether the linear layer of this name has an adapter."""
         return self.rank > 0 and (self.targets is None or any(_ends(name, end) for end in self.targets))

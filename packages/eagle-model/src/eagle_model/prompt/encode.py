@@ -18,6 +18,8 @@ from eagle_model.prompt.render import (
     VisualTokens,
 )
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 class Encoded(NamedTuple):
     """input_ids: int64 [T]; labels: int64 [T], not shifted, -100 where no loss is taken."""
@@ -30,8 +32,12 @@ def encode(segments: Sequence[Segment], tokenizer: Any) -> Encoded:
     """Segments as ids and labels.
 
     tokenizer: a transformers tokenizer (or a `TextEncoder` made from one, which saves its preparation) that knows the tokens used.
-    Raises PromptError when the tokenizer lacks a token of the prompt.
+    Raises PromptError when the tokenizer lacks a token of the prompt, and for text with half of a surrogate pair; TypeError for what is not
+    a segment.
     """
+    for segment in segments:
+        if not isinstance(segment, Text | Special | VisualTokens):
+            raise TypeError(f"encode takes the segments that render gives, not {segment!r}")
     encoder = tokenizer if isinstance(tokenizer, TextEncoder) else TextEncoder(tokenizer)
     pieces = iter(encoder.pieces([segment.text for segment in segments if isinstance(segment, Text)]))
     ids: list[np.ndarray] = []
@@ -79,7 +85,14 @@ class TextEncoder:
         return self._ids[token]
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, tokenised by itself."""
+        """Ids of each text, tokenised by itself. Raises PromptError for text with half of a surrogate pair, which is not Unicode."""
+        for text in texts:
+            if not text.isascii() and (half := _SURROGATE.search(text)):
+                before = text[max(0, half.start() - 20) : half.start()]
+                raise PromptError(
+                    f"the text has half of a surrogate pair, {half[0]!r} after {before!r}; it comes from cut text or bytes that are not "
+                    "UTF-8: correct or remove it"
+                )
         parts: list[str] = []
         owners: list[int] = []
         for owner, text in enumerate(texts):

@@ -108,7 +108,7 @@ class VisionTower(nn.Module):
         layers = config.num_hidden_layers
         # Hidden state i is the output of i layers; -1 is the last one after the post-layernorm.
         self.depth = layers + 1 + select_layer if select_layer < 0 else select_layer
-        if not 0 <= self.depth <= layers:
+        if not isinstance(select_layer, int) or not 0 <= self.depth <= layers:
             raise ValueError(f"select_layer is {select_layer}, but the vision tower has {layers} layers")
         self.normed = select_layer == -1
         if config.attention_dropout:
@@ -140,8 +140,14 @@ class VisionTower(nn.Module):
         return self.post_layernorm(hidden) if self.normed else hidden
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Patch and position embeddings: pixels as in `forward` -> [N, P, d]. Raises ValueError for tiles of another size."""
+        """Patch and position embeddings: pixels as in `forward` -> [N, P, d]. Raises ValueError for tiles of another size or form."""
         patch, table = self.embeddings.patch_embedding, self.embeddings.position_embedding
+        channels = pixels.shape[3] if pixels.dtype == torch.uint8 and pixels.ndim == 4 else pixels.shape[1] if pixels.ndim == 4 else 0
+        if channels != 3:
+            raise ValueError(
+                f"pixels are {pixels.dtype} {tuple(pixels.shape)}; need tiles as uint8 [N, s, s, 3], as the processor makes them, or "
+                "normalised floats [N, 3, s, s]"
+            )
         height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:]
         count = (height // self.patch_size) * (width // self.patch_size)
         if count != self.embeddings.num_positions:

@@ -170,8 +170,9 @@ def as_video(ref: Any) -> VideoRef:
     if isinstance(video, bytes | bytearray) or hasattr(video, "read"):
         raise ValueError("a video or document is given as bytes or an open file; they are read from files: save it and give its path")
     from_file = isinstance(video, str | os.PathLike)
-    if not from_file and (video is None or len(video) == 0):
-        raise ValueError(f"a video must be a path, a mapping with path or frames, or a list of frames; got {sorted(about)} without frames")
+    if not from_file and (not hasattr(video, "__len__") or len(video) == 0):
+        got = f"{sorted(about)} without frames" if video is None or hasattr(video, "__len__") else type(video).__name__
+        raise ValueError(f"a video must be a path, a mapping with path or frames, or a list of frames; got {got}")
     unread = sorted(key for key in about if about[key] is not None and key not in (_OF_FILES if from_file else _OF_FRAMES))
     if unread:
         kind, names = ("file", _OF_FILES) if from_file else ("list of frames", _OF_FRAMES)
@@ -191,9 +192,14 @@ def as_video(ref: Any) -> VideoRef:
 def measure_video(ref: VideoRef, limits: Limits | None = None, *, info: VideoInfo | None = None) -> VideoFacts:
     """Facts of a video, clip or document; `info` is what `eagle_sampling.probe` says of its file, when that is known already.
 
-    Raises MediaError for what can't be read, ClipError for a clip outside of its video.
+    Raises MediaError for what can't be read, ClipError for a clip outside of its video, ValueError for a reference to nothing or to both a
+    file and frames, or with another number of times than frames.
     """
     limits = limits or Limits()
+    if (ref.path is None) == (len(ref.frames) == 0):
+        raise ValueError(f"a VideoRef needs a path or frames, one of the two; it has {'neither' if ref.path is None else 'both'}")
+    if ref.times is not None and len(ref.times) != len(ref.frames):
+        raise ValueError(f"a VideoRef has {len(ref.frames)} frames but {len(ref.times)} times; give one time for each frame")
     if ref.path is None:
         width, height = measure_image(ref.frames[0], limits)
         last = float(max(ref.times)) if ref.times is not None else None

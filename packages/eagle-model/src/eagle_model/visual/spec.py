@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eagle_sampling.budget import STRATEGIES, tile_caps
+from eagle_tiling.grid import MOST_TILES
 
 Placement = Literal["linspace", "center"]
 
@@ -44,6 +45,8 @@ class VisualSpec:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if not isinstance(self.fps, int | float) or not 0 < self.fps < float("inf"):
             raise ValueError(f"fps is {self.fps!r}; it must be a positive number of frames per second")
+        if self.max_tiles > MOST_TILES:
+            raise ValueError(f"max_tiles is {self.max_tiles}; it must be at most {MOST_TILES}")
         if self.max_tiles < self.min_tiles:
             raise ValueError(f"max_tiles ({self.max_tiles}) is below min_tiles ({self.min_tiles})")
         if self.max_frames is not None and self.max_frames < self.min_frames:

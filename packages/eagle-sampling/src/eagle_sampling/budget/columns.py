@@ -15,6 +15,8 @@ STATUS = ("ok", *REASONS)
 """Names of the values of `PlanResult.status`."""
 OK, TEXT_TOO_LONG, IMAGES_TOO_LONG, TOO_FEW_FRAMES, TOO_LONG = range(5)
 
+_MOST_TOKENS = 1 << 62  # sums and differences of this many stay within int64
+
 _INTEGERS = ("text_tokens", "image_offsets", "image_tokens", "video_offsets", "wanted", "minimum", "frame_tokens")
 
 
@@ -26,8 +28,8 @@ class PlanColumns:
     `minimum`, `frame_tokens` [V] as in `VideoRequest`. Integers of any width; stored as int64.
 
     Raises:
-        ValueError: lengths or offsets that do not agree, negative token counts, or a request without
-            1 <= minimum <= wanted and frame_tokens >= 1.
+        ValueError: lengths or offsets that do not agree, negative token counts, a request without 1 <= minimum <= wanted and
+            frame_tokens >= 1, or rows of more than 2^62 tokens in all.
     """
 
     text_tokens: NDArray[np.int64]
@@ -67,6 +69,22 @@ class PlanColumns:
                 f"row {row}, video {at - self.video_offsets[row]}: wanted = {self.wanted[at]}, minimum = {self.minimum[at]}, "
                 f"frame_tokens = {self.frame_tokens[at]}: need 1 <= minimum <= wanted, frame_tokens >= 1"
             )
+        self._check_total()
+
+    def _check_total(self) -> None:
+        """Raise ValueError unless all tokens that are asked for can be added in int64."""
+        tokens = {
+            "text_tokens": self.text_tokens.astype(np.float64),
+            "image_tokens": self.image_tokens.max(axis=1, initial=0).astype(np.float64),
+            "wanted * frame_tokens": self.wanted.astype(np.float64) * self.frame_tokens,
+        }
+        if sum(float(column.sum()) for column in tokens.values()) > _MOST_TOKENS:
+            name = max(tokens, key=lambda name: float(tokens[name].max(initial=0)))
+            at = int(tokens[name].argmax())
+            raise ValueError(
+                f"{name} is {tokens[name][at]:.3g} at index {at}: more than 2^62 = {_MOST_TOKENS:.3g} tokens in all can't be planned; "
+                "give the true numbers of frames and tokens"
+            )
 
     def __len__(self) -> int:
         return len(self.text_tokens)
@@ -76,7 +94,8 @@ class PlanColumns:
         """Columns from (text_tokens, images [M, C], videos) as `plan` takes them."""
         rows = list(rows)
         images = [_image_tokens(row[1], len(caps)) for row in rows]
-        videos = np.asarray([video for row in rows for video in row[2]] or np.zeros((0, 3), np.int64))
+        requests = [_request(video) for row in rows for video in row[2]]
+        videos = np.asarray(requests or np.zeros((0, 3), np.int64))
         return cls(
             text_tokens=np.asarray([row[0] for row in rows]),
             image_offsets=np.cumsum([0, *(len(image) for image in images)]),
@@ -88,9 +107,17 @@ class PlanColumns:
         )
 
 
+def _request(video: object) -> tuple[object, object, object]:
+    try:
+        wanted, minimum, frame_tokens = video  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
+    except (TypeError, ValueError):
+        raise ValueError(f"a video is {video!r}: need a VideoRequest(wanted, minimum, frame_tokens)") from None
+    return wanted, minimum, frame_tokens
+
+
 def _image_tokens(images: npt.ArrayLike, caps: int) -> NDArray[np.int64]:
     tokens = np.asarray(images)
-    if tokens.size == 0:
+    if tokens.size == 0 and len(tokens) == 0:
         return np.zeros((0, caps), np.int64)
     if tokens.ndim != 2:
         raise ValueError(f"images have shape {tokens.shape}: need [images, {caps}]")

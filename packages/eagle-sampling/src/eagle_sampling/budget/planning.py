@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from operator import index
 
 import numpy as np
 import numpy.typing as npt
 
+from ..limits import whole_number
 from .columns import OK, TEXT_TOO_LONG, PlanColumns, PlanResult
 from .sample import CAPS, FRAMES_PER_VIDEO, Dropped, VideoRequest, VisualPlan
 from .strategies import Options, find_strategy
@@ -38,8 +38,9 @@ def plan(
         cap: cap of every image under "uniform". Default: the first of `caps`.
 
     Raises:
-        ValueError: an unknown strategy, caps that do not fall, a shape other than [M, C], negative token counts, or a request without
-            1 <= minimum <= wanted and frame_tokens >= 1.
+        ValueError: an unknown strategy, caps that do not fall, a shape other than [M, C], negative token counts, a request without
+            1 <= minimum <= wanted and frame_tokens >= 1, or more than 2^62 tokens.
+        TypeError: an option that is not a whole number.
     """
     columns = PlanColumns.from_rows([(text_tokens, images, videos)], caps=caps)
     return plan_many(columns, max_tokens=max_tokens, caps=caps, strategy=strategy, frames_per_video=frames_per_video, cap=cap).row(0)
@@ -57,11 +58,14 @@ def plan_many(
     """Frames and tiles for every row of `columns`, each within `max_tokens`; arguments as in `plan`. `PlanResult.row(i)` describes row i.
 
     Raises:
-        ValueError: an unknown strategy, caps that do not fall, or image tokens without one column per cap.
+        ValueError: an unknown strategy, caps that do not fall, image tokens without one column per cap, or more than 2^62 tokens.
+        TypeError: an option that is not a whole number.
     """
     chosen = find_strategy(strategy)
     options = _check_options(columns, caps, frames_per_video, cap)
-    max_tokens = index(max_tokens)
+    max_tokens = whole_number("max_tokens", max_tokens)
+    if abs(max_tokens) > 1 << 62:
+        raise ValueError(f"max_tokens = {max_tokens}: need at most 2^62; for no limit, give the largest number of tokens that you expect")
     room = max_tokens - columns.text_tokens
     status, cap_index, image_cap_index, frames, left = chosen.choose(columns, room, options)
     status[room < 0] = TEXT_TOO_LONG
@@ -75,7 +79,8 @@ def plan_many(
 
 
 def _check_options(columns: PlanColumns, caps: Sequence[int], frames_per_video: int, cap: int | None) -> Options:
-    caps = tuple(index(c) for c in caps)
+    caps = tuple(whole_number("a cap", c) for c in caps)
+    frames_per_video = whole_number("frames_per_video", frames_per_video)
     if not caps or caps[-1] < 1 or any(a <= b for a, b in pairwise(caps)):
         raise ValueError(f"caps = {caps}: need at least one, falling, none below 1")
     if frames_per_video < 1:

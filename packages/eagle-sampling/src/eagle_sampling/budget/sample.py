@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..limits import whole_number
+
 CAPS = (12, 8, 6, 4, 2, 1)
 """Tile caps of Eq. (2), largest first."""
 FRAMES_PER_VIDEO = 32
@@ -51,7 +53,9 @@ def tile_caps(min_tiles: int, max_tiles: int) -> tuple[int, ...]:
 
     Raises:
         ValueError: unless 1 <= min_tiles <= max_tiles.
+        TypeError: a number that is not whole.
     """
+    min_tiles, max_tiles = whole_number("min_tiles", min_tiles), whole_number("max_tiles", max_tiles)
     if not 1 <= min_tiles <= max_tiles:
         raise ValueError(f"min_tiles = {min_tiles}, max_tiles = {max_tiles}: need 1 <= min_tiles <= max_tiles")
     return (max_tiles, *(cap for cap in CAPS if min_tiles <= cap < max_tiles))

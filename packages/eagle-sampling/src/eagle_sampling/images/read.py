@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from ..files import is_remote, open_remote, open_stream
+from ..files import check_regular, is_remote, open_remote, open_stream
 from ..limits import DEFAULT_LIMITS, Limits, MediaError, MediaUnavailable, printable, unreadable
 from .ancillary import without_ancillary
 from .header import HeaderError, Reader, exif_orientation, parse_size
@@ -56,9 +56,12 @@ def _file_size(path: str) -> tuple[int, int]:
             size, problem = _parsed(read(0, _HEAD_BYTES), read, lambda: file.seek(0, os.SEEK_END), path)
         return size or _pillow_size(path, printable(path), problem)
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        # A FIFO without a writer is empty instead of a wait; regular files are as without the flag.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         try:
             head = os.read(descriptor, _HEAD_BYTES)
+            if not head:
+                check_regular(path)
             size, problem = _parsed(
                 head, lambda offset, count: os.pread(descriptor, count, offset), lambda: os.lseek(descriptor, 0, os.SEEK_END), path
             )
@@ -136,8 +139,11 @@ def open_image(
 
     Raises:
         MediaError: the file is missing, an address, truncated, damaged, of no known format, or over the limits (checked before decoding).
+        ValueError: `at_least` is not two numbers above 0.
         TypeError: `ref` is not a reference, for example an open file.
     """
+    if at_least is not None:
+        _check_sides(at_least)
     name = describe(ref)
     data = read_bytes(ref, root=root, limits=limits)
     try:
@@ -150,6 +156,16 @@ def open_image(
             return _decoded(reduced, name, limits, at_least)
         except MediaError:
             raise error from error.__cause__
+
+
+def _check_sides(at_least: tuple[int, int]) -> None:
+    try:
+        width, height = at_least
+        right = width > 0 and height > 0
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        raise ValueError(f"at_least = {at_least!r}: need (width, height) in pixels, both above 0")
 
 
 def _decoded(data: bytes, name: str, limits: Limits, at_least: tuple[int, int] | None) -> Image.Image:
@@ -185,7 +201,10 @@ def open_lazily(source: Any, name: str) -> ImageFile.ImageFile:
     """Pillow's image of a path, an address or a binary file, not decoded yet. Raises MediaError."""
     with decoding(f"{name}: can't be opened as an image"):
         try:
-            return Image.open(open_stream(source) if isinstance(source, str) else source)
+            opened = open_stream(source) if isinstance(source, str) else source
+            if isinstance(opened, str):
+                check_regular(opened)
+            return Image.open(opened)
         except UnidentifiedImageError as error:
             raise MediaError(f"{name}: is not an image of a known format, or is damaged in its first bytes") from error
         except Image.DecompressionBombError as error:

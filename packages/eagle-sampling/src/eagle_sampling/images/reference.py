@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from ..files import check_local, open_remote, read_whole, scheme_of
+from ..files import check_local, check_regular, open_remote, read_whole, scheme_of
 from ..limits import DEFAULT_LIMITS, Limits, MediaError, path_text, printable, unreadable
 from ..lmdb import store
 from . import tar
@@ -56,6 +56,7 @@ def read_bytes(ref: ImageRef, *, root: str | os.PathLike[str] | None = None, lim
         if (fetched := read_whole(path, limits)) is not None:
             return fetched
         try:
+            check_regular(path)
             with open(path, "rb", buffering=0) as file:
                 limits.check_bytes(os.fstat(file.fileno()).st_size, printable(path))
                 data = file.readall()

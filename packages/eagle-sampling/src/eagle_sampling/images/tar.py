@@ -10,7 +10,7 @@ import tarfile
 from functools import lru_cache
 from typing import Any
 
-from ..files import open_remote, open_stream, scheme_of
+from ..files import check_regular, open_remote, open_stream, scheme_of
 from ..limits import Limits, MediaError, printable, unreadable
 
 
@@ -82,6 +82,7 @@ def _place(ref: dict[str, Any], path: str) -> tuple[int, int]:
             identity = remote.size, getattr(remote, "version", "")
             remote.close()
         else:
+            check_regular(path)
             stat = os.stat(path)
             identity = stat.st_size, stat.st_mtime_ns
     except MediaError:

@@ -131,7 +131,10 @@ def build_lmdb(
         FileExistsError: `out` exists and is not an LMDB that was built from these sources.
         MediaError: a source cannot be read to its end, the disk cannot be written to, there is nothing to store, or an interrupted build
             has other sources or its sources have changed.
+        TypeError: `sources` is one path instead of a list.
     """
+    if isinstance(sources, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"sources is {os.fspath(sources)!r}: need a list of folders and files, [{os.fspath(sources)!r}]")
     names = [os.fspath(source) for source in sources]
     target, partial = Path(out), Path(os.fspath(out) + ".partial")
     if target.exists():

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..choose import TIME_EPSILON
-from ..limits import DEFAULT_LIMITS, FrameError, Limits, MediaError, path_text
+from ..limits import DEFAULT_LIMITS, FrameError, Limits, MediaError, checked_out, path_text, whole_number
 from .beginning import sample_start
 from .containers.demux import read_packets
 from .containers.matroska_parts import Part
@@ -78,11 +78,14 @@ def read_frames(
 
     Raises:
         MediaError: the file or a frame cannot be read, the time is up, or a limit is exceeded.
-        ValueError: `times` is a number, `out` has another shape or dtype, or an argument is out of range.
-        TypeError: `path` is not a path.
+        ValueError: `times` is a number or not of numbers, `out` has another shape or dtype or is read-only, or an argument is out of range.
+        TypeError: `path` is not a path, or `workers` or `size` is not of whole numbers.
     """
     name = path_text(path, "the path of a video file")
-    requested = np.asarray(times, np.float64)
+    given = np.asarray(times)
+    if given.size and given.dtype.kind not in "iufO":
+        raise ValueError(f"{name}: times are {given.dtype}, for example {given.flat[0]!r}: need seconds as numbers")
+    requested = given.astype(np.float64)
     if requested.ndim != 1:
         given = f"the number {times}" if requested.ndim == 0 else f"an array of shape {requested.shape}"
         raise ValueError(
@@ -91,10 +94,12 @@ def read_frames(
         )
     if on_damage not in ("refuse", "conceal"):
         raise ValueError(f"on_damage must be 'refuse' or 'conceal', not {on_damage!r}")
-    if workers < 1 or tolerance < 0 or on_error not in ("raise", "skip") or (timeout is not None and timeout <= 0):
+    workers = whole_number("workers", workers)
+    in_time = timeout is None or 0 < timeout < threading.TIMEOUT_MAX
+    if workers < 1 or not tolerance >= 0 or on_error not in ("raise", "skip") or not in_time:
         raise ValueError(
             f"workers = {workers}, tolerance = {tolerance}, on_error = {on_error!r}, timeout = {timeout}: need workers >= 1, "
-            "tolerance >= 0, on_error 'raise' or 'skip', timeout > 0 or None"
+            f"tolerance >= 0, on_error 'raise' or 'skip', timeout None or above 0 and below {threading.TIMEOUT_MAX:.2g}"
         )
     watch = _Watch(name, timeout)
     parts = read_parts(name, requested, tolerance, limits)
@@ -194,10 +199,14 @@ def _find(track: Track, requested: NDArray[np.float64], tolerance: float) -> tup
 def _output_size(track: Track, size: int | tuple[int, int] | None) -> tuple[int, int]:
     if size is None:
         return (track.height, track.width) if track.rotation in (90, 270) else (track.width, track.height)
-    width, height = (size, size) if isinstance(size, int | np.integer) else size
+    try:
+        width, height = (size, size) if isinstance(size, int | np.integer) else size
+        width, height = whole_number("width", width), whole_number("height", height)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"size must be the side of a square or (width, height) in whole pixels, not {size!r}") from None
     if width < 1 or height < 1:
         raise ValueError(f"size must be positive, not {size}")
-    return int(width), int(height)
+    return width, height
 
 
 def _output(
@@ -210,9 +219,7 @@ def _output(
     shape = (count, height, width, 3)
     if out is None:
         return np.empty(shape, np.uint8)
-    if out.shape != shape or out.dtype != np.uint8:
-        raise ValueError(f"out must be uint8 {list(shape)}, not {out.dtype} {list(out.shape)}")
-    return out
+    return checked_out(out, shape)
 
 
 def _places(samples: NDArray[np.int64]) -> dict[int, list[int]]:

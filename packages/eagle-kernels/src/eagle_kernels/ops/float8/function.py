@@ -95,15 +95,22 @@ def float8_linears(
     gradient of x, and the gradients of weights, which exact_weight_gradient computes from the values as they are. Scales are powers of 2.
     The result has x's dtype; GPUs compute it in bfloat16. Devices without such products (`float8_hardware`) multiply the rounded values
     in bfloat16 or float32, with the same result except for the order of sums.
-    Raises ValueError or TypeError for shapes, dtypes or devices that do not match, and for sizes of weights that are not multiples of 16.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not match, for another number of biases than weights, and for sizes
+    of weights that are not multiples of 16.
     """
-    biases = biases or [None] * len(weights)
+    biases = [None] * len(weights) if biases is None else biases
+    if len(biases) != len(weights):
+        raise ValueError(f"float8_linears: {len(biases)} biases for {len(weights)} weights; give one for each, None where there is none")
     dtypes = tuple(gradient_dtype(weight) for weight in weights)
     x, *weights = lowered(x, *weights)
     for weight in weights:
         checks.floating("float8_linear", x=x, weight=weight)
         check_width("float8_linear", "weight", weight)
         checks.shape("float8_linear", "weight", weight, (weight.shape[0], x.shape[-1]), "[N, K], K from x")
+    for weight, bias in zip(weights, biases, strict=True):
+        if bias is not None:
+            checks.shape("float8_linear", "bias", bias, (weight.shape[0],), "weight's first dimension")
+            checks.same_device("float8_linear", x=x, bias=bias)
     with torch.autocast(x.device.type, enabled=False):
         flat = x.reshape(-1, x.shape[-1])
         outs = _Linears.apply(flat, exact_weight_gradient, dtypes, *map(gathered, weights))
@@ -112,5 +119,5 @@ def float8_linears(
 
 
 def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, exact_weight_gradient: bool = False) -> Tensor:
-    """`float8_linears` for one weight. x: [..., K], weight: [N, K], bias: [N] -> [..., N]."""
+    """`float8_linears` for one weight. x: [..., K], weight: [N, K], bias: [N] -> [..., N]. Raises as `float8_linears`."""
     return float8_linears(x, [weight], [bias], exact_weight_gradient=exact_weight_gradient)[0]

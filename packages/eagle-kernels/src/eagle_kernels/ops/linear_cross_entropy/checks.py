@@ -19,7 +19,7 @@ def check(
     _check_tensors(hidden, weight, labels, token_weights)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"{OPERATOR}: label_smoothing is {label_smoothing}, expected 0 <= label_smoothing < 1")
-    if z_loss < 0.0:
+    if not 0.0 <= z_loss < float("inf"):
         raise ValueError(f"{OPERATOR}: z_loss is {z_loss}, expected 0 or more")
     if num_kept is not None and not 0 <= num_kept <= labels.numel():
         raise ValueError(f"{OPERATOR}: num_kept is {num_kept}, expected 0 to {labels.numel()}, the rows of hidden")

@@ -25,8 +25,8 @@ def check_mlp(operator: str, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Te
 
 
 def _check_rows(rows: int | None) -> None:
-    if rows is not None and rows < 1:
-        raise ValueError(f"swiglu_mlp: rows is {rows}, expected a positive number, or None for all rows at once")
+    if rows is not None and (not isinstance(rows, int) or rows < 1):
+        raise ValueError(f"swiglu_mlp: rows is {rows!r}, expected a positive whole number, or None for all rows at once")
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:

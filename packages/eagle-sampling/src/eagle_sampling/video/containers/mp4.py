@@ -56,7 +56,7 @@ def read_mp4(source: Source, limits: Limits, *, positions: bool = True) -> Track
         raise Damaged("its index (the moov box) is missing; the recording or the copy was cut off" if cut else "it has no moov box")
     header = _read_moov(moov)
     codec, width, height, aspect, extradata, colour = _description(header.tables.get(b"stsd"))
-    samples = _tables(header, limits, None if positions else source.size)
+    samples = _tables(header, limits, None if positions else source.size, source.path)
     if fragments:
         if len(samples[0]):
             raise Unsupported("samples both in moov and in fragments")
@@ -250,7 +250,7 @@ def _column(table: memoryview | None, fields: int, start: int = 4) -> NDArray[np
 
 
 def _tables(
-    header: _Header, limits: Limits, within: int | None
+    header: _Header, limits: Limits, within: int | None, name: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None, NDArray[np.int64] | None, tuple[int, int] | None]:
     """(composition times, sync, offsets, sizes), each [n] in decode order, from the tables of `stbl`, and the first (offset, size).
 
@@ -263,7 +263,7 @@ def _tables(
         raise Unsupported("no stsz table")
     n = int.from_bytes(stsz[8:12], "big")
     fixed = int.from_bytes(stsz[4:8], "big")
-    limits.check_frames(n, "its video track")
+    limits.check_frames(n, name)
     empty = np.zeros(0, np.int64)
     if n == 0:
         return empty, np.zeros(0, bool), empty, empty, None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 import tempfile
 from collections.abc import Iterator
 
-from ...files import MediaFile, open_remote
+from ...files import MediaFile, check_regular, open_remote
 
 
 class Damaged(Exception):
@@ -31,8 +30,7 @@ class Source:
             self.size = self.remote.size
             self.window = 1 << 22  # a request takes as long as 1 MB
             return
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
-            raise OSError("it is not a regular file but a folder, a pipe or a device")
+        check_regular(path)
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.size = os.fstat(self.descriptor).st_size
 
