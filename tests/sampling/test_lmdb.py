@@ -53,6 +53,9 @@ def test_missing_key_and_file_are_named(store, tmp_path):
         open_image({"lmdb_file": str(store), "lmdb_key": "none"})
     with pytest.raises(MediaError, match=r"nowhere: there is no such LMDB"):
         lmdb_store.get(tmp_path / "nowhere", "a")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(MediaError, match=r"folder: is a folder without data\.mdb, not an LMDB; name the file or folder of an LMDB"):
+        lmdb_store.get(tmp_path / "folder", "a")
     (tmp_path / "text").write_text("no lmdb " * 1000)
     with pytest.raises(MediaError, match=r"text: can't be opened as an LMDB"):
         lmdb_store.get(tmp_path / "text", "a")

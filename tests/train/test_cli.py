@@ -1,5 +1,7 @@
 """The command line: instant help that is up to date, exit codes that mean something, errors without traceback."""
 
+import errno
+import importlib
 import json
 import os
 import re
@@ -13,9 +15,10 @@ import pytest
 from eagle_train.cli.app import VERBS
 from eagle_train.cli.main import main, report
 from eagle_train.cli.pages import rendered_page, stored_page, verbs
-from eagle_train.config import ConfigError, dump_config
+from eagle_train.config import Config, ConfigError, dump_config
 from eagle_train.distributed.world import DeviceError
 from eagle_train.errors import EvaluationError
+from eagle_train.runs.evaluate import eval_overrides
 
 
 def eagle(*arguments, cwd=None):
@@ -390,3 +393,69 @@ def test_json_documents(colour_run, tmp_path, eagle_here):
     swept = json.loads(eagle_here("eval", config.run.folder, "--device", "cpu", "--limit", 1, "--json", "--frames", "1,2").stdout)
     assert [score["frames"] for score in swept["scores"]] == [1, 2]
     assert swept["files"]["plot"].endswith("sweep.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b'{"a": "b"}\n{"a": \n', r"rows\.jsonl:2: can't be read as JSON .*; repair the file"),
+        ("photo.jpg", b"\xff\xd8\xff", r"photo\.jpg: is not UTF-8 text \(invalid start byte\); name a text, JSON or JSONL file"),
+        ("folder", None, r"folder: is a folder; name the files"),
+        ("nothing.txt", None, r"nothing\.txt: there is no such file; name the files"),
+    ],
+)
+def test_a_tokenizer_of_a_wrong_file_names_the_file(tmp_path, eagle_here, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    done = eagle_here("tokenizer", "made", name)
+    assert done.returncode == 2
+    assert re.match(f"error: {message}", " ".join(done.stderr.split())), done.stderr
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_metric_belongs_to_a_file_with_any_name(tmp_path, eagle_here, monkeypatch):
+    """`rows.v2.jsonl.gz` made `eval.metrics.rows.v2.jsonl`, a key of keys."""
+    verb = importlib.import_module("eagle_train.cli.eval")
+    requests = []
+    monkeypatch.setattr(verb, "_launch", lambda *_: None)
+    monkeypatch.setattr(verb, "_evaluate_model", requests.append)
+    path = tmp_path / "rows.v2 [1].jsonl.gz"
+    path.touch()
+    assert eagle_here("eval", tmp_path, "--data", path, "--metric", "contains").returncode == 0
+    assert eval_overrides(Config(), requests[0].overrides).eval.metrics == {"rows.v2 [1].jsonl": "contains"}
+    done = eagle_here("eval", tmp_path, "--data", path, "--metric", "exactly")
+    assert (done.returncode, len(requests)) == (2, 1)
+    assert "error: --metric exactly: expected one of exact, choice, contains, " in done.stderr
+
+
+@pytest.mark.parametrize("option", [("show", "--html"), ("plan", "--rows"), ("data stats", "--html"), ("data stats", "--json")])
+@pytest.mark.parametrize(("place", "reason"), [("there", "Is a directory"), ("nowhere/file.csv", "No such file or directory")])
+def test_a_file_that_cannot_be_written_names_its_option(colour_run, tmp_path, eagle_here, option, place, reason):
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(colour_run()))
+    assert eagle_here("prepare", path).returncode == 0
+    (tmp_path / "there").mkdir()
+    verb, name = option
+    done = eagle_here(*verb.split(), path, name, tmp_path / place)
+    assert done.returncode == 2
+    message = " ".join(done.stderr.split())
+    assert f"error: {name} {tmp_path / place}: can't be written ({reason}); name a file in a folder that exists" in message
+    assert not [left for left in tmp_path.iterdir() if left.name.endswith(".tmp")]
+
+
+def test_a_place_without_rights_has_a_next_step(tmp_path, capsys):
+    """As of a read-only disk; the tests may run as root, whom rights do not stop."""
+    advice = "change its rights, or name another place (run.dir, data.facts, an output)"
+    for number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        report(OSError(number, os.strerror(number), str(tmp_path)))
+        assert capsys.readouterr().err == f"error: {tmp_path}: {os.strerror(number)}; {advice}\n"
+
+
+def test_commands_to_copy_are_quoted(colour_run, tmp_path, eagle_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "then eagle plan 'my run.yaml'" in eagle_here("init", "my run.yaml").stdout
+    assert "eagle plan 'an example/run.yaml', eagle show" in eagle_here("init", "--example", "an example").stdout
+    (tmp_path / "other [1].yaml").write_text(dump_config(colour_run()))
+    assert "eagle plan 'other [1].yaml' --gpus N" in eagle_here("plan", "other [1].yaml").stdout

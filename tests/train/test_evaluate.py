@@ -168,6 +168,7 @@ def test_a_run_is_evaluated_exported_and_chatted_with(run, tmp_path):
     overrides = ["eval.max_new_tokens=4"]
     [point], facts = evaluate_exported(tmp_path / "model", held, tmp_path / "evaluation", world, overrides=overrides)
     exported = point.evaluation
+    assert [row["text_only"] for row in point.rows()] == [None], "no training rows, no baseline"
     assert len(facts) == len(ready.eval_facts)
     for ours, theirs in zip(exported.answers, alone.answers, strict=True):
         assert (ours.line, ours.question, ours.expected, ours.problem) == (theirs.line, theirs.question, theirs.expected, theirs.problem)

@@ -70,10 +70,13 @@ def test_a_signal_saves_after_the_running_step(colour_run, tmp_path, signum, ran
     assert not (config.run.folder / "ledger-train.jsonl").exists()  # no sample was lost with a worker
 
     # The same command continues there.
-    again = start(tmp_path / "run.yaml")
+    again = start(tmp_path / "run.yaml", ranks)
     wait_for(lambda: steps_written(config) > progress.step, again)
-    os.killpg(again[0].pid, signal.SIGKILL)
-    assert f"resuming from {config.run.folder}/checkpoints/one-{progress.step:08d}" in again[0].communicate()[1]
+    for process in again:
+        os.killpg(process.pid, signal.SIGKILL)  # its reading processes too
+    first, *others = [process.communicate()[1] for process in again]
+    assert f"resuming from {config.run.folder}/checkpoints/one-{progress.step:08d}" in first
+    assert "resuming" not in "".join(others), "the main rank prints"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])

@@ -59,6 +59,13 @@ def test_the_model_sees_the_frames_that_a_point_states(colour_run, tmp_path, wri
     with Image.open(plot_sweep(rows, tmp_path / "sweep.png")) as image:
         assert image.width > image.height, "a panel for every context length"
 
+    # Without a text-only baseline, as of an exported model, there is no value, and no line at 0.
+    plain = [row for point in points for row in point._replace(baseline=False).rows()]
+    assert [row | {"text_only": 0.0} for row in plain] == [row | {"text_only": 0.0} for row in rows]
+    assert {line.split()[-2] for line in sweep_table(plain).splitlines()[1:]} == {"-"}
+    zeros = plot_sweep([row | {"text_only": 0.0} for row in rows], tmp_path / "zeros.png").read_bytes()
+    assert plot_sweep(plain, tmp_path / "plain.png").read_bytes() != zeros
+
 
 def scored(source, line, right):
     return Answer(source, line, "?", "yes", "yes" if right else "no")

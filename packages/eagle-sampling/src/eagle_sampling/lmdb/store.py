@@ -123,6 +123,8 @@ def _begin(path: str | os.PathLike[str]) -> tuple[_Open, Any]:
             if entry is None:
                 if not there:
                     raise MediaError(f"{name}: there is no such LMDB")
+                if os.path.isdir(real) and not os.path.exists(os.path.join(real, "data.mdb")):
+                    raise MediaError(f"{name}: is a folder without data.mdb, not an LMDB; name the file or folder of an LMDB")
                 environment = lmdb.open(real, subdir=os.path.isdir(real), readonly=True, lock=False, readahead=False, create=False)
                 try:
                     require_whole(environment, real)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .app import app
+from .documents import writing
 from .options import Executor, Overrides, with_executor
 
 if TYPE_CHECKING:
@@ -90,7 +92,9 @@ def show(
     """Write a page with what a step gave and what it removed."""
     from eagle_train.watching.curation import write_page
 
-    path = write_page(_load(config, overrides), step=step, rows=rows, path=html)
+    loaded = _load(config, overrides)
+    with writing("--html", html) if html is not None else nullcontext():
+        path = write_page(loaded, step=step, rows=rows, path=html)
     print(f"wrote {path}")
 
 

@@ -10,6 +10,7 @@ import typer
 from eagle_train.errors import counted
 
 from .app import app
+from .documents import writing
 from .options import ConfigFile, Overrides
 from .tables import DRAWS_COLUMNS, draws_rows, table
 
@@ -84,7 +85,9 @@ def stats(
         print(table([("tokens", "before ADS", "after ADS"), *((f"< {edge}", str(before), str(after)) for edge, before, after in bins)]))
     for reason in numbers.reasons:
         print(f"not used: {reason}")
-    for path, write in ((html, to_html), (json, to_json)):
+    for option, path, write in (("--html", html, to_html), ("--json", json, to_json)):
         if path is not None:
-            path.write_text(write(numbers), encoding="utf-8")
+            text = write(numbers)
+            with writing(option, path):
+                path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")

@@ -6,7 +6,8 @@ Names are those of the tables and of `metrics.jsonl`; sizes are in tokens and by
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
     from eagle_train.watching.show import SampleView
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Raises ConfigError, which names the option, when what it writes can't be written there. A full disk stays what it is."""
+    from eagle_train.config import ConfigError
+    from eagle_train.errors import disk_is_full
+
+    try:
+        yield
+    except OSError as error:
+        if disk_is_full(error):
+            raise
+        raise ConfigError(f"{option} {path}: can't be written ({error.strerror or error}); name a file in a folder that exists") from error
 
 
 def write(document: dict[str, Any]) -> None:

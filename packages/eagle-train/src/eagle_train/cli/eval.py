@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -139,7 +140,9 @@ def evaluate(
     if metric is not None:
         if source is None:
             raise ConfigError(f"--metric {metric} belongs to --data; for a source of the run use --set eval.metrics.SOURCE={metric}")
-        changes.append(f"eval.metrics.{source.stem}={metric}")
+        if metric not in (known := _metrics()):
+            raise ConfigError(f"--metric {metric}: expected one of {', '.join(known)}")
+        changes.append(f"eval.metrics={json.dumps({source.stem: metric})}")  # not eval.metrics.NAME: a file's name may have dots
     request = Request(
         folder,
         source,
@@ -210,7 +213,7 @@ def _source(data: str, root: str | None) -> Source:
 
 
 def _metrics() -> list[str]:
-    """For completion."""
+    """Names of all metrics."""
     from typing import get_args
 
     from eagle_train.config.evaluation import MetricName
@@ -335,8 +338,7 @@ def _report(request: Request, points: list[Point], facts: Facts | None, folder: 
     for source in facts.sources if facts is not None else ():
         if source.bad_rows:
             print(f"{source.name}: {counted(source.bad_rows, 'row')} can't be evaluated; see {folder / 'ledger.jsonl'}")
-    baseline = at is not None
-    print(score_table(points[0].evaluation, baseline=baseline) if len(points) == 1 else sweep_table(scores, baseline=baseline))
+    print(score_table(points[0].evaluation, baseline=points[0].baseline) if len(points) == 1 else sweep_table(scores))
     for name, path in files.items():
         print(f"{name}: {path}")
 

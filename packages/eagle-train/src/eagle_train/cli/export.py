@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -50,4 +51,5 @@ def export(
     if vllm:
         from eagle_train.runs.serve import write_options
 
-        print(f"serve it: eagle serve {output}, or: vllm serve {output} --config {write_options(output)}")
+        named, options = (shlex.quote(str(path)) for path in (output, write_options(output)))
+        print(f"serve it: eagle serve {named}, or: vllm serve {named} --config {options}")

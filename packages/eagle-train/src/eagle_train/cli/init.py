@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,7 @@ def init(
     parts = [_seen_from(path.parent, name) for name in (vision, language)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(Config.json_schema(), indent=1) + "\n" if schema else commented_config(*parts), encoding="utf-8")
-    print(f"wrote {path}" + ("" if schema else f"; next: {_to_fill_in(vision)}, then eagle plan {path}"))
+    print(f"wrote {path}" + ("" if schema else f"; next: {_to_fill_in(vision)}, then eagle plan {shlex.quote(str(path))}"))
 
 
 def _to_fill_in(vision: str | None) -> str:
@@ -63,7 +64,8 @@ def _write_example(folder: Path, force: bool) -> None:
     if folder.exists() and not (folder.is_dir() and (force or not any(folder.iterdir()))):
         raise ConfigError(f"{folder} exists and is not an empty folder; name another one, or add --force to write into that folder")
     path = write_example(folder)
-    print(f"wrote {folder}; next: eagle plan {path}, eagle show {path}, eagle train {path}")
+    named = shlex.quote(str(path))
+    print(f"wrote {folder}; next: eagle plan {named}, eagle show {named}, eagle train {named}")
 
 
 def _seen_from(folder: Path, name: str | None) -> str | None:

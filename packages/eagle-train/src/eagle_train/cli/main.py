@@ -6,6 +6,7 @@ unless `--debug` is passed.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import NoReturn
@@ -90,6 +91,8 @@ def report(error: Exception) -> None:
     full = not isinstance(error, TrainError) and disk_is_full(error)
     if full:
         text = f"the disk is full, or a quota or a limit on file sizes is reached: {text}; free space and run the same command again"
+    elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}; change its rights, or name another place (run.dir, data.facts, an output)"
     if not is_main_rank():
         write_error_file(f"rank {os.environ['RANK']}: {text}")
         if getattr(error, "on_every_rank", False):

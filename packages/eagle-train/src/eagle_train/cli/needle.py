@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,7 @@ def build(
     with Printer(silent=False).counting("videos") as counted:
         made = build_needles(output.absolute(), settings, counted)
     print(f"{output}: {made['videos']} videos, {made['rows']} rows")
-    print(f"evaluate: eagle eval RUN --data {output / 'rows.jsonl'} --metric choice --frames 16,32,64")
+    print(f"evaluate: eagle eval RUN --data {shlex.quote(str(output / 'rows.jsonl'))} --metric choice --frames 16,32,64")
 
 
 @needle_app.command("plot")

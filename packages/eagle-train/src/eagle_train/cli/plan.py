@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from eagle_train.errors import counted
 
 from .app import app
-from .documents import AsJson, plan_document, write
+from .documents import AsJson, plan_document, write, writing
 from .options import ConfigFile, Overrides, ShowDefaults
 
 
@@ -70,7 +71,8 @@ def plan(
     if rows is not None:
         from eagle_train.runs.draws import write_draws
 
-        written = write_draws(ready.schedules, rows)
+        with writing("--rows", rows):
+            written = write_draws(ready.schedules, rows)
     if as_json:
         problem: ConfigError | None = None
         if predicted is not None:
@@ -92,7 +94,7 @@ def plan(
     if rows is not None:
         print(f"wrote {rows}: {counted(written, 'row')}")
     if needed is None or predicted is None:
-        print(f"parameters, memory and time: eagle plan {config} --gpus N --gpu H100")
+        print(f"parameters, memory and time: eagle plan {shlex.quote(str(config))} --gpus N --gpu H100")
         return
     print(resources_text(needed))
     print(prediction_text(predicted.stages, predicted.gpus, predicted.rate))

@@ -109,6 +109,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     if not is_main_rank():
         warnings.simplefilter("ignore")
+        os.environ.setdefault("TORCH_LOGS", "-all")  # errors only: torch's loggers have a handler of their own; read when torch is imported
     shown: set[str] = set()
     show = warnings.showwarning
 

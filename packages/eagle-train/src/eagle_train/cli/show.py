@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .documents import AsJson, view_document, write
+from .documents import AsJson, view_document, write, writing
 from .options import ConfigFile, Overrides
 
 
@@ -35,7 +35,9 @@ def show(
 
     found = view(load_config(config, overrides or ()), row=row, stage=stage, pack=pack, evaluation=held_out)
     if html is not None:
-        html.write_text(to_html(found.views, title=found.title, capacity=found.capacity), encoding="utf-8")
+        page = to_html(found.views, title=found.title, capacity=found.capacity)
+        with writing("--html", html):
+            html.write_text(page, encoding="utf-8")
     if as_json:
         write(view_document(found))
         return

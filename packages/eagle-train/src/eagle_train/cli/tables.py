@@ -246,7 +246,7 @@ def score_table(result: Evaluation, *, baseline: bool = True) -> str:
     return table(rows)
 
 
-def sweep_table(rows: Sequence[Mapping[str, Any]], *, baseline: bool = True) -> str:
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line per source, number of frames and context length; rows: those of `Point.rows`."""
     lines = [("source", "frames", "max_tokens", "questions", "unanswered", "right", "95 % interval", "text-only", "loss")]
     for row in sorted(rows, key=lambda row: str(row["source"])):
@@ -256,7 +256,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], *, baseline: bool = True) -> 
                 *(str(row[key]) if row[key] is not None else "-" for key in ("frames", "max_tokens", "questions", "unanswered")),
                 f"{row['accuracy']:.3f}",
                 _interval(row["low"], row["high"]),
-                f"{row['text_only']:.3f}" if baseline else "-",
+                f"{row['text_only']:.3f}" if row["text_only"] is not None else "-",
                 f"{row['loss']:.4f}" if "loss" in row else "-",
             )
         )

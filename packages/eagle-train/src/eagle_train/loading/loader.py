@@ -318,7 +318,10 @@ class Loader:
         if worker.number is None or place < 0:
             self._failures += 1
             if self._failures > 2 * self._count:
-                raise LoaderError(f"reading processes can't start: {detail}; with loader.workers=0 the reason is shown directly")
+                raise LoaderError(
+                    f"reading processes can't start: {detail}. They import the program: one that calls eagle_train needs "
+                    'if __name__ == "__main__": around the calls. With loader.workers=0 other reasons are shown directly'
+                )
         fresh = self._start()
         fresh.number = worker.number
         self._workers[self._workers.index(worker)] = fresh

@@ -95,4 +95,4 @@ def evaluate_exported(
         made = evaluate(model, tokenizer, facts, config, world, spec, limit=limit, max_tokens=length, progress=on_answer)
         return judged(made, judge, world)
 
-    return sweep(evaluate_at, frames=frames, lengths=lengths), facts
+    return sweep(evaluate_at, frames=frames, lengths=lengths, baseline=False), facts

@@ -14,15 +14,20 @@ from eagle_train.evaluation.metrics import Evaluation
 class Point(NamedTuple):
     """An evaluation with at most `frames` frames per video and a budget of `max_tokens` per sample.
 
-    None: as the model is configured (`sampling.max_frames`, the last stage).
+    None: as the model is configured (`sampling.max_frames`, the last stage). baseline: whether there is a text-only baseline, which needs
+    training rows.
     """
 
     frames: int | None
     max_tokens: int | None
     evaluation: Evaluation
+    baseline: bool = True
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row per source: frames, max_tokens, source, unanswered (rows with a problem), the fields of `Score` and of `SourceLoss`."""
+        """A row per source: frames, max_tokens, source, unanswered (rows with a problem), the fields of `Score` and of `SourceLoss`.
+
+        Without a baseline `text_only` is None.
+        """
         losses = self.evaluation.losses
         for source, score in self.evaluation.by_source().items():
             unanswered = sum(bool(answer.problem) for answer in self.evaluation.answers if answer.source == source)
@@ -32,16 +37,22 @@ class Point(NamedTuple):
                 "max_tokens": self.max_tokens,
                 "source": source,
                 **score._asdict(),
+                **({} if self.baseline else {"text_only": None}),
                 **loss,
                 "unanswered": unanswered,
             }
 
 
 def sweep(
-    evaluate_at: Callable[[int | None, int | None], Evaluation], *, frames: Sequence[int] = (), lengths: Sequence[int] = ()
+    evaluate_at: Callable[[int | None, int | None], Evaluation],
+    *,
+    frames: Sequence[int] = (),
+    lengths: Sequence[int] = (),
+    baseline: bool = True,
 ) -> list[Point]:
     """`evaluate_at(frames, max_tokens)` at every number of frames with every budget; empty: as the model is configured (None)."""
-    return [Point(count, length, evaluate_at(count, length)) for length, count in itertools.product(lengths or [None], frames or [None])]
+    places = itertools.product(lengths or [None], frames or [None])
+    return [Point(count, length, evaluate_at(count, length), baseline) for length, count in places]
 
 
 def write_points(points: Sequence[Point], folder: Path) -> tuple[Path, Path]:

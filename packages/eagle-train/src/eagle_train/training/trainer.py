@@ -199,7 +199,8 @@ class Trainer:
         if path is not None and progress is not None:
             open_stages = [stage.name for stage in self.config.stages[progress.stage + progress.done :]]
             check_same(progress.data, self._data, path, open_stages=open_stages)
-            logger.info("resuming from %s", path)
+            if self.world.is_main:
+                logger.info("resuming from %s", path)
         if self.world.is_main:
             checkpoint.clean(self.checkpoints)
             self.records.rewind(progress.total_steps if progress is not None else 0)

@@ -11,9 +11,10 @@ import numpy as np
 
 def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Accuracy of each source with its 95 % interval over log2 of the frames, or of max_tokens when only that varies; the text-only
-    baseline is a dashed line. With both, a panel per max_tokens. rows: those of `sweep.jsonl`."""
+    baseline, if there is one, is a dashed line. With both, a panel per max_tokens. rows: those of `sweep.jsonl`."""
     by_frames = any(row["frames"] is not None for row in rows)
     key, other = ("frames", "max_tokens") if by_frames else ("max_tokens", "frames")
+    baseline = all(row["text_only"] is not None for row in rows)
     panels = list(dict.fromkeys(row[other] for row in rows))
     figure, axes = _figure(len(panels), 1, (1 + 4.5 * len(panels), 4))
     for axis, panel in zip(axes, panels):
@@ -24,13 +25,14 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
             mean, low, high = (np.array([row[name] for row in own]) for name in ("accuracy", "low", "high"))
             bars = np.maximum((mean - low, high - mean), 0)
             axis.errorbar(at, mean, bars, fmt="o-", color=f"C{number}", capsize=3, label=source)
-            axis.plot(at, [row["text_only"] for row in own], "--", color=f"C{number}", linewidth=0.8)
+            if baseline:
+                axis.plot(at, [row["text_only"] for row in own], "--", color=f"C{number}", linewidth=0.8)
         values = sorted({row[key] for row in some})
         axis.set_xticks(np.log2(values), [str(value) for value in values])
         axis.set_xlabel("most frames of a video" if by_frames else "context length in tokens")
         axis.set_title("" if panel is None else f"{other} = {panel}")
         axis.set_ylim(0, 1)
-    axes[0].set_ylabel("accuracy (dashed: text-only)")
+    axes[0].set_ylabel("accuracy (dashed: text-only)" if baseline else "accuracy")
     axes[0].legend(fontsize=8)
     return _save(figure, path)
 

@@ -38,14 +38,17 @@ GENERATED = Host(None)
 def find_hosts(paths: Sequence[Path], shortest: float) -> list[Host]:
     """The videos at `paths` (files, or folders with everything below them) that last `shortest` seconds; without paths the generated one.
 
-    Raises NeedleError for a path that does not exist, a file that is not a video, and when no video is long enough.
+    Raises NeedleError for a path that does not exist, a folder without videos, a file that is not one, and when none is long enough.
     """
     if not paths:
         return [GENERATED]
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES)
+            found = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES)
+            if not found:
+                raise NeedleError(f"--host {path}: the folder has no video files ({', '.join(sorted(SUFFIXES))}); name another one")
+            files += found
         elif path.is_file():
             files.append(path)
         else:
