@@ -291,7 +291,7 @@ def test_from_plan_to_report(colour_run, tmp_path, eagle_here):
     assert {json.loads(line)["metric"] for line in (tmp_path / "by frames" / "answers.jsonl").read_text().splitlines()} == {"f1"}
     for options, text in [
         (("--frames", "4,x"), "--frames 4,x: 'x' is not a number of at least 1"),
-        (("--metric", "bleu"), "eval.metrics.rows: "),
+        (("--metric", "bleu"), "--metric bleu: expected one of exact, "),
         (("--set", "run.seed=1"), "an evaluation changes keys of the section eval only"),
         (("--set", "eval.batch=1"), "did you mean 'batch_size'?"),
     ]:
