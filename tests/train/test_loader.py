@@ -39,6 +39,15 @@ def reading(tasks, tmp_path):
     return Reading(str(tmp_path / "tokenizer"), SPEC, Limits())
 
 
+@pytest.fixture
+def pipes_hang(tmp_path, monkeypatch):
+    """Reading processes do not refuse named pipes: opening one waits for a writer, as of a file of a server that does not answer."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("import eagle_sampling.files\neagle_sampling.files.check_regular = lambda path: None\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
+
+
 def here(tasks, reading, tokenizer):
     return list(Loader(tasks, reading, workers=0, encoder=CachedEncoder(tokenizer)))
 
@@ -89,6 +98,7 @@ def kill_reader(loader, number, deadline):
         time.sleep(0.01)
 
 
+@pytest.mark.usefixtures("pipes_hang")
 def test_a_reader_that_is_killed_once_costs_nothing(tasks, reading, tmp_path, caplog):
     task = next(task for task in tasks if task.pack[0].address.line <= 24)
     path = tmp_path / f"{task.pack[0].address.line - 1}.png"
@@ -133,6 +143,7 @@ def test_the_first_reading_process_ignores_signals_too(tmp_path):
     assert done.stdout.strip() == "[True, True]"
 
 
+@pytest.mark.usefixtures("pipes_hang")
 def test_a_stuck_file_and_a_dying_reader_cost_one_sample_each(tasks, reading, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(loader_module, "SLOW_SAMPLE", 2.0)
     # A named pipe without a writer: opening it never returns.
