@@ -1,7 +1,5 @@
 """shard and unshard on one rank and many, and errors that are the same on every rank."""
 
-import time
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +8,7 @@ from eagle_cp import ContextMesh, Layout, attention, exchange_tiles, plan_tiles
 from eagle_cp.layout import agree
 from eagle_cp.watchdog import Watchdog
 from tests.support.ranks import free_ports
+from tests.support.waiting import wait_for
 
 LENGTHS = [50, 3, 1, 17, 8]
 
@@ -59,14 +58,6 @@ def bad_input(meshes, case):
     return None
 
 
-def wait_for(*paths):
-    """Until all of them exist, at most a minute: a loaded machine may suspend a thread for seconds."""
-    end = time.monotonic() + 60
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def hang(meshes, folder):
     """Rank 1 comes to a collective when the watchdogs of the others have reported that it is late."""
     mesh, reports = meshes[1], []
@@ -78,7 +69,7 @@ def hang(meshes, folder):
 
     with Watchdog(mesh.groups(), timeout=0.3, store=store, report=report):
         if mesh.rank == 1:
-            wait_for(folder / "reported-0", folder / "reported-2")
+            wait_for(lambda: all((folder / f"reported-{rank}").exists() for rank in (0, 2)))
         before = list(reports)
         mesh.context.all_gather_rows(torch.zeros(3))
     return before if mesh.rank == 1 else reports
@@ -100,7 +91,7 @@ def lost_store(meshes, folder):
     with Watchdog(mesh.groups(), timeout=0.3, store=store if mesh.rank else None, report=report) as watchdog:
         if mesh.rank == 0:
             del store
-            wait_for(folder / "reported-1")
+            wait_for((folder / "reported-1").exists)
         mesh.context.all_gather_rows(torch.zeros(4))
         return reports, watchdog._thread.is_alive()
 

@@ -13,14 +13,7 @@ from eagle_train.runs.train import train
 from eagle_train.training import heartbeat
 from eagle_train.training.heartbeat import Heartbeat
 from eagle_train.training.trainer import Trainer
-
-
-def wait_for(condition):
-    """Until it holds, at most a minute: a loaded machine may suspend a thread for seconds."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+from tests.support.waiting import wait_for
 
 
 def test_only_what_takes_long_is_reported():

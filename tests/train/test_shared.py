@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from hypothesis.extra import numpy as arrays_of
 
 from eagle_train.data import shared as module
 from eagle_train.data.shared import Damaged, read_arrays, shared_arrays
+from tests.support.waiting import wait_for
 
 arrays = st.dictionaries(
     st.text("abcdefgh_", min_size=1, max_size=8),
@@ -79,13 +79,6 @@ def start(folder, number, dies="never"):
     return subprocess.Popen([sys.executable, folder / "plans.py", folder, str(number), dies], stdout=subprocess.PIPE, text=True)
 
 
-def wait_for(path: Path):
-    deadline = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_of_many_processes_one_plans_and_all_read(tmp_path):
     processes = [start(tmp_path, number) for number in range(4)]
     assert {process.communicate(timeout=60)[0] for process in processes} == {f"{sum(range(200_000))}\n"}
@@ -95,7 +88,7 @@ def test_of_many_processes_one_plans_and_all_read(tmp_path):
 @pytest.mark.parametrize("dies", ["while-planning", "while-writing"])
 def test_kill_nine_of_the_process_that_plans_leaves_nothing_half(tmp_path, dies):
     first = start(tmp_path, 0, dies)
-    wait_for(tmp_path / "making-0")
+    wait_for((tmp_path / "making-0").exists)
     second = start(tmp_path, 1)
     if dies == "while-planning":
         time.sleep(0.5)

@@ -1,4 +1,5 @@
-"""Everything that is measured on a whole host, by one command: correctness, attention, steps, scaling, the longest context, kills.
+"""Everything that is measured on a whole host, by one command: correctness, attention, steps, scaling, trees, the longest
+context, kills.
 
     python packages/eagle-train/benchmarks/host.py --out DIR [--gpus N] [--only PART ...] [--minutes M]
     python packages/eagle-train/benchmarks/host.py --out DIR --small [--gpus 8]

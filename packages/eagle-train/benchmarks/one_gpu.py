@@ -1,4 +1,4 @@
-"""Everything that is measured on one GPU, and the tests that need one: parts run side by side, each on a GPU of its own.
+"""Benchmarks of training on one GPU, and the tests that need one: parts run side by side, each on a GPU of its own.
 
     python packages/eagle-train/benchmarks/one_gpu.py --out DIR [--only PART ...] [--minutes M] [--list] [--small]
 
