@@ -16,8 +16,9 @@ per GPU and step, unless said otherwise:
 
 `start_s` is from the start of the command until the record of the first step is in metrics.jsonl, which is after the second step; the
 phases until the end of the first are listed, too. Rates are of the median of the steps after the second, or of the last step of a shorter
-run. A checkpoint is written in the background after the fourth step: `checkpoint_s` is what the steps after it took longer than the
-median. `--small`: tiny models on processes of a CPU, two by default.
+run. In `data-32k` a checkpoint is written in the background after the ninth step: `checkpoint_s` is what the steps after it took longer
+than the median of those before, and `checkpoint_written_s` is from the end of the ninth step until the checkpoint is complete; the run is killed
+after its last step, before it writes another 33 GB. `--small`: tiny models on processes of a CPU, two by default.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import time
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository root, where
 from benchmarks.environment import environment
 from benchmarks.results import Metric, Result, add_out, report, write
 from benchmarks.rivals import Absent
+from eagle_train.training.checkpoint import latest
 from eagle_train.training.metrics import Metrics
 
 GIB = 1 << 30
@@ -58,11 +60,14 @@ METRICS = {
     "planned_gib": Metric("GiB", "none"),
     "data_wait": Metric("share", "lower"),
     "checkpoint_s": Metric("s longer", "lower"),
+    "checkpoint_written_s": Metric("s until complete", "lower"),
     "command_s": Metric("s", "none"),
 }
 PHASES = ("launch", "imports", "process group", "facts", "plans", "model", "first packs", "kernels", "first step")
 """Of the start, as `eagle train` prints them."""
 METRICS |= {phase.replace(" ", "_") + "_s": Metric("s of the start", "lower") for phase in PHASES}
+SAVED = 9
+"""Steps before the checkpoint; after twice as many, the next one would be written."""
 LOW: dict[str, Any] = {"model": {"weights": "bfloat16"}, "stage": {"optimizer": "adamw8bit"}}
 
 
@@ -85,7 +90,7 @@ class Case:
 
 CASES = [
     Case("one-32k", 1, 32768, 6, settings=LOW),
-    Case("data-32k", 0, 32768, 9, save=True, settings=LOW),
+    Case("data-32k", 0, 32768, 2 * SAVED - 1, save=True, cut=True, settings=LOW),
     Case("context-128k", 0, 131072, 4, shared=True, settings=LOW),
     Case("adamw-32k", 0, 32768, 5),
     Case("limited-128k", 0, 131072, 4, shared=True, settings={"model": {"gpu_memory": 58}}),
@@ -130,7 +135,7 @@ def configuration(case: Case, processes: int, small: bool) -> dict[str, Any]:
         "sampling": {"fps": max(2.0, case.frames / 512), "max_frames": case.frames},
         "stages": [stage | settings.get("stage", {})],
         "parallel": {"all_gather": processes} if case.shared else {},
-        "checkpoint": {"every": 4 if case.save else 1000, "keep": 1},
+        "checkpoint": {"every": SAVED if case.save else 1000, "keep": 1},
     }
 
 
@@ -139,45 +144,54 @@ def records(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def watched(command: list[str], folder: Path, metrics: Path, cut_after: int | None) -> tuple[float, float]:
-    """Run a command. Seconds until it wrote its first record to `metrics`, and until it ended, or was killed after `cut_after` records.
+class Watched(NamedTuple):
+    """Seconds since the start of a command: when each record was there, when a checkpoint was complete (0 for none), and the end."""
+
+    recorded: list[float]
+    complete: float
+    end: float
+
+
+def watched(command: list[str], folder: Path, run: Path, cut_after: int | None) -> Watched:
+    """Run a command that writes metrics and checkpoints to `run`, until it ends or has written `cut_after` records and is killed.
 
     Raises RuntimeError with the end of its output when it fails.
     """
-    begin, first = time.monotonic(), 0.0
+    begin, recorded, complete = time.monotonic(), list[float](), 0.0
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                written = records(metrics)
-                first = first or (time.monotonic() - begin) * (written > 0)
-                if cut_after is not None and written >= cut_after:
+                now = time.monotonic() - begin
+                recorded += [now] * (records(run / "metrics.jsonl") - len(recorded))
+                complete = complete or now * (latest(run / "checkpoints") is not None)
+                if cut_after is not None and len(recorded) >= cut_after:
                     break
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         seconds = time.monotonic() - begin
         code = process.wait()
-        if code and not (cut_after is not None and records(metrics) >= cut_after):
+        if code and not (cut_after is not None and len(recorded) >= cut_after):
             output.seek(0)
             raise RuntimeError(f"exit code {code}: {output.read().decode(errors='replace')[-1500:]}")
-    return first, seconds
+    return Watched(recorded, complete, seconds)
 
 
-def run(folder: Path, case: Case, processes: int, small: bool) -> dict[str, float]:
-    """The metrics of one run, which is removed. Raises RuntimeError with the end of the output when the command fails."""
+def run(folder: Path, case: Case, processes: int, small: bool) -> tuple[dict[str, float], dict[str, Any]]:
+    """(metrics, details) of one run, which is removed. Raises RuntimeError with the end of the output when the command fails."""
     (folder / f"{case.name}.yaml").write_text(yaml.safe_dump(configuration(case, processes, small)))
     command = [sys.executable, "-m", "eagle_train.cli", "train", f"{case.name}.yaml", "--nproc", str(processes)]
     command += ["--device", "cpu"] if small else []
-    metrics = folder / "runs" / case.name / "metrics.jsonl"
-    start, seconds = watched(command, folder, metrics, case.steps if case.cut else None)
-    steps = [record for record in Metrics(metrics) if record["kind"] == "step"]
-    shutil.rmtree(folder / "runs" / case.name)  # with checkpoints of 50 GB
-    later = steps[2:] or steps[-1:]
+    place = folder / "runs" / case.name
+    times = watched(command, folder, place, case.steps if case.cut else None)
+    steps = [record for record in Metrics(place / "metrics.jsonl") if record["kind"] == "step"]
+    shutil.rmtree(place)  # with checkpoints of 50 GB
+    later = (steps[2:SAVED] if case.save else steps[2:]) or steps[-1:]
     usual = statistics.median(record["seconds"] for record in later)
     rate = statistics.median(record["tokens_per_second"] for record in later) / processes
-    found = {"start_s": start, "step_s": usual, "tokens_per_s": rate, "command_s": seconds}
+    found = {"start_s": times.recorded[0], "step_s": usual, "tokens_per_s": rate, "command_s": times.end}
     found |= {"reserved_gib": steps[-1]["memory_peak"] / GIB, "data_wait": statistics.mean(record["data_wait"] for record in later)}
     found |= {phase.replace(" ", "_") + "_s": seconds for phase, seconds in steps[0]["start"].items()}
     if "memory_planned" in steps[-1]:
@@ -185,8 +199,10 @@ def run(folder: Path, case: Case, processes: int, small: bool) -> dict[str, floa
     if "mfu" in steps[-1]:
         found["mfu"] = statistics.median(record["mfu"] for record in later)
     if case.save:
-        found["checkpoint_s"] = sum(record["seconds"] - usual for record in steps[4:])
-    return found
+        found["checkpoint_s"] = sum(record["seconds"] - usual for record in steps[SAVED:])
+        if times.complete:
+            found["checkpoint_written_s"] = times.complete - times.recorded[SAVED - 1]
+    return found, {"step_seconds": [record["seconds"] for record in steps]}
 
 
 def main() -> None:
@@ -218,7 +234,7 @@ def main() -> None:
                 result.absent.append(Absent(label, "ours", "not started: the time was up"))
                 continue
             try:
-                found = run(folder, case, processes, options.small)
+                found, details = run(folder, case, processes, options.small)
             except Exception as error:
                 print(f"{label}: {error}", flush=True)
                 result.absent.append(Absent(label, "ours", str(error)[-300:]))
@@ -227,7 +243,7 @@ def main() -> None:
             alone = found["tokens_per_s"] if case.name == "one-32k" else alone
             if case.name == "data-32k" and alone is not None:
                 found["scaling"] = found["tokens_per_s"] / alone
-            result.add(label, **found)
+            result.add(label, details=details, **found)
             print(label, {key: round(value, 3) for key, value in found.items()}, flush=True)
             if options.out is not None:
                 write(result, options.out)

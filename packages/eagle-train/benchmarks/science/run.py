@@ -6,6 +6,7 @@
     python run.py --out results --deadline 480           # what has not ended by then is stopped; the same command again continues
     python run.py --out results --trial                  # every kind of arm for a few steps, with a smaller model, on a CPU
     python run.py --out results --only video --seeds 1
+    python run.py --out results --only fill,text-ads-2   # an experiment, and a run of another
     python run.py --join a.json b.json --out both        # one result; of runs that several have, the first that ended counts
     python run.py --plot results/science.json            # Markdown and plots of a result
 
@@ -65,8 +66,9 @@ class Options(NamedTuple):
     @property
     def media(self) -> tuple[str, ...]:
         """The kinds of media that are needed."""
-        images = set(self.only) & IMAGE_EXPERIMENTS if self.only else {"all"}
-        clips = set(self.only) - IMAGE_EXPERIMENTS if self.only else {"all"}
+        experiments = {name.partition("-")[0] for name in self.only}
+        images = experiments & (IMAGE_EXPERIMENTS | {"base"}) if experiments else {"all"}
+        clips = experiments - IMAGE_EXPERIMENTS if experiments else {"all"}
         return (*(["clips"] if clips else []), *(["images"] if images else []))
 
     @property
@@ -84,7 +86,7 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=1e9, help="Seconds after which runs are stopped.")
     parser.add_argument("--seeds", type=int, default=3, help="Seeds of every arm.")
     parser.add_argument("--scale", type=float, default=1.0, help="Multiplies the steps of every run.")
-    parser.add_argument("--only", default="", help="Experiments, separated by commas; bases that they start from are added.")
+    parser.add_argument("--only", default="", help="Experiments or runs (text-ads-2), separated by commas; what they start from is added.")
     parser.add_argument("--size", choices=SIZES, default="small", help="small: on CPU threads; large: on a GPU.")
     parser.add_argument("--trial", action="store_true", help="Little data, three steps a stage, one seed, a smaller model, no GPU.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -121,8 +123,9 @@ def chosen(options: Options) -> list[Run]:
     """The runs that the options ask for, with the bases that they need, in the order in which they start."""
     runs = all_runs(options.data, tuple(range(options.seeds)), options.models, options.scale)
     if options.only:
-        wanted = [run for run in runs if run.experiment in options.only]
-        needed = {run.name for run in wanted}
+        if unknown := set(options.only) - {name for run in runs for name in (run.experiment, run.name)}:
+            sys.exit(f"--only {','.join(sorted(unknown))}: neither an experiment nor a run")
+        needed = {run.name for run in runs if {run.experiment, run.name} & set(options.only)}
         for run in reversed(runs):  # what they start from comes before them
             if run.name in needed and run.after is not None:
                 needed.add(run.after)
@@ -132,7 +135,7 @@ def chosen(options: Options) -> list[Run]:
 
 def everything(options: Options) -> None:
     """Make the data, measure all rows once, and go through the runs."""
-    begin = time.time()
+    begin, runs = time.time(), chosen(options)
     options.out.mkdir(parents=True, exist_ok=True)
     options.runs.mkdir(parents=True, exist_ok=True)
     os.environ.update(ENVIRONMENT)
@@ -141,7 +144,6 @@ def everything(options: Options) -> None:
         amounts = FEW if options.trial else Amounts().only("clips" in options.media, "images" in options.media)
         make(options.data, amounts, max(options.parallel, len(os.sched_getaffinity(0))))
     print(f"[{time.time() - begin:5.1f} s] data are made", flush=True)
-    runs = chosen(options)
     # One process for every set of sources that is measured: runs that read the same rows find what was measured.
     sets = {json.dumps(run.config["data"], sort_keys=True): run for run in runs}
     with ProcessPoolExecutor(min(options.parallel, len(sets))) as pool:
