@@ -145,6 +145,28 @@ def test_joined_results_have_every_run_once_and_its_machine(science):
     joined = science("report").join([one, content("c", stopped)])
     assert [run.get("failed") for run in joined["runs"]] == [None, "stopped at the deadline"]
     assert not joined["repeated"]
+    first = science("report").join([one, other]) | {"pilots": [1]}
+    again = science("report").join([first, content("c", run_result(1, 0.5), run_result(2, 1.0))])
+    assert [run["machine"] for run in again["runs"]] == ["a, 2 at a time", "b, 2 at a time", "c, 2 at a time"]
+    assert [(run["seed"], run["machine"]) for run in again["repeated"]] == [(0, "b, 2 at a time"), (1, "c, 2 at a time")]
+    assert [one["machine"] for one in again["settings"]] == ["a", "b", "c"]
+    assert again["pilots"] == [1]
+
+
+def test_single_runs_can_be_chosen_with_what_they_start_from(science, tmp_path):
+    run = science("run")
+    options = run.Options(tmp_path, tmp_path / "work", 1, 1.0, 3, 1.0, ("fill", "text-ads-2"), "small", False)
+    names = [one.name for one in run.chosen(options)]
+    assert names == [
+        *("base-letters-0", "base-letters-1", "base-video-2", "base-letters-2", "text-ads-2"),
+        *("tiling-iap-0", "tiling-iap-1", "tiling-iap-2"),
+        *(f"fill-{arm}-{seed}" for seed in range(3) for arm in ("ads", "ads-fill")),
+    ]
+    assert options.media == ("clips", "images")
+    assert options._replace(only=("text-ads-2",)).media == ("clips",)
+    assert options._replace(only=("tiling-iap-0",)).media == ("images",)
+    with pytest.raises(SystemExit, match=r"--only text-ad-2: neither"):
+        run.chosen(options._replace(only=("text-ad-2",)))
 
 
 @pytest.mark.parametrize(

@@ -22,19 +22,25 @@ def grouped(content: dict[str, Any]) -> dict[Key, list[dict[str, Any]]]:
 
 
 def join(contents: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result: every run once, from the first content in which it ended; `repeated` has it from the others. Runs name their machine."""
+    """One result: every run once, from the first content in which it ended; `repeated` has it from the others. Runs name their machine.
+
+    A content may itself be joined. What else it holds is kept.
+    """
     runs: dict[tuple[str, str, int], dict[str, Any]] = {}
-    repeated = []
+    settings, repeated, others = [], [], dict[str, Any]()
     for content in contents:
-        settings = content["settings"]
-        where = f"{settings['machine']}, {settings['parallel']} at a time"
+        joined = isinstance(content["settings"], list)
+        settings += content["settings"] if joined else [content["settings"]]
+        named = {} if joined else {"machine": f"{content['settings']['machine']}, {content['settings']['parallel']} at a time"}
+        repeated += content.get("repeated", [])
+        others |= {key: value for key, value in content.items() if key not in ("settings", "runs", "repeated", "seconds")}
         for run in content["runs"]:
-            key, run = (run["experiment"], run["arm"], run["seed"]), {"machine": where} | run
+            key, run = (run["experiment"], run["arm"], run["seed"]), named | run
             if key not in runs or "failed" in runs[key]:
                 runs[key] = run
             elif "failed" not in run:
                 repeated.append(run)
-    return {"settings": [content["settings"] for content in contents], "runs": list(runs.values()), "repeated": repeated}
+    return {"settings": settings, "runs": list(runs.values()), "repeated": repeated} | others
 
 
 def mean(values: list[float]) -> float:
