@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from eagle_train.training import muon
 from eagle_train.training.muon import Muon, orthogonalised
 
 
@@ -62,3 +63,58 @@ def test_a_matrix_follows_the_momentum():
         update = quintic(0.05 * gradient + 0.95 * momentum, 5).float() * 0.2 * 6**0.5
         expected = expected * (1 - 0.02 * 0.1) - 0.02 * update
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("elements", [1, 30, 1 << 22])
+def test_matrices_of_one_shape_are_updated_together_as_each_alone(monkeypatch, elements):
+    """Whatever the size of a batch, and where a parameter has no gradient."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(muon, "BATCH_ELEMENTS", elements)
+    shapes = [(3, 4), (4, 3), (3, 4), (2, 2), (3, 4), (4, 3), (3, 4)]
+    together = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [nn.Parameter(one.detach().clone()) for one in together]
+    settings = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-8}
+    optimizers = [Muon([{"params": together, "matrix": True, "weight_decay": 0.1}], **settings)]
+    optimizers += [Muon([{"params": [one], "matrix": True, "weight_decay": 0.1}], **settings) for one in alone]
+    for step in range(3):
+        for number, (one, other) in enumerate(zip(together, alone)):
+            one.grad = None if (number, step) == (2, 1) else torch.randn(one.shape)
+            other.grad = one.grad
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(together, alone):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_many_matrices_are_orthogonalised_in_few_calls(monkeypatch):
+    calls = []
+    monkeypatch.setattr(muon, "orthogonalised", lambda matrices, steps: calls.append(matrices.shape) or orthogonalised(matrices, steps))
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in [(8, 8), (8, 4), (8, 8), (2000, 2000), (8, 8), (2000, 2000)]]
+    optimizer = Muon([{"params": parameters, "matrix": True}], lr=0.02, betas=(0.9, 0.95), eps=1e-8)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
+    assert calls == [(3, 8, 8), (1, 8, 4), (1, 2000, 2000), (1, 2000, 2000)]
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_is_that_of_the_cpu_but_for_rounding():
+    """The iteration runs in bfloat16 there; matrices and the rest, in groups of their own."""
+
+    def stepped(device):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).to(device)
+        groups = [
+            {"params": [layer.weight for layer in model], "matrix": True, "weight_decay": 0.1},
+            {"params": [layer.bias for layer in model], "weight_decay": 0.0},
+        ]
+        optimizer = Muon(groups, lr=0.02, betas=(0.9, 0.95), eps=1e-8)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            optimizer.step()
+        return model
+
+    for one, other in zip(stepped("cpu").parameters(), stepped("cuda").parameters()):
+        torch.testing.assert_close(one, other.cpu(), atol=1e-3, rtol=0)

@@ -58,6 +58,7 @@ def parts(small: bool) -> list[Part]:
         Part("step-64k", step("64k", "--policies", "selective", "lean"), 150, gib=130),
         Part("trees", alone(f"{CP}/bench.py", *trees), 240, "both_tflops", gib=40),
         Part("optimizers", script(f"{TRAIN}/optimizers.py"), 120, gib=20),
+        Part("quickstart", [sys.executable, "-m", "eagle_train.cli", "train", "quickstart"], 300, gib=10, result=("--dir", "")),
     ]
     for folder in TESTED:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu" if small else "gpu", f"tests/{folder}"]

@@ -221,6 +221,8 @@ def main() -> None:
         parser.error(f"--gpus {gpus}: this host has {torch.cuda.device_count()}")
     if gpus == 0 or not (options.small or torch.cuda.is_available()):
         parser.error("no CUDA device is available; --small runs on a CPU")
+    if found := os.environ.get("PYTHONPATH"):  # runs start in another folder
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, found.split(os.pathsep)))
     begin = time.monotonic()
     result = Result("eagle-train/scaling", environment(LIBRARIES, gpus=0 if options.small else gpus), METRICS, settings={"gpus": gpus})
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

@@ -5,38 +5,44 @@ The update is scaled as in arXiv 2502.16982, section 2.2, so that learning rate 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
+from torch.optim.adamw import adamw
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the polynomial a x + b x^3 + c x^5, which five times over takes singular values of 0.01 to 1 into 0.68 to 1.14 (the original's)."""
+BATCH_ELEMENTS = 1 << 22
+"""Matrices of one shape are orthogonalised together as long as they have so many elements: small ones cost their launches and calls, large
+ones their arithmetic, and their copies memory."""
 
 
-def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About `U V^T` of a matrix `U S V^T`: [m, n] -> [m, n], singular values in 0.68 to 1.14 where those of the input are not tiny.
+def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
+    """About `U V^T` of matrices `U S V^T`: [..., m, n] -> [..., m, n], singular values in 0.68 to 1.14 where those of the input are not
+    tiny.
 
     A Newton-Schulz iteration: bfloat16 on GPUs, float32 elsewhere.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
+    x = (x.mT if tall else x).reshape(-1, *sorted(x.shape[-2:]))
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
     """Groups with `matrix` true hold matrices [m, n], updated with orthogonalised Nesterov momentum; all others are updated as by AdamW.
 
-    State: float32 `momentum` of a matrix (4 bytes a parameter); `exp_avg`, `exp_avg_sq` of the rest (8). Sharded matrices are gathered one
-    by one for the orthogonalisation, in the same order on every rank.
+    State: float32 `momentum` of a matrix (4 bytes a parameter); `exp_avg`, `exp_avg_sq` of the rest (8). Sharded matrices are gathered for
+    the orthogonalisation, at most a batch at a time, in the same order on every rank.
     """
 
     def __init__(
@@ -50,35 +56,59 @@ class Muon(torch.optim.Optimizer):
         """One step; returns what `closure` returns."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = self._matrix(parameter, group) if group["matrix"] else self._adam(parameter, group)
-                parameter.add_(update, alpha=-group["lr"])
+            learning = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["matrix"]:
+                for batch in _batches(learning):
+                    self._step_matrices(batch, group)
+            elif learning:
+                self._step_others(learning, group)
         return loss
 
-    def _matrix(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        ahead = parameter.grad.lerp(momentum, group["momentum"])  # pyright: ignore[reportOptionalMemberAccess]
-        rows, columns = parameter.shape
-        scale = 0.2 * max(rows, columns) ** 0.5  # the root mean square of AdamW's updates is 0.2 to 0.4
-        if not isinstance(ahead, DTensor):
-            return orthogonalised(ahead, group["steps"]) * scale
-        whole = orthogonalised(ahead.full_tensor(), group["steps"]) * scale
-        replicated = DTensor.from_local(whole, ahead.device_mesh, [Replicate()] * ahead.device_mesh.ndim, run_check=False)
-        return replicated.redistribute(placements=ahead.placements)
+    def _step_matrices(self, batch: list[Tensor], group: dict[str, Any]) -> None:
+        """batch: of one shape."""
+        for parameter in batch:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        gradients: Any = [parameter.grad for parameter in batch]
+        momenta = [self.state[parameter]["momentum"] for parameter in batch]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        scale = 0.2 * max(batch[0].shape) ** 0.5  # the root mean square of AdamW's updates is 0.2 to 0.4
+        updates = orthogonalised(torch.stack([_whole(one) for one in ahead]), group["steps"]).unbind()
+        torch._foreach_mul_(batch, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(batch, [_placed_as(one, update) for one, update in zip(ahead, updates)], alpha=-group["lr"] * scale)
 
-    def _adam(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["step"] += 1
-        count = float(state["step"])
-        mean = state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-        return (mean / (1 - beta1**count)) / ((square / (1 - beta2**count)).sqrt() + group["eps"])
+    def _step_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] |= {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)} | averages
+        gradients: Any = [parameter.grad for parameter in parameters]
+        means, squares, counts = ([self.state[one][name] for one in parameters] for name in ("exp_avg", "exp_avg_sq", "step"))
+        (beta1, beta2), settings = group["betas"], {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        adamw(
+            parameters, gradients, means, squares, [], counts,
+            fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, **settings,
+        )  # fmt: skip
+
+
+def _batches(matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices of one shape, at most BATCH_ELEMENTS together or one alone."""
+    shapes: dict[Any, list[Tensor]] = defaultdict(list)
+    for matrix in matrices:
+        shapes[matrix.shape, matrix.dtype, matrix.device].append(matrix)
+    for alike in shapes.values():
+        size = max(1, BATCH_ELEMENTS // max(1, alike[0].numel()))
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _placed_as(like: Tensor, whole: Tensor) -> Tensor:
+    """A tensor that every rank has, divided over ranks as another."""
+    if not isinstance(like, DTensor):
+        return whole
+    replicated = DTensor.from_local(whole, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=like.placements)
