@@ -14,11 +14,11 @@ per GPU and step, unless said otherwise:
 - `sums-32k`: as `one-32k` with three packs a step, whose gradients are summed in float32.
 - `one-2b-32k`: the 2B with float32 weights, AdamW, and two packs a step: FSDP2 on one rank.
 
-`start_s` is from the start of the command until the record of the first step is in metrics.jsonl, which is after the second step; the
-phases until the end of the first are listed, too. Rates are of the median of the steps after the second, or of the last step of a shorter
-run. In `data-32k` a checkpoint is written in the background after the ninth step: `checkpoint_s` is what the steps after it took longer
-than the median of those before, and `checkpoint_written_s` is from the end of the ninth step until the checkpoint is complete; the run is
-killed after its last step, before it writes another 33 GB. `--small`: tiny models on processes of a CPU, two by default.
+`start_s` is from the start of the command until the record of the first step is in metrics.jsonl; its phases are listed, too. Rates are of
+the median of the steps after the second, or of the last step of a shorter run. In `data-32k` a checkpoint is written in the background
+after the ninth step: `checkpoint_s` is what the steps after it took longer than the median of those before, and `checkpoint_written_s` is
+from the end of the ninth step until the checkpoint is complete; the run is killed after its last step, before it writes another 33 GB.
+`--small`: tiny models on processes of a CPU, two by default.
 """
 
 from __future__ import annotations

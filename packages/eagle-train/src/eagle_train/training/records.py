@@ -1,7 +1,7 @@
 """Records of a run: the metrics of every step, written when its loss has arrived, and those of evaluations.
 
 A step's loss and gradient norm are read when the work of the next step is queued, for which the host waits (so the time of a step is that
-of the device), and before anything is saved.
+of the device), and before anything is saved; those of the first step at once, so that a run shows soon that it works.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ class Records:
         self.startup: StartUp | None = startup
         self._start: dict[str, Any] = {}
         self._peak = peak_flops(world.device, config.parallel.dtype)
+
+    @property
+    def starting(self) -> bool:
+        """Whether no step of this process has a record."""
+        return self.startup is not None
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record now."""

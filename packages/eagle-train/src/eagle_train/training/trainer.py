@@ -251,6 +251,8 @@ class Trainer:
             self._compiled()
             pending = self._step(number, step, optimizer, packs, totals)
             self.stop.training = True
+            if self.records.starting and self.world.device.type == "cuda":
+                torch.cuda.synchronize(self.world.device)  # later steps are waited for when the next one is queued
             now = time.monotonic()
             elapsed = max(now - begin, 1e-9)
             speed: dict[str, Any] = {
@@ -267,7 +269,7 @@ class Trainer:
             self.records.hold(pending, speed)
             over = step + 1 == schedule.steps
             self.after_step()
-            if over:
+            if over or self.records.starting:
                 self.records.settle()
             if over or totals.saves or (step + 1) % self.config.checkpoint.every == 0:
                 self._save(number, step + 1, optimizer)
