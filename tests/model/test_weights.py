@@ -1,6 +1,7 @@
 """Weights by rows: any rows are those of the whole tensor, wherever they come from, and a rank reads its shard alone."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from eagle_model import weights
+from eagle_model import initial, weights
 from eagle_model.checkpoint import HEAD, checkpoint_rows, save_checkpoint
 from eagle_model.eagle import EagleForConditionalGeneration
 from eagle_model.initial import DRAWN_ELEMENTS, Draw, draw_rows, drawn
@@ -48,6 +49,24 @@ def test_any_rows_are_those_of_the_whole(rows, width, seed, data):
     draw = Draw("uniform", 0.5)
     expected = draw_rows(draw, (rows, width), seed, "a", 0, rows)
     assert torch.equal(draw_rows(draw, (rows, width), seed, "a", start, stop), expected[start:stop])
+
+
+@given(start=st.integers(0, 50), count=st.integers(0, 50), width=st.integers(1, 9), unit=st.integers(1, 12), elements=st.integers(1, 60))
+def test_blocks_begin_where_units_do(start, count, width, unit, elements):
+    with mock.patch.object(weights, "BLOCK_ELEMENTS", elements):
+        found = list(weights._blocks(start, start + count, (1000, width), unit))
+    assert [row for first, last in found for row in range(first, last)] == list(range(start, start + count))
+    assert all(first % unit == 0 for first, _ in found[1:])
+    assert all((last - first) * width <= max(elements, unit * width) for first, last in found)
+
+
+def test_no_block_is_drawn_twice(monkeypatch):
+    monkeypatch.setattr(initial, "DRAWN_ELEMENTS", 300)
+    monkeypatch.setattr(weights, "BLOCK_ELEMENTS", 1000)
+    model, counted = allocated(empty()), []
+    monkeypatch.setattr(Draw, "fill_", lambda self, tensor, generator=None: counted.append(tensor.numel()))
+    fill(model, drawn(model, 0))
+    assert sum(counted) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_draws_differ_by_seed_name_and_block_and_have_their_distribution():

@@ -81,18 +81,28 @@ def drawn(model: Any, seed: int) -> dict[str, Rows]:
 
 
 def _rows(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Draw], seed: int) -> dict[str, Rows]:
-    return {name: Rows(shape, partial(draw_rows, found[name], shape, seed, name)) for name, shape in shapes.items()}
+    return {name: Rows(shape, partial(draw_rows, found[name], shape, seed, name), _drawn_rows(shape)) for name, shape in shapes.items()}
+
+
+def _drawn_rows(shape: tuple[int, ...]) -> int:
+    """Rows of the blocks that have generators of their own."""
+    return max(1, DRAWN_ELEMENTS // max(1, torch.Size(shape[1:]).numel()))
 
 
 def draw_rows(draw: Draw, shape: tuple[int, ...], seed: int, name: str, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a parameter of `shape`, in float32."""
     result = torch.empty(stop - start, *shape[1:])
-    step = max(1, DRAWN_ELEMENTS // max(1, torch.Size(shape[1:]).numel()))
+    step = _drawn_rows(shape)
     for number in range(start // step, -(-stop // step)):
         first, last = number * step, min((number + 1) * step, shape[0])
-        block = torch.empty(last - first, *shape[1:])
         digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()
-        draw.fill_(block, torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         low, high = max(first, start), min(last, stop)
-        result[low - start : high - start] = block[low - first : high - first]
+        wanted = result[low - start : high - start]
+        if (low, high) == (first, last):
+            draw.fill_(wanted, generator)
+        else:
+            block = torch.empty(last - first, *shape[1:])
+            draw.fill_(block, generator)
+            wanted.copy_(block[low - first : high - first])
     return result

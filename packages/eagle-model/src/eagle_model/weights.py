@@ -22,16 +22,20 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from eagle_model.quantized import quantized_layers
 
 BLOCK_ELEMENTS = 1 << 22
-"""Elements that are copied at a time: with 8 threads at most 256 MiB of host memory."""
-THREADS = 8
+"""Elements that are copied at a time: with 16 threads at most 512 MiB of host memory."""
+THREADS = 16
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor of `shape`, whose rows (along dimension 0) `read(start, stop)` returns on the CPU, in any floating dtype."""
+    """A tensor of `shape`, whose rows (along dimension 0) `read(start, stop)` returns on the CPU, in any floating dtype.
+
+    unit: rows that are made together, from multiples of it on: whoever reads some of them pays for all.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[int, int], Tensor]
+    unit: int = 1
 
 
 def of_tensor(tensor: Tensor) -> Rows:
@@ -89,11 +93,14 @@ def _mean(rows: Rows) -> Tensor:
     return total / count
 
 
-def _blocks(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def _blocks(start: int, stop: int, shape: tuple[int, ...], unit: int = 1) -> Iterator[tuple[int, int]]:
+    """Parts of rows [start, stop) of BLOCK_ELEMENTS, or one unit, at most; borders between them are multiples of the unit."""
     width = max(1, torch.Size(shape[1:]).numel())
-    step = max(1, BLOCK_ELEMENTS // width)
-    for first in range(start, stop, step):
-        yield first, min(first + step, stop)
+    step = max(1, BLOCK_ELEMENTS // width // unit) * unit
+    while start < stop:
+        end = min(stop, (start // unit) * unit + step)
+        yield start, end
+        start = end
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
@@ -115,7 +122,7 @@ def fill(model: nn.Module, rows: Mapping[str, Rows], *, threads: int | None = No
     layers in 4 bits are rounded on every rank.
 
     Host memory: a few blocks of `BLOCK_ELEMENTS`. threads: that read or draw at once (default: the CPUs of this host over its ranks, at
-    most 8). Raises ValueError for a parameter without rows or of another shape, before anything is read.
+    most 16). Raises ValueError for a parameter without rows or of another shape, before anything is read.
     """
     work = []
     rounded = {f"{name}.weight": layer for name, layer in quantized_layers(model).items()}
@@ -130,7 +137,7 @@ def fill(model: nn.Module, rows: Mapping[str, Rows], *, threads: int | None = No
         if not local.ndim:
             work.append((local, rows[name], 0, 1))
             continue
-        for start, stop in _blocks(first, first + local.shape[0], rows[name].shape):
+        for start, stop in _blocks(first, first + local.shape[0], rows[name].shape, rows[name].unit):
             work.append((local[start - first : stop - first], rows[name], start, stop))
     count = threads or max(1, min(THREADS, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if count == 1:
