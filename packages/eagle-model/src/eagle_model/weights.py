@@ -30,7 +30,7 @@ THREADS = 16
 class Rows:
     """A tensor of `shape`, whose rows (along dimension 0) `read(start, stop)` returns on the CPU, in any floating dtype.
 
-    unit: rows that are made together, from multiples of it on: whoever reads some of them pays for all.
+    unit: rows that are made together, from multiples of it on: reading some of them costs as much as reading all.
     """
 
     shape: tuple[int, ...]
