@@ -75,6 +75,7 @@ def test_str_names_the_parts():
         ({"compute_bytes": 0}, "compute_bytes is 0"),
         ({"optimizer_bytes": -8}, "optimizer_bytes is -8"),
         ({"decoder": dataclasses.replace(QWEN, vocab=0)}, "decoder.vocab is 0"),
+        ({"decoder": dataclasses.replace(QWEN, kv_heads=5)}, "decoder.heads is 28, expected a multiple of decoder.kv_heads, which is 5"),
         ({"decoder": dataclasses.replace(QWEN, hidden=-64)}, "decoder.hidden is -64"),
         ({"decoder": dataclasses.replace(QWEN, training=Training("lora", rank=-1))}, "decoder.training.rank is -1, expected 0 or more"),
         ({"kept_bytes": -1}, "kept_bytes is -1"),

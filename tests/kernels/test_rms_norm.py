@@ -113,3 +113,12 @@ def test_under_autocast_x_follows_the_residual(residual):
 def test_residual_of_another_shape():
     with pytest.raises(ValueError, match="residual has shape"):
         add_rms_norm(torch.ones(4, 8), torch.ones(5, 8), torch.ones(8))
+
+
+@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
+def test_an_eps_that_gives_no_number_is_refused(eps):
+    x = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="rms_norm: eps is"):
+        rms_norm(x, torch.ones(4), eps)
+    with pytest.raises(ValueError, match="add_rms_norm: eps is"):
+        add_rms_norm(x, x, torch.ones(4), eps)

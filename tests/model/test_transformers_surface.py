@@ -84,8 +84,10 @@ def test_hidden_states_are_those_of_transformers(make_config):
 @pytest.mark.parametrize("tiles", [True, False])
 def test_embeddings_instead_of_ids(make_model, batch, tiles):
     model = make_model()
-    embeddings = model.get_input_embeddings()(batch["input_ids"])
-    options = without_labels(batch) if tiles else {"attention_mask": batch["attention_mask"], "input_ids": batch["input_ids"]}
+    options = without_labels(batch)
+    if not tiles:
+        options |= {"input_ids": batch["input_ids"].clamp(max=IMAGE - 1), "pixel_values": None}
+    embeddings = model.get_input_embeddings()(options["input_ids"])
     expected = model(**options).logits
     del options["input_ids"]
     assert torch.equal(model(inputs_embeds=embeddings, **options).logits, expected)
@@ -365,3 +367,20 @@ def test_no_method_for_generation_is_hidden_by_another_base():
     for name, value in vars(EagleGenerationMixin).items():
         if callable(value):
             assert getattr_static(EagleForConditionalGeneration, name) is value, name
+
+
+@torch.no_grad()
+def test_image_tokens_without_pixels_are_refused(make_model, batch):
+    """Before there is a cache: an answer may contain what the model chose."""
+    model = make_model()
+    inputs = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")}
+    count = int((inputs["input_ids"] == model.config.image_token_index).sum())
+    assert count
+    with pytest.raises(ValueError, match=f"{count} visual tokens in input_ids, but 0 tiles"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="but 0 tiles"):
+        model.generate(**inputs, max_new_tokens=1)
+    cache = model(**batch, use_cache=True).past_key_values
+    image = torch.full((inputs["input_ids"].shape[0], 1), model.config.image_token_index)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(image)], 1)
+    assert model(input_ids=image, attention_mask=mask, past_key_values=cache).logits.shape[1] == 1

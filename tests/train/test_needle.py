@@ -162,7 +162,7 @@ def test_videos_of_the_user_are_hosts(tmp_path, write_video):
     with pytest.raises(NeedleError, match=r"no\.mp4 cannot be read as a video"):
         build(tmp_path / "broken", Settings(**settings))
     (tmp_path / "hosts" / "empty").mkdir()
-    with pytest.raises(NeedleError, match=r"--host .*empty: the folder has no video files \(\.avi, .*\); name another one"):
+    with pytest.raises(NeedleError, match=r"--host .*empty: the folder has no video files \(.*\.avi, .*\); name another one"):
         build(tmp_path / "none", Settings(**settings | {"hosts": (tmp_path / "hosts" / "empty",)}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts", "made"], "nothing is left of what failed"
 

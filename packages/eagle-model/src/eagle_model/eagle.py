@@ -244,6 +244,8 @@ class EagleForConditionalGeneration(EaglePreTrainedModel, EagleGenerationMixin):
         flat = tokens.flatten(0, 1)
         if arrangement.rows is not None:
             flat = flat[arrangement.rows]
+        if inputs_embeds is None:
+            self._check_image_tokens(flat, pixel_values, cache)
         hidden = self.embed(flat, pixel_values) if inputs_embeds is None else self._fill_embeddings(flat, pixel_values)
         inputs = AttentionInputs(
             positions=arrangement.positions,
@@ -263,6 +265,13 @@ class EagleForConditionalGeneration(EaglePreTrainedModel, EagleGenerationMixin):
         if states is not None:
             values["hidden_states"] = tuple(arrangement.pad(state) for state in states)
         return arrangement, EagleOutput(**values)
+
+    def _check_image_tokens(self, ids: Tensor, tiles: Tensor | None, cache: Cache | None) -> None:
+        """Raises ValueError for flat ids [T] of a prompt with image tokens and no tiles. Later calls of an answer are not looked at: the
+        model may have chosen the image token."""
+        first = cache is None or (isinstance(cache, DynamicCache) and not cache.get_seq_length())
+        if first and tiles is None and self.config.image_token_index is not None:
+            self.check_features(int((ids == self.config.image_token_index).sum()), 0)
 
     def _fill_embeddings(self, embeddings: Tensor, tiles: Tensor | None) -> Tensor:
         """Flat embeddings [T, H], the embedding of the image token replaced by the features of the tiles in order."""

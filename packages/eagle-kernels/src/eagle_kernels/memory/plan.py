@@ -50,6 +50,10 @@ def _check(decoder: DecoderShape, vision: VisionShape | None, tokens: int, label
             raise ValueError(f"plan_memory: {name} is {size}, expected {least} or more")
         if name != "optimizer_bytes" and size % 1:  # the only mean
             raise ValueError(f"plan_memory: {name} is {size}, expected a whole number")
+    if decoder.heads % decoder.kv_heads:
+        raise ValueError(
+            f"plan_memory: decoder.heads is {decoder.heads}, expected a multiple of decoder.kv_heads, which is {decoder.kv_heads}"
+        )
     if not 0 <= labelled <= tokens or labelled % 1:
         raise ValueError(f"plan_memory: labelled is {labelled}, expected a whole number from 0 to {tokens}, the number of tokens")
 
@@ -108,7 +112,7 @@ def plan_memory(
 
     Counts what torch allocates, without the CUDA context (0.5 GiB) and libraries' workspaces. Measured accuracy: see the README.
     Raises ValueError for sizes below 1 or, except optimizer_bytes, not whole. gradient_bytes, optimizer_bytes, kept_bytes, labelled,
-    gpu_states, ranks of adapters and the number of patches can be 0.
+    gpu_states, ranks of adapters and the number of patches can be 0. gpu_states may be more than there are layers.
     """
     labelled = tokens if labelled is None else labelled
     _check(

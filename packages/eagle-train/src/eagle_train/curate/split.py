@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from eagle_sampling import MediaError, VideoInfo, probe
 from eagle_train.config import ConfigError
 from eagle_train.data.ledger import Entry
+from eagle_train.data.media import VIDEO_SUFFIXES, video_files
 from eagle_train.executors import cpus, map_items
 
 from .chapters import BadChapters, Chapter, load_chapters, of_video
@@ -21,8 +22,6 @@ from .frames import NoTimes, small_frames, times_of_frames
 from .settings import SET_ONE_WORKER, CurateConfig, SplitConfig
 from .shots import HEIGHT, WIDTH, shot_boundaries
 
-SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp", ".gif"}
-"""What counts as a video in a folder; a file that is named is taken whatever its suffix."""
 VERSION = 3
 """Of the shot detection and the schema: part of the key of every part."""
 
@@ -104,13 +103,13 @@ def list_videos(patterns: list[str]) -> list[str]:
     found: set[str] = set()
     for pattern in patterns:
         if os.path.isdir(pattern):
-            new = {str(path) for path in Path(pattern).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()}
+            new = {str(path) for path in video_files(Path(pattern))}
         elif os.path.exists(pattern) or not glob.has_magic(pattern):
             new = {pattern}  # a file that is missing goes to the ledger
         else:
             new = {path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
         if not new:
-            raise ConfigError(f"videos: {pattern} has no video files ({', '.join(sorted(SUFFIXES))}); check the path")
+            raise ConfigError(f"videos: {pattern} has no video files ({', '.join(sorted(VIDEO_SUFFIXES))}); check the path")
         found |= {os.path.abspath(path) for path in new}
     return sorted(found)
 

@@ -28,6 +28,10 @@ from .keys import RowFormat, short
 ImageRef = str | bytes | dict[str, Any]
 """An absolute path or an address, bytes, `{"lmdb_file", "lmdb_key"}` or `{"tar", "member"}`: what `eagle_sampling.open_image` takes."""
 
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp", ".gif"}
+)
+"""What counts as a video in a folder; a file that is named is taken whatever its suffix."""
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:[\w/+.-]*[;,]")
 """Addresses, which are not files: `s3://...`, `data:image/png;base64,...`; `clip1:2.png` is a file."""
 _LONGEST_PATH = 4096
@@ -267,3 +271,8 @@ def _is_image(item: Any) -> bool:
         animated = item[12:16] == b"VP8X" and item[20:21] != b"" and item[20] & 2
         return item.startswith(_IMAGE_BYTES) or (item[:4] == b"RIFF" and item[8:12] == b"WEBP" and not animated)
     return isinstance(item, str) and _IMAGE.search(item) is not None
+
+
+def video_files(folder: Path) -> list[Path]:
+    """The files below a folder that are videos by their suffix, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())

@@ -1,5 +1,6 @@
 """RMS normalisation of rows, alone and fused with the residual addition before it."""
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ declare("rms_norm", "add_rms_norm")
 MAX_WIDTH = 65536  # one row must fit the registers of one program; wider rows use the reference
 
 
-def _check(operator: str, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
+def _check(operator: str, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> None:
     if residual is None:
         checks.floating(operator, x=x)
     else:
@@ -27,6 +28,8 @@ def _check(operator: str, x: Tensor, weight: Tensor, residual: Tensor | None = N
     if x.ndim == 0:
         raise ValueError(f"{operator}: x has no dimension, expected [..., H]")
     checks.shape(operator, "weight", weight, (x.shape[-1],), "x's last dimension")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{operator}: eps is {eps}, expected a number from 0 on")
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,9 +95,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang & Sennrich 2019). x: [..., H], weight: [H] -> [..., H].
 
     Computed in float32 and rounded once, to x's dtype. The weight has x's dtype or float32; its gradient is summed in float32.
-    Raises ValueError or TypeError for shapes, dtypes or devices that do not match.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not match, and for a negative eps.
     """
-    _check("rms_norm", x, weight)
+    _check("rms_norm", x, weight, eps)
     weight_dtype, weight = gradient_dtype(weight), gathered(weight)
     if use_triton(x) and 0 < x.shape[-1] <= MAX_WIDTH:
         if not torch.is_grad_enabled():
@@ -107,11 +110,11 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-6)
     """`(rms_norm(total), total)` with `total = residual + x`, rounded to their dtype, in one pass. residual, x: [..., H], weight: [H].
 
     Under autocast x is cast to the residual's dtype, because projections return the autocast dtype there.
-    Raises ValueError or TypeError for shapes, dtypes or devices that do not match.
+    Raises as `rms_norm` does.
     """
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x = x.to(residual.dtype)
-    _check("add_rms_norm", x, weight, residual)
+    _check("add_rms_norm", x, weight, eps, residual)
     weight_dtype, weight = gradient_dtype(weight), gathered(weight)
     if use_triton(x) and 0 < x.shape[-1] <= MAX_WIDTH:
         if not torch.is_grad_enabled():

@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 
 from eagle_sampling import MediaError, probe, read_frames
+from eagle_train.data.media import VIDEO_SUFFIXES, video_files
 from eagle_train.errors import WRONG_USE, TrainError
 
 CHUNK = 64
 """Frames that are in memory at once."""
-SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
 
 
 class NeedleError(TrainError, ValueError):
@@ -45,9 +45,9 @@ def find_hosts(paths: Sequence[Path], shortest: float) -> list[Host]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES)
+            found = video_files(path)
             if not found:
-                raise NeedleError(f"--host {path}: the folder has no video files ({', '.join(sorted(SUFFIXES))}); name another one")
+                raise NeedleError(f"--host {path}: the folder has no video files ({', '.join(sorted(VIDEO_SUFFIXES))}); name another one")
             files += found
         elif path.is_file():
             files.append(path)
