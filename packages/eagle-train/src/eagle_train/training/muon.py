@@ -69,25 +69,27 @@ class Muon(torch.optim.Optimizer):
         for parameter in batch:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        gradients: Any = [parameter.grad for parameter in batch]
-        momenta = [self.state[parameter]["momentum"] for parameter in batch]
+        gradients = [_local(parameter.grad) for parameter in batch]
+        momenta = [_local(self.state[parameter]["momentum"]) for parameter in batch]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        whole = torch.stack([_whole(one, like) for one, like in zip(ahead, batch)])
+        updates = orthogonalised(whole, group["steps"]).unbind()
         scale = 0.2 * max(batch[0].shape) ** 0.5  # the root mean square of AdamW's updates is 0.2 to 0.4
-        updates = orthogonalised(torch.stack([_whole(one) for one in ahead]), group["steps"]).unbind()
-        torch._foreach_mul_(batch, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(batch, [_placed_as(one, update) for one, update in zip(ahead, updates)], alpha=-group["lr"] * scale)
+        weights = [_local(parameter) for parameter in batch]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, [_part(one, like) for one, like in zip(updates, batch)], alpha=-group["lr"] * scale)
 
     def _step_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[parameter] |= {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)} | averages
-        gradients: Any = [parameter.grad for parameter in parameters]
-        means, squares, counts = ([self.state[one][name] for one in parameters] for name in ("exp_avg", "exp_avg_sq", "step"))
+        gradients = [_local(parameter.grad) for parameter in parameters]
+        means, squares, counts = ([_local(self.state[one][name]) for one in parameters] for name in ("exp_avg", "exp_avg_sq", "step"))
         (beta1, beta2), settings = group["betas"], {name: group[name] for name in ("lr", "weight_decay", "eps")}
         adamw(
-            parameters, gradients, means, squares, [], counts,
+            [_local(parameter) for parameter in parameters], gradients, means, squares, [], counts,
             fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, **settings,
         )  # fmt: skip
 
@@ -102,13 +104,22 @@ def _batches(matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _local(tensor: Any) -> Tensor:
+    """What this rank holds: torch 2.11 knows few operations on lists of sharded tensors."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _placed_as(like: Tensor, whole: Tensor) -> Tensor:
-    """A tensor that every rank has, divided over ranks as another."""
+def _whole(local: Tensor, like: Tensor) -> Tensor:
+    """The whole of a tensor that is divided over ranks as another, gathered from their parts."""
+    if not isinstance(like, DTensor):
+        return local
+    placed = DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return placed.full_tensor()
+
+
+def _part(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has."""
     if not isinstance(like, DTensor):
         return whole
     replicated = DTensor.from_local(whole, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=like.placements)
+    return replicated.redistribute(placements=like.placements).to_local()
