@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from eagle_train.training import muon
 from eagle_train.training.muon import Muon, orthogonalised
+from tests.support.ranks import run_on_ranks
 
 
 def quintic(matrix, steps):
@@ -95,6 +99,40 @@ def test_many_matrices_are_orthogonalised_in_few_calls(monkeypatch):
         parameter.grad = torch.randn(parameter.shape)
     optimizer.step()
     assert calls == [(3, 8, 8), (1, 8, 4), (1, 2000, 2000), (1, 2000, 2000)]
+
+
+def after_three_steps(place):
+    """place: of a tensor, over ranks or not."""
+    torch.manual_seed(0)
+    matrices, rest = (
+        [nn.Parameter(place(torch.randn(shape))) for shape in shapes] for shapes in ([(7, 5), (2, 6), (7, 5), (1, 9)], [(7,), (1,)])
+    )
+    groups = [{"params": matrices, "matrix": True, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.1}]
+    optimizer = Muon(groups, lr=0.02, betas=(0.9, 0.95), eps=1e-8)
+    for _ in range(3):
+        for parameter in matrices + rest:
+            parameter.grad = place(torch.randn(parameter.shape))
+        optimizer.step()
+    return [parameter.detach() for parameter in matrices + rest]
+
+
+def differences_from_one_rank(mesh_shape):
+    mesh = init_device_mesh("cpu", mesh_shape)
+    placements = [Replicate()] * (len(mesh_shape) - 1) + [Shard(0)]
+    sharded = after_three_steps(lambda tensor: distribute_tensor(tensor, mesh, placements))
+    held = [tensor.to_local().numel() for tensor in sharded]
+    whole = [tensor.full_tensor() for tensor in sharded]
+    return dist.get_rank(), held, [float((one - other).abs().max()) for one, other in zip(whole, after_three_steps(lambda tensor: tensor))]
+
+
+@pytest.mark.parametrize("mesh_shape", [(3,), (2, 2)])
+def test_shards_are_updated_as_the_whole(mesh_shape):
+    """Also where rows do not divide evenly, and a rank has none; the second mesh also replicates."""
+    answers = run_on_ranks(torch.Size(mesh_shape).numel(), differences_from_one_rank, mesh_shape)
+    assert any(0 in held for _, held, _ in answers)
+    assert all(difference < 1e-6 for _, _, differences in answers for difference in differences), (
+        answers
+    )  # vectors and their rests round apart
 
 
 @pytest.mark.gpu
