@@ -8,13 +8,14 @@ import torch
 from eagle_model.eagle import EagleForConditionalGeneration
 from eagle_train.cli.tables import frames_table, plan_table, score_table
 from eagle_train.config import ConfigError
-from eagle_train.quickstart.build import Size
+from eagle_train.quickstart.build import ON_CPU, ON_GPU, Size
 from eagle_train.quickstart.quickstart import FRAMES, Tables, run_quickstart
 from eagle_train.runs.folder import remove_run
 from eagle_train.training.checkpoint import whole
 from eagle_train.training.metrics import Metrics
 
-SIZE = Size(images=40, positions=1, train_clips=6, test_clips=3, steps=(4, 3, 2))
+SIZE = Size(images=40, positions=1, train_clips=6, test_clips=3)
+STEPS = (4, 3, 2)
 
 
 class Recorder:
@@ -42,7 +43,13 @@ class Recorder:
 def test_quickstart_in_small(tmp_path):
     torch.set_num_threads(1)
     output = Recorder()
-    options = {"size": SIZE, "overrides": ["loader.workers=0", "data.workers=1"], "tables": Tables(plan_table, score_table, frames_table)}
+    course = ON_CPU._replace(steps=STEPS)
+    options = {
+        "size": SIZE,
+        "course": course,
+        "overrides": ["loader.workers=0", "data.workers=1"],
+        "tables": Tables(plan_table, score_table, frames_table),
+    }
     result = run_quickstart(tmp_path, output, **options)
     text = "\n".join(output.messages)
     run = tmp_path / "quickstart"
@@ -87,7 +94,7 @@ def test_quickstart_in_small(tmp_path):
 def test_quickstart_where_there_is_a_gpu(tmp_path):
     """Which it takes by itself, in float32."""
     output = Recorder()
-    result = run_quickstart(tmp_path, output, size=SIZE, overrides=["loader.workers=0", "data.workers=1"])
+    result = run_quickstart(tmp_path, output, size=SIZE, course=ON_GPU._replace(steps=STEPS), overrides=["data.workers=1"])
     assert "on cuda" in "\n".join(output.messages)
     steps = [record for record in Metrics(tmp_path / "quickstart" / "metrics.jsonl") if record["kind"] == "step"]
     assert [record["stage"] for record in steps if record["step"] == record["steps"]] == ["short", "middle", "long"]

@@ -16,9 +16,10 @@ from eagle_train.data.prepare import prepare
 from eagle_train.data.sample import load_sample
 from eagle_train.distributed.sharding import is_sharded
 from eagle_train.distributed.world import start_world
+from eagle_train.evaluation import text_only
 from eagle_train.evaluation.metrics import Answer, Evaluation
 from eagle_train.evaluation.options import normalised
-from eagle_train.evaluation.text_only import Frequencies, last_question, question_text, training_pairs
+from eagle_train.evaluation.text_only import Frequencies, TextOnlyBaseline, last_question, question_text, training_pairs
 from eagle_train.runs.chat import Chat
 from eagle_train.runs.evaluate import Evaluator
 from eagle_train.runs.export import export
@@ -39,12 +40,32 @@ def test_questions_lose_their_placeholders():
     assert question_text("<video-2> first, then <image-1> what?") == "first, then what?"
 
 
-def test_text_only_answers_are_the_most_frequent():
+def test_text_only_answers_are_the_most_frequent(monkeypatch):
     pairs = [("q", "a"), ("q", "b"), ("q", "b"), ("r", "c"), ("r", "c"), ("r", "c")]
     frequencies = Frequencies.count(pairs, {"q", "r", "not in training"})
     assert [frequencies.answer(text) for text in ("q", "r", "not in training")] == ["b", "c", "c"]
-    assert Frequencies.count(pairs, {"r"}) == ({"r": "c"}, "c"), "only the questions that are evaluated are kept"
+    assert Frequencies.count(pairs, {"r"}) == ({"q": "b", "r": "c"}, "c", True)
+    monkeypatch.setattr(text_only, "MOST_KEPT", 1)
+    assert Frequencies.count(pairs, {"r"}) == ({"r": "c"}, "c", False), "of too many, only the questions that are evaluated are kept"
+    assert Frequencies.count(pairs, {"q", "r"}) == ({"q": "b", "r": "c"}, "c", False)
     assert Frequencies.count((), {"q"}).answer("q") == ""
+
+
+@pytest.mark.parametrize(("kept", "readings"), [(9, 1), (1, 2)])
+def test_training_rows_are_read_once_unless_they_are_many(monkeypatch, kept, readings):
+    read = []
+
+    def pairs(facts):
+        read.append(facts)
+        return [("q", "a"), ("q", "b"), ("q", "b"), ("r", "c")]
+
+    monkeypatch.setattr(text_only, "MOST_KEPT", kept)
+    monkeypatch.setattr(text_only, "training_pairs", pairs)
+    baseline = TextOnlyBaseline(None)
+    asked = lambda *texts: Evaluation(tuple(Answer("s", row, text, "", "") for row, text in enumerate(texts)), 0.0)
+    found = [baseline._filled(asked(*texts)) for texts in (["q"], ["q"], ["q", "r", "new"], ["r"])]
+    assert [[answer.text_only for answer in one.answers] for one in found] == [["b"], ["b"], ["b", "c", "b"], ["c"]]
+    assert len(read) == readings
 
 
 def test_training_pairs_are_posed_as_evaluation_poses_them(tmp_path, make_config, write_jsonl, tokenizer, picture):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -473,6 +474,20 @@ def test_processes_start_when_the_work_is_long(tmp_path, row, make_config, write
         with pytest.raises(RuntimeError, match="not the 1500 lines"):  # what the processes would have done is missing, and noticed
             prepare(config, tokenizer)
         assert 0 < len(started) < 30
+
+
+def test_processes_start_early_when_much_is_left(monkeypatch):
+    """As the first rows say, by which the rest would take long here; not after the time in which it might have been done."""
+    from eagle_train.data import prepare as module
+
+    monkeypatch.setattr(module, "cpus", lambda: 4)
+    work = lambda rows: SimpleNamespace(shard=SimpleNamespace(rows=rows))
+    assert not module._pool_pays(0.0, 0, [work(10**9)])
+    assert module._pool_pays(1.0, 1000, [work(3000), work(4000)])  # 7 s, of which four processes save 5.25
+    assert not module._pool_pays(1.0, 1000, [work(3000), work(3500)])
+    assert module._pool_pays(5.1, 10**6, [work(1)])
+    monkeypatch.setattr(module, "cpus", lambda: 1)
+    assert not module._pool_pays(1.0, 1000, [work(10**6)])
 
 
 def test_sources_without_good_rows_keep_their_place(tmp_path, row, make_config, write_jsonl, tokenizer):

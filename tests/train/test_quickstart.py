@@ -112,7 +112,7 @@ def test_videos_are_h264_and_show_their_scenes(tmp_path):
 @given(st.integers(2, LONGEST_ORDER))
 def test_the_model_gets_every_scene_of_a_short_clip_once(scenes):
     """And numbers of the answer about the order are those of the frames in the prompt."""
-    sampling = parse_config(configuration(Path("quickstart-data"), Size())).sampling
+    sampling = parse_config(configuration(Path("quickstart-data"))).sampling
     count = wanted_frames(scenes * FRAMES_PER_SCENE / FPS, sampling.fps, sampling.max_frames, min_frames=sampling.min_frames)
     times = choose_times(np.arange(scenes * FRAMES_PER_SCENE) / FPS, count, placement=sampling.placement)
     assert [int(time * FPS) // FRAMES_PER_SCENE for time in times] == list(range(scenes))
@@ -140,7 +140,7 @@ def test_an_interrupted_build_is_made_anew_and_a_whole_one_is_found(tmp_path):
 
 
 def test_its_configuration_is_a_valid_one(tmp_path):
-    config = parse_config(configuration(tmp_path / "quickstart-data", Size()), base=tmp_path)
+    config = parse_config(configuration(tmp_path / "quickstart-data"), base=tmp_path)
     lengths = [stage.max_tokens for stage in config.stages]
     assert len(lengths) == 3
     assert lengths == sorted(set(lengths))

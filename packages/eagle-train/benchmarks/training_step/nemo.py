@@ -1,9 +1,9 @@
 """The same training step by NeMo AutoModel (0.7.0 needs transformers 5.18 and at most triton 3.8), on one GPU.
 
-Its model of transformers' InternVL with Liger's operators, its activation checkpointing, and its fused loss. `full` computes every layer
-again, with flash-attn-4 in the decoder as in `rival.py`; `selective` keeps the results of every second product and of torch's attention,
-which it uses because others are not kept. Next to this suite `pip install --no-deps nemo-automodel==0.7.0 transformers==5.18.0`, Liger and
-cut-cross-entropy are enough.
+Its model of transformers' InternVL with Liger's operators, its activation checkpointing, and its loss of logits in float32, which gets the
+rows with labels: its fused loss needs a cut-cross-entropy that is not on PyPI. `full` computes every layer again, with flash-attn-4 in the
+decoder as in `rival.py`; `selective` keeps the results of every second product and of torch's attention, which it uses because others are
+not kept. Next to this suite `pip install --no-deps nemo-automodel==0.7.0 transformers==5.18.0` and Liger are enough.
 """
 
 from functools import partial
@@ -42,9 +42,9 @@ def loss(model: Any, pack: PackedBatch, *, plain: bool = False) -> Tensor:
     rows, targets = labelled(model, pack)
     if plain:
         return torch.nn.functional.cross_entropy(model.lm_head(rows).float(), targets)
-    from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
+    from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 
-    return FusedLinearCrossEntropy()(rows[None], targets[None], model.lm_head.weight, num_label_tokens=len(targets))
+    return MaskedCrossEntropy()(model.lm_head(rows)[None], targets[None], num_label_tokens=len(targets))
 
 
 NEMO = {f"nemo-{policy}": Public(f"NeMo AutoModel, {policy}", partial(make, policy=policy), loss) for policy in ("full", "selective")}

@@ -20,7 +20,7 @@ from typing import Any
 
 from eagle_model.prompt.costs import FrameCosts, PromptCosts
 from eagle_train.config import Config
-from eagle_train.executors import Executor, WorkerError, map_items
+from eagle_train.executors import Executor, WorkerError, cpus, map_items
 
 from .errors import PrepareError
 from .facts import Facts
@@ -34,7 +34,7 @@ from .tally import Progress, Tally
 from .users import record_user
 
 POOL_PAYS_AFTER = 5.0
-"""Seconds of work before processes are started: starting one costs 2-5 s, in which this process measures 15-40 thousand rows."""
+"""Seconds that processes must save, or of work before they are started in any case: starting them costs 2 to 5 s."""
 _ARRIVES_WITHIN = 60.0
 """Seconds that a network file system may take to show what another machine wrote."""
 _ADVICE = "with data.workers=1 and a small data.shard_rows the row is found"
@@ -135,10 +135,11 @@ def _run(state: Tally, todo: list[tuple[SourcePlan, Work]], config: Config, toke
     plans = {plan.name: plan for plan, _ in todo}
     works = [work for _, work in todo]
     if executor == "local" and workers is None and works:
-        deadline = time.monotonic() + POOL_PAYS_AFTER
-        while works and (len(works) == 1 or time.monotonic() < deadline):
+        begin, rows = time.monotonic(), 0
+        while works and (len(works) == 1 or not _pool_pays(time.monotonic() - begin, rows, works)):
             work = works.pop(0)
             state.finished(plans[work.source], measuring(work))
+            rows += work.shard.rows
     options = {"workers": workers, "executor": executor, "name": lambda work: f"{work.source}:{work.first_line}", "advice": _ADVICE}
     try:
         for work, counts in map_items(measuring, works, **options):
@@ -147,6 +148,13 @@ def _run(state: Tally, todo: list[tuple[SourcePlan, Work]], config: Config, toke
             state.finished(plans[work.source], counts)
     except WorkerError as error:
         raise PrepareError(str(error)) from error
+
+
+def _pool_pays(took: float, rows: int, left: Sequence[Work]) -> bool:
+    """Whether processes are worth their start, for what is left behind `rows` rows that took so many seconds here."""
+    per_row = took / rows if rows else 0.0
+    saved = per_row * sum(work.shard.rows for work in left) * (1 - 1 / cpus())
+    return max(took, saved) > POOL_PAYS_AFTER
 
 
 def _check_arrived(part: Path) -> None:

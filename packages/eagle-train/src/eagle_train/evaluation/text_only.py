@@ -31,23 +31,35 @@ def last_question(messages: Sequence[Mapping[str, Any]]) -> str:
     return next((question_text(message["content"]) for message in reversed(messages) if message["role"] == "user"), "")
 
 
+MOST_KEPT = 200_000
+"""Different pairs of a question and an answer that are kept whatever is asked."""
+
+
 class Frequencies(NamedTuple):
-    """best: most frequent answer of each question text. overall: most frequent answer of all."""
+    """best: most frequent answer of each question text. overall: most frequent answer of all. complete: whether `best` has the questions
+    of all training rows."""
 
     best: dict[str, str]
     overall: str
+    complete: bool
 
     @classmethod
     def count(cls, pairs: Iterable[tuple[str, str]], questions: set[str]) -> Frequencies:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """From (question, answer) pairs; only the answers to `questions` are kept apart."""
+        """From (question, answer) pairs; where there are more than `MOST_KEPT`, only the answers to `questions` are kept apart."""
         counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         every: Counter[str] = Counter()
+        different, complete = 0, True
         for question, answer in pairs:
-            if question in questions:
-                counts[question][answer] += 1
             every[answer] += 1
+            if complete or question in questions:
+                counter = counts[question]
+                different += answer not in counter
+                counter[answer] += 1
+                if complete and different > MOST_KEPT:
+                    complete = False
+                    counts = defaultdict(Counter, {text: counter for text, counter in counts.items() if text in questions})
         best = {question: counter.most_common(1)[0][0] for question, counter in counts.items()}
-        return cls(best, every.most_common(1)[0][0] if every else "")
+        return cls(best, every.most_common(1)[0][0] if every else "", complete)
 
     def answer(self, question: str) -> str:
         """The text-only answer."""
@@ -55,7 +67,8 @@ class Frequencies(NamedTuple):
 
 
 class TextOnlyBaseline:
-    """The baseline of a run. The training rows are read once, by the main rank, for the questions that are evaluated first.
+    """The baseline of a run. The training rows are read once, by the main rank, and again only for questions that are evaluated later and
+    were not kept.
 
     answer_after: what stands before the answer in training answers with reasons (`eval.answer_after`).
     """
@@ -71,12 +84,12 @@ class TextOnlyBaseline:
 
     def _filled(self, evaluation: Evaluation) -> Evaluation:
         questions = {answer.question for answer in evaluation.answers}
-        if self._frequencies is None or not questions <= self._known:
+        frequencies = self._frequencies
+        if frequencies is None or not (frequencies.complete or questions <= self._known):
             self._known |= questions
-            self._frequencies = Frequencies.count(
+            frequencies = self._frequencies = Frequencies.count(
                 ((question, final_answer(text, self.answer_after)[1]) for question, text in training_pairs(self.facts)), self._known
             )
-        frequencies = self._frequencies
         return replace(
             evaluation, answers=tuple(answer._replace(text_only=frequencies.answer(answer.question)) for answer in evaluation.answers)
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,9 @@ from .easy_vqa_data import (
     write_images,
     write_rows,
 )
-from .videos import LONGEST_ORDER, make_clips, turns_about, video_row
+from .videos import LONGEST_ORDER, draw_clips, turns_about, video_row, write_clips
 
-VERSION = 12
+VERSION = 13
 
 
 MODEL = {
@@ -60,15 +61,34 @@ SOURCES = ("descriptions", "sentences", "comparisons", "questions", "videos")
 
 
 class Size(NamedTuple):
-    """How much of the data is used, and how long each stage trains; the defaults are the quickstart, tests take less."""
+    """How much of the data is used; the defaults are the quickstart, tests take less."""
 
     images: int | None = None
     positions: int = 4
     train_clips: int = 3000
     test_clips: int = 120
-    steps: tuple[int, int, int] = (800, 480, 200)
-    tokens: tuple[int, int, int] = (1024, 2048, 4096)
-    packs: tuple[int, int, int] = (1, 1, 1)
+
+
+class Course(NamedTuple):
+    """How the stages train. tokens: of a pack, one of which is a step. lr: of the first stage, and of the others."""
+
+    steps: tuple[int, int, int]
+    tokens: tuple[int, int, int]
+    lr: tuple[float, float]
+    reading_processes: int
+    answered_together: int
+
+
+ON_CPU = Course((800, 480, 200), (1024, 2048, 4096), (2.0e-3, 3.0e-3), reading_processes=0, answered_together=128)
+"""A step takes as long as its tokens. On two cores a process that reads takes turns with the threads that compute, and they wait for each
+other: reading in this process takes a seventh of the time, and 14 000 tokens a second were seen; next to another one about 12 000."""
+ON_GPU = Course((480, 260, 120), (2048, 4096, 8192), (2.8e-3, 4.2e-3), reading_processes=1, answered_together=1024)
+"""A step takes as long as its operations are many, so there are fewer steps of twice the tokens."""
+
+
+def course_for(device: str) -> Course:
+    """Of a kind of device, cpu or cuda."""
+    return ON_GPU if device == "cuda" else ON_CPU
 
 
 def build(folder: Path, size: Size, seed: int = 0) -> dict[str, int]:
@@ -90,21 +110,26 @@ def build(folder: Path, size: Size, seed: int = 0) -> dict[str, int]:
 
 def _build(folder: Path, size: Size, rng: np.random.Generator) -> dict[str, int]:
     train, test = (_first(load_split(name), size.images) for name in ("train", "test"))
-    write_images(train, folder / "train.lmdb", size.positions)
-    write_images(test, folder / "test.lmdb", 1)
-    clips = make_clips(train, folder / "videos" / "train", _scenes(size.train_clips, rng), rng, size.positions)
-    held_out = make_clips(test, folder / "videos" / "test", _scenes(size.test_clips, rng), rng)
-    rows: dict[str, list[dict[str, Any]]] = {
-        "descriptions": description_rows(train, "train.lmdb", min(size.positions, DESCRIBED_POSITIONS)),
-        "sentences": sentence_rows(train, rng),
-        "comparisons": comparison_rows(train, "train.lmdb", range(0, size.positions, 2), rng),
-        "questions": question_rows(train, "train.lmdb", size.positions, rng),
-        "videos": [video_row(clip, _shuffled(turns_about(clip), rng), folder) for clip in clips],
-        "test_questions": test_rows(test, "test.lmdb"),
-        "test_videos": [video_row(clip, [turn], folder) for clip in held_out for turn in turns_about(clip)],
-    }
-    _train_tokenizer([row for name in SOURCES for row in rows[name]], folder / "tokenizer")
-    return {name: write_rows(folder / f"{name}.jsonl", content) for name, content in rows.items()}
+    videos = folder / "videos"
+    clips = draw_clips(train, videos / "train", _scenes(size.train_clips, rng), rng, size.positions)
+    held_out = draw_clips(test, videos / "test", _scenes(size.test_clips, rng), rng)
+    with ThreadPoolExecutor(1) as aside:
+        written = aside.submit(write_clips, clips + held_out)
+        write_images(train, folder / "train.lmdb", size.positions)
+        write_images(test, folder / "test.lmdb", 1)
+        rows: dict[str, list[dict[str, Any]]] = {
+            "descriptions": description_rows(train, "train.lmdb", min(size.positions, DESCRIBED_POSITIONS)),
+            "sentences": sentence_rows(train, rng),
+            "comparisons": comparison_rows(train, "train.lmdb", range(0, size.positions, 2), rng),
+            "questions": question_rows(train, "train.lmdb", size.positions, rng),
+            "videos": [video_row(one.clip, _shuffled(turns_about(one.clip), rng), folder) for one in clips],
+            "test_questions": test_rows(test, "test.lmdb"),
+            "test_videos": [video_row(one.clip, [turn], folder) for one in held_out for turn in turns_about(one.clip)],
+        }
+        _train_tokenizer([row for name in SOURCES for row in rows[name]], folder / "tokenizer")
+        counts = {name: write_rows(folder / f"{name}.jsonl", content) for name, content in rows.items()}
+        written.result()
+    return counts
 
 
 def _first(split: Split, images: int | None) -> Split:
@@ -134,7 +159,7 @@ def _train_tokenizer(rows: list[dict[str, Any]], folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def configuration(folder: Path, size: Size) -> dict[str, Any]:
+def configuration(folder: Path, course: Course = ON_CPU) -> dict[str, Any]:
     """The run's configuration as a user would write it; paths are relative to the run's parent folder."""
     data = folder.name
     names = ("short", "middle", "long")
@@ -148,13 +173,13 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
         stages.append(
             {
                 "name": name,
-                "max_tokens": size.tokens[index],
-                "steps": size.steps[index],
-                "packs_per_step": size.packs[index],
+                "max_tokens": course.tokens[index],
+                "steps": course.steps[index],
+                "packs_per_step": 1,
                 "sources": sources[index],
                 "loss_weighting": "token",
                 "optimizer": "muon",
-                "lr": 2.0e-3 if index == 0 else 3.0e-3,
+                "lr": course.lr[min(index, 1)],
                 "schedule": "cosine" if index == 2 else "constant",
                 "final_lr_ratio": 0.02 if index == 2 else 0.0,
                 "warmup_ratio": 0.05 if index == 0 else 0.0,
@@ -177,11 +202,9 @@ def configuration(folder: Path, size: Size) -> dict[str, Any]:
         "stages": stages,
         "checkpoint": {"every": 400, "keep": 1},
         "parallel": {"dtype": "float32"},
-        # On two cores a worker that reads takes turns with the threads that compute, and they wait for each other. Reading here takes
-        # a seventh of the time, and 14 000 tokens a second were seen; next to a worker about 12 000.
-        "loader": {"workers": 0},
+        "loader": {"workers": course.reading_processes},
         # The validation loss of all held-out rows would be a second pass over 10 000 of them at the end.
-        "eval": {"limit": 60, "batch_size": 128, "max_new_tokens": 32, "loss": False, "answer_after": "so "},
+        "eval": {"limit": 60, "batch_size": course.answered_together, "max_new_tokens": 32, "loss": False, "answer_after": "so "},
     }
 
 
