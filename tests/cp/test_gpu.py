@@ -9,6 +9,7 @@ import torch
 
 from eagle_cp import Layout, attention
 from eagle_cp.backends import KERNELS, choose
+from eagle_cp.kernels import torch_efficient
 from eagle_cp.segments import Segments
 from tests.support.attention import cumulative, reference_gradients, tree_reference
 
@@ -74,11 +75,14 @@ def test_gradients_that_are_rounded_later(name, lengths):
 
 @pytest.mark.parametrize("dim", [16, 64, 128])
 @pytest.mark.parametrize("causal", [True, False])
-def test_float32(causal, dim):
+@pytest.mark.parametrize("packed", [True, False])
+def test_float32(packed, causal, dim, monkeypatch):
     """The dtype of evaluation, chat and small runs on a GPU."""
     kernel = choose(torch.device("cuda", torch.cuda.current_device()), torch.float32, dim, causal)
     assert kernel.name == "torch-efficient"
     segments = Segments([0, 1, 4, 134, 600, 1624, 1688], [0, 1, 6, 136, 836, 2884, 2948])
+    monkeypatch.setattr(torch_efficient, "PADDED_MIB", 64 if packed else 0)
+    assert torch_efficient.is_packed(segments, 14, dim) == packed
     q, dout = (torch.randn(segments.total_q, 14, dim, device="cuda") for _ in range(2))
     k, v = (torch.randn(segments.total_k, 2, dim, device="cuda") for _ in range(2))
     out, dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, q, k, v))
@@ -86,6 +90,29 @@ def test_float32(causal, dim):
     kernel.backward(dout, q, k, v, out, lse, segments, causal, dim**-0.5, dq, dk, dv)
     for x, wanted in zip((out, dq, dk, dv), reference_gradients(q, k, v, dout, segments.cu_q, segments.cu_k, causal=causal)):
         assert relative(x, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if n != "cpu"])
+def test_more_than_32_bits_of_elements(name):
+    """The last documents of a pack get what they get alone, although their queries are behind element 2^31."""
+    kernel, device = available(name, True)
+    if torch.cuda.mem_get_info(device)[0] < 100 << 30:
+        pytest.skip("needs 100 GiB of free GPU memory")
+    each, documents, heads = 1024, 520, 32
+    pack, end = (Segments(cumulative([each] * n), cumulative([each] * n)) for n in (documents, 4))
+    make = lambda count: torch.randn(each * documents, count, 128, device=device, dtype=torch.bfloat16)
+    q, dout, k, v = make(heads), make(heads), make(4), make(4)
+    assert q.numel() > 1 << 31
+
+    def computed(segments):
+        given = [x[-segments.total_q :] for x in (dout, q, k, v)]
+        out, *grads = (torch.empty_like(x) for x in (given[1], *given[1:]))
+        lse = kernel.forward(*given[1:], segments, True, 128**-0.5, out)
+        kernel.backward(*given, out, lse, segments, True, 128**-0.5, *grads)
+        return [x[-end.total_q :].clone() for x in (out, *grads)]
+
+    for x, wanted in zip(computed(pack), computed(end)):
+        assert relative(x, wanted.double()) < 4e-3
 
 
 @pytest.mark.parametrize("lengths", [[8192], [5000, 300, 2892]], ids=["one document", "three"])

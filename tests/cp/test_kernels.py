@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eagle_cp import Layout, attention
 from eagle_cp.backends import KERNELS, choose
-from eagle_cp.kernels import cpu
+from eagle_cp.kernels import cpu, torch_efficient, torch_flash
 from eagle_cp.kernels.blockwise import DenseKernel, blockwise_backward, blockwise_forward, blockwise_kernel, bucket_length
 from eagle_cp.segments import Segments
 from tests.support.attention import cumulative, make_inputs, reference_gradients
@@ -33,6 +33,105 @@ def test_blockwise_segments(same_shapes, pairs, causal, heads, seed):
     expected = reference_gradients(q, k, v, dout, segments.cu_q, segments.cu_k, causal=causal, scale=0.3)
     for got, want in zip((out, dq, dk, dv), expected):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+def by_segments(q, k, v, segments, causal, scale):
+    """Attention of each segment by itself, `[Tq, H, D]`, and its log-sum-exps, `[H, Tq]`."""
+    outs, sums = [], []
+    for q0, q1, k0, k1 in zip(segments.cu_q, segments.cu_q[1:], segments.cu_k, segments.cu_k[1:]):
+        scores = torch.einsum("qhd,khd->hqk", q[q0:q1], k[k0:k1]) * scale
+        if causal:
+            later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + (k1 - k0) - (q1 - q0))
+            scores = scores.masked_fill(later, -torch.inf)
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[k0:k1]))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(sums, dim=1)
+
+
+def padded(lse, segments):
+    """`[segments, H, longest]`, as torch's kernel returns log-sum-exps, with numbers that mean nothing behind those of a segment."""
+    length = -(-segments.max_q // torch_efficient.LSE_ALIGNMENT) * torch_efficient.LSE_ALIGNMENT
+    rows = torch.full((len(segments), len(lse), length), 77.0, dtype=lse.dtype)
+    for i, (first, last) in enumerate(itertools.pairwise(segments.cu_q)):
+        rows[i, :, : last - first] = lse[:, first:last]
+    return rows
+
+
+@settings(deadline=None, max_examples=25)
+@given(lengths, st.booleans(), st.booleans(), st.sampled_from([(4, 2), (3, 3), (6, 1)]), st.integers(0, 99))
+def test_packs_in_one_call(pairs, whole, causal, heads, seed):
+    """What surrounds torch's memory-efficient kernel, whose place a plain one takes here: it needs a GPU."""
+    pairs = [(a, 0 if whole else b) for a, b in pairs]
+    segments = Segments(cumulative([a for a, _ in pairs]), cumulative([a + b for a, b in pairs]))
+    torch.manual_seed(seed)
+    q, dout = (torch.randn(segments.total_q, heads[0], 8, dtype=torch.float64) for _ in "qd")
+    k, v = (torch.randn(segments.total_k, heads[1], 8, dtype=torch.float64) for _ in "kv")
+    masks = {(True, True): torch_efficient.TOP_LEFT, (True, False): torch_efficient.BOTTOM_RIGHT}
+
+    def plain_forward(q, k, v, segments, mask, scale):
+        assert mask == (masks[True, segments.cu_q == segments.cu_k] if causal else torch_efficient.NO_MASK)
+        out, lse = by_segments(q, k, v, segments, causal, scale)
+        return out, padded(lse, segments)
+
+    def plain_backward(dout, q, k, v, out, lse, segments, mask, scale):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        wanted, wanted_lse = by_segments(*leaves, segments, causal, scale)
+        torch.testing.assert_close(out, wanted.detach())
+        real = padded(wanted_lse.detach(), segments)
+        torch.testing.assert_close(lse, torch.where(real == 77.0, torch.inf, real))
+        return list(torch.autograd.grad(wanted, leaves, dout))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_efficient, "_packed_forward", plain_forward)
+        patch.setattr(torch_efficient, "_packed_backward", plain_backward)
+        kernel = torch_efficient.KERNEL
+        out, dq, dk, dv, wide_q = (torch.full_like(x, torch.nan) for x in (q, q, k, v, q))
+        lse = kernel.forward(q, k, v, segments, causal, 0.3, out)
+        kernel.backward(dout, q, k, v, out, lse, segments, causal, 0.3, dq, dk, dv)
+        wide_k, wide_v = torch.ones_like(k), torch.ones_like(v)
+        kernel.backward_wide(dout, q, k, v, out, lse, segments, causal, 0.3, wide_q)(wide_k, wide_v)
+    expected = reference_gradients(q, k, v, dout, segments.cu_q, segments.cu_k, causal=causal, scale=0.3)
+    for got, want in zip((out, dq, dk, dv, wide_q, wide_k - 1, wide_v - 1), (*expected, *expected[1:])):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+def test_what_one_call_takes():
+    """Many short segments next to a long one would keep a hundred times their size."""
+    packed = lambda lengths, heads=8, dim=64: torch_efficient.is_packed(Segments(cumulative(lengths), cumulative(lengths)), heads, dim)
+    assert packed([30] * 20 + [900])  # 38 MiB: small in any case
+    assert packed([4096] * 200)
+    assert not packed([131072] + [100] * 200)
+    assert not packed([1] * 70000)
+    assert not packed([1 << 20] * 4, heads=28, dim=128)
+
+
+def test_gradients_in_groups_of_heads(monkeypatch):
+    """FlashAttention 2's sum of dq may have so many elements that it takes only some heads at a time."""
+    segments = Segments([0, 5, 12], [0, 9, 20])
+    q, dout = (torch.randn(12, 6, 8) for _ in "qd")
+    k, v = (torch.randn(20, 3, 8) for _ in "kv")
+    out, calls = torch.empty_like(q), []
+
+    def backward(dout, q, *rest):
+        calls.append(q.shape[1])
+        KERNELS["cpu"].backward(dout, q, *rest)
+
+    grouped = torch_flash.in_groups_of_heads(backward)
+    lse = KERNELS["cpu"].forward(q, k, v, segments, True, 0.3, out)
+    found = {}
+    rows = (12 + 2 * 128) * 2 * 32  # of two query heads
+    for limit in (rows * 3, rows * 3 - 1, rows):
+        monkeypatch.setattr(torch_flash, "MOST_ELEMENTS", limit)
+        found[limit] = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+        grouped(dout, q, k, v, out, lse, segments, True, 0.3, *found[limit])
+    assert calls == [6, 4, 2, 2, 2, 2]
+    first, *others = found.values()
+    for got in others:
+        for x, y in zip(first, got):
+            torch.testing.assert_close(x, y)
+    monkeypatch.setattr(torch_flash, "MOST_ELEMENTS", rows - 1)
+    with pytest.raises(ValueError, match=r"FlashAttention 2 can't compute the gradients of 12 tokens with 2 query heads of 8"):
+        grouped(dout, q, k, v, out, lse, segments, True, 0.3, *first)
 
 
 @settings(max_examples=200)

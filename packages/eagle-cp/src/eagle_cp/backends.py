@@ -3,7 +3,7 @@
 To add a kernel: write one file in `eagle_cp/kernels/` that defines `KERNEL` (a `Kernel`: forward, two backwards, and `unsupported`, which
 says where it can't run), and add one row to `KERNELS` below. `attention(..., backend=name)`, the automatic choice, the message about
 kernels that can't run and the tests on GPUs (`tests/cp/test_gpu.py`, for every row) follow from the row. A kernel that only takes dense
-blocks `[B, H, L, D]` gets its packing from `kernels/blockwise.py`; `kernels/torch_efficient.py` is an example of 50 lines.
+blocks `[B, H, L, D]` gets its packing from `kernels/blockwise.py`; `kernels/cpu.py` is an example of 40 lines.
 """
 
 from __future__ import annotations

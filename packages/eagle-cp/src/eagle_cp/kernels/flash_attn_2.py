@@ -38,6 +38,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, s
     return lse
 
 
+@torch_flash.in_groups_of_heads
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, causal: bool, scale: float,
     dq: Tensor, dk: Tensor, dv: Tensor,

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from eagle_cp.kernels.kernel import AddGradients, Kernel, add_rows, needs_cuda_half
+from eagle_cp.kernels.kernel import AddGradients, Backward, Kernel, add_rows, needs_cuda_half
 from eagle_cp.segments import Segments
 
 
@@ -27,6 +27,43 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, s
     return lse
 
 
+MOST_ELEMENTS = 1 << 31
+"""Of the kernel's float32 sum of dq, `[Tq + 128 n, H, D]` with D rounded up: it finds them with 32 bits. One H200 reported an illegal
+memory access for 1054720 tokens of 28 heads of 128."""
+
+
+def in_groups_of_heads(backward: Backward) -> Backward:
+    """`backward` of FlashAttention 2, as often as `MOST_ELEMENTS` needs, each time for some of the heads.
+
+    Raises ValueError where one key head with its query heads has more.
+    """
+
+    @functools.wraps(backward)
+    def grouped(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, causal: bool, scale: float,
+        dq: Tensor, dk: Tensor, dv: Tensor,
+    ) -> None:  # fmt: skip
+        group, step = q.shape[1] // k.shape[1], 32 if q.shape[2] <= 128 else 64
+        each = (q.shape[0] + 128 * len(segments)) * group * (-(-q.shape[2] // step) * step)
+        if each > MOST_ELEMENTS:
+            raise ValueError(
+                f"attention: FlashAttention 2 can't compute the gradients of {q.shape[0]} tokens with {group} query heads of {q.shape[2]} "
+                f"for each key head: its sum of them has {each} elements, and at most {MOST_ELEMENTS} are possible; use another backend, "
+                "or more ranks"
+            )
+        count = MOST_ELEMENTS // each
+        if count >= k.shape[1]:
+            return backward(dout, q, k, v, out, lse, segments, causal, scale, dq, dk, dv)
+        for first in range(0, k.shape[1], count):
+            some = slice(first, first + count)
+            heads = slice(first * group, (first + count) * group)
+            given = dout[:, heads], q[:, heads], k[:, some], v[:, some], out[:, heads], lse[heads], segments, causal, scale
+            backward(*given, dq[:, heads], dk[:, some], dv[:, some])
+
+    return grouped
+
+
+@in_groups_of_heads
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, causal: bool, scale: float,
     dq: Tensor, dk: Tensor, dv: Tensor,
