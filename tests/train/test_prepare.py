@@ -476,18 +476,32 @@ def test_processes_start_when_the_work_is_long(tmp_path, row, make_config, write
         assert 0 < len(started) < 30
 
 
-def test_processes_start_early_when_much_is_left(monkeypatch):
-    """As the first rows say, by which the rest would take long here; not after the time in which it might have been done."""
+@pytest.mark.parametrize(("seconds", "cores", "processes"), [(0.11, 64, 3), (0.2, 2, 2), (0.2, 64, 5), (0.1, 64, 0), (0.2, 1, 1)])
+def test_processes_start_early_when_much_is_left(
+    tmp_path, row, make_config, write_jsonl, tokenizer, monkeypatch, seconds, cores, processes
+):
+    """As the first rows say; not after the time in which it might have been done, and not on all cores of a large machine."""
     from eagle_train.data import prepare as module
 
-    monkeypatch.setattr(module, "cpus", lambda: 4)
-    work = lambda rows: SimpleNamespace(shard=SimpleNamespace(rows=rows))
-    assert not module._pool_pays(0.0, 0, [work(10**9)])
-    assert module._pool_pays(1.0, 1000, [work(3000), work(4000)])  # 7 s, of which four processes save 5.25
-    assert not module._pool_pays(1.0, 1000, [work(3000), work(3500)])
-    assert module._pool_pays(5.1, 10**6, [work(1)])
-    monkeypatch.setattr(module, "cpus", lambda: 1)
-    assert not module._pool_pays(1.0, 1000, [work(10**6)])
+    write_jsonl(tmp_path / "rows.jsonl", [row(f"Question {index}") for index in range(100)])
+    started, clock = [], [0.0]
+
+    def pool(function, items, *, workers, **options):
+        started.append(workers if items else 0)
+        return ((item, function(item)) for item in items)
+
+    class Slow(module.Measuring):
+        def __call__(self, work):
+            clock[0] += seconds
+            return super().__call__(work)
+
+    monkeypatch.setattr(module, "map_items", pool)
+    monkeypatch.setattr(module, "cpus", lambda: cores)
+    monkeypatch.setattr(module, "Measuring", Slow)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    config = make_config({"s": {"annotation": "rows.jsonl"}}, data={"shard_rows": 2, "workers": None})
+    assert prepare(config, tokenizer).good_rows == 100
+    assert started == [processes]
 
 
 def test_sources_without_good_rows_keep_their_place(tmp_path, row, make_config, write_jsonl, tokenizer):

@@ -9,6 +9,7 @@ that is asked for. Rows that became good change the key of the facts, and not th
 """
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ from .users import record_user
 
 POOL_PAYS_AFTER = 5.0
 """Seconds that processes must save, or of work before they are started in any case: starting them costs 2 to 5 s."""
+WORK_FOR_EACH = 2.0
+"""Seconds of work for which a process is started: all cores are busy while many start."""
 _ARRIVES_WITHIN = 60.0
 """Seconds that a network file system may take to show what another machine wrote."""
 _ADVICE = "with data.workers=1 and a small data.shard_rows the row is found"
@@ -135,11 +138,14 @@ def _run(state: Tally, todo: list[tuple[SourcePlan, Work]], config: Config, toke
     plans = {plan.name: plan for plan, _ in todo}
     works = [work for _, work in todo]
     if executor == "local" and workers is None and works:
-        begin, rows = time.monotonic(), 0
-        while works and (len(works) == 1 or not _pool_pays(time.monotonic() - begin, rows, works)):
+        begin, rows, took, left = time.monotonic(), 0, 0.0, 0.0
+        while works and (len(works) == 1 or max(took, left * (1 - 1 / cpus())) <= POOL_PAYS_AFTER):
             work = works.pop(0)
             state.finished(plans[work.source], measuring(work))
             rows += work.shard.rows
+            took = time.monotonic() - begin
+            left = took / max(1, rows) * sum(work.shard.rows for work in works)  # at the rate of the rows so far
+        workers = min(cpus(), max(2, math.ceil(left / WORK_FOR_EACH)))
     options = {"workers": workers, "executor": executor, "name": lambda work: f"{work.source}:{work.first_line}", "advice": _ADVICE}
     try:
         for work, counts in map_items(measuring, works, **options):
@@ -148,13 +154,6 @@ def _run(state: Tally, todo: list[tuple[SourcePlan, Work]], config: Config, toke
             state.finished(plans[work.source], counts)
     except WorkerError as error:
         raise PrepareError(str(error)) from error
-
-
-def _pool_pays(took: float, rows: int, left: Sequence[Work]) -> bool:
-    """Whether processes are worth their start, for what is left behind `rows` rows that took so many seconds here."""
-    per_row = took / rows if rows else 0.0
-    saved = per_row * sum(work.shard.rows for work in left) * (1 - 1 / cpus())
-    return max(took, saved) > POOL_PAYS_AFTER
 
 
 def _check_arrived(part: Path) -> None:
