@@ -48,6 +48,8 @@ def test_text_only_answers_are_the_most_frequent(monkeypatch):
     monkeypatch.setattr(text_only, "MOST_KEPT", 1)
     assert Frequencies.count(pairs, {"r"}) == ({"r": "c"}, "c", False), "of too many, only the questions that are evaluated are kept"
     assert Frequencies.count(pairs, {"q", "r"}) == ({"q": "b", "r": "c"}, "c", False)
+    with pytest.raises(text_only.TooManyAnswersError):
+        Frequencies.count(pairs, None)
     assert Frequencies.count((), {"q"}).answer("q") == ""
 
 
@@ -66,6 +68,23 @@ def test_training_rows_are_read_once_unless_they_are_many(monkeypatch, kept, rea
     found = [baseline._filled(asked(*texts)) for texts in (["q"], ["q"], ["q", "r", "new"], ["r"])]
     assert [[answer.text_only for answer in one.answers] for one in found] == [["b"], ["b"], ["b", "c", "b"], ["c"]]
     assert len(read) == readings
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_many_training_rows_are_read_by_another_process(tmp_path, make_config, write_jsonl, tokenizer, monkeypatch, dies):
+    """What fails there is done here."""
+    talk = lambda question, answer: {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    write_jsonl(tmp_path / "rows.jsonl", [talk("q", "a"), talk("q", "so b"), talk("q", "b"), talk("r", "c")])
+    facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer).facts
+    monkeypatch.setattr(text_only, "ASIDE_FROM", 4)
+    baseline, read, count = TextOnlyBaseline(facts, "so "), [], text_only.count_answers
+    baseline.begin()
+    monkeypatch.setattr(text_only, "count_answers", lambda *given: read.append(given[2]) or count(*given))
+    if dies:
+        baseline._aside.close()
+    filled = baseline._filled(Evaluation(tuple(Answer("s", row, text, "", "") for row, text in enumerate(["q", "r", "new"])), 0.0))
+    assert [answer.text_only for answer in filled.answers] == ["b", "c", "b"]
+    assert read == ([{"q", "r", "new"}] if dies else [])
 
 
 def test_training_pairs_are_posed_as_evaluation_poses_them(tmp_path, make_config, write_jsonl, tokenizer, picture):

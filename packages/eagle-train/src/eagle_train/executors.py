@@ -1,4 +1,4 @@
-"""Map a function over items: in threads, in this process, in local processes, or on a Ray cluster."""
+"""Map a function over items: in threads, in this process, in local processes, or on a Ray cluster. Call one in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from eagle_train.config import ConfigError
-from eagle_train.errors import TrainError
+from eagle_train.errors import TrainError, describe
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -110,9 +110,14 @@ _function: Callable[[Any], Any] | None = None
 
 def _start(parent: int, function: bytes) -> None:
     global _function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of their own would only take turns with the other workers
+    _end_with(parent)
     _function = pickle.loads(function)
+
+
+def _end_with(parent: int) -> None:
+    """In a process that `parent` started: it ends when its parent does, and only then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too; the parent decides
 
     def watch() -> None:  # a killed parent can't end its workers
         while os.getppid() == parent:
@@ -125,6 +130,50 @@ def _start(parent: int, function: bytes) -> None:
 def _call(item: Any) -> Any:
     assert _function is not None
     return _function(item)
+
+
+class Aside(Generic[Result]):
+    """A call of `function` in a process of its own while this one goes on; it ends with this one, and with this object."""
+
+    def __init__(self, function: Callable[..., Result], *arguments: Any) -> None:
+        """function, arguments: picklable."""
+        context = multiprocessing.get_context("spawn")
+        self._receiver, sender = context.Pipe(duplex=False)
+        given = pickle.dumps((function, arguments))
+        self._process = context.Process(target=_call_aside, args=(sender, os.getpid(), given), daemon=True, name="eagle-aside")
+        self._process.start()
+        sender.close()  # so that the end of the process is the end of the pipe
+
+    def result(self) -> Result:
+        """What the function returned, once. Raises WorkerError when it raised, or when its process died."""
+        try:
+            value, failure = self._receiver.recv()
+        except (EOFError, OSError) as end:
+            raise WorkerError("a worker process died, or its result has been taken") from end
+        finally:
+            self.close()
+        if failure is not None:
+            raise WorkerError(f"in a worker process: {failure}")
+        return value
+
+    def close(self) -> None:
+        """End the process, also in the middle of the call."""
+        self._receiver.close()
+        self._process.kill()
+        self._process.join()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_process") and self._process.pid is not None:
+            self.close()
+
+
+def _call_aside(sender: Any, parent: int, given: bytes) -> None:
+    _end_with(parent)
+    try:
+        function, arguments = pickle.loads(given)
+        sender.send((function(*arguments), None))
+    except Exception as error:
+        sender.send((None, describe(error)))
 
 
 def call_on_ray(function: Callable[..., Result]) -> Callable[..., Result]:

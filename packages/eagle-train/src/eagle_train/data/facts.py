@@ -3,11 +3,13 @@
 Nothing here depends on a context length, a number of tiles or a model's tile side: stages derive their plans from these columns.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +52,7 @@ SCHEMA = pa.schema(
     ]
 )
 
+_ADDRESS = ["line", "offset", "size"]
 _PLANNED = ["text_tokens", "image_width", "image_height", "video_frames", "video_seconds", "video_last_time"]
 
 
@@ -126,14 +129,18 @@ class Facts:
     def address(self, row: int) -> Address:
         """Where row `row` stands."""
         source = self.source_of(row)
-        line, offset, size = (self.table.column(name)[row].as_py() for name in ("line", "offset", "size"))
+        line, offset, size = (self.table.column(name)[row].as_py() for name in _ADDRESS)
         return Address(source.name, line, source.file_of(line).path, offset, size, str(source.root), self.system, source.form)
 
     def addresses(self, source: FactsSource) -> Iterator[Address]:
         """The addresses of all rows of a source, in order."""
         rows = slice(source.first, source.first + source.rows)
-        for line, offset, size in zip(*(self.column(name)[rows].tolist() for name in ("line", "offset", "size"))):
+        for line, offset, size in zip(*(self.column(name)[rows].tolist() for name in _ADDRESS)):
             yield Address(source.name, line, source.file_of(line).path, offset, size, str(source.root), self.system, source.form)
+
+    def only_addresses(self) -> Facts:
+        """The same rows with nothing but their addresses: little to send to another process."""
+        return replace(self, table=self.table.select(_ADDRESS))
 
     def batches(self, rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         """The columns that plans are made of, for up to `rows` rows at a time, each with its first row; nothing is copied."""
