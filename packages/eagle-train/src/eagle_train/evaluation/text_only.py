@@ -40,7 +40,7 @@ def last_question(messages: Sequence[Mapping[str, Any]]) -> str:
 MOST_KEPT = 200_000
 """Different pairs of a question and an answer that are kept whatever is asked."""
 ASIDE_FROM = 20_000
-"""Training rows that are counted by another process, which takes 2 s to start; here they take 0.15 ms each."""
+"""Training rows that are worth a process, which takes about 2 s to start."""
 
 
 class TooManyAnswersError(Exception):

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from eagle_train.executors import map_items
+from eagle_train.executors import cpus, map_items
 
 from .easy_vqa_data import TURNS, Split, Turn, conversation, description
 
@@ -29,6 +29,8 @@ LONGEST_ORDER = 5
 """Longest clip, in scenes, with a question about the order: one wrong shape makes the whole answer wrong."""
 WRITTEN_TOGETHER = 40
 """Clips that a process encodes at a time, in about 0.2 s."""
+MOST_PROCESSES = 16
+"""All clips take one process about 15 s, and a process one second to start."""
 
 
 class Clip(NamedTuple):
@@ -82,7 +84,8 @@ def write_clips(drawn: Sequence[Drawn]) -> None:
     for folder in {one.clip.path.parent for one in drawn}:
         folder.mkdir(parents=True, exist_ok=True)
     groups = [drawn[start : start + WRITTEN_TOGETHER] for start in range(0, len(drawn), WRITTEN_TOGETHER)]
-    for _ in map_items(_write, groups, name=lambda group: group[0].clip.path.name, advice="run the quickstart again"):
+    processes = min(cpus(), MOST_PROCESSES)
+    for _ in map_items(_write, groups, workers=processes, name=lambda group: group[0].clip.path.name, advice="run the quickstart again"):
         pass
 
 
