@@ -191,7 +191,7 @@ class DataConfig(Section):
     eval_sources: dict[str, Source] = Field(default_factory=dict, description="Held-out sources, by name.")
     facts: Path | None = Field(default=None, description="Folder of prepared facts, may be shared between runs; null: <run folder>/facts.")
     workers: int | None = Field(
-        json_schema_extra=FREE, default=None, ge=1, description="Processes of prepare; null: one per CPU once it takes long."
+        json_schema_extra=FREE, default=None, ge=1, description="Processes of prepare; null: at most one per CPU, once it takes long."
     )
     verify: Literal["header", "ends", "decode"] = Field(
         default="ends",
