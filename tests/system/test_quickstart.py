@@ -43,10 +43,10 @@ class Recorder:
 def test_quickstart_in_small(tmp_path):
     torch.set_num_threads(1)
     output = Recorder()
-    course = ON_CPU._replace(steps=STEPS)
+    settings = ON_CPU._replace(steps=STEPS)
     options = {
         "size": SIZE,
-        "course": course,
+        "settings": settings,
         "overrides": ["loader.workers=0", "data.workers=1"],
         "tables": Tables(plan_table, score_table, frames_table),
     }
@@ -94,7 +94,7 @@ def test_quickstart_in_small(tmp_path):
 def test_quickstart_where_there_is_a_gpu(tmp_path):
     """Which it takes by itself, in float32."""
     output = Recorder()
-    result = run_quickstart(tmp_path, output, size=SIZE, course=ON_GPU._replace(steps=STEPS), overrides=["data.workers=1"])
+    result = run_quickstart(tmp_path, output, size=SIZE, settings=ON_GPU._replace(steps=STEPS), overrides=["data.workers=1"])
     assert "on cuda" in "\n".join(output.messages)
     steps = [record for record in Metrics(tmp_path / "quickstart" / "metrics.jsonl") if record["kind"] == "step"]
     assert [record["stage"] for record in steps if record["step"] == record["steps"]] == ["short", "middle", "long"]

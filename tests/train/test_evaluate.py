@@ -76,12 +76,12 @@ def test_many_training_rows_are_read_by_another_process(tmp_path, make_config, w
     talk = lambda question, answer: {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
     write_jsonl(tmp_path / "rows.jsonl", [talk("q", "a"), talk("q", "so b"), talk("q", "b"), talk("r", "c")])
     facts = prepare(make_config({"s": {"annotation": "rows.jsonl"}}), tokenizer).facts
-    monkeypatch.setattr(text_only, "ASIDE_FROM", 4)
+    monkeypatch.setattr(text_only, "IN_BACKGROUND_FROM", 4)
     baseline, read, count = TextOnlyBaseline(facts, "so "), [], text_only.count_answers
-    baseline.begin()
+    baseline.count_in_background()
     monkeypatch.setattr(text_only, "count_answers", lambda *given: read.append(given[2]) or count(*given))
     if dies:
-        baseline._aside.close()
+        baseline._counting.close()
     filled = baseline._filled(Evaluation(tuple(Answer("s", row, text, "", "") for row, text in enumerate(["q", "r", "new"])), 0.0))
     assert [answer.text_only for answer in filled.answers] == ["b", "c", "b"]
     assert read == ([{"q", "r", "new"}] if dies else [])

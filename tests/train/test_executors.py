@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from eagle_train.executors import Aside, WorkerError
+from eagle_train.executors import BackgroundCall, WorkerError
+from tests.support.waiting import alive, wait_for
 
 
 def described(number, text):
@@ -26,30 +27,19 @@ def waits(path):
     time.sleep(600)
 
 
-def gone(pid):
-    """Whether a process has ended, within ten seconds."""
-    for _ in range(100):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def started(path):
-    while not (path.is_file() and path.read_text()):
-        time.sleep(0.05)
+    """The process that `waits` in `path`."""
+    wait_for(lambda: path.is_file() and path.read_text())
     return int(path.read_text())
 
 
 def test_a_call_in_another_process():
-    aside = Aside(described, 3, "a")
-    found = aside.result()
+    call = BackgroundCall(described, 3, "a")
+    found = call.result()
     assert found["a"] == 3
     assert found["process"] != os.getpid()
     with pytest.raises(WorkerError, match="has been taken"):
-        aside.result()
+        call.result()
 
 
 @pytest.mark.parametrize(
@@ -57,18 +47,18 @@ def test_a_call_in_another_process():
 )
 def test_what_fails_there_is_said_here(function, arguments, said):
     with pytest.raises(WorkerError, match=said):
-        Aside(function, *arguments).result()
+        BackgroundCall(function, *arguments).result()
 
 
 def test_a_process_that_dies(tmp_path):
-    aside = Aside(waits, tmp_path / "pid")
+    call = BackgroundCall(waits, tmp_path / "pid")
     os.kill(started(tmp_path / "pid"), signal.SIGKILL)
     with pytest.raises(WorkerError, match="died"):
-        aside.result()
+        call.result()
 
 
 def test_the_process_ends_with_what_started_it(tmp_path):
-    aside = Aside(waits, tmp_path / "pid")
+    call = BackgroundCall(waits, tmp_path / "pid")
     pid = started(tmp_path / "pid")
-    del aside
-    assert gone(pid)
+    del call
+    wait_for(lambda: not alive(pid))

@@ -132,7 +132,7 @@ def _call(item: Any) -> Any:
     return _function(item)
 
 
-class Aside(Generic[Result]):
+class BackgroundCall(Generic[Result]):
     """A call of `function` in a process of its own while this one goes on; it ends with this one, and with this object."""
 
     def __init__(self, function: Callable[..., Result], *arguments: Any) -> None:
@@ -140,7 +140,7 @@ class Aside(Generic[Result]):
         context = multiprocessing.get_context("spawn")
         self._receiver, sender = context.Pipe(duplex=False)
         given = pickle.dumps((function, arguments))
-        self._process = context.Process(target=_call_aside, args=(sender, os.getpid(), given), daemon=True, name="eagle-aside")
+        self._process = context.Process(target=_call_in_background, args=(sender, os.getpid(), given), daemon=True, name="eagle-background")
         self._process.start()
         sender.close()  # so that the end of the process is the end of the pipe
 
@@ -167,7 +167,7 @@ class Aside(Generic[Result]):
             self.close()
 
 
-def _call_aside(sender: Any, parent: int, given: bytes) -> None:
+def _call_in_background(sender: Any, parent: int, given: bytes) -> None:
     _end_with(parent)
     try:
         function, arguments = pickle.loads(given)

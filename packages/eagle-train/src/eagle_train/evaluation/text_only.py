@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eagle_train.data.facts import Facts
 from eagle_train.data.sample import load_sample
-from eagle_train.executors import Aside, WorkerError
+from eagle_train.executors import BackgroundCall, WorkerError
 
 from .metrics import Evaluation
 from .scoring import final_answer
@@ -39,8 +39,8 @@ def last_question(messages: Sequence[Mapping[str, Any]]) -> str:
 
 MOST_KEPT = 200_000
 """Different pairs of a question and an answer that are kept whatever is asked."""
-ASIDE_FROM = 20_000
-"""Training rows that are worth a process, which takes about 2 s to start."""
+IN_BACKGROUND_FROM = 20_000
+"""Training rows that are worth a process: 43 632 took 7 s (two slow cores)."""
 
 
 class TooManyAnswersError(Exception):
@@ -102,24 +102,24 @@ class TextOnlyBaseline:
         self.facts, self.answer_after = facts, answer_after
         self._known: set[str] = set()
         self._frequencies: Frequencies | None = None
-        self._aside: Aside[Frequencies] | None = None
+        self._counting: BackgroundCall[Frequencies] | None = None
 
-    def begin(self) -> None:
+    def count_in_background(self) -> None:
         """Read the training rows in another process, where they are many; `fill` waits for it. For the main rank."""
-        if len(self.facts) >= ASIDE_FROM:
-            self._aside = Aside(count_answers, self.facts.only_addresses(), self.answer_after)
+        if len(self.facts) >= IN_BACKGROUND_FROM:
+            self._counting = BackgroundCall(count_answers, self.facts.only_addresses(), self.answer_after)
 
     def fill(self, evaluation: Evaluation, world: World) -> Evaluation:
         """The evaluation with the baseline's answers on the main rank, unchanged on the others; a collective of all ranks."""
         return world.first(lambda: self._filled(evaluation)) or evaluation
 
     def _filled(self, evaluation: Evaluation) -> Evaluation:
-        if self._aside is not None:
+        if self._counting is not None:
             try:
-                self._frequencies = self._aside.result()
+                self._frequencies = self._counting.result()
             except WorkerError as error:  # what fails there fails again below, and is reported
                 logger.debug("the text-only baseline: %s", error)
-            self._aside = None
+            self._counting = None
         questions = {answer.question for answer in evaluation.answers}
         frequencies = self._frequencies
         if frequencies is None or not (frequencies.complete or questions <= self._known):

@@ -69,7 +69,7 @@ class Size(NamedTuple):
     test_clips: int = 120
 
 
-class Course(NamedTuple):
+class TrainingSettings(NamedTuple):
     """How the stages train. tokens: of a pack, one of which is a step. lr: of the first stage, and of the others."""
 
     steps: tuple[int, int, int]
@@ -79,14 +79,14 @@ class Course(NamedTuple):
     answered_together: int
 
 
-ON_CPU = Course((800, 480, 200), (1024, 2048, 4096), (2.0e-3, 3.0e-3), reading_processes=0, answered_together=128)
+ON_CPU = TrainingSettings((800, 480, 200), (1024, 2048, 4096), (2.0e-3, 3.0e-3), reading_processes=0, answered_together=128)
 """A step takes as long as its tokens. On two cores a process that reads takes turns with the threads that compute, and they wait for each
 other: reading in this process takes a seventh of the time, and 14 000 tokens a second were seen; next to another one about 12 000."""
-ON_GPU = Course((400, 420, 180), (2048, 4096, 8192), (2.8e-3, 4.2e-3), reading_processes=1, answered_together=1024)
+ON_GPU = TrainingSettings((400, 420, 180), (2048, 4096, 8192), (2.8e-3, 4.2e-3), reading_processes=1, answered_together=1024)
 """A step takes as long as its operations are many, so there are fewer steps of twice the tokens."""
 
 
-def course_for(device: str) -> Course:
+def settings_for(device: str) -> TrainingSettings:
     """Of a kind of device, cpu or cuda."""
     return ON_GPU if device == "cuda" else ON_CPU
 
@@ -113,8 +113,8 @@ def _build(folder: Path, size: Size, rng: np.random.Generator) -> dict[str, int]
     videos = folder / "videos"
     clips = draw_clips(train, videos / "train", _scenes(size.train_clips, rng), rng, size.positions)
     held_out = draw_clips(test, videos / "test", _scenes(size.test_clips, rng), rng)
-    with ThreadPoolExecutor(1) as aside:
-        written = aside.submit(write_clips, clips + held_out)
+    with ThreadPoolExecutor(1) as background:
+        written = background.submit(write_clips, clips + held_out)
         write_images(train, folder / "train.lmdb", size.positions)
         write_images(test, folder / "test.lmdb", 1)
         rows: dict[str, list[dict[str, Any]]] = {
@@ -159,7 +159,7 @@ def _train_tokenizer(rows: list[dict[str, Any]], folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def configuration(folder: Path, course: Course = ON_CPU) -> dict[str, Any]:
+def configuration(folder: Path, settings: TrainingSettings = ON_CPU) -> dict[str, Any]:
     """The run's configuration as a user would write it; paths are relative to the run's parent folder."""
     data = folder.name
     names = ("short", "middle", "long")
@@ -173,13 +173,13 @@ def configuration(folder: Path, course: Course = ON_CPU) -> dict[str, Any]:
         stages.append(
             {
                 "name": name,
-                "max_tokens": course.tokens[index],
-                "steps": course.steps[index],
+                "max_tokens": settings.tokens[index],
+                "steps": settings.steps[index],
                 "packs_per_step": 1,
                 "sources": sources[index],
                 "loss_weighting": "token",
                 "optimizer": "muon",
-                "lr": course.lr[min(index, 1)],
+                "lr": settings.lr[min(index, 1)],
                 "schedule": "cosine" if index == 2 else "constant",
                 "final_lr_ratio": 0.02 if index == 2 else 0.0,
                 "warmup_ratio": 0.05 if index == 0 else 0.0,
@@ -202,9 +202,9 @@ def configuration(folder: Path, course: Course = ON_CPU) -> dict[str, Any]:
         "stages": stages,
         "checkpoint": {"every": 400, "keep": 1},
         "parallel": {"dtype": "float32"},
-        "loader": {"workers": course.reading_processes},
+        "loader": {"workers": settings.reading_processes},
         # The validation loss of all held-out rows would be a second pass over 10 000 of them at the end.
-        "eval": {"limit": 60, "batch_size": course.answered_together, "max_new_tokens": 32, "loss": False, "answer_after": "so "},
+        "eval": {"limit": 60, "batch_size": settings.answered_together, "max_new_tokens": 32, "loss": False, "answer_after": "so "},
     }
 
 

@@ -22,7 +22,7 @@ from eagle_train.watching.pictures import SamplePictures
 from eagle_train.watching.report import write_report
 from eagle_train.watching.trackers import open_trackers
 
-from .build import Course, Size, build, configuration, course_for, write_configuration
+from .build import Size, TrainingSettings, build, configuration, settings_for, write_configuration
 
 FRAMES = (1, 2, 4, 8)
 """Most frames of a video in the last table; the clips with a question about the order have five at most."""
@@ -52,14 +52,14 @@ def run_quickstart(
     overrides: Sequence[str] = (),
     fresh: bool = False,
     size: Size | None = None,
-    course: Course | None = None,
+    settings: TrainingSettings | None = None,
     device: str | None = None,
     tables: Tables | None = None,
     stop: StopSignals | None = None,
 ) -> Evaluation:
     """Run all steps, or continue an earlier call. Returns the answers to all held-out questions.
 
-    fresh: remove the run that an earlier call made, first. course: how it trains (default: as the device is fast; that of an earlier call
+    fresh: remove the run that an earlier call made, first. settings: how it trains (default: as the device is fast; that of an earlier call
     unless `fresh`). device: cpu or cuda; None takes a GPU when there is one. stop: signals that are handled (default: none).
     Raises EvaluationError when the model is trained and an evaluation failed.
     """
@@ -77,7 +77,7 @@ def run_quickstart(
     counts = build(data, size)
     printer.message("  " + ", ".join(f"{name}: {count} rows" for name, count in counts.items()))
     if fresh or not path.is_file():
-        write_configuration(path, configuration(data, course or course_for(device)))
+        write_configuration(path, configuration(data, settings or settings_for(device)))
     config = load_config(path, overrides)
     if stop is not None:
         signals = stop

@@ -132,7 +132,7 @@ def train(
         if world.is_main:
             ready.record_drops()
         if evaluator is not None and world.is_main and config.loader.workers:  # 0: this program can't start processes, or is short of cores
-            evaluator.baseline.begin()
+            evaluator.baseline.count_in_background()
         if on_start is not None:
             on_start(trainer)
         if profile is not None and world.is_main:
